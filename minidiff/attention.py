@@ -1,0 +1,71 @@
+"""Attention: every place of Stable Diffusion where one position looks at others.
+
+    text encoder   words look at the words before them           (causal self-attention)
+    U-Net          latent cells look at each other               (self-attention)
+                   latent cells look at the words of the prompt  (cross-attention)
+    VAE            latent cells look at each other, one head     (self-attention)
+
+All four are softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, "Attention is all you need", eq. 1). It stands here twice: written out
+in `attention_by_hand`, to be read and to be recorded, and as PyTorch's fused kernel in `attention`, which never builds the N x L
+matrix in memory. The tests hold the two equal.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def attention_weights(q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], heads: int, causal: bool = False) -> Float[Tensor, "B h N L"]:
+    """How much each of N queries looks at each of L keys; every row sums to 1.
+
+    The D channels hold `heads` heads of d = D / heads side by side. `causal` lets query n see keys 0..n only.
+    """
+    q, k = (rearrange(x, "B N (h d) -> B h N d", h=heads) for x in (q, k))
+    logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if causal:
+        later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        logits = logits.masked_fill(later, -torch.inf)
+    return logits.softmax(dim=-1)
+
+
+def attention_by_hand(
+    q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
+) -> Float[Tensor, "B N D"]:
+    """softmax(q k^T / sqrt(d)) v, head by head, in plain steps: memory grows as N x L."""
+    weights = attention_weights(q, k, heads, causal)
+    v = rearrange(v, "B L (h d) -> B h L d", h=heads)
+    return rearrange(weights @ v, "B h N d -> B N (h d)")
+
+
+def attention(
+    q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
+) -> Float[Tensor, "B N D"]:
+    """The same as `attention_by_hand` by PyTorch's fused kernel: memory grows as N + L."""
+    q, k, v = (rearrange(x, "B N (h d) -> B h N d", h=heads) for x in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "B h N d -> B N (h d)")
+
+
+class Attention(nn.Module):
+    """Queries from x; keys and values from the context, or from x itself where no context is given.
+
+    bias: whether the three input projections have one. CLIP's and the VAE's have, the U-Net's have not; the output's always has.
+    """
+
+    def __init__(self, width: int, heads: int, context_width: int | None = None, bias: bool = False):
+        super().__init__()
+        context_width = context_width or width
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(context_width, width, bias=bias)
+        self.to_v = nn.Linear(context_width, width, bias=bias)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(
+        self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L D_context"] | None = None, causal: bool = False
+    ) -> Float[Tensor, "B N D"]:
+        context = x if context is None else context
+        return self.to_out(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, causal))

@@ -1,0 +1,123 @@
+"""The blocks that the U-Net and the VAE are made of.
+
+    timestep_embedding   t -> a vector of cosines and sines
+    ResBlock             two convolutions around the time, and a skip
+    SpatialTransformer   self-attention, cross-attention to the text, feed-forward, on the cells of a feature map
+
+Papers: Ho et al. 2020 (DDPM, appendix B) for the residual block, Rombach et al. 2022 (latent diffusion, section 3.3 and appendix E.2.1)
+for the transformer. Left out: dropout, which Stable Diffusion sets to 0.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from .attention import Attention
+
+
+def timestep_embedding(t: Shaped[Tensor, " B"], width: int) -> Float[Tensor, "B {width}"]:
+    """The timestep as cosines and sines of geometrically falling frequencies 10000^(-i / half).
+
+    cos comes first, then sin: the original's order, the reverse of the transformer paper's. Always float32, as in the original: the
+    angles run to 999, where half precision has no fraction left.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Timestep -> the vector that every ResBlock of the U-Net is given, four times as wide as the first level."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+        self.linear_1 = nn.Linear(width, 4 * width)
+        self.linear_2 = nn.Linear(4 * width, 4 * width)
+
+    def forward(self, t: Shaped[Tensor, " B"]) -> Float[Tensor, "B D_time"]:
+        waves = timestep_embedding(t, self.width).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, convolution; add the time; norm, SiLU, convolution; add the input.
+
+    eps: GroupNorm's, 1e-5 in the U-Net and 1e-6 in the VAE. time_width: None in the VAE, which knows no time.
+    """
+
+    def __init__(self, c_in: int, c_out: int, groups: int, eps: float, time_width: int | None = None):
+        super().__init__()
+        self.norm_1 = nn.GroupNorm(groups, c_in, eps=eps)
+        self.conv_1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_projection = nn.Linear(time_width, c_out) if time_width else None
+        self.norm_2 = nn.GroupNorm(groups, c_out, eps=eps)
+        self.conv_2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B D_time"] | None = None) -> Float[Tensor, "B C_out H W"]:
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        if self.time_projection is not None:
+            h = h + self.time_projection(F.silu(time))[:, :, None, None]
+        h = self.conv_2(F.silu(self.norm_2(h)))
+        return self.skip(x) + h
+
+
+class FeedForward(nn.Module):
+    """GEGLU (Shazeer 2020, "GLU variants improve transformer"): a value times the GELU of a gate, four times as wide as x.
+
+    One projection makes both: its first half is the value, its second the gate. The GELU is the exact one, by erf.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.proj_in = nn.Linear(width, 2 * 4 * width)
+        self.proj_out = nn.Linear(4 * width, width)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        value, gate = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; each on a LayerNorm of x and added to x."""
+
+    def __init__(self, width: int, heads: int, context_width: int):
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(width, eps=1e-5)
+        self.self_attention = Attention(width, heads)
+        self.norm_2 = nn.LayerNorm(width, eps=1e-5)
+        self.cross_attention = Attention(width, heads, context_width)
+        self.norm_3 = nn.LayerNorm(width, eps=1e-5)
+        self.feed_forward = FeedForward(width)
+
+    def forward(self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L D_context"]) -> Float[Tensor, "B N D"]:
+        x = x + self.self_attention(self.norm_1(x))
+        x = x + self.cross_attention(self.norm_2(x), context)
+        return x + self.feed_forward(self.norm_3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the cells of a feature map, and a skip around it.
+
+    Its GroupNorm has eps 1e-6 where the ResBlocks beside it have 1e-5. Files of SD 1.x hold proj_in and proj_out as 1x1 convolutions,
+    which are the same maps as the Linears here.
+    """
+
+    def __init__(self, width: int, heads: int, context_width: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.proj_in = nn.Linear(width, width)
+        self.block = TransformerBlock(width, heads, context_width)
+        self.proj_out = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "B L D_context"]) -> Float[Tensor, "B C H W"]:
+        H = x.shape[2]
+        h = rearrange(self.norm(x), "B C H W -> B (H W) C")
+        h = self.proj_out(self.block(self.proj_in(h), context))
+        return x + rearrange(h, "B (H W) C -> B C H W", H=H)

@@ -1,0 +1,144 @@
+"""The numbers that make one Stable Diffusion differ from another.
+
+Every model of this package is a plain module built from one of these frozen dataclasses. Stable Diffusion 1.x, 2.x, the
+9-channel inpainting model and the small model that ships with the project run through the same code with other numbers.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Words to integers. Defaults: Stable Diffusion 1.x.
+
+    merges: the byte-pair merges in order, one "left right" a line, as in CLIP's merges.txt; None means CLIP's own 48,894.
+    cleaning: how text is normalised before it is split. "clip" is what transformers' CLIPTokenizer does (used with SD 1.x),
+        "open_clip" what open_clip does (used with SD 2.x): Unicode repair by ftfy, HTML entities, lower case.
+    padding: "end" repeats the end-of-text token (SD 1.x), "zero" uses token 0 (SD 2.x).
+    """
+
+    merges: tuple[str, ...] | None = None
+    cleaning: Literal["clip", "open_clip"] = "clip"
+    padding: Literal["end", "zero"] = "end"
+    context_length: int = 77
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """The CLIP text transformer (Radford et al. 2021). Defaults: ViT-L/14's, as in Stable Diffusion 1.x.
+
+    layers counts the blocks that are run. Stable Diffusion 2.x conditions on the penultimate layer of a 24-block OpenCLIP
+    ViT-H, so it has layers=23 here: block 24 of its files is carried along, never computed.
+    """
+
+    vocab_size: int = 49408
+    context_length: int = 77
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The denoiser (Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models"). Defaults: SD 1.x.
+
+    One entry of widths, attention and heads a resolution level, highest resolution first; the middle takes the last level's
+    width and heads, and always has attention.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    widths: tuple[int, ...] = (320, 640, 1280, 1280)
+    blocks_per_level: int = 2
+    attention: tuple[bool, ...] = (True, True, True, False)
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    context_width: int = 768
+    linear_projection: bool = False  # SD 2.x enters and leaves its transformers by a Linear, SD 1.x by a 1x1 convolution
+    groups: int = 32
+
+    def __post_init__(self):
+        _check_levels("UNetConfig", self.widths, self.groups)
+        for name in ("attention", "heads"):
+            if len(getattr(self, name)) != len(self.widths):
+                raise ValueError(f"UNetConfig: {name} has {len(getattr(self, name))} entries, widths {len(self.widths)}; give one a level")
+        for width, heads in zip(self.widths, self.heads):
+            if width % heads:
+                raise ValueError(f"UNetConfig: width {width} does not divide into {heads} heads")
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder between pixels and latents (Rombach et al. 2022, section 3.1). Defaults: SD 1.x and 2.x.
+
+    scaling_factor brings the latents to unit variance; the pipeline multiplies by it, the VAE itself never does.
+    """
+
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    blocks_per_level: int = 2
+    latent_channels: int = 4
+    groups: int = 32
+    scaling_factor: float = 0.18215
+
+    def __post_init__(self):
+        _check_levels("VAEConfig", self.widths, self.groups)
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent cell is wide: each level but the last halves the resolution."""
+        return 2 ** (len(self.widths) - 1)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The forward process (Ho et al. 2020) and what the U-Net predicts. Defaults: SD 1.x.
+
+    prediction: "eps" the noise, "v" the velocity sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans and Ho 2022).
+    zero_terminal_snr: rescale so that the last timestep is pure noise (Lin et al. 2023, algorithm 1).
+    spacing: which timesteps a sampler visits unless told otherwise; "leading" is the original's, "trailing" belongs to
+        models with zero terminal SNR (Lin et al. 2023, table 2).
+    """
+
+    timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction: Literal["eps", "v"] = "eps"
+    zero_terminal_snr: bool = False
+    spacing: Literal["leading", "linspace", "trailing"] = "leading"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole Stable Diffusion. Defaults: SD 1.x.
+
+    image_size and guidance_scale are what the model was made for, in pixels and as in classifier-free guidance.
+    """
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    image_size: int = 512
+    guidance_scale: float = 7.5
+
+
+def _check_levels(name: str, widths: tuple[int, ...], groups: int):
+    if not widths:
+        raise ValueError(f"{name}: widths is empty; give one width a resolution level")
+    for width in widths:
+        if width % groups:
+            raise ValueError(f"{name}: width {width} does not divide into {groups} normalisation groups")
+
+
+SD1 = ModelConfig()
+
+# Stable Diffusion 2.x: OpenCLIP ViT-H text, 64-wide heads. The 768-pixel models predict v, the 512-pixel "base" ones eps.
+SD2 = ModelConfig(
+    tokenizer=TokenizerConfig(cleaning="open_clip", padding="zero"),
+    text_encoder=TextEncoderConfig(width=1024, layers=23, heads=16, activation="gelu"),
+    unet=UNetConfig(heads=(5, 10, 20, 20), context_width=1024, linear_projection=True),
+    schedule=ScheduleConfig(prediction="v"),
+    image_size=768,
+)

@@ -1,0 +1,60 @@
+"""The text encoder: a prompt's tokens to one vector a token, which the U-Net looks at by cross-attention.
+
+    tokens -> token + position embeddings -> blocks of causal self-attention and MLP -> LayerNorm -> context
+
+It is the text half of CLIP (Radford et al. 2021, section 2.4). SD 1.x uses OpenAI's ViT-L/14 with its quick GELU and takes the last
+block; SD 2.x uses OpenCLIP's ViT-H with the exact GELU and takes the last block but one. Both apply the final LayerNorm to what they
+take. Left out: the pooled vector and its projection, which CLIP compares with pictures and Stable Diffusion never uses.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .attention import Attention
+from .config import TextEncoderConfig
+
+
+def quick_gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """x sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with; up to 0.02 from the exact GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class TextBlock(nn.Module):
+    """Causal self-attention, then an MLP four times as wide; each on a LayerNorm of x and added to x."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        width = config.width
+        self.activation = {"quick_gelu": quick_gelu, "gelu": F.gelu}[config.activation]
+        self.norm_1 = nn.LayerNorm(width, eps=1e-5)
+        self.attention = Attention(width, config.heads, bias=True)
+        self.norm_2 = nn.LayerNorm(width, eps=1e-5)
+        self.linear_1 = nn.Linear(width, 4 * width)
+        self.linear_2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        x = x + self.attention(self.norm_1(x), causal=True)
+        return x + self.linear_2(self.activation(self.linear_1(self.norm_2(x))))
+
+
+class TextEncoder(nn.Module):
+    """Tokens (B, L) to context (B, L, D). L is at most config.context_length; word n knows words 0..n."""
+
+    def __init__(self, config: TextEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.context_length, config.width)
+        self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.layers))
+        self.norm_out = nn.LayerNorm(config.width, eps=1e-5)
+
+    def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        L = tokens.shape[1]
+        if L > self.config.context_length:
+            raise ValueError(f"{L} tokens given, the text encoder has {self.config.context_length} positions; cut the prompt")
+        x = self.token_embedding(tokens) + self.position_embedding.weight[:L]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm_out(x)
