@@ -1,0 +1,85 @@
+"""Makes sheet.webp, the picture sheet of the bundled scenes, from three openly licensed emoji families.
+
+One row of 64 x 64 cells a subject, in the order of subjects.json; the columns are noto, twemoji and fluent.
+Each picture is cut to what is drawn, then scaled so that its longer side is 64 pixels.
+
+The art comes from npm archives (see LICENSES.md), which are too big to ship:
+
+    npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobehub/fluent-emoji-3d@1.1.0
+    python -m minidiff.scenes.make_sheet emoji-datasource-google-16.0.0.tgz \
+        emoji-datasource-twitter-16.0.0.tgz lobehub-fluent-emoji-3d-1.1.0.tgz
+
+The names in subjects.json follow emojibase-data 17.0.0 ("cat face" became cat, "lady beetle" ladybug).
+The same archives and the same Pillow give the same bytes.
+"""
+
+import argparse
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CELL = 64
+HERE = Path(__file__).parent
+# Folder of the pictures inside each archive, in the order of the sheet's columns.
+FOLDERS = {
+    "noto": "package/img/google/64/",
+    "twemoji": "package/img/twitter/64/",
+    "fluent": "package/assets/",
+}
+
+
+def emoji_code(file_name: str) -> str:
+    """The hexadecimal code of a picture's file name without FE0F, which the families use differently."""
+    parts = Path(file_name).stem.lower().split("-")
+    return "-".join(part for part in parts if part != "fe0f")
+
+
+def read_pictures(archive: Path, folder: str, codes: set[str]) -> dict[str, Image.Image]:
+    """The RGBA pictures of `codes` in one npm archive; ValueError names those that are missing."""
+    found = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.isfile() and member.name.startswith(folder) and emoji_code(member.name) in codes:
+                found[emoji_code(member.name)] = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGBA")
+    if missing := sorted(codes - found.keys()):
+        raise ValueError(f"{archive} has no picture in {folder} for {missing}; see the docstring for the archive to give")
+    return found
+
+
+def fit_cell(picture: Image.Image) -> Image.Image:
+    """Cut to the visible part, scale its longer side to CELL, centre it in an empty cell."""
+    visible = np.asarray(picture)[..., 3] > 8  # fainter than 8/255 is the soft rim of a shadow
+    rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
+    picture = picture.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    scale = CELL / max(picture.size)
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    cell = Image.new("RGBA", (CELL, CELL))
+    # Pillow scales RGBA with premultiplied alpha, so no dark fringe comes from the transparent pixels.
+    cell.paste(picture.resize(size, Image.Resampling.LANCZOS), ((CELL - size[0]) // 2, (CELL - size[1]) // 2))
+    return cell
+
+
+def make_sheet(archives: list[Path]) -> Image.Image:
+    """The whole sheet, RGBA, (64 * subjects) high and (64 * styles) wide; archives in the order of FOLDERS."""
+    codes = [subject["code"] for subject in json.loads((HERE / "subjects.json").read_text())]
+    sheet = Image.new("RGBA", (CELL * len(FOLDERS), CELL * len(codes)))
+    for column, (archive, folder) in enumerate(zip(archives, FOLDERS.values(), strict=True)):
+        pictures = read_pictures(archive, folder, set(codes))
+        for row, code in enumerate(codes):
+            sheet.paste(fit_cell(pictures[code]), (column * CELL, row * CELL))
+    return sheet
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Make the picture sheet of the bundled scenes.")
+    for style in FOLDERS:
+        parser.add_argument(style, type=Path, help=f"npm archive (.tgz) of the {style} pictures")
+    parser.add_argument("--out", type=Path, default=HERE / "sheet.webp")
+    args = parser.parse_args()
+    sheet = make_sheet([args.noto, args.twemoji, args.fluent])
+    sheet.save(args.out, lossless=True, quality=100, method=6)
+    print(f"{args.out}: {sheet.width} x {sheet.height}, {args.out.stat().st_size / 1e6:.2f} MB")

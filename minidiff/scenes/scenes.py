@@ -1,0 +1,393 @@
+"""Captioned 64 x 64 scenes: the pictures and words from which the bundled model is trained.
+
+Where Stable Diffusion had LAION's photographs, the bundled model has one or two emoji on a coloured background:
+
+    rng -> sample_scene -> compose -> Scene(image, caption, mask, objects, ...)
+
+Captions, in full:  [a|an] [small|large] [colour] SUBJECT [on a COLOUR background] [in STYLE style]
+or two objects joined by `and`, `left of` or `above`; one caption in ten says the class ("an animal") for the subject.
+20 subjects are held out of training, so that personalisation can be tried on things the model never saw; and so is
+one in ten of the pairs (subject, subject) and (subject, tint), to see whether it composes what it knows.
+Labels come from the Scene itself: nobody has to parse a caption.
+
+Left out: perspective, overlap, more than two objects, backgrounds with content.
+"""
+
+import functools
+import itertools
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SIZE = 64  # pixels, of a scene and of a cell of the sheet
+STYLES = ("noto", "twemoji", "fluent")  # the columns of the sheet
+RELATIONS = ("and", "left of", "above")
+SPLITS = ("train", "held_out_subjects", "held_out_pairs", "all_subjects")
+COLOURS = {
+    "red": (220, 40, 40),
+    "orange": (245, 140, 30),
+    "yellow": (250, 215, 50),
+    "green": (60, 165, 75),
+    "blue": (50, 100, 220),
+    "purple": (130, 60, 180),
+    "pink": (245, 150, 190),
+    "brown": (125, 80, 45),
+    "black": (30, 30, 34),
+    "white": (245, 245, 245),
+    "gray": (140, 140, 145),
+}
+# A tinted object keeps this RGB distance from its background: orange is not put on yellow, nor brown on red.
+TINT_CONTRAST = 110.0
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One row of subjects.json: an everyday name, its class word, and where its art stands in the sheet."""
+
+    name: str
+    class_name: str
+    row: int
+    held_out: bool
+    flip: bool  # False where a mirror picture would be wrong (a clock)
+
+
+@dataclass(frozen=True)
+class Item:
+    """What to put into a scene: `px` is the longer side in pixels, `centre` is (x, y), `colour` a tint."""
+
+    subject: str
+    px: int = 50
+    centre: tuple[float, float] = (32.0, 32.0)
+    colour: str | None = None
+    size: str | None = None  # the word "small" or "large" of the caption
+    flip: bool = False
+    by_class: bool = False  # the caption names the class instead of the subject
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """What stands in a scene: box = (x0, y0, x1, y1) in pixels, mask float32 (64, 64) in [0, 1]."""
+
+    subject: str
+    class_name: str
+    colour: str | None
+    size: str | None
+    box: tuple[int, int, int, int]
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scene:
+    """image uint8 (64, 64, 3); mask float32 (64, 64) in [0, 1], the share of a pixel that any object covers."""
+
+    image: np.ndarray
+    caption: str
+    mask: np.ndarray
+    objects: tuple[SceneObject, ...]
+    background: str
+    style: str
+    relation: str | None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A fixed prompt of the evaluation, with what should be seen."""
+
+    text: str
+    subject: str
+    background: str
+
+
+@functools.cache
+def subjects() -> dict[str, Subject]:
+    """All subjects by name, in the order of the sheet's rows; 110 for training, 20 held out."""
+    rows = json.loads((HERE / "subjects.json").read_text())
+    return {
+        row["name"]: Subject(row["name"], row["class"], i, row["held_out"], row["flip"]) for i, row in enumerate(rows)
+    }
+
+
+def subject_names(*, held_out: bool) -> tuple[str, ...]:
+    """The names of the training subjects, or of the held-out ones."""
+    return tuple(subject.name for subject in subjects().values() if subject.held_out == held_out)
+
+
+def known(kind: str, value: str, choices) -> str:
+    """`value`, or a ValueError that lists the choices."""
+    if value not in choices:
+        raise ValueError(f"{kind} {value!r} unknown; choose {', '.join(choices)}")
+    return value
+
+
+def is_held_out_pair(subject: str, other: str) -> bool:
+    """Whether (subject, subject) or (subject, tint) is among the tenth that training never shows.
+
+    The order does not matter; CRC-32 gives the same answer on every machine, which Python's hash() would not.
+    """
+    return zlib.crc32(" + ".join(sorted((subject, other))).encode()) % 10 == 0
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def sheet() -> np.ndarray:
+    """The whole sheet, uint8 RGBA (64 * subjects, 64 * styles, 4)."""
+    return np.asarray(Image.open(HERE / "sheet.webp").convert("RGBA"))
+
+
+@functools.cache
+def art(subject: str, style: str) -> np.ndarray:
+    """One picture, cut to what is drawn: uint8 RGBA, its longer side 64."""
+    row, column = subjects()[subject].row, STYLES.index(style)
+    cell = sheet()[row * SIZE : (row + 1) * SIZE, column * SIZE : (column + 1) * SIZE]
+    rows, columns = np.flatnonzero(cell[..., 3].any(1)), np.flatnonzero(cell[..., 3].any(0))
+    return cell[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def tinted(picture: np.ndarray, colour: str) -> np.ndarray:
+    """The picture in one named colour: its light and shade are kept, as darker and lighter tones of the colour."""
+    base = np.array(COLOURS[colour], np.float32) / 255
+    light = picture[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32) / 255
+    mean = np.average(light, weights=picture[..., 3])
+    shade = np.clip(light - mean, -0.35, 0.35)[..., None]
+    rgb = np.where(shade < 0, base * (1 + 1.6 * shade), base + (1 - base) * 1.1 * shade)
+    return np.concatenate([(rgb * 255 + 0.5).astype(np.uint8), picture[..., 3:]], -1)
+
+
+@functools.lru_cache(maxsize=1024)
+def sprite(subject: str, style: str, colour: str | None) -> Image.Image:
+    """The picture with premultiplied alpha, so that scaling draws no dark fringe from transparent pixels."""
+    picture = art(subject, style)
+    return Image.fromarray(picture if colour is None else tinted(picture, colour)).convert("RGBa")
+
+
+def scaled_size(subject: str, style: str, px: int) -> tuple[int, int]:
+    """(width, height) of the picture when its longer side is `px`."""
+    height, width = art(subject, style).shape[:2]
+    scale = px / max(height, width)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def paint_background(colour: str, shade: Sequence[float], gradient: float) -> np.ndarray:
+    """float32 (64, 64, 3) in [0, 255]: the colour plus `shade`, from (1 - gradient) at the top to (1 + gradient) below."""
+    rows = 1 + gradient * np.linspace(-1, 1, SIZE, dtype=np.float32)
+    column = np.clip(rows[:, None] * (np.array(COLOURS[colour], np.float32) + np.asarray(shade, np.float32)), 0, 255)
+    return np.repeat(column[:, None], SIZE, axis=1)
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+def with_article(words: str) -> str:
+    """"an apple", "a blue apple". By the first letter, which is right for every word of the captions."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def noun_phrase(item: Item) -> str:
+    """[a|an] [small|large] [colour] SUBJECT."""
+    noun = subjects()[item.subject].class_name if item.by_class else item.subject
+    return with_article(" ".join(word for word in (item.size, item.colour, noun) if word))
+
+
+def caption_of(items: Sequence[Item], relation: str | None, background: str | None, style: str | None) -> str:
+    """The caption; `background` and `style` are None where it does not name them."""
+    words = f" {relation} ".join(noun_phrase(item) for item in items)
+    if background is not None:
+        words += f" on {with_article(background)} background"
+    return words if style is None else f"{words} in {style} style"
+
+
+# --- scenes -----------------------------------------------------------------------------------------------------------
+
+
+def compose(
+    items: Sequence[Item],
+    *,
+    background: str,
+    style: str,
+    relation: str | None = None,
+    name_background: bool = True,
+    name_style: bool = False,
+    shade: Sequence[float] = (0.0, 0.0, 0.0),
+    gradient: float = 0.0,
+) -> Scene:
+    """Paint one or two items on a background; later items cover earlier ones.
+
+    `relation` ('and', 'left of', 'above') joins two items in the caption and does not move them: see sample_scene.
+    `shade` is added to the background's RGB (0 to 255), `gradient` is the share by which it darkens to the top.
+    Raises ValueError for an unknown subject, colour, style or relation, and for an item that leaves the picture.
+    """
+    known("style", style, STYLES)
+    known("background", background, COLOURS)
+    if len(items) not in (1, 2):
+        raise ValueError(f"{len(items)} items given; a scene has 1 or 2")
+    if (relation is None) == (len(items) == 2):
+        raise ValueError(f"relation {relation!r} with {len(items)} items; two items need one of {', '.join(RELATIONS)}, one item None")
+    if relation is not None:
+        known("relation", relation, RELATIONS)
+
+    canvas = paint_background(background, shade, gradient)
+    boxes, masks = [], []
+    for item in items:
+        known("subject", item.subject, subjects())
+        if item.colour is not None:
+            known("colour", item.colour, COLOURS)
+        width, height = scaled_size(item.subject, style, item.px)
+        x, y = round(item.centre[0] - width / 2), round(item.centre[1] - height / 2)
+        if min(x, y) < 0 or x + width > SIZE or y + height > SIZE:
+            raise ValueError(f"{item.subject} of {width} x {height} at centre {item.centre} leaves the 64 x 64 picture; move it or lower px")
+        picture = np.asarray(sprite(item.subject, style, item.colour).resize((width, height), Image.Resampling.BICUBIC))
+        if item.flip:
+            picture = picture[:, ::-1]
+        alpha = picture[..., 3:].astype(np.float32) / 255
+        part = np.s_[y : y + height, x : x + width]
+        canvas[part] = canvas[part] * (1 - alpha) + picture[..., :3]
+        for mask in masks:
+            mask[part] *= 1 - alpha[..., 0]
+        mask = np.zeros((SIZE, SIZE), np.float32)
+        mask[part] = alpha[..., 0]
+        boxes.append((x, y, x + width, y + height))
+        masks.append(mask)
+
+    objects = tuple(
+        SceneObject(item.subject, subjects()[item.subject].class_name, item.colour, item.size, box, mask)
+        for item, box, mask in zip(items, boxes, masks)
+    )
+    caption = caption_of(items, relation, background if name_background else None, style if name_style else None)
+    image = (np.clip(canvas, 0, 255) + 0.5).astype(np.uint8)
+    return Scene(image, caption, sum(masks), objects, background, style, relation)
+
+
+def choose(rng: np.random.Generator, values: Sequence):
+    """One of `values`, each as likely; much faster than rng.choice, and keeps the type."""
+    return values[int(rng.integers(len(values)))]
+
+
+def contrasts(colour: str, background: str) -> bool:
+    """Whether an object tinted with `colour` stands out from `background`."""
+    return float(np.linalg.norm(np.subtract(COLOURS[colour], COLOURS[background]))) >= TINT_CONTRAST
+
+
+@functools.cache
+def held_out_pairs() -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+    """The held-out pairs of training subjects: all (subject, subject), and all (subject, tint)."""
+    names = subject_names(held_out=False)
+    two = tuple(pair for pair in itertools.combinations(names, 2) if is_held_out_pair(*pair))
+    return two, tuple(pair for pair in itertools.product(names, COLOURS) if is_held_out_pair(*pair))
+
+
+def choose_subjects(rng: np.random.Generator, split: str, count: int) -> tuple[list[str], list[str | None]]:
+    """Subjects and tints (or None) of one scene, as the split allows."""
+    if split == "held_out_pairs":
+        two, coloured = held_out_pairs()
+        if count == 1:
+            name, colour = choose(rng, coloured)
+            return [name], [colour]
+        pair = choose(rng, two)
+        return list(pair if rng.random() < 0.5 else pair[::-1]), [None, None]
+    names = tuple(subjects()) if split == "all_subjects" else subject_names(held_out=split == "held_out_subjects")
+    chosen = [choose(rng, names)]
+    while len(chosen) < count:
+        name = choose(rng, names)
+        if name != chosen[0] and not (split == "train" and is_held_out_pair(name, chosen[0])):
+            chosen.append(name)
+    colours = []
+    for name in chosen:
+        allowed = [colour for colour in COLOURS if split != "train" or not is_held_out_pair(name, colour)]
+        colours.append(choose(rng, allowed) if rng.random() < 0.12 else None)
+    return chosen, colours
+
+
+def place_one(rng: np.random.Generator, subject: str, style: str) -> tuple[int, str | None, tuple[float, float]]:
+    """Size in pixels, the word for it, and a centre, for an object that has the scene to itself."""
+    size = choose(rng, (None, None, None, "small", "large"))
+    low, high = {None: (40, 60), "small": (28, 36), "large": (54, 62)}[size]
+    px = int(rng.integers(low, high + 1))
+    # 0.8 of the room that is left: objects wander, and seldom touch the rim.
+    slack = 0.8 * (SIZE - np.array(scaled_size(subject, style, px)))
+    x, y = 32 + (rng.random(2) - 0.5) * slack
+    return px, size, (float(x), float(y))
+
+
+def place_two(
+    rng: np.random.Generator, names: Sequence[str], style: str, upright: bool
+) -> tuple[list[int], list[tuple[float, float]]]:
+    """Sizes and centres of two objects that do not overlap: beside each other, or `upright` one above the other."""
+    along, across = (1, 0) if upright else (0, 1)
+    first = int(rng.integers(28, 35))
+    px = [first, int(rng.integers(28, min(34, SIZE - first) + 1))]
+    sides = [scaled_size(name, style, p) for name, p in zip(names, px)]
+    room = SIZE - sides[0][along] - sides[1][along]
+    start = int(rng.integers(room // 3 + 1))
+    gap = int(rng.integers(room // 3 + 1))
+    starts = [start, start + sides[0][along] + gap + room // 3 // 2]
+    centres = []
+    for side, low in zip(sides, starts):
+        # Whole pixels: the box of an odd side then lies exactly where `low` puts it.
+        centre = [0.0, 0.0]
+        centre[along] = low + side[along] / 2
+        free = min(7, (SIZE - side[across]) // 2)
+        centre[across] = (SIZE - side[across]) // 2 + int(rng.integers(-free, free + 1)) + side[across] / 2
+        centres.append((centre[0], centre[1]))
+    return px, centres
+
+
+def sample_scene(rng: np.random.Generator, *, split: str = "train") -> Scene:
+    """One random scene with its caption; the same state of `rng` gives the same scene.
+
+    split "train" shows no held-out subject and no held-out pair; "held_out_subjects" shows only held-out subjects;
+    "held_out_pairs" shows training subjects in a held-out pair or tint; "all_subjects" shows anything.
+    Raises ValueError for an unknown split.
+    """
+    known("split", split, SPLITS)
+    count = 1 if rng.random() < 0.65 else 2
+    style = choose(rng, STYLES)
+    names, colours = choose_subjects(rng, split, count)
+    backgrounds = [name for name in COLOURS if all(c is None or contrasts(c, name) for c in colours)]
+    background = choose(rng, backgrounds)
+    by_class = int(rng.integers(count)) if rng.random() < 0.1 else None
+
+    relation = None
+    if count == 1:
+        px, size, centre = place_one(rng, names[0], style)
+        layout = [(px, size, centre)]
+    else:
+        relation = choose(rng, RELATIONS)
+        upright = relation == "above" or (relation == "and" and rng.random() < 0.5)
+        swap = relation == "and" and rng.random() < 0.5  # "and" does not promise which comes first
+        px, centres = place_two(rng, names[::-1] if swap else names, style, upright)
+        layout = [(p, None, centre) for p, centre in zip(px, centres)]
+        layout = layout[::-1] if swap else layout
+
+    items = [
+        Item(name, px, centre, colour, size, subjects()[name].flip and rng.random() < 0.5, i == by_class)
+        for i, (name, colour, (px, size, centre)) in enumerate(zip(names, colours, layout))
+    ]
+    return compose(
+        items,
+        background=background,
+        style=style,
+        relation=relation,
+        name_background=rng.random() < 0.8,
+        name_style=rng.random() < 0.6,
+        shade=rng.normal(0, 5, 3),
+        gradient=float(rng.uniform(-0.12, 0.12)) if rng.random() < 0.5 else 0.0,
+    )
+
+
+@functools.cache
+def prompts() -> tuple[Prompt, ...]:
+    """40 fixed prompts, "a SUBJECT on a COLOUR background", drawn once by chance and not selected."""
+    rng = np.random.default_rng(40)
+    names = rng.permutation(subject_names(held_out=False))[:40]
+    return tuple(
+        Prompt(f"{with_article(name)} on {with_article(colour)} background", name, colour)
+        for name, colour in ((str(name), choose(rng, tuple(COLOURS))) for name in names)
+    )
