@@ -43,6 +43,8 @@ COLOURS = {
 }
 # A tinted object keeps this RGB distance from its background: orange is not put on yellow, nor brown on red.
 TINT_CONTRAST = 110.0
+# An untinted object has at most this share of pixels within this RGB distance of its background.
+NEAR, MOST_NEAR = 60.0, 0.5
 HERE = Path(__file__).parent
 
 
@@ -270,9 +272,16 @@ def choose(rng: np.random.Generator, values: Sequence):
     return values[int(rng.integers(len(values)))]
 
 
-def contrasts(colour: str, background: str) -> bool:
-    """Whether an object tinted with `colour` stands out from `background`."""
-    return float(np.linalg.norm(np.subtract(COLOURS[colour], COLOURS[background]))) >= TINT_CONTRAST
+@functools.cache
+def visible_backgrounds(subject: str, style: str, colour: str | None) -> tuple[str, ...]:
+    """The backgrounds from which a picture stands out: a yellow moon is not put on yellow, nor a brown cat on red."""
+    if colour is not None:
+        return tuple(name for name in COLOURS if np.linalg.norm(np.subtract(COLOURS[colour], COLOURS[name])) >= TINT_CONTRAST)
+    picture = art(subject, style)
+    pixels = picture[picture[..., 3] > 127][:, :3].astype(np.float32)
+    return tuple(
+        name for name in COLOURS if np.mean(np.linalg.norm(pixels - np.array(COLOURS[name]), axis=1) < NEAR) <= MOST_NEAR
+    )
 
 
 @functools.cache
@@ -325,9 +334,9 @@ def place_two(
     px = [first, int(rng.integers(28, min(34, SIZE - first) + 1))]
     sides = [scaled_size(name, style, p) for name, p in zip(names, px)]
     room = SIZE - sides[0][along] - sides[1][along]
-    start = int(rng.integers(room // 3 + 1))
-    gap = int(rng.integers(room // 3 + 1))
-    starts = [start, start + sides[0][along] + gap + room // 3 // 2]
+    gap = int(rng.integers(room // 2 + 1))
+    start = int(rng.integers(room - gap + 1))
+    starts = [start, start + sides[0][along] + gap]
     centres = []
     for side, low in zip(sides, starts):
         # Whole pixels: the box of an odd side then lies exactly where `low` puts it.
@@ -350,8 +359,8 @@ def sample_scene(rng: np.random.Generator, *, split: str = "train") -> Scene:
     count = 1 if rng.random() < 0.65 else 2
     style = choose(rng, STYLES)
     names, colours = choose_subjects(rng, split, count)
-    backgrounds = [name for name in COLOURS if all(c is None or contrasts(c, name) for c in colours)]
-    background = choose(rng, backgrounds)
+    seen = [visible_backgrounds(name, style, colour) for name, colour in zip(names, colours)]
+    background = choose(rng, [name for name in COLOURS if all(name in one for one in seen)])
     by_class = int(rng.integers(count)) if rng.random() < 0.1 else None
 
     relation = None
@@ -384,10 +393,11 @@ def sample_scene(rng: np.random.Generator, *, split: str = "train") -> Scene:
 
 @functools.cache
 def prompts() -> tuple[Prompt, ...]:
-    """40 fixed prompts, "a SUBJECT on a COLOUR background", drawn once by chance and not selected."""
+    """40 fixed prompts, "a SUBJECT on a COLOUR background", drawn once by chance from what training may show."""
     rng = np.random.default_rng(40)
-    names = rng.permutation(subject_names(held_out=False))[:40]
-    return tuple(
-        Prompt(f"{with_article(name)} on {with_article(colour)} background", name, colour)
-        for name, colour in ((str(name), choose(rng, tuple(COLOURS))) for name in names)
-    )
+    fixed = []
+    for name in map(str, rng.permutation(subject_names(held_out=False))[:40]):
+        seen = [visible_backgrounds(name, style, None) for style in STYLES]
+        colour = choose(rng, [colour for colour in COLOURS if all(colour in one for one in seen)])
+        fixed.append(Prompt(f"{with_article(name)} on {with_article(colour)} background", name, colour))
+    return tuple(fixed)
