@@ -1,0 +1,87 @@
+"""Makes bpe.txt, the word pieces of the bundled model: a small byte-pair encoding in CLIP's own algorithm and format.
+
+CLIP's table has 49,408 entries and would weigh more than the rest of the bundled model; its captions need 250 words.
+Here a word starts as its letters, the last one marked </w>; again and again the most frequent pair of neighbours in a
+corpus becomes one piece (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909), until every word below is one piece.
+The vocabulary is CLIP's: 256 bytes, 256 bytes with </w>, one entry a merge, start and end of text. So any text can be
+encoded, and transformers' and open_clip's tokenizers read the same file.
+
+    python -m minidiff.scenes.train_bpe
+
+The corpus is captions of the scenes, plus the words that personalisation needs: those of its prompt templates, and rare
+words without a meaning, one token each, to which a subject of one's own can be tied.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from minidiff.scenes.scenes import COLOURS, STYLES, sample_scene, subjects
+
+HERE = Path(__file__).parent
+RARE_WORDS = ("sks", "ktn", "pll", "ucd", "ohwx", "zqj", "vbx", "wkf", "jgd", "qhy")
+GRAMMAR_WORDS = "a an small large on background in style and left of above".split()
+# The templates of DreamBooth and Textual Inversion, and what people are likely to try.
+TEMPLATE_WORDS = """
+    photo picture image drawing painting rendering rendition icon emoji the my this that one two with no close up very
+    zoomed in far away cropped bright dark dirty clean cool weird nice good big little right below under next to new old
+    object thing
+""".split()
+
+
+def needed_words() -> tuple[str, ...]:
+    """Every word that must be a single token, in a fixed order, each once."""
+    named = [word for subject in subjects().values() for word in f"{subject.name} {subject.class_name}".split()]
+    return tuple(dict.fromkeys([*GRAMMAR_WORDS, *COLOURS, *STYLES, *named, *RARE_WORDS, *TEMPLATE_WORDS]))
+
+
+def corpus(captions: int, seed: int) -> Counter[str]:
+    """How often each word occurs in sampled captions; each needed word is added once."""
+    rng = np.random.default_rng(seed)
+    words = Counter(needed_words())
+    for _ in range(captions):
+        words.update(sample_scene(rng, split="all_subjects").caption.split())
+    return words
+
+
+def join_pair(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """`pieces` with each occurrence of `pair` joined, from left to right."""
+    joined, i = [], 0
+    while i < len(pieces):
+        if pieces[i : i + 2] == pair:
+            joined.append(pieces[i] + pieces[i + 1])
+            i += 2
+        else:
+            joined.append(pieces[i])
+            i += 1
+    return tuple(joined)
+
+
+def train(words: Counter[str]) -> list[tuple[str, str]]:
+    """The merges in order, until each word is one piece; among equally frequent pairs the first by the alphabet."""
+    pieces = {word: (*word[:-1], word[-1] + "</w>") for word in words}
+    merges = []
+    while True:
+        pairs = Counter()
+        for word, parts in pieces.items():
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += words[word]
+        if not pairs:
+            return merges
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        pieces = {word: join_pair(parts, best) for word, parts in pieces.items()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Make the byte-pair encoding of the bundled model.")
+    parser.add_argument("--captions", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE / "bpe.txt")
+    args = parser.parse_args()
+    merges = train(corpus(args.captions, args.seed))
+    # No newline at the end: open_clip would count an empty last line as a merge, and shift the start and end tokens.
+    args.out.write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]), encoding="utf-8")
+    print(f"{args.out}: {len(merges)} merges, {512 + len(merges) + 2} entries")
