@@ -15,48 +15,19 @@ Left out: perspective, overlap, more than two objects, backgrounds with content.
 
 import functools
 import itertools
-import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float32, UInt8
 from PIL import Image
 
-SIZE = 64  # pixels, of a scene and of a cell of the sheet
-STYLES = ("noto", "twemoji", "fluent")  # the columns of the sheet
+from minidiff.scenes.art import COLOURS, SIZE, STYLES, known, paint_background, scaled_size, sprite, subject_names
+from minidiff.scenes.art import subjects, visible_backgrounds
+
 RELATIONS = ("and", "left of", "above")
 SPLITS = ("train", "held_out_subjects", "held_out_pairs", "all_subjects")
-COLOURS = {
-    "red": (220, 40, 40),
-    "orange": (245, 140, 30),
-    "yellow": (250, 215, 50),
-    "green": (60, 165, 75),
-    "blue": (50, 100, 220),
-    "purple": (130, 60, 180),
-    "pink": (245, 150, 190),
-    "brown": (125, 80, 45),
-    "black": (30, 30, 34),
-    "white": (245, 245, 245),
-    "gray": (140, 140, 145),
-}
-# A tinted object keeps this RGB distance from its background: orange is not put on yellow, nor brown on red.
-TINT_CONTRAST = 110.0
-# An untinted object has at most this share of pixels within this RGB distance of its background.
-NEAR, MOST_NEAR = 60.0, 0.5
-HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One row of subjects.json: an everyday name, its class word, and where its art stands in the sheet."""
-
-    name: str
-    class_name: str
-    row: int
-    held_out: bool
-    flip: bool  # False where a mirror picture would be wrong (a clock)
 
 
 @dataclass(frozen=True)
@@ -72,25 +43,25 @@ class Item:
     by_class: bool = False  # the caption names the class instead of the subject
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SceneObject:
-    """What stands in a scene: box = (x0, y0, x1, y1) in pixels, mask float32 (64, 64) in [0, 1]."""
+    """What stands in a scene: box = (x0, y0, x1, y1) in pixels; mask in [0, 1], the share of each pixel it covers."""
 
     subject: str
     class_name: str
     colour: str | None
     size: str | None
     box: tuple[int, int, int, int]
-    mask: np.ndarray
+    mask: Float32[np.ndarray, "64 64"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scene:
-    """image uint8 (64, 64, 3); mask float32 (64, 64) in [0, 1], the share of a pixel that any object covers."""
+    """A picture (0 to 255) with its words and labels; mask in [0, 1], the share of each pixel that any object covers."""
 
-    image: np.ndarray
+    image: UInt8[np.ndarray, "64 64 3"]
     caption: str
-    mask: np.ndarray
+    mask: Float32[np.ndarray, "64 64"]
     objects: tuple[SceneObject, ...]
     background: str
     style: str
@@ -106,82 +77,12 @@ class Prompt:
     background: str
 
 
-@functools.cache
-def subjects() -> dict[str, Subject]:
-    """All subjects by name, in the order of the sheet's rows; 110 for training, 20 held out."""
-    rows = json.loads((HERE / "subjects.json").read_text())
-    return {
-        row["name"]: Subject(row["name"], row["class"], i, row["held_out"], row["flip"]) for i, row in enumerate(rows)
-    }
-
-
-def subject_names(*, held_out: bool) -> tuple[str, ...]:
-    """The names of the training subjects, or of the held-out ones."""
-    return tuple(subject.name for subject in subjects().values() if subject.held_out == held_out)
-
-
-def known(kind: str, value: str, choices) -> str:
-    """`value`, or a ValueError that lists the choices."""
-    if value not in choices:
-        raise ValueError(f"{kind} {value!r} unknown; choose {', '.join(choices)}")
-    return value
-
-
 def is_held_out_pair(subject: str, other: str) -> bool:
     """Whether (subject, subject) or (subject, tint) is among the tenth that training never shows.
 
     The order does not matter; CRC-32 gives the same answer on every machine, which Python's hash() would not.
     """
     return zlib.crc32(" + ".join(sorted((subject, other))).encode()) % 10 == 0
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def sheet() -> np.ndarray:
-    """The whole sheet, uint8 RGBA (64 * subjects, 64 * styles, 4)."""
-    return np.asarray(Image.open(HERE / "sheet.webp").convert("RGBA"))
-
-
-@functools.cache
-def art(subject: str, style: str) -> np.ndarray:
-    """One picture, cut to what is drawn: uint8 RGBA, its longer side 64."""
-    row, column = subjects()[subject].row, STYLES.index(style)
-    cell = sheet()[row * SIZE : (row + 1) * SIZE, column * SIZE : (column + 1) * SIZE]
-    rows, columns = np.flatnonzero(cell[..., 3].any(1)), np.flatnonzero(cell[..., 3].any(0))
-    return cell[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-
-
-def tinted(picture: np.ndarray, colour: str) -> np.ndarray:
-    """The picture in one named colour: its light and shade are kept, as darker and lighter tones of the colour."""
-    base = np.array(COLOURS[colour], np.float32) / 255
-    light = picture[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32) / 255
-    mean = np.average(light, weights=picture[..., 3])
-    shade = np.clip(light - mean, -0.35, 0.35)[..., None]
-    rgb = np.where(shade < 0, base * (1 + 1.6 * shade), base + (1 - base) * 1.1 * shade)
-    return np.concatenate([(rgb * 255 + 0.5).astype(np.uint8), picture[..., 3:]], -1)
-
-
-@functools.lru_cache(maxsize=1024)
-def sprite(subject: str, style: str, colour: str | None) -> Image.Image:
-    """The picture with premultiplied alpha, so that scaling draws no dark fringe from transparent pixels."""
-    picture = art(subject, style)
-    return Image.fromarray(picture if colour is None else tinted(picture, colour)).convert("RGBa")
-
-
-def scaled_size(subject: str, style: str, px: int) -> tuple[int, int]:
-    """(width, height) of the picture when its longer side is `px`."""
-    height, width = art(subject, style).shape[:2]
-    scale = px / max(height, width)
-    return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def paint_background(colour: str, shade: Sequence[float], gradient: float) -> np.ndarray:
-    """float32 (64, 64, 3) in [0, 255]: the colour plus `shade`, from (1 - gradient) at the top to (1 + gradient) below."""
-    rows = 1 + gradient * np.linspace(-1, 1, SIZE, dtype=np.float32)
-    column = np.clip(rows[:, None] * (np.array(COLOURS[colour], np.float32) + np.asarray(shade, np.float32)), 0, 255)
-    return np.repeat(column[:, None], SIZE, axis=1)
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
@@ -231,7 +132,7 @@ def compose(
     if len(items) not in (1, 2):
         raise ValueError(f"{len(items)} items given; a scene has 1 or 2")
     if (relation is None) == (len(items) == 2):
-        raise ValueError(f"relation {relation!r} with {len(items)} items; two items need one of {', '.join(RELATIONS)}, one item None")
+        raise ValueError(f"relation {relation!r} with {len(items)} items; two need {', '.join(RELATIONS)}, one needs None")
     if relation is not None:
         known("relation", relation, RELATIONS)
 
@@ -244,7 +145,10 @@ def compose(
         width, height = scaled_size(item.subject, style, item.px)
         x, y = round(item.centre[0] - width / 2), round(item.centre[1] - height / 2)
         if min(x, y) < 0 or x + width > SIZE or y + height > SIZE:
-            raise ValueError(f"{item.subject} of {width} x {height} at centre {item.centre} leaves the 64 x 64 picture; move it or lower px")
+            raise ValueError(
+                f"{item.subject} of {width} x {height} at centre {item.centre} leaves the {SIZE} x {SIZE} picture; "
+                "move it or lower px"
+            )
         picture = np.asarray(sprite(item.subject, style, item.colour).resize((width, height), Image.Resampling.BICUBIC))
         if item.flip:
             picture = picture[:, ::-1]
@@ -270,18 +174,6 @@ def compose(
 def choose(rng: np.random.Generator, values: Sequence):
     """One of `values`, each as likely; much faster than rng.choice, and keeps the type."""
     return values[int(rng.integers(len(values)))]
-
-
-@functools.cache
-def visible_backgrounds(subject: str, style: str, colour: str | None) -> tuple[str, ...]:
-    """The backgrounds from which a picture stands out: a yellow moon is not put on yellow, nor a brown cat on red."""
-    if colour is not None:
-        return tuple(name for name in COLOURS if np.linalg.norm(np.subtract(COLOURS[colour], COLOURS[name])) >= TINT_CONTRAST)
-    picture = art(subject, style)
-    pixels = picture[picture[..., 3] > 127][:, :3].astype(np.float32)
-    return tuple(
-        name for name in COLOURS if np.mean(np.linalg.norm(pixels - np.array(COLOURS[name]), axis=1) < NEAR) <= MOST_NEAR
-    )
 
 
 @functools.cache
