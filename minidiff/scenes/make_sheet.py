@@ -46,7 +46,7 @@ def read_pictures(archive: Path, folder: str, codes: set[str]) -> dict[str, Imag
             if member.isfile() and member.name.startswith(folder) and emoji_code(member.name) in codes:
                 found[emoji_code(member.name)] = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGBA")
     if missing := sorted(codes - found.keys()):
-        raise ValueError(f"{archive} has no picture in {folder} for {missing}; see the docstring for the archive to give")
+        raise ValueError(f"{archive} has no {folder} picture for {missing}; see the docstring for what to give")
     return found
 
 

@@ -57,7 +57,7 @@ class SceneObject:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture (0 to 255) with its words and labels; mask in [0, 1], the share of each pixel that any object covers."""
+    """A picture (0 to 255) with its words and labels; mask in [0, 1], the share of each pixel under any object."""
 
     image: UInt8[np.ndarray, "64 64 3"]
     caption: str
@@ -110,6 +110,22 @@ def caption_of(items: Sequence[Item], relation: str | None, background: str | No
 # --- scenes -----------------------------------------------------------------------------------------------------------
 
 
+def picture_of(item: Item, style: str) -> tuple[tuple[int, int, int, int], UInt8[np.ndarray, "h w 4"]]:
+    """The item's box in the scene and its picture of that size, RGBA with premultiplied alpha."""
+    known("subject", item.subject, subjects())
+    if item.colour is not None:
+        known("colour", item.colour, COLOURS)
+    width, height = scaled_size(item.subject, style, item.px)
+    x, y = round(item.centre[0] - width / 2), round(item.centre[1] - height / 2)
+    if min(x, y) < 0 or x + width > SIZE or y + height > SIZE:
+        raise ValueError(
+            f"{item.subject} of {width} x {height} at centre {item.centre} leaves the {SIZE} x {SIZE} picture; "
+            "move it or lower px"
+        )
+    picture = np.asarray(sprite(item.subject, style, item.colour).resize((width, height), Image.Resampling.BICUBIC))
+    return (x, y, x + width, y + height), picture[:, ::-1] if item.flip else picture
+
+
 def compose(
     items: Sequence[Item],
     *,
@@ -124,7 +140,7 @@ def compose(
     """Paint one or two items on a background; later items cover earlier ones.
 
     `relation` ('and', 'left of', 'above') joins two items in the caption and does not move them: see sample_scene.
-    `shade` is added to the background's RGB (0 to 255), `gradient` is the share by which it darkens to the top.
+    `shade` is added to the background's RGB (0 to 255); `gradient` is the share by which it is darker at the top.
     Raises ValueError for an unknown subject, colour, style or relation, and for an item that leaves the picture.
     """
     known("style", style, STYLES)
@@ -132,34 +148,22 @@ def compose(
     if len(items) not in (1, 2):
         raise ValueError(f"{len(items)} items given; a scene has 1 or 2")
     if (relation is None) == (len(items) == 2):
-        raise ValueError(f"relation {relation!r} with {len(items)} items; two need {', '.join(RELATIONS)}, one needs None")
+        raise ValueError(f"relation {relation!r} with {len(items)} items; two need {', '.join(RELATIONS)}, one None")
     if relation is not None:
         known("relation", relation, RELATIONS)
 
     canvas = paint_background(background, shade, gradient)
     boxes, masks = [], []
     for item in items:
-        known("subject", item.subject, subjects())
-        if item.colour is not None:
-            known("colour", item.colour, COLOURS)
-        width, height = scaled_size(item.subject, style, item.px)
-        x, y = round(item.centre[0] - width / 2), round(item.centre[1] - height / 2)
-        if min(x, y) < 0 or x + width > SIZE or y + height > SIZE:
-            raise ValueError(
-                f"{item.subject} of {width} x {height} at centre {item.centre} leaves the {SIZE} x {SIZE} picture; "
-                "move it or lower px"
-            )
-        picture = np.asarray(sprite(item.subject, style, item.colour).resize((width, height), Image.Resampling.BICUBIC))
-        if item.flip:
-            picture = picture[:, ::-1]
+        (x0, y0, x1, y1), picture = picture_of(item, style)
         alpha = picture[..., 3:].astype(np.float32) / 255
-        part = np.s_[y : y + height, x : x + width]
+        part = np.s_[y0:y1, x0:x1]
         canvas[part] = canvas[part] * (1 - alpha) + picture[..., :3]
         for mask in masks:
             mask[part] *= 1 - alpha[..., 0]
         mask = np.zeros((SIZE, SIZE), np.float32)
         mask[part] = alpha[..., 0]
-        boxes.append((x, y, x + width, y + height))
+        boxes.append((x0, y0, x1, y1))
         masks.append(mask)
 
     objects = tuple(
@@ -278,7 +282,7 @@ def sample_scene(rng: np.random.Generator, *, split: str = "train") -> Scene:
         relation=relation,
         name_background=rng.random() < 0.8,
         name_style=rng.random() < 0.6,
-        shade=rng.normal(0, 5, 3),
+        shade=rng.normal(0, 5, 3).tolist(),
         gradient=float(rng.uniform(-0.12, 0.12)) if rng.random() < 0.5 else 0.0,
     )
 
