@@ -123,6 +123,7 @@ def picture_of(item: Item, style: str) -> tuple[tuple[int, int, int, int], UInt8
             "move it or lower px"
         )
     picture = np.asarray(sprite(item.subject, style, item.colour).resize((width, height), Image.Resampling.BICUBIC))
+    picture = np.minimum(picture, picture[..., 3:])  # bicubic scaling may overshoot to more colour than alpha
     return (x, y, x + width, y + height), picture[:, ::-1] if item.flip else picture
 
 
