@@ -23,8 +23,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from minidiff.scenes.art import COLOURS, SIZE, STYLES, known, paint_background, scaled_size, sprite, subject_names
-from minidiff.scenes.art import subjects, visible_backgrounds
+from minidiff.scenes.art import COLOURS, HERE, SIZE, STYLES, known, paint_background, scaled_size, sprite
+from minidiff.scenes.art import subject_names, subjects, visible_backgrounds
 
 RELATIONS = ("and", "left of", "above")
 SPLITS = ("train", "held_out_subjects", "held_out_pairs", "all_subjects")
@@ -286,6 +286,12 @@ def sample_scene(rng: np.random.Generator, *, split: str = "train") -> Scene:
         shade=rng.normal(0, 5, 3).tolist(),
         gradient=float(rng.uniform(-0.12, 0.12)) if rng.random() < 0.5 else 0.0,
     )
+
+
+@functools.cache
+def bpe_merges() -> tuple[str, ...]:
+    """The merges of the small byte-pair encoding made for these captions (train_bpe.py), as TokenizerConfig takes them."""
+    return tuple((HERE / "bpe.txt").read_text(encoding="utf-8").split("\n")[1:])
 
 
 @functools.cache

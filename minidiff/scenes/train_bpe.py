@@ -14,6 +14,7 @@ words without a meaning, one token each, to which a subject of one's own can be 
 
 import argparse
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def join_pair(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]
     return tuple(joined)
 
 
-def train(words: Counter[str]) -> list[tuple[str, str]]:
+def train(words: Mapping[str, int]) -> list[tuple[str, str]]:
     """The merges in order, until each word is one piece; among equally frequent pairs the first by the alphabet."""
     pieces = {word: (*word[:-1], word[-1] + "</w>") for word in words}
     merges = []
