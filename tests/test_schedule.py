@@ -94,8 +94,8 @@ def test_the_dtype_follows_the_inputs_and_no_input_changes(dtype):
     x_0, t, eps = batch(dtype)
     before = x_0.clone(), t.clone(), eps.clone()
     schedule = NoiseSchedule(ScheduleConfig())
-    for method in (schedule.q_sample, schedule.velocity, schedule.x0_from_eps, schedule.eps_from_x0, schedule.x0_from_v, schedule.eps_from_v):
-        out = method(x_0, t, eps)
+    for method in ("q_sample", "velocity", "target", "x0_from_eps", "eps_from_x0", "x0_from_v", "eps_from_v"):
+        out = getattr(schedule, method)(x_0, t, eps)
         assert out.dtype == dtype and out.shape == x_0.shape
     assert all(torch.equal(a, b) for a, b in zip((x_0, t, eps), before))
 

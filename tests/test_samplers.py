@@ -1,0 +1,393 @@
+"""Every sampler's whole trajectory against diffusers' scheduler, and against what its paper proves about it.
+
+The model is the exact denoiser of pixels that are +0.8 or -0.8 with a spread of 0.3: not linear, and as tame as a trained one.
+"""
+
+import itertools
+import math
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from minidiff.config import ScheduleConfig
+from minidiff.samplers import SAMPLERS, Level, Step, karras_sigmas, levels, sample
+from minidiff.schedule import NoiseSchedule
+
+# diffusers with NumPy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+SPACINGS = ("leading", "linspace", "trailing")
+MODE, SPREAD = 0.8, 0.3  # of the pixels
+MEAN, STD = 0.5, 0.4  # of the Gaussian data
+STOCHASTIC = ("ddpm", "euler_ancestral")
+
+
+def make_schedule(prediction="eps", zero_snr=False):
+    return NoiseSchedule(ScheduleConfig(prediction=prediction, zero_terminal_snr=zero_snr))
+
+
+def make_model(schedule, x0_hat):
+    """A model from x0_hat(x, a, s), the posterior mean of x_0 at x = a x_0 + s eps."""
+
+    def model(x, t):
+        alpha_bar = np.interp(t.double().numpy(), np.arange(1000), schedule.alpha_bar.numpy())
+        alpha_bar = torch.from_numpy(alpha_bar).reshape(-1, *[1] * (x.ndim - 1))
+        a, s = alpha_bar.sqrt().to(x.dtype), (1 - alpha_bar).sqrt().to(x.dtype)
+        x0 = x0_hat(x, a, s)
+        return (x - a * x0) / s if schedule.config.prediction == "eps" else (a * x - x0) / s
+
+    return model
+
+
+def of_two_modes(x, a, s):
+    variance = a**2 * SPREAD**2 + s**2
+    mode = MODE * torch.tanh(a * MODE * x / variance)
+    return mode + a * SPREAD**2 / variance * (x - a * mode)
+
+
+def of_a_gaussian(x, a, s):
+    return MEAN + a * STD**2 / (a**2 * STD**2 + s**2) * (x - a * MEAN)
+
+
+def noise_list(dtype=torch.float64, number=60):
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.randn(number, 2, 4, 4, 4, generator=generator, dtype=dtype))
+
+
+def ours(model, schedule, noises, **settings):
+    x, *rest = noises
+    return torch.stack([step.x_t for step in sample(model, x, schedule, noise=iter(rest).__next__, **settings)])
+
+
+def build_theirs(sampler, schedule, spacing):
+    config = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+    config |= dict(prediction_type={"eps": "epsilon", "v": "v_prediction"}[schedule.config.prediction], timestep_spacing=spacing)
+    zero_snr = dict(rescale_betas_zero_snr=schedule.config.zero_terminal_snr)
+    match sampler:
+        case "ddpm":
+            return diffusers.DDPMScheduler(**config, **zero_snr, clip_sample=False, variance_type="fixed_small")
+        case "ddim":
+            return diffusers.DDIMScheduler(**config, **zero_snr, clip_sample=False, set_alpha_to_one=False)
+        case "plms":
+            return diffusers.PNDMScheduler(**config, skip_prk_steps=True, set_alpha_to_one=False)
+        case "euler":
+            return diffusers.EulerDiscreteScheduler(**config, **zero_snr)
+        case "euler_ancestral":
+            return diffusers.EulerAncestralDiscreteScheduler(**config, **zero_snr)
+        case "heun":
+            return diffusers.HeunDiscreteScheduler(**config)
+    return diffusers.DPMSolverMultistepScheduler(
+        **config,
+        **zero_snr,
+        algorithm_type="dpmsolver++",
+        solver_type="midpoint",
+        solver_order=2,
+        use_karras_sigmas=sampler == "dpmpp_2m_karras",
+        final_sigmas_type="zero",  # the default, as is lower_order_final: the last step is of first order
+    )
+
+
+def theirs(model, schedule, noises, *, sampler, steps, spacing, eta=0.0, exact_tables, monkeypatch):
+    """diffusers' trajectory in our coordinates, one latent a step. exact_tables gives its scheduler our float64 alpha_bar."""
+    scheduler = build_theirs(sampler, schedule, spacing)
+    if exact_tables:
+        scheduler.alphas_cumprod = schedule.alpha_bar.clone()
+        if schedule.config.zero_terminal_snr and sampler not in ("ddpm", "ddim"):
+            scheduler.alphas_cumprod[-1] = 2.0**-24
+        scheduler.final_alpha_cumprod = schedule.alpha_bar[0]
+    scheduler.set_timesteps(steps)
+    if sampler not in ("ddpm", "ddim", "plms"):
+        # Without it diffusers skips a level where Karras' rounded timesteps begin with two equal ones.
+        scheduler.set_begin_index(0)
+    x, *rest = noises
+    rest = iter(rest)
+    for module in ("ddpm", "ddim", "euler_ancestral_discrete"):
+        monkeypatch.setattr(f"diffusers.schedulers.scheduling_{module}.randn_tensor", lambda *_, **__: next(rest))
+    exploding = sampler in ("euler", "euler_ancestral", "heun")  # these keep x_0 + sigma eps
+    if exploding:
+        x = x * (scheduler.sigmas[0].to(x.dtype) ** 2 + 1) ** 0.5
+
+    trajectory, timesteps = [], scheduler.timesteps
+    for i, t in enumerate(timesteps):
+        prediction = model(scheduler.scale_model_input(x, t), t[None].expand(len(x)))
+        if sampler in ("ddim", "plms") and i + 1 < len(timesteps) and t > timesteps[i + 1]:
+            # These two take the next timestep to be t - 1000 // steps, which is not the one that they visit next where the
+            # spacing is uneven. Make it so. (plms visits its second timestep twice.)
+            gap = int(t - timesteps[i + 1])
+            scheduler.num_inference_steps = 1000 // gap
+            assert 1000 // scheduler.num_inference_steps == gap
+        extra = dict(eta=eta) if sampler == "ddim" else {}
+        x = scheduler.step(prediction, t, x, **extra).prev_sample
+        trajectory.append(x / (scheduler.sigmas[scheduler.step_index] ** 2 + 1) ** 0.5 if exploding else x)
+    if sampler == "plms":
+        trajectory = trajectory[1:]  # the first is the look ahead
+    if sampler == "heun":
+        trajectory = trajectory[1::2] + trajectory[-1:]  # two calls a step but for the last
+    return torch.stack(trajectory)
+
+
+def assert_parity(sampler, spacing, prediction, zero_snr, steps, eta, dtype, monkeypatch, rtol, atol):
+    schedule = make_schedule(prediction, zero_snr)
+    settings = dict(sampler=sampler, steps=steps, spacing=spacing, eta=eta)
+    model, noises = make_model(schedule, of_two_modes), noise_list(dtype)
+    expected = theirs(model, schedule, noises, **settings, exact_tables=dtype == torch.float64, monkeypatch=monkeypatch)
+    actual = ours(model, schedule, noises, **settings)
+    assert len(actual) == steps
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+ETAS = [(name, 0.0) for name in SAMPLERS] + [("ddim", 1.0)]
+# diffusers keeps sigma, and so the whole step, in float32 whatever it is given
+TOLERANCE = dict.fromkeys(SAMPLERS, 2e-5) | dict(ddim=1e-12, plms=1e-12, ddpm=1e-9)  # ddpm adds sqrt(1e-20) noise at the end
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("sampler, eta", ETAS)
+def test_the_trajectory_equals_that_of_diffusers(sampler, eta, spacing, prediction, steps, monkeypatch):
+    assert_parity(sampler, spacing, prediction, False, steps, eta, torch.float64, monkeypatch, rtol=0, atol=TOLERANCE[sampler])
+    # as installed: fp32 tables, alpha_bar good to 1e-6; a pixel that is slow to choose between the modes multiplies that by 20
+    assert_parity(sampler, spacing, prediction, False, steps, eta, torch.float32, monkeypatch, rtol=1e-4, atol=5e-5)
+
+
+# diffusers has no such option for plms and heun; and an eps-model has no answer for ddpm and ddim where alpha_bar is 0
+ZERO_SNR = [
+    (sampler, eta, spacing, prediction)
+    for (sampler, eta), spacing, prediction in itertools.product(ETAS, SPACINGS, ("eps", "v"))
+    if sampler not in ("plms", "heun") and (sampler not in ("ddpm", "ddim") or prediction == "v" or spacing == "leading")
+]
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize("sampler, eta, spacing, prediction", ZERO_SNR)
+def test_the_trajectory_at_zero_terminal_snr_equals_that_of_diffusers(sampler, eta, spacing, prediction, steps, monkeypatch):
+    # diffusers' x is 4096 wide at the first step, where a float32 ends at 2e-4
+    atol = TOLERANCE[sampler] if sampler in ("ddpm", "ddim") else 2e-4
+    assert_parity(sampler, spacing, prediction, True, steps, eta, torch.float64, monkeypatch, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("sampler", ["plms", "heun"])
+def test_at_zero_terminal_snr_plms_and_heun_converge_to_ddim(sampler):
+    schedule = make_schedule("v", zero_snr=True)
+    model, noises = make_model(schedule, of_two_modes), noise_list()
+    expected = ours(model, schedule, noises, sampler="ddim", steps=500, spacing="trailing")[-1]
+    errors = [
+        (ours(model, schedule, noises, sampler=sampler, steps=steps, spacing="trailing")[-1] - expected).abs().max()
+        for steps in (10, 50, 250)
+    ]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.1
+    assert errors[-1] < 0.02  # of which 0.01 is the noise that ddim leaves
+
+
+def test_a_shifted_timestep_would_be_noticed(monkeypatch):
+    """The original's leading timesteps count from 1: leave that out and the parity test must fail."""
+    correct = NoiseSchedule.timesteps
+    monkeypatch.setattr(NoiseSchedule, "timesteps", lambda *args: correct(*args) - 1)
+    for sampler in SAMPLERS[:-1]:
+        with pytest.raises(AssertionError):
+            assert_parity(sampler, "leading", "eps", False, 10, 0.0, torch.float32, monkeypatch, rtol=1e-4, atol=5e-5)
+
+
+# What the papers prove
+
+
+@pytest.mark.parametrize(
+    "sampler, prediction, order",
+    [("ddim", "eps", 1), ("ddim", "v", 1), ("euler", "eps", 1), ("plms", "eps", 2), ("plms", "v", 1)]
+    + [("heun", "eps", 2), ("heun", "v", 2), ("dpmpp_2m", "eps", 2), ("dpmpp_2m", "v", 2)],
+)
+def test_the_error_falls_with_the_order_of_the_method(sampler, prediction, order):
+    """On Gaussian data dx/dsigma has a closed solution: x - MEAN shrinks as sqrt(STD^2 + sigma^2)."""
+    schedule = make_schedule(prediction)
+    x = torch.linspace(-2, 2, 5, dtype=torch.float64)[None]
+    sigma = ((1 - schedule.alpha_bar) / schedule.alpha_bar).sqrt()
+    shrunk = ((STD**2 + sigma[199] ** 2) / (STD**2 + sigma[999] ** 2)).sqrt()
+    exact = MEAN + (x / schedule.alpha_bar[999].sqrt() - MEAN) * shrunk
+    errors = []
+    for steps in (100, 200):
+        walk = list(sample(make_model(schedule, of_a_gaussian), x, schedule, sampler=sampler, steps=steps, spacing="trailing"))
+        i = steps * 8 // 10
+        assert walk[i].t == 199  # reached by the step before
+        errors.append((walk[i - 1].x_t / schedule.alpha_bar[199].sqrt() - exact).abs().max())
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.1  # 200 steps are near the limit: 0.06 for plms, 0.01 for the others
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("sampler, eta", ETAS)
+def test_the_exact_denoiser_of_gaussian_data_gives_gaussian_data(sampler, eta, prediction):
+    schedule = make_schedule(prediction)
+    generator = torch.Generator().manual_seed(0)
+
+    def noise():
+        return torch.randn(1, 20_000, generator=generator, dtype=torch.float64)
+
+    x_0 = MEAN + STD * noise()
+    x = schedule.q_sample(x_0, torch.tensor([999]), noise())
+    model = make_model(schedule, of_a_gaussian)
+    *_, last = sample(model, x, schedule, sampler=sampler, steps=250, spacing="trailing", eta=eta, noise=noise)
+    left = (1 - schedule.alpha_bar[0]) if sampler in ("ddim", "plms") else 0.0  # these two end at timestep 0
+    # 20,000 draws know the mean to 0.003 and the deviation to 0.002; 250 steps of the stochastic ones shrink it by 0.015
+    assert abs(last.x_t.mean() - MEAN) < 0.01
+    assert abs(last.x_t.std() - math.sqrt(STD**2 + left)) < 0.02
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("sampler", SAMPLERS[:-1])
+def test_every_x_t_is_the_picture_and_noise_in_the_proportion_of_its_level(sampler, prediction, spacing):
+    """Where the data is a single picture, x0_hat is that picture, and without fresh noise eps_hat stays what it was."""
+    schedule = make_schedule(prediction)
+    x, *rest = noise_list()
+    picture = torch.linspace(-1, 1, 64, dtype=torch.float64).reshape(4, 4, 4).expand(2, 4, 4, 4)
+    model = make_model(schedule, lambda x, a, s: picture)
+    settings = dict(sampler=sampler, steps=7, spacing=spacing)
+    walk = list(sample(model, x, schedule, **settings, noise=iter(rest).__next__))
+    start, *after = levels(schedule, **settings)
+    eps = (x - start.signal * picture) / start.noise
+    for step, level in zip(walk, after):
+        torch.testing.assert_close(step.x0_hat, picture, rtol=0, atol=1e-10)  # float64
+        if sampler == "plms" and prediction == "v":
+            pass  # extrapolates v, which does change
+        elif sampler not in STOCHASTIC:
+            torch.testing.assert_close(step.x_t, level.signal * picture + level.noise * eps, rtol=0, atol=1e-10)
+        elif level.noise:
+            fresh = (step.x_t - level.signal * picture) / level.noise
+            assert abs(fresh.std() - 1) < 0.2 and not torch.allclose(fresh, eps)  # 128 draws know it to 0.06
+    if sampler not in ("ddim", "plms"):
+        torch.testing.assert_close(walk[-1].x_t, picture, rtol=0, atol=1e-10)
+
+
+def test_euler_ancestral_is_ddpm_written_another_way():
+    schedule = make_schedule()
+    model, noises = make_model(schedule, of_two_modes), noise_list()
+    a, b = (ours(model, schedule, noises, sampler=sampler, steps=20) for sampler in ("ddpm", "euler_ancestral"))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-12)  # float64
+
+
+def test_karras_levels_are_even_in_the_seventh_root_of_sigma():
+    sigmas = karras_sigmas(0.03, 14.6, 10)
+    assert np.allclose([sigmas[0], sigmas[-1]], [14.6, 0.03])
+    assert np.allclose(np.diff(sigmas ** (1 / 7), n=2), 0)
+
+
+# How it behaves
+
+
+@pytest.mark.parametrize("steps", [1, 2, 30])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_n_steps_are_n_steps_and_the_model_is_called_as_often_as_is_said(sampler, steps):
+    schedule = make_schedule()
+    model, calls = make_model(schedule, of_two_modes), []
+    x = noise_list()[0]
+
+    def counting(x_t, t):
+        calls.append(t)
+        assert t.shape == (2,) and t.dtype == torch.int64 and t[0] == t[1]
+        return model(x_t, t)
+
+    walk = list(sample(counting, x, schedule, sampler=sampler, steps=steps, noise=lambda: torch.randn_like(x)))
+    assert [step.i for step in walk] == list(range(steps))
+    assert len(calls) == {"heun": 2 * steps - 1, "plms": steps + 1}.get(sampler, steps)
+    assert all(isinstance(step, Step) and step.x_t.shape == step.x0_hat.shape == x.shape for step in walk)
+
+
+def test_fractional_timesteps_reach_the_model_as_floats():
+    schedule = make_schedule()
+    model, seen = make_model(schedule, of_two_modes), []
+
+    def recording(x_t, t):
+        seen.append(t)
+        return model(x_t, t)
+
+    walk = list(sample(recording, noise_list()[0], schedule, sampler="euler", steps=8, spacing="linspace"))
+    assert all(t.dtype == torch.float32 for t in seen)
+    assert [step.t for step in walk] == pytest.approx(np.linspace(999, 0, 8))
+
+
+def test_the_spacing_is_the_schedules_unless_one_is_given():
+    schedule = NoiseSchedule(ScheduleConfig(spacing="trailing"))
+    model, x = make_model(schedule, of_two_modes), noise_list()[0]
+    assert next(sample(model, x, schedule, steps=10)).t == 999
+    assert next(sample(model, x, schedule, steps=10, spacing="leading")).t == 901
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_input_changes_and_earlier_steps_stay_as_they_were(sampler):
+    schedule = make_schedule("v")
+    model, x = make_model(schedule, of_two_modes), noise_list()[0]
+    noises = noise_list()[1:]
+    x_before, tables = x.clone(), (schedule.alpha_bar.clone(), schedule.betas.clone())
+    walk, copies = [], []
+    for step in sample(model, x, schedule, sampler=sampler, steps=6, noise=iter(noises).__next__):
+        walk.append(step)
+        copies.append((step.x_t.clone(), step.x0_hat.clone()))
+    assert torch.equal(x, x_before) and torch.equal(schedule.alpha_bar, tables[0]) and torch.equal(schedule.betas, tables[1])
+    assert all(torch.equal(a, b) for a, b in zip(noises, noise_list()[1:]))
+    assert all(torch.equal(step.x_t, x_t) and torch.equal(step.x0_hat, x0) for step, (x_t, x0) in zip(walk, copies))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_half_precision_model_sees_its_dtype_and_the_rounding_does_not_add_up(sampler, dtype):
+    schedule = make_schedule("v", zero_snr=True)
+    exact = make_model(schedule, of_two_modes)
+
+    def half(x_t, t):
+        assert x_t.dtype == dtype
+        return exact(x_t.float(), t).to(dtype)
+
+    noises = noise_list(torch.float32)
+    settings = dict(sampler=sampler, steps=20, spacing="trailing")
+    rounded = ours(half, schedule, [noise.to(dtype) for noise in noises], **settings)
+    assert rounded.dtype == dtype
+    # the model's own rounding of x_t and v: a few of the dtype's 1e-3 or 8e-3, times at most a few where modes are told apart
+    mean_error = (rounded.float() - ours(exact, schedule, noises, **settings)).abs().mean()
+    assert mean_error < 10 * torch.finfo(dtype).eps
+
+
+def test_the_levels_of_a_schedule_fall_and_begin_where_the_dtype_can_follow():
+    for sampler, zero_snr in itertools.product(SAMPLERS, (False, True)):
+        for spacing in SPACINGS:
+            visited = levels(make_schedule("v", zero_snr), sampler, 20, spacing)
+            alpha_bars = [level.alpha_bar for level in visited]
+            assert len(visited) == 21 and alpha_bars == sorted(alpha_bars)
+            if zero_snr and spacing != "leading":
+                assert visited[0].t == 999
+                assert visited[0].alpha_bar == pytest.approx(0 if sampler in ("ddpm", "ddim") else 2**-24, rel=1e-9)
+    level = Level(10, 0.2)
+    assert level.sigma == pytest.approx(2) and level.signal**2 + level.noise**2 == pytest.approx(1)
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(sampler="ddmp"), "sampler 'ddmp' unknown; choose ddpm, ddim, plms, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_karras"),
+        (dict(spacing="karras"), "spacing 'karras' unknown; choose leading, linspace, trailing"),
+        (dict(steps=0), r"steps 0 is outside 1\.\.1000"),
+        (dict(steps=-3), "steps -3 is outside"),
+        (dict(steps=1001), "steps 1001 is outside"),
+        (dict(steps=1000, sampler="dpmpp_2m"), r"steps 1000 is outside 1\.\.999 for sampler 'dpmpp_2m'"),
+        (dict(eta=-0.1), r"eta -0\.1 is outside 0\.\.1"),
+        (dict(eta=math.nan), "eta nan is outside"),
+        (dict(eta=0.5, sampler="euler"), "eta 0.5 belongs to sampler 'ddim'"),
+        (dict(eta=0.5), "sampler 'ddim' draws noise; give noise="),
+        (dict(sampler="ddpm"), "sampler 'ddpm' draws noise; give noise="),
+        (dict(sampler="euler_ancestral"), "sampler 'euler_ancestral' draws noise"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_before_the_model_is_called(settings, message):
+    with pytest.raises(ValueError, match=message):
+        sample(lambda x_t, t: pytest.fail("called"), noise_list()[0], make_schedule(), **settings)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_an_eps_model_is_refused_where_there_is_nothing_but_noise(sampler):
+    x = noise_list()[0]
+    with pytest.raises(ValueError, match="cannot start an eps-model at timestep 999.*use a v-model"):
+        sample(lambda x_t, t: x_t, x, make_schedule("eps", True), sampler=sampler, spacing="trailing", noise=lambda: x)
