@@ -1,0 +1,118 @@
+"""Named tensors into a safetensors file, and whole folders: all of it or nothing.
+
+A file or folder is built under a temporary name beside its place and renamed at the end, which a file system does in one
+step. Whoever reads at that moment, or starts again after a crash or a full disk, finds the old one or the new one.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes length of the header, the header as JSON, the numbers. It is
+written here and not by the safetensors package, because the package orders the metadata at random, so that saving twice
+gives two different files, and refuses tensors that share memory.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None):
+    """Write tensors of any device, stride and sharing, one after the other; the same input gives the same bytes.
+
+    Tensors that share memory are written once under each name. A file at `path` is replaced, also the one that the
+    tensors were read from.
+
+    Raises ValueError for names, metadata or dtypes that the format has no place for, FileNotFoundError without the folder.
+    """
+    path = Path(path)
+    metadata = metadata or {}
+    _check(path, tensors, metadata)
+    # Wide numbers first, so that every tensor starts at a multiple of its number's size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    temporary = _temporary(path)
+    try:
+        with temporary.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                file.write(_bytes(tensors[name]))
+            file.flush()
+            os.fsync(file.fileno())  # else a crash of the machine may leave the new name on an empty file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """`with new_folder("model") as folder:` write into `folder`; it becomes "model" at the end, or nothing is left of it.
+
+    Raises ValueError when there is something at `path` already, other than an empty folder.
+    """
+    path = Path(path)
+    if path.is_file() or path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{path}: exists already; choose a new name, or delete it first")
+    _check_parent(path)
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.is_dir():
+            path.rmdir()
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]):
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; give the name of a file in it, such as {path / 'model.safetensors'}")
+    _check_parent(path)
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or name == "__metadata__":
+            raise ValueError(f"tensor name {name!r}: expected text other than __metadata__, which the format keeps for itself")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"'{name}' is {tensor.dtype}; safetensors has {', '.join(DTYPES.values())}; convert it first")
+    for key, text in metadata.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise ValueError(f"metadata {key!r}: {text!r}; safetensors keeps text only, so pass it through str or json.dumps")
+
+
+def _check_parent(path: Path):
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
