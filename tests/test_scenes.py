@@ -194,7 +194,7 @@ def test_the_mask_is_where_the_picture_differs_from_its_background():
     for style in STYLES:
         scene = compose([Item("octopus", px=44, centre=(30.0, 34.0))], background="green", style=style)
         (thing,) = scene.objects
-        plain = paint_background("green", (0, 0, 0), 0.0)
+        plain = paint_background("green", (0.0, 0.0, 0.0), 0.0)
         moved = np.abs(scene.image - plain).max(-1)
         assert moved[scene.mask == 0].max() <= 0.5  # rounding to 8 bits
         assert (moved[scene.mask > 0.99] > 10).mean() > 0.9

@@ -290,7 +290,7 @@ def sample_scene(rng: np.random.Generator, *, split: str = "train") -> Scene:
 
 @functools.cache
 def bpe_merges() -> tuple[str, ...]:
-    """The merges of the small byte-pair encoding made for these captions (train_bpe.py), as TokenizerConfig takes them."""
+    """The merges of the byte-pair encoding made for these captions (train_bpe.py), as TokenizerConfig takes them."""
     return tuple((HERE / "bpe.txt").read_text(encoding="utf-8").split("\n")[1:])
 
 
