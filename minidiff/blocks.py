@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from .attention import Attention
+from minidiff.attention import Attention
 
 
 def timestep_embedding(t: Shaped[Tensor, " B"], width: int) -> Float[Tensor, "B {width}"]:

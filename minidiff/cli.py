@@ -1,2 +1,274 @@
-"""The command line."""
-def main(): raise SystemExit(0)
+"""The command line: `minidiff generate`, `inspect`, `convert`, `compare`, `train from-scratch`, `bench load`.
+
+Each function is a command; its arguments and docstring are what `--help` shows. What a user can get wrong ends in one line and exit
+code 2. This is the only file here that knows of weights_loader. Imports that take long stand inside the commands that need them.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from minidiff.trainers.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def main() -> None:
+    """Entry point of the `minidiff` command."""
+    commands = {
+        "generate": generate,
+        "inspect": inspect,
+        "convert": convert,
+        "compare": compare,
+        "train from-scratch": train_from_scratch,
+        "bench load": bench_load,
+    }
+    warnings.showwarning = lambda message, *rest: print(f"minidiff: {message}", file=sys.stderr)
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="minidiff", description="Stable Diffusion, every part written out.")
+    except (ValueError, OSError) as error:
+        print(f"minidiff: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def generate(
+    prompt: tyro.conf.Positional[str],
+    /,
+    model: str = "tiny",
+    negative: str = "",
+    steps: int = 30,
+    sampler: str = "ddim",
+    guidance: float | None = None,
+    seed: int = 0,
+    batch: int = 1,
+    size: str | None = None,
+    spacing: str | None = None,
+    eta: float = 0.0,
+    vae: str | None = None,
+    ema: bool = False,
+    prediction: str | None = None,
+    dtype: DTYPES = "auto",
+    device: str = "auto",
+    out: Path | None = None,
+) -> None:
+    """Make a picture from words.
+
+    Args:
+        prompt: what the picture shows
+        model: "tiny" (ships with minidiff), a .safetensors or .ckpt file, or a diffusers folder
+        negative: what it should not show
+        steps: how many steps the sampler takes
+        sampler: ddpm, ddim, plms, euler, euler_ancestral, heun, dpmpp_2m or dpmpp_2m_karras
+        guidance: how strongly the picture follows the prompt; 1 is not at all stressed, the model's own by default
+        seed: where the noise comes from; the same seed gives the same picture
+        batch: how many pictures, on the seeds that follow
+        size: in pixels, as 512 or 768x512; the model's own by default
+        spacing: which timesteps are visited: leading, linspace or trailing; the model's own by default
+        eta: how much fresh noise ddim adds at each step, 0 to 1
+        vae: a VAE file to use instead of the model's
+        ema: take the averaged weights, where a .ckpt holds both
+        prediction: what the model predicts, eps or v, where its file is wrong about it
+        dtype: of the weights; float32 on a CPU and the file's own on a GPU by default
+        device: auto, cpu, cuda, cuda:1, mps
+        out: a .png file; for several pictures their grid, and each beside it with its seed in the name
+    """
+    from tqdm import tqdm
+
+    from minidiff.pipeline import to_images
+    from minidiff.viz import grid, save_png
+
+    if batch < 1:
+        raise ValueError(f"--batch {batch} makes no picture; give 1 or more")
+    out = out or Path(f"{slug(prompt)}-{seed}.png")
+    sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction)
+    settings = {"steps": steps, "sampler": sampler, "guidance_scale": guidance, "negative_prompt": negative}
+    settings |= {"size": parse_size(size), "spacing": spacing, "eta": eta}
+    seeds = list(range(seed, seed + batch))
+    walk = sd.denoise(prompt, seeds=seeds, **settings)
+    for last in tqdm(walk, total=steps, unit="step", file=sys.stderr):
+        pass
+    images = to_images(sd.decode(last.x_t))
+
+    def describe(seed: int) -> str:
+        """As the web interfaces write it: the prompt, the negative prompt, then names and values."""
+        width, height = images[0].size
+        values = {
+            "Steps": steps, "Sampler": sampler, "Schedule type": spacing or sd.config.schedule.spacing,
+            "CFG scale": sd.config.guidance_scale if guidance is None else guidance, "Seed": seed, "Size": f"{width}x{height}",
+            "Model": model, "Eta": eta, "dtype": str(sd.dtype).removeprefix("torch."),
+        }  # fmt: skip
+        lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
+        return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items())])
+
+    save_png(grid(images), out, describe(seed))
+    if batch > 1:
+        for one, image in zip(seeds, images):
+            save_png(image, out.with_name(f"{out.stem}-{one}.png"), describe(one))
+    print(out)
+
+
+def inspect(file: tyro.conf.Positional[Path], /) -> None:
+    """Say what a checkpoint is, without loading it.
+
+    Args:
+        file: a .safetensors or .ckpt file, or a diffusers folder
+    """
+    import weights_loader
+
+    print(weights_loader.inspect(file))
+
+
+def convert(source: tyro.conf.Positional[str], target: tyro.conf.Positional[Path], /) -> None:
+    """Rewrite a checkpoint: to one .safetensors file in the original's names, or to a diffusers folder.
+
+    Args:
+        source: "tiny", a .safetensors or .ckpt file, or a diffusers folder
+        target: a file name ending in .safetensors, or else the folder to make
+    """
+    import weights_loader
+
+    weights_loader.convert(source, target)
+    print(target)
+
+
+def compare(
+    a: tyro.conf.Positional[str],
+    b: tyro.conf.Positional[str],
+    /,
+    prompt: str = "a cat",
+    t: int = 500,
+    seed: int = 0,
+    dtype_a: DTYPES = "auto",
+    dtype_b: DTYPES = "auto",
+    tolerance: float = 1e-5,
+    every: bool = False,
+) -> None:
+    """Run two checkpoints side by side and say where they first differ, layer by layer.
+
+    Args:
+        a: a checkpoint, as for generate
+        b: another, or the same with another dtype
+        prompt: the words both are given
+        t: the timestep the U-Nets are asked at, 0 to 999
+        seed: of the latent both are given
+        dtype_a: of the first one's weights
+        dtype_b: of the second one's weights
+        tolerance: the largest difference that counts as none, relative to the layer's largest value
+        every: show every layer, not only those that differ
+    """
+    from minidiff.compare import compare_models
+
+    differences = compare_models(load(a, dtype_a, "cpu"), load(b, dtype_b, "cpu"), prompt, t, seed)
+    print(f"{'largest difference':>18}  {'relative':>9}  layer")
+    for d in differences:
+        if every or d.relative > tolerance:
+            print(f"{d.absolute:18.3e}  {d.relative:9.2e}  {d.layer}")
+    first = next((d for d in differences if d.relative > tolerance), None)
+    print(f"first layer that differs: {first.layer}" if first else f"all {len(differences)} layers agree to {tolerance:g}")
+
+
+def train_from_scratch(
+    out: Path,
+    /,
+    recipe: tyro.conf.OmitArgPrefixes[Recipe] = Recipe(),
+    init: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Train a small Stable Diffusion from nothing on composed scenes: the VAE, then text encoder and U-Net together.
+
+    Stopped at any time and started again with the same arguments, it goes on from its last state.
+
+    Args:
+        out: folder of the run; the model ends there as model.safetensors
+        recipe: how long, and how
+        init: a checkpoint of the bundled model's shape to train on from; its VAE is kept
+        device: auto, cpu, cuda, cuda:1, mps
+        threads: CPU threads to use; all cores by default
+    """
+    import torch
+    from tqdm import tqdm
+
+    import weights_loader
+    from minidiff.trainers.from_scratch import bundled_config
+    from minidiff.trainers.run import run_from_scratch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    base = load(init, "float32", device) if init else None
+    model = out / "model.safetensors"
+    bar, stage = None, None
+    for step in run_from_scratch(
+        base.config if base else bundled_config(), recipe, out, choose_device(device), lambda sd: weights_loader.save(sd, model), base
+    ):
+        if step.stage != stage:
+            stage, bar = step.stage, tqdm(desc=step.stage, total=step.steps, initial=step.i - 1, file=sys.stderr)
+        bar.update(step.i - bar.n)
+        if step.loss is not None:
+            bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
+    print(model)
+
+
+def bench_load(against: bool = True, out: Path | None = None) -> None:
+    """Time and memory of loading a full-size Stable Diffusion 1.x made of made-up weights, beside diffusers on the same tensors.
+
+    Args:
+        against: measure diffusers as well
+        out: a .json file for the results
+    """
+    from minidiff.bench.load import bench
+
+    bench(against, out)
+
+
+def load(model: str, dtype: str, device: str, **options):
+    """The model, on the device asked for; what the loader decided is said."""
+    import torch
+
+    import weights_loader
+
+    sd = weights_loader.load(model, dtype=None if dtype == "auto" else getattr(torch, dtype), device=choose_device(device), **options)
+    for note in sd.notes:
+        print(f"minidiff: {note}", file=sys.stderr)
+    return sd
+
+
+def choose_device(name: str) -> "torch.device":
+    """`auto` takes CUDA, else MPS, else the CPU."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} unknown; choose auto, cpu, cuda, cuda:1, mps") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; take --device auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' is not available on this machine; take --device auto")
+    return device
+
+
+def parse_size(size: str | None) -> int | tuple[int, int] | None:
+    """'512' or '768x512' (width x height)."""
+    if size is None:
+        return None
+    numbers = size.lower().split("x")
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"--size {size}: give pixels as 512, or width x height as 768x512")
+    return int(numbers[0]) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
+
+
+def slug(prompt: str) -> str:
+    """The prompt as a file name."""
+    words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
+    return "-".join(words)[:60] or "picture"

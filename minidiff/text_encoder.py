@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .attention import Attention
-from .config import TextEncoderConfig
+from minidiff.attention import Attention
+from minidiff.config import TextEncoderConfig
 
 
 def quick_gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from .blocks import ResBlock, SpatialTransformer, TimeEmbedding
-from .config import UNetConfig
+from minidiff.blocks import ResBlock, SpatialTransformer, TimeEmbedding
+from minidiff.config import UNetConfig
 
 EPS = 1e-5  # of every GroupNorm here but the SpatialTransformers'
 

@@ -15,9 +15,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .attention import Attention
-from .blocks import ResBlock
-from .config import VAEConfig
+from minidiff.attention import Attention
+from minidiff.blocks import ResBlock
+from minidiff.config import VAEConfig
 
 EPS = 1e-6
 

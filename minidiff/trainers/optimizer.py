@@ -1,0 +1,91 @@
+"""How weights move: Muon for matrices and convolutions, AdamW for the rest, and an average that follows them.
+
+Muon (Jordan et al. 2024; Liu et al. 2025, "Muon is scalable for LLM training") takes the momentum of a weight matrix, replaces it by
+the nearest matrix whose singular values are all about 1, and steps that way: rare directions learn as fast as common ones. With Liu
+et al.'s factor its steps are as large as AdamW's, so that one learning rate serves both.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at 0, singular values end between 0.7 and 1.2
+
+
+def orthogonalise(matrix: Float[Tensor, "R C"], steps: int = 5) -> Float[Tensor, "R C"]:
+    """The same singular vectors with all singular values near 1, by the quintic Newton-Schulz iteration a X + b X X'X + c (X X')^2 X."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrix / (matrix.norm() + 1e-7)  # the iteration needs singular values of at most 1
+    if x.shape[0] > x.shape[1]:
+        return orthogonalise(matrix.T, steps).T
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """One Muon step a weight of two or more dimensions (a convolution is its matrix C_out x C_in*kh*kw), with Nesterov momentum."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                momentum = state.setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"]).flatten(1)
+                scale = 0.2 * math.sqrt(max(update.shape))  # Liu et al. eq. 4: root mean square of the step 0.2, AdamW's
+                p.add_(orthogonalise(update).view_as(p), alpha=-group["lr"] * scale)
+
+
+def optimizers(modules: Iterable[nn.Module], lr: float) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon over the hidden matrices and convolutions, AdamW over embeddings, biases and norms."""
+    matrices, others = [], []
+    for module in modules:
+        for part in module.modules():
+            for p in part.parameters(recurse=False):
+                hidden = isinstance(part, nn.Linear | nn.Conv2d) and p.ndim > 1
+                (matrices if hidden else others).append(p)
+    return Muon(matrices, lr), torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def learning_rate(step: int, steps: int, peak: float, warm_up: int = 60) -> float:
+    """Rises over `warm_up` steps, stays, falls in a line to 5 % of the peak over the last third."""
+    falling = (steps - step) / (steps / 3)
+    return peak * min(1.0, (step + 1) / warm_up, max(0.05, falling))
+
+
+class ExponentialAverage:
+    """A running mean of the weights, which samples better than the weights themselves: mean <- d mean + (1 - d) weights.
+
+    d rises with the steps, (1 + n) / (10 + n), up to `decay`, so that the first, bad weights are soon forgotten.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.steps = 0
+        self.mean = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module):
+        d = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
+        for name, p in module.named_parameters():
+            self.mean[name].lerp_(p, 1 - d)
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps, "mean": self.mean}
+
+    def load_state_dict(self, state: dict):
+        self.steps = state["steps"]
+        for name, value in state["mean"].items():
+            self.mean[name].copy_(value)
