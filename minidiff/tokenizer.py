@@ -137,8 +137,8 @@ def _open_clip_tokenizer() -> ModuleType:
         raise ImportError("open_clip is not installed; run: pip install open_clip_torch")
     file = Path(package.submodule_search_locations[0]) / "tokenizer.py"
     spec = importlib.util.spec_from_file_location("minidiff.open_clip_tokenizer", file)
-    module = importlib.util.module_from_spec(spec)
     try:
+        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except (ImportError, FileNotFoundError):
         return importlib.import_module("open_clip.tokenizer")
