@@ -9,7 +9,7 @@ stack machine, some of which import any function of Python and call it. Here tho
     INST, OBJ                         calls it                             refused
     NEWOBJ, NEWOBJ_EX                 cls.__new__(...)                     an InertObject
     BUILD                             __setstate__ or any attribute        ignored
-    EXT1, EXT2, EXT4, ..._BUFFER      names and data from outside          refused
+    EXT1, EXT2, EXT4                  looks up a registered function       refused
 
 No name is ever looked up in Python's modules, so there is no class or function for a file to reach: the table
 `CALLS` holds our own few lines in place of torch's and the standard library's.
@@ -18,10 +18,10 @@ Left out: numbers, arrays and sets of other libraries keep their place but lose 
 stored as one. The machine itself is described in Python's own pickletools.
 """
 
+import mmap
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -46,16 +46,16 @@ class InertObject:
 
 
 def unpickle(
-    stream: BinaryIO,
-    load_storage: Callable[[tuple], Tensor],
+    buffer: mmap.mmap,
+    load_storage: Callable[[tuple], Tensor | Name],
     load_bytes: Callable[[bytes], Tensor],
 ) -> tuple[object, tuple[str, ...]]:
     """The value of one pickle, and the names in it that stayed inert.
 
     Dicts of any kind come as dict, sets as list, tensors as views of their storage, without requires_grad.
 
-    stream: read up to the pickle's end and no further.
-    load_storage: given a persistent id, as in ("storage", Name("torch.FloatStorage"), key, location, numel), the whole
+    buffer: a mapped file, read from its position to the pickle's end.
+    load_storage: given a persistent id, as ("storage", Name("torch.FloatStorage"), key, location, numel), the whole
         storage as one flat tensor.
     load_bytes: the same from a torch file inside the pickle, the way that tensors are pickled without torch.save.
 
@@ -63,7 +63,7 @@ def unpickle(
     """
     machine = _Machine(load_storage, load_bytes)
     try:
-        return machine.run(stream), tuple(machine.inert)
+        return machine.run(buffer), tuple(machine.inert)
     except Refused:
         raise
     except Exception as error:  # a damaged pickle can trip over anything: an empty stack, an unknown memo, a wrong type
@@ -154,14 +154,14 @@ class _Machine:
         self.load_storage = load_storage
         self.calls = CALLS | {"torch.storage._load_from_bytes": load_bytes}
 
-    def run(self, stream: BinaryIO) -> object:
-        for opcode, argument, _position in pickletools.genops(stream):
+    def run(self, buffer: mmap.mmap) -> object:
+        for opcode, argument, _position in pickletools.genops(buffer):
             if opcode.name in _CONSTANTS:
                 self.stack.append(argument)
             elif opcode.name == "STOP":
                 return self.stack.pop()
             elif not (self.plain(opcode.name, argument) or self.container(opcode.name) or self.outside(opcode.name, argument)):
-                raise Refused(f"refused: the file uses the pickle instruction {opcode.name}, and weights do not need it")
+                raise ValueError(f"the instruction {opcode.name}, which no weights need")
 
     def plain(self, name: str, argument) -> bool:
         """The stack, the memo and the single values. Like the next two: whether the instruction was one of these."""
@@ -240,6 +240,8 @@ class _Machine:
                 _refuse_call(Name(argument.replace(" ", ".")))
             case "OBJ":
                 _refuse_call(self.pop_to_mark()[0])
+            case "EXT1" | "EXT2" | "EXT4":
+                raise Refused(f"refused: the file asks for number {argument} of Python's registered extensions ({name})")
             case "NEWOBJ" | "NEWOBJ_EX":
                 del stack[-1 if name == "NEWOBJ" else -2:]
                 cls = stack.pop()
@@ -261,7 +263,7 @@ class _Machine:
         if path in _DTYPES:
             self.stack.append(_DTYPES[path])
             return
-        if path not in self.calls and path not in STORAGES:
+        if path not in self.calls and path not in STORAGES and path not in INERT_CALLS:
             self.inert[path] = None
         self.stack.append(Name(path))
 
