@@ -28,24 +28,26 @@ def guide(uncond: Float[Tensor, "B *dims"], cond: Float[Tensor, "B *dims"], guid
 def guided(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],
     context: Float[Tensor, "B L D"],
-    uncond_context: Float[Tensor, "B L D"],
+    uncond_context: Float[Tensor, "B L D"] | None,
     guidance_scale: float,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A model(x_t, t, context) made into the model(x_t, t) that a sampler calls.
 
     context, uncond_context: what the text encoder gives for the prompts and for the negative (or empty) prompts. Both halves
-    run as one batch, the unconditional one first; at guidance_scale 1 the conditional half runs alone.
-    Raises ValueError for a guidance_scale that is not finite and contexts of different shapes.
+    run as one batch, the unconditional one first; at guidance_scale 1 the conditional half runs alone, and uncond_context may
+    be None. Raises ValueError for a guidance_scale that is not finite and for contexts that do not match.
     """
     if not isfinite(guidance_scale):
         raise ValueError(f"guidance_scale {guidance_scale} is not a finite number; 1 is no guidance, 7.5 is usual")
+    if guidance_scale == 1:
+        return lambda x_t, t: model(x_t, t, context)
+    if uncond_context is None:
+        raise ValueError(f"guidance_scale {guidance_scale} needs uncond_context, the context of the negative (or empty) prompts")
     if context.shape != uncond_context.shape:
         raise ValueError(
             f"context has shape {tuple(context.shape)} and uncond_context {tuple(uncond_context.shape)}; "
             "give one negative (or empty) prompt a prompt, from the same text encoder"
         )
-    if guidance_scale == 1:
-        return lambda x_t, t: model(x_t, t, context)
     both = torch.cat([uncond_context, context])
 
     def guided_model(x_t: Float[Tensor, "B *dims"], t: Tensor) -> Float[Tensor, "B *dims"]:

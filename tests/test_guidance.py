@@ -70,6 +70,7 @@ def test_the_model_is_called_once_with_twice_the_batch_and_alone_at_scale_one():
     out = guided(counting, context, uncond_context, 1.0)(x_t, t)
     assert batches == [(6, 6, 6), (3, 3, 3)]
     assert torch.equal(out, model(x_t, t, context))
+    assert torch.equal(guided(model, context, None, 1.0)(x_t, t), out)
 
 
 def test_no_input_changes_and_the_dtype_stays():
@@ -93,3 +94,5 @@ def test_contexts_that_do_not_match_are_refused():
     _, _, context, uncond_context = inputs()
     with pytest.raises((ValueError, TypeCheckError), match="uncond_context"):
         guided(model, context, uncond_context[:1], 7.5)
+    with pytest.raises(ValueError, match="guidance_scale 7.5 needs uncond_context"):
+        guided(model, context, None, 7.5)
