@@ -29,9 +29,12 @@ def main() -> None:
         "train from-scratch": train_from_scratch,
         "bench load": bench_load,
     }
+    args = sys.argv[1:]
+    if args[:1] in (["train"], ["bench"]):
+        args = [" ".join(args[:2]), *args[2:]]  # to tyro, a command of two words is one argument
     warnings.showwarning = lambda message, *rest: print(f"minidiff: {message}", file=sys.stderr)
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="minidiff", description="Stable Diffusion, every part written out.")
+        tyro.extras.subcommand_cli_from_dict(commands, prog="minidiff", description="Stable Diffusion, every part written out.", args=args)
     except (ValueError, OSError) as error:
         print(f"minidiff: {error}", file=sys.stderr)
         sys.exit(2)

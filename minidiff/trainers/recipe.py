@@ -12,10 +12,10 @@ class Recipe:
     vae_batch: int = 32
     vae_learning_rate: float = 4e-3
     kl_weight: float = 2e-4
-    scenes: int = 50_000
-    steps: int = 4000
+    scenes: int = 30_000
+    steps: int = 2800
     batch: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     object_weight: float = 1.6  # the loss of a latent cell is weighted 0.4 + object_weight * (its share of object)
     caption_dropout: float = 0.1  # captions left empty, for classifier-free guidance (Ho and Salimans 2022)
     average: float = 0.9995
