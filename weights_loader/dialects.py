@@ -27,6 +27,12 @@ from minidiff.vae import VAE
 Layout = Literal["ldm", "diffusers"]
 Part = UNet | VAE | TextEncoder
 
+# What the names of a part begin with in an LDM file.
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+CLIP_PREFIX = "cond_stage_model.transformer.text_model."  # SD 1.x
+OPEN_CLIP_PREFIX = "cond_stage_model.model."  # SD 2.x
+
 
 @dataclass(frozen=True)
 class Place:
@@ -238,19 +244,19 @@ def _rules(part: Part, layout: Layout) -> tuple[str, dict[str, str]]:
     config = part.config
     match part, layout:
         case UNet(), "ldm":
-            return "model.diffusion_model.", _unet_ldm(config)
+            return UNET_PREFIX, _unet_ldm(config)
         case UNet(), "diffusers":
             return "", _unet_diffusers(config)
         case VAE(), "ldm":
-            return "first_stage_model.", _vae_ldm(config)
+            return VAE_PREFIX, _vae_ldm(config)
         case VAE(), "diffusers":
             return "", _vae_diffusers(config)
         case TextEncoder(), "diffusers":
             return "text_model.", _text_clip(config)
         case TextEncoder(), "ldm" if config.activation == "gelu":  # SD 2.x: OpenCLIP's model; the text encoder with the exact GELU
-            return "cond_stage_model.model.", _text_open_clip(config)
+            return OPEN_CLIP_PREFIX, _text_open_clip(config)
         case TextEncoder(), "ldm":
-            return "cond_stage_model.transformer.text_model.", _text_clip(config)
+            return CLIP_PREFIX, _text_clip(config)
     raise ValueError(f"layout {layout!r} unknown; choose ldm or diffusers")
 
 

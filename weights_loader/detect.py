@@ -1,0 +1,214 @@
+"""What a file is: by the names and shapes of its tensors, and for one question by asking the model.
+
+    names   -> a whole model, or a LoRA, a VAE, an SDXL, ...       refuse_foreign
+    shapes  -> widths and depths -> SD 1.x, SD 2.x, or neither      sizes, family_config
+    weights -> does it predict the noise or the velocity?           noise_correlation
+"""
+
+import re
+from dataclasses import replace
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from minidiff.config import SD1, SD2, ModelConfig
+from minidiff.text_encoder import TextEncoder
+from minidiff.tokenizer import Tokenizer
+from minidiff.unet import UNet
+from weights_loader.dialects import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
+
+Shapes = dict[str, tuple[int, ...]]
+OPEN_CLIP_LAYERS = 24  # of ViT-H, in the files; Stable Diffusion 2.x runs all but the last
+
+# ------------------------------------------------------------------------------------------------- what it is not
+
+# (pattern of a tensor's name, what a file with such a name is). The first that is found decides.
+FOREIGN = (
+    (r"lora_(unet|te|down|up|mid)|[._]lora\.|\.lora_[AB]\.|\.hada_w|\.lokr_w", "a LoRA: changes to a model, not a model; load the checkpoint it was made for"),
+    (r"^control_model\.|controlnet_cond_embedding\.", "a ControlNet, which steers a model and is none; it is not supported"),
+    (r"^conditioner\.embedders\.|^add_embedding\.linear_", "a Stable Diffusion XL, which is not supported; choose a 1.x or 2.x"),
+    (r"joint_blocks\.|double_blocks\.|single_transformer_blocks\.", "a diffusion transformer such as Stable Diffusion 3 or Flux, not supported"),
+    (r"custom_diffusion|^modifier_token", "a Custom Diffusion file: changes to a model, not a model"),
+    (r"^string_to_param|^emb_params$|^clip_[lg]$|^<[^<>]+>$", "a Textual Inversion embedding: a learned word, not a model"),
+)  # fmt: skip
+
+# The same for the parts of a model. They stand inside a whole model too, so they count only where its U-Net is missing.
+PARTS = (
+    (r"^unet[./]|^text_encoder[./]", "a whole model in diffusers names in one file; convert it to a diffusers folder or to LDM names"),
+    (r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|down_blocks|up_blocks|mid_block)\.", "a VAE alone; load a whole model and give this as vae=FILE"),
+    (r"^(down_blocks|mid_block|up_blocks)\.", "the U-Net of a diffusers model alone; give the folder with model_index.json"),
+    (r"^(text_model\.)?(encoder\.layers|embeddings)\.|^cond_stage_model\.", "a text encoder alone; give the whole model"),
+)  # fmt: skip
+
+
+def foreign(names: list[str]) -> str | None:
+    """What a file is, if its names show that it is not a Stable Diffusion in LDM names."""
+    rules = FOREIGN if any(name.startswith(UNET_PREFIX) for name in names) else FOREIGN + PARTS
+    return next((what for pattern, what in rules if any(re.search(pattern, name) for name in names)), None)
+
+
+# ---------------------------------------------------------------------------------------------- what it is: by shapes
+
+
+def sizes(shapes: Shapes) -> dict[str, object]:
+    """What the shapes of a file in LDM names tell of a config; `config_sizes` gives the same of a config.
+
+    Parts that are not there give None, 0 or ().
+    """
+    open_clip = f"{OPEN_CLIP_PREFIX}token_embedding.weight" in shapes
+    text = OPEN_CLIP_PREFIX if open_clip else CLIP_PREFIX
+    token_embedding = "token_embedding.weight" if open_clip else "embeddings.token_embedding.weight"
+    positions = "positional_embedding" if open_clip else "embeddings.position_embedding.weight"
+    layer = "transformer.resblocks.{}.ln_1.weight" if open_clip else "encoder.layers.{}.layer_norm1.weight"
+    widths, attention, blocks = _unet_levels(shapes)
+    vae = VAE_PREFIX + "encoder.down.{}.block.{}.conv1.weight"
+    linear, context_width = None, None
+    for name, shape in shapes.items():
+        if name.startswith(UNET_PREFIX) and name.endswith("attn2.to_k.weight"):
+            context_width = shape[1]
+        if name.startswith(UNET_PREFIX) and name.endswith("1.proj_in.weight"):
+            linear = len(shape) == 2
+    layers = _length(shapes, text + layer)
+    return {
+        "text encoder width": _size(shapes, text + token_embedding, 1),
+        "text encoder layers": layers - 1 if open_clip and layers == OPEN_CLIP_LAYERS else layers,
+        "vocabulary": _size(shapes, text + token_embedding, 0),
+        "context length": _size(shapes, text + positions, 0),
+        "U-Net input channels": _size(shapes, f"{UNET_PREFIX}input_blocks.0.0.weight", 1),
+        "U-Net output channels": _size(shapes, f"{UNET_PREFIX}out.2.weight", 0),
+        "U-Net widths": widths,
+        "U-Net attention": attention,
+        "U-Net blocks per level": blocks,
+        "context width": context_width,
+        "linear projection": linear,
+        "VAE widths": tuple(_size(shapes, vae.format(i, 0), 0) for i in range(_length(shapes, vae.format("{}", 0)))),
+        "VAE blocks per level": _length(shapes, vae.format(0, "{}")),
+        "latent channels": _size(shapes, f"{VAE_PREFIX}post_quant_conv.weight", 0),
+    }
+
+
+def config_sizes(config: ModelConfig) -> dict[str, object]:
+    """The numbers of a config that shapes can tell."""
+    text, unet, vae = config.text_encoder, config.unet, config.vae
+    return {
+        "text encoder width": text.width,
+        "text encoder layers": text.layers,
+        "vocabulary": text.vocab_size,
+        "context length": text.context_length,
+        "U-Net input channels": unet.in_channels,
+        "U-Net output channels": unet.out_channels,
+        "U-Net widths": unet.widths,
+        "U-Net attention": unet.attention,
+        "U-Net blocks per level": unet.blocks_per_level,
+        "context width": unet.context_width,
+        "linear projection": unet.linear_projection,
+        "VAE widths": vae.widths,
+        "VAE blocks per level": vae.blocks_per_level,
+        "latent channels": vae.latent_channels,
+    }
+
+
+def _unet_levels(shapes: Shapes) -> tuple[tuple[int, ...], tuple[bool, ...], int]:
+    """Width and attention of each level, and the blocks of the first: a walk down to where the names end."""
+    widths, attention, blocks, new_level = [], [], [], True
+    for step in count(1):
+        block = f"{UNET_PREFIX}input_blocks.{step}"
+        if f"{block}.0.op.weight" in shapes:
+            new_level = True
+        elif (convolution := f"{block}.0.in_layers.2.weight") in shapes:
+            if new_level:
+                widths.append(shapes[convolution][0])
+                attention.append(f"{block}.1.norm.weight" in shapes)
+                blocks.append(0)
+                new_level = False
+            blocks[-1] += 1
+        else:
+            return tuple(widths), tuple(attention), blocks[0] if blocks else 0
+
+
+def _size(shapes: Shapes, name: str, axis: int) -> int | None:
+    shape = shapes.get(name, ())
+    return shape[axis] if axis < len(shape) else None
+
+
+def _length(shapes: Shapes, name: str) -> int:
+    """How many of the names with 0, 1, 2, ... in place of {} are there."""
+    return next(i for i in count() if name.format(i) not in shapes)
+
+
+# ------------------------------------------------------------------------------------------------ what it is: family
+
+FAMILIES = {"Stable Diffusion 1.x": SD1, "Stable Diffusion 2.x": SD2}
+# The same model with other numbers here is still of the family: a personalised one has more words, an inpainting one more inputs.
+VARIES = ("vocabulary", "U-Net input channels", "linear projection")
+INPUTS = {4: "", 9: " inpainting"}
+OTHER_INPUTS = {5: "depth-to-image", 7: "the upscaler", 8: "InstructPix2Pix"}
+
+
+def family(numbers: dict[str, object]) -> str | None:
+    """The family that `sizes` or `config_sizes` belong to."""
+    for name, config in FAMILIES.items():
+        known = config_sizes(config)
+        if all(numbers[key] == known[key] for key in known if key not in VARIES):
+            return name
+    return None
+
+
+def family_config(shapes: Shapes) -> ModelConfig:
+    """The config of a public model, by the shapes of its tensors in LDM names.
+
+    The prediction is its family's default. Raises ValueError, with the numbers found, for a model of no known family.
+    """
+    found = sizes(shapes)
+    name = family(found)
+    if name is None:
+        numbers = ", ".join(f"{key} {value}" for key, value in found.items() if value)
+        raise ValueError(
+            "a model of no known family: heads, normalisation groups and schedule cannot be read off the tensors, and the file's metadata "
+            f"does not name them; pass config=ModelConfig(...). Found {numbers}"
+        )
+    inputs = found["U-Net input channels"]
+    if inputs not in INPUTS:
+        kind = OTHER_INPUTS.get(inputs, "another task")
+        raise ValueError(f"a {name} whose U-Net takes {inputs} channels, made for {kind}; supported are 4 and, for inpainting, 9")
+    base = FAMILIES[name]
+    return replace(
+        base,
+        text_encoder=replace(base.text_encoder, vocab_size=found["vocabulary"]),
+        unet=replace(base.unet, in_channels=inputs, linear_projection=found["linear projection"]),
+    )
+
+
+def family_name(config: ModelConfig) -> str:
+    """In words, as for `minidiff inspect`."""
+    name = family(config_sizes(config))
+    return name + INPUTS.get(config.unet.in_channels, "") if name else "a Stable Diffusion of its own size"
+
+
+# ------------------------------------------------------------------------------------------------------- eps or v
+
+EPS_CORRELATION = 0.5  # an eps-model is near 1 here, a v-model near 0
+
+
+@torch.no_grad()
+def noise_correlation(unet: UNet, text_encoder: TextEncoder, tokenizer: Tokenizer, timesteps: int) -> float:
+    """How much the U-Net's answer looks like its input, at the highest noise level and with an empty prompt; -1..1.
+
+    There x_t is almost only noise. An eps-model has to name the noise, so it gives its input back; a v-model has to give
+    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0, almost -x_0, of which the input says next to nothing. One call on 16 x 16 latents.
+    """
+    weight = unet.conv_in.weight
+    c_in, c_out = unet.config.in_channels, unet.config.out_channels
+    x = torch.randn((1, c_in, 16, 16), generator=torch.Generator().manual_seed(0))
+    if c_in > c_out:  # inpainting: everything is masked, and nothing of a picture is shown
+        x[:, c_out], x[:, c_out + 1 :] = 1.0, 0.0
+    x = x.to(weight)
+    t = torch.tensor([timesteps - 1], device=weight.device)
+    answer = unet(x, t, text_encoder(tokenizer([""]).to(weight.device)))
+    return _correlation(x[:, :c_out].float(), answer.float())
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12))

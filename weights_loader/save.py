@@ -1,0 +1,60 @@
+"""A StableDiffusion to a checkpoint that other programs read: the road of `load` backwards.
+
+    ldm         one .safetensors file in the original's names
+    diffusers   a folder that diffusers.StableDiffusionPipeline.from_pretrained takes
+
+Either way the config is in the metadata of the file with the U-Net, so that `load` finds every number again; and what a file carried
+without being computed with is written back, in a diffusers folder as a file of its own that diffusers does not look at.
+"""
+
+from pathlib import Path
+
+from minidiff.pipeline import StableDiffusion
+from weights_loader.dialects import Layout, to_file
+from weights_loader.folder import write_folder_config
+from weights_loader.load import CARRIED_FILE, load
+from weights_loader.metadata import KEY, config_to_json
+from weights_loader.write import new_folder, write_safetensors
+
+FORMAT = {"format": "pt"}  # diffusers and transformers ask for it
+SUFFIX = ".safetensors"
+
+
+def save(sd: StableDiffusion, path: str | Path, layout: Layout = "ldm"):
+    """Write a model in the dtype it has: all of it, or nothing.
+
+    Raises ValueError for an unknown layout and for a name that does not fit the layout, FileNotFoundError without the folder above.
+    """
+    path = Path(path)
+    if layout not in ("ldm", "diffusers"):
+        raise ValueError(f"layout {layout!r} unknown; choose ldm or diffusers")
+    if layout == "ldm":
+        _save_ldm(sd, path)
+    else:
+        _save_folder(sd, path)
+
+
+def _save_ldm(sd: StableDiffusion, path: Path):
+    if path.suffix != SUFFIX:
+        raise ValueError(f"{path}: a model in the ldm layout is one {SUFFIX} file; give it a name that ends so, or take layout='diffusers'")
+    tensors = to_file(sd.text_encoder, "ldm") | to_file(sd.unet, "ldm") | to_file(sd.vae, "ldm") | sd.carried
+    write_safetensors(path, tensors, FORMAT | {KEY: config_to_json(sd.config)})
+
+
+def _save_folder(sd: StableDiffusion, path: Path):
+    if path.suffix in (SUFFIX, ".ckpt", ".pt", ".bin"):
+        raise ValueError(f"{path}: a model in the diffusers layout is a folder; give a name without {path.suffix}, or take layout='ldm'")
+    with new_folder(path) as folder:
+        write_folder_config(folder, sd.config, sd.tokenizer)
+        config = FORMAT | {KEY: config_to_json(sd.config)}
+        write_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors", to_file(sd.unet, "diffusers"), config)
+        write_safetensors(folder / "vae" / "diffusion_pytorch_model.safetensors", to_file(sd.vae, "diffusers"), FORMAT)
+        write_safetensors(folder / "text_encoder" / "model.safetensors", to_file(sd.text_encoder, "diffusers"), FORMAT)
+        if sd.carried:
+            write_safetensors(folder / CARRIED_FILE, sd.carried, FORMAT)
+
+
+def convert(source: str | Path, target: str | Path):
+    """Rewrite a checkpoint in the dtype of its file: to LDM names where the target ends in .safetensors, else to a diffusers folder."""
+    layout = "ldm" if Path(target).suffix == SUFFIX else "diffusers"
+    save(load(source, dtype="file"), target, layout)
