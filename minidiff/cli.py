@@ -86,11 +86,12 @@ def generate(
     from tqdm import tqdm
 
     from minidiff.pipeline import to_images
-    from minidiff.viz import grid, save_png
+    from minidiff.viz import check_png, grid, save_png
 
     if batch < 1:
         raise ValueError(f"--batch {batch} makes no picture; give 1 or more")
     out = out or Path(f"{slug(prompt)}-{seed}.png")
+    check_png(out)
     sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction)
     settings = {"steps": steps, "sampler": sampler, "guidance_scale": guidance, "negative_prompt": negative}
     settings |= {"size": parse_size(size), "spacing": spacing, "eta": eta}

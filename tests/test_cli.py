@@ -1,0 +1,150 @@
+"""The command line: pictures with their settings, and one clear line for whatever a user gets wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minidiff.cli import choose_device, main, parse_size, slug
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Runs a command in an empty folder; gives its exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["minidiff", *args])
+        try:
+            main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_command
+
+
+def test_generate_writes_the_picture_that_the_library_makes(run, tmp_path):
+    import weights_loader
+
+    code, out, _ = run("generate", "a cat on a red background", "--steps", "3", "--seed", "5", "--out", "cat.png")
+    assert (code, out.strip()) == (0, "cat.png")
+    expected = weights_loader.load("tiny").generate("a cat on a red background", steps=3, seed=5)[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "cat.png")), np.asarray(expected))
+
+
+def test_the_png_tells_all_that_is_needed_to_make_it_again(run, tmp_path):
+    run("generate", "a cat", "--negative", "a dog", "--steps", "2", "--seed", "7", "--sampler", "euler", "--guidance", "3", "--size", "72x56", "--out", "a.png")
+    picture = Image.open(tmp_path / "a.png")
+    assert picture.size == (72, 56)
+    prompt, negative, settings = picture.text["parameters"].split("\n")
+    assert (prompt, negative) == ("a cat", "Negative prompt: a dog")
+    values = dict(pair.split(": ") for pair in settings.split(", "))
+    again = ["generate", prompt, "--negative", "a dog", "--steps", values["Steps"], "--seed", values["Seed"], "--sampler", values["Sampler"]]
+    again += ["--guidance", values["CFG scale"], "--size", values["Size"], "--spacing", values["Schedule type"], "--model", values["Model"]]
+    again += ["--eta", values["Eta"], "--dtype", values["dtype"], "--out", "b.png"]
+    assert run(*again)[0] == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_batch_is_a_grid_and_each_picture_beside_it_by_its_seed(run, tmp_path):
+    run("generate", "a cat", "--steps", "2", "--seed", "3", "--batch", "3", "--out", "cats.png")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cats-3.png", "cats-4.png", "cats-5.png", "cats.png"]
+    sheet, last = np.asarray(Image.open(tmp_path / "cats.png")), np.asarray(Image.open(tmp_path / "cats-5.png"))
+    assert sheet.shape == (128, 128, 3)
+    assert np.array_equal(sheet[64:, :64], last)
+    run("generate", "a cat", "--steps", "2", "--seed", "5", "--out", "alone.png")
+    alone = np.asarray(Image.open(tmp_path / "alone.png")).astype(int)
+    assert np.abs(alone - last).max() <= 1  # one seed gives one picture, alone or in a batch, to 1/255
+
+
+def test_without_out_the_picture_is_named_after_its_prompt(run, tmp_path):
+    assert run("generate", "A cat, please!", "--steps", "1")[1].strip() == "a-cat-please-0.png"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--model", "no-such.safetensors"], "no-such.safetensors"),
+        (["--sampler", "ddmp"], "sampler 'ddmp' unknown; choose ddpm, ddim,"),
+        (["--steps", "0"], "steps 0 is outside 1..1000"),
+        (["--steps", "1001"], "steps 1001 is outside 1..1000"),
+        (["--size", "63"], "size 63 x 63: width and height must be multiples of 4"),
+        (["--size", "64x"], "--size 64x: give pixels as 512"),
+        (["--size", "0"], "size 0 x 0"),
+        (["--batch", "0"], "--batch 0 makes no picture"),
+        (["--guidance", "nan"], "guidance_scale nan is not a finite number"),
+        (["--spacing", "even"], "spacing 'even' unknown; choose leading, linspace, trailing"),
+        (["--eta", "2"], "eta 2.0 is outside 0..1"),
+        (["--prediction", "x0"], "'x0'"),
+        (["--device", "gpu"], "device 'gpu' unknown; choose auto, cpu"),
+        (["--device", "cuda:99"], "device 'cuda:99': this machine has"),
+        (["--out", "picture.jpg"], "picture.jpg: pictures are written as PNG"),
+        (["--out", "nowhere/picture.png"], "nowhere: no such folder"),
+        (["--vae", "no-such-vae.pt"], "no-such-vae.pt"),
+    ],
+)
+def test_bad_input_gets_one_clear_line_and_exit_code_2(run, tmp_path, args, said):
+    code, out, err = run("generate", "a cat", *(args if "--steps" in args else [*args, "--steps", "1"]))
+    assert (code, out) == (2, "")
+    lines = [line for line in err.splitlines() if line.startswith("minidiff: ")]
+    assert len(lines) == 1 and said in lines[0], err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_what_cannot_be_written_is_said_before_the_picture_is_made(run):
+    _, _, err = run("generate", "a cat", "--out", "picture.jpg")
+    assert "step" not in err  # no progress bar: no work was lost
+
+
+def test_unknown_commands_and_options_exit_with_2(run):
+    for args in (["genrate", "a cat"], ["generate", "a cat", "--stps", "3"], ["generate"], ["train"], ["generate", "a cat", "--steps", "many"]):
+        code, _, err = run(*args)
+        assert code == 2 and "Traceback" not in err
+
+
+def test_inspect_convert_and_compare_work_on_the_bundled_model(run, tmp_path):
+    assert run("convert", "tiny", "folder")[0] == 0
+    assert run("convert", "folder", "again.safetensors")[0] == 0
+    code, out, _ = run("inspect", "again.safetensors")
+    assert code == 0 and "v" in out
+    code, out, _ = run("compare", "tiny", "again.safetensors")
+    assert code == 0 and "layers agree" in out
+    code, out, _ = run("compare", "tiny", "again.safetensors", "--dtype-b", "bfloat16")
+    assert code == 0 and "first layer that differs: text_encoder.token_embedding" in out
+
+
+def test_a_long_prompt_is_cut_with_a_warning_and_makes_its_picture(run):
+    code, _, err = run("generate", "a cat " * 40, "--steps", "1")
+    assert code == 0 and "cut off" in err and "Traceback" not in err
+
+
+def test_sizes_are_one_number_or_width_by_height():
+    assert parse_size(None) is None
+    assert parse_size("512") == 512
+    assert parse_size("768x512") == (768, 512)
+    with pytest.raises(ValueError, match="--size 1x2x3"):
+        parse_size("1x2x3")
+
+
+def test_auto_takes_a_device_that_is_there():
+    import torch
+
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_a_prompt_of_symbols_alone_still_names_a_file():
+    assert slug("!!!") == "picture"
+    assert len(slug("word " * 100)) <= 60
+
+
+def test_help_needs_no_torch():
+    code = "import sys; sys.argv = ['minidiff', 'generate', '--help']\nfrom minidiff.cli import main\ntry: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[1])

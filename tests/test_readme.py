@@ -1,0 +1,82 @@
+"""What the README says is done here, as it says it."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def marked_commands() -> list[str]:
+    return re.findall(r"^<!-- run -->\n```bash\n(.*?)\n```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_two_commands_do_everything_on_a_fresh_machine():
+    picture, tests = marked_commands()
+    assert picture.startswith("python3 -m venv") and "pip install" in picture and "minidiff generate" in picture
+    assert tests.startswith("python3 -m venv") and "pip install" in tests and "pytest" in tests
+    assert "\n" not in picture + tests  # each is one line, to be pasted
+
+
+def test_the_first_command_makes_its_picture(tmp_path):
+    command = shlex.split(marked_commands()[0].split("&&")[-1])
+    subprocess.run([sys.executable, "-m", "minidiff", *command[1:]], cwd=tmp_path, check=True, env=environment())
+    assert [p.name for p in tmp_path.iterdir()] == [command[command.index("--out") + 1]]
+
+
+def test_the_python_of_the_readme_runs(tmp_path):
+    for block in blocks("python"):
+        subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, capture_output=True, env=environment())
+
+
+def test_every_minidiff_command_of_the_readme_parses():
+    commands = [line for block in blocks("bash") for line in re.split("\n|&&", block) if "minidiff " in line and "pip" not in line]
+    assert len(commands) >= 6
+    for command in commands:
+        words = shlex.split(command)[1:]
+        options = [word for word in words if word.startswith("--")]
+        name = words[:2] if words[0] in ("train", "bench") else words[:1]
+        shown = subprocess.run([sys.executable, "-m", "minidiff", *name, "--help"], capture_output=True, text=True, check=True, env=environment()).stdout
+        for option in options:
+            assert option in shown, f"{command}: {option}"
+
+
+def test_every_file_the_readme_names_exists():
+    linked = [path for path in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in path]
+    assert linked
+    for path in linked:
+        assert (ROOT / path).exists(), path
+    tree = README.split("    README.md  pyproject.toml", 1)[1].split("\n\n", 1)[0]
+    for name in re.findall(r"\b(\w+\.py)\b", tree):
+        assert list((ROOT / "minidiff").rglob(name)) + list((ROOT / "weights_loader").rglob(name)), name
+
+
+def test_the_messages_of_the_troubleshooting_table_are_the_codes_own():
+    rows = README.split("## When something goes wrong")[1].split("##")[0].strip().splitlines()[2:]
+    sources = "".join(path.read_text() for folder in ("minidiff", "weights_loader") for path in (ROOT / folder).rglob("*.py"))
+    words = re.sub(r"[\"'\s]+f?[\"']?", " ", sources)
+    assert len(rows) >= 6
+    for row in rows:
+        message = row.split("`")[1]
+        for piece in re.split(r"\.\.\.", message):
+            assert re.sub(r"[\"'\s]+", " ", piece).strip() in words, f"no code says: {piece}"
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize("word", ["TODO", "PARITY_TABLE", "LOAD_TABLE", "TROUBLE\n"])
+def test_nothing_is_left_to_fill_in(word):
+    assert word not in README
