@@ -10,6 +10,7 @@ from `state_dict` makes the very same weights.
 Left out: the adversarial and perceptual losses of the original's VAE.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class AutoencoderTraining:
 
     def result(self) -> VAE:
         """A VAE with the averaged weights."""
-        return averaged(VAE(self.config.vae), self.average).to(self.device)
+        return averaged(self.vae, self.average)
 
     def state_dict(self) -> dict:
         return training_state(self, {"vae": self.vae}, {"vae": self.average})
@@ -122,13 +123,14 @@ class Latents:
         return float(1 / self.mean.double().std())
 
 
-@torch.no_grad()
 def make_latents(recipe: Recipe, vae: VAE, tokenizer: Tokenizer, device: torch.device, chunk: int = 100) -> Iterator[Latents]:
     """The recipe's scenes through the encoder, `chunk` an iteration; in float32, whatever the training ran in."""
     for start in range(0, recipe.scenes, chunk):
         rng = np.random.default_rng([recipe.seed, 1, start])
         scenes = [sample_scene(rng) for _ in range(min(chunk, recipe.scenes - start))]
-        mean = vae.encode(pixels_of(np.stack([scene.image for scene in scenes])).to(device)).mean.cpu()
+        pixels = pixels_of(np.stack([scene.image for scene in scenes])).to(device)
+        with torch.no_grad():
+            mean = vae.encode(pixels).mean.cpu()
         masks = torch.from_numpy(np.stack([scene.mask for scene in scenes])).float()[:, None]
         cells = F.avg_pool2d(masks, vae.config.factor)
         yield Latents(mean, tokenizer([scene.caption for scene in scenes]), cells)
@@ -184,8 +186,7 @@ class DiffusionTraining:
 
     def result(self) -> tuple[TextEncoder, UNet]:
         """Text encoder and U-Net with the averaged weights."""
-        text_encoder = averaged(TextEncoder(self.config.text_encoder), self.averages["text_encoder"])
-        return text_encoder.to(self.device), averaged(UNet(self.config.unet), self.averages["unet"]).to(self.device)
+        return averaged(self.text_encoder, self.averages["text_encoder"]), averaged(self.unet, self.averages["unet"])
 
     def state_dict(self) -> dict:
         return training_state(self, self._modules(), self.averages)
@@ -236,6 +237,8 @@ def take_step(loss: Float[Tensor, ""], optimizers: tuple[torch.optim.Optimizer, 
 
 
 def averaged(module: nn.Module, average: ExponentialAverage) -> nn.Module:
+    """A copy of the module, with the averaged weights."""
+    module = copy.deepcopy(module)
     module.load_state_dict(average.mean)
     return module.eval()
 

@@ -7,9 +7,11 @@
     folder/samples-*.png      what the averaged weights make of eight fixed prompts
 """
 
+import copy
 import dataclasses
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +58,7 @@ def run_from_scratch(
     if init is None:
         vae = yield from train_vae(config, recipe, folder, device)
     else:
-        vae = init.vae.to(device).float()
+        vae = copy.deepcopy(init.vae).to(device).float()
     latents = yield from encode_scenes(config, recipe, folder, vae, device)
     if init is None:
         config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling_factor=latents.scaling_factor()))
@@ -91,7 +93,7 @@ def encode_scenes(config: ModelConfig, recipe: Recipe, folder: Path, vae: VAE, d
 def resumable(training: AutoencoderTraining | DiffusionTraining, path: Path) -> Iterator:
     """The training's steps, from where its state file stands; the state is written as it goes."""
     if path.exists():
-        training.load_state_dict(torch.load(path, weights_only=True))
+        training.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     for step in training.run():
         if step.i % STATE_EVERY == 0 or step.i == step.steps:
             write_state(path, training.state_dict())
@@ -113,7 +115,7 @@ def claim(folder: Path, config: ModelConfig, recipe: Recipe, init: StableDiffusi
     """Makes the folder, or makes sure that what stands in it is the same run."""
     if init is not None and init.config != config:
         raise ValueError("the model to train on from has another configuration than the one asked for")
-    asked = json.loads(json.dumps({**dataclasses.asdict(recipe), "init": init is not None}))
+    asked = json.loads(json.dumps({**dataclasses.asdict(recipe), "init": init is not None and checksum(init)}))
     path = folder / "recipe.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +124,15 @@ def claim(folder: Path, config: ModelConfig, recipe: Recipe, init: StableDiffusi
     different = [f"{name} {found.get(name)!r}, now {value!r}" for name, value in asked.items() if found.get(name) != value]
     if different:
         raise ValueError(f"{folder} holds another run ({'; '.join(different)}); choose another folder, or ask for the same")
+
+
+def checksum(sd: StableDiffusion) -> int:
+    """CRC-32 of the weights as bytes, to know a model again."""
+    crc = 0
+    for module in (sd.text_encoder, sd.unet, sd.vae):
+        for p in module.parameters():
+            crc = zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return crc
 
 
 def write_state(path: Path, state: dict) -> None:

@@ -1,0 +1,58 @@
+"""A Stable Diffusion of random weights, of the bundled model's shape and smaller, for the tests that need a whole one."""
+
+import dataclasses
+
+import torch
+
+from minidiff.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from minidiff.pipeline import StableDiffusion
+from minidiff.text_encoder import TextEncoder
+from minidiff.tokenizer import Tokenizer
+from minidiff.trainers.from_scratch import CONTEXT_LENGTH, VOCABULARY, bundled_config
+from minidiff.unet import UNet
+from minidiff.vae import VAE
+
+
+def small_config(prediction="v", in_channels=4, image_size=32) -> ModelConfig:
+    """Three levels, so that an odd size is rounded on the way down; the last one without attention. 32 pixels are 8 latent cells."""
+    bundled = bundled_config()
+    zero_snr = prediction == "v"
+    return dataclasses.replace(
+        bundled,
+        text_encoder=TextEncoderConfig(VOCABULARY + len(bundled.tokenizer.merges), CONTEXT_LENGTH, width=16, layers=2, heads=2),
+        unet=UNetConfig(
+            in_channels=in_channels,
+            widths=(16, 16, 32),
+            blocks_per_level=1,
+            attention=(True, True, False),
+            heads=(2, 2, 4),
+            context_width=16,
+            groups=8,
+        ),
+        vae=VAEConfig(widths=(8, 8, 16), blocks_per_level=1, groups=4),
+        schedule=dataclasses.replace(bundled.schedule, prediction=prediction, zero_terminal_snr=zero_snr),
+        image_size=image_size,
+    )
+
+
+def training_config() -> ModelConfig:
+    """Smaller still, for the 64 x 64 pixels of the scenes: what a training step computes is the same at every size."""
+    config = small_config(image_size=64)
+    return dataclasses.replace(
+        config,
+        text_encoder=dataclasses.replace(config.text_encoder, layers=1),
+        unet=dataclasses.replace(config.unet, widths=(16, 16), attention=(True, False), heads=(2, 2)),
+        vae=VAEConfig(widths=(4, 8, 8), blocks_per_level=1, groups=4),
+    )
+
+
+def small_model(config: ModelConfig | None = None, seed=0) -> StableDiffusion:
+    """Its pictures use the whole range of brightness, and the prompt changes them."""
+    config = config or small_config()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        sd = StableDiffusion(config, TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae), Tokenizer(config.tokenizer))
+    with torch.no_grad():
+        sd.unet.conv_out.weight.mul_(4)
+        sd.vae.decoder.conv_out.weight.mul_(2)
+    return sd

@@ -1,0 +1,282 @@
+"""Training from nothing: it learns, a seed gives the very same weights, taken up again or not, and nothing held out enters."""
+
+import copy
+import dataclasses
+import io
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from minidiff.scenes.art import subject_names
+from minidiff.scenes.scenes import is_held_out_pair
+from minidiff.schedule import NoiseSchedule
+from minidiff.tokenizer import Tokenizer
+from minidiff.trainers import from_scratch
+from minidiff.trainers.from_scratch import AutoencoderTraining, DiffusionTraining, Latents, bundled_config, initialised, joined
+from minidiff.trainers.from_scratch import make_latents, pixels_of, reconstruction_loss, sample_timesteps
+from minidiff.trainers.recipe import Recipe
+from minidiff.unet import UNet
+from minidiff.vae import VAE
+from tests.small_models import small_model, training_config
+
+CPU = torch.device("cpu")
+CONFIG = training_config()
+RECIPE = Recipe(seed=3, vae_steps=4, vae_batch=2, scenes=8, steps=4, batch=4, learning_rate=2e-3, vae_learning_rate=4e-3)
+
+
+def latents_of(count=8, mask=None, seed=0):
+    """Scenes of one colour each."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(count, 4, 1, 1, generator=generator).expand(-1, -1, 16, 16) / CONFIG.vae.scaling_factor
+    mask = torch.rand(count, 1, 16, 16, generator=generator) if mask is None else torch.full((count, 1, 16, 16), mask)
+    return Latents(mean, Tokenizer(CONFIG.tokenizer)([f"a {name}" for name in subject_names(held_out=False)[:count]]), mask)
+
+
+def make_training(stage, recipe=RECIPE):
+    return AutoencoderTraining(CONFIG, recipe, CPU) if stage == "autoencoder" else DiffusionTraining(CONFIG, recipe, latents_of(), CPU)
+
+
+def tensors_of(state, name=""):
+    """A nested state as (name, value) pairs."""
+    if isinstance(state, dict | list):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from tensors_of(value, f"{name}.{key}")
+    else:
+        yield name, state
+
+
+def assert_same_state(a, b):
+    a, b = (dict(tensors_of(training.state_dict())) for training in (a, b))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        same = torch.equal(value, b[name]) if isinstance(value, torch.Tensor) else value == b[name]
+        assert same, name
+
+
+STAGES = pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+
+
+@STAGES
+def test_a_few_dozen_steps_reduce_the_loss(stage):
+    recipe = dataclasses.replace(RECIPE, vae_steps=30, vae_batch=4, vae_learning_rate=2e-2, steps=30, batch=8, learning_rate=2e-2)
+    losses = [step.loss for step in make_training(stage, recipe).run()]
+    assert len(losses) == 30
+    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
+
+
+@STAGES
+def test_a_seed_gives_the_very_same_weights_whatever_the_global_generators_hold(stage):
+    trainings = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        trainings.append(make_training(stage))
+        list(trainings[-1].run())
+    assert_same_state(*trainings)
+    other = make_training(stage, dataclasses.replace(RECIPE, seed=4))
+    with pytest.raises(AssertionError):
+        list(other.run())
+        assert_same_state(trainings[0], other)
+
+
+@STAGES
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_run_taken_up_again_is_bit_identical_to_one_that_was_not_stopped(stage, k):
+    whole = make_training(stage)
+    losses = [step.loss for step in whole.run()]
+
+    stopped = make_training(stage)
+    walk = stopped.run()
+    before = [next(walk).loss for _ in range(k)]
+    file = io.BytesIO()
+    torch.save(stopped.state_dict(), file)
+    file.seek(0)
+
+    resumed = make_training(stage)
+    resumed.load_state_dict(torch.load(file, weights_only=True))  # as written to a file: no code is run to read it
+    steps = list(resumed.run())
+    assert [step.i for step in steps] == list(range(k + 1, 5))
+    assert before + [step.loss for step in steps] == losses
+    assert_same_state(whole, resumed)
+
+
+@STAGES
+def test_the_global_generators_are_left_as_they_were(stage):
+    torch.manual_seed(7)
+    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
+    training = make_training(stage)
+    next(training.run())
+    training.result()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], before_numpy)
+
+
+@STAGES
+def test_the_result_holds_the_averaged_weights_and_leaves_the_training_as_it_was(stage):
+    training, twin = make_training(stage), make_training(stage)
+    next(training.run())
+    early = training.result()
+    kept = copy.deepcopy(modules_of(early)[0].state_dict())
+    list(training.run())
+    list(twin.run())
+    assert_same_state(training, twin)
+    averages = [training.average] if stage == "autoencoder" else list(training.averages.values())
+    for module, average in zip(modules_of(training.result()), averages, strict=True):
+        assert not module.training
+        for name, p in module.state_dict().items():
+            assert torch.equal(p, average.mean[name]), name
+    for name, p in modules_of(early)[0].state_dict().items():
+        assert torch.equal(p, kept[name]), name  # a copy, which the steps that follow do not touch
+
+
+def modules_of(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def test_nothing_held_out_enters_and_every_caption_fits(monkeypatch):
+    scenes, splits = [], []
+
+    def spy(rng, *, split="train"):
+        splits.append(split)
+        scenes.append(from_scratch_sample_scene(rng, split=split))
+        return scenes[-1]
+
+    from_scratch_sample_scene = from_scratch.sample_scene
+    monkeypatch.setattr(from_scratch, "sample_scene", spy)
+    list(make_training("autoencoder").run())
+    seen_by_vae = len(scenes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a caption that is cut is a warning
+        list(make_latents(dataclasses.replace(RECIPE, scenes=300), VAE(CONFIG.vae), Tokenizer(CONFIG.tokenizer), CPU))
+    assert (seen_by_vae, len(scenes)) == (4 * 2, 4 * 2 + 300)
+    assert set(splits) == {"train"}
+    held_out = set(subject_names(held_out=True))
+    for scene in scenes:
+        names = [item.subject for item in scene.objects]
+        assert not held_out.intersection(names)
+        assert len(names) == 1 or not is_held_out_pair(*names)
+        assert not any(item.colour and is_held_out_pair(item.subject, item.colour) for item in scene.objects)
+
+
+def spied_loss(latents, recipe, rng_seed=0, config=CONFIG):
+    """One loss with a U-Net that answers 0, and what text encoder and U-Net were given."""
+    training = DiffusionTraining(config, recipe, latents, CPU)
+    given = {}
+
+    def text_encoder(tokens):
+        given["tokens"] = tokens
+        return torch.zeros(*tokens.shape, 16)
+
+    def unet(x_t, t, context):
+        given.update(x_t=x_t, t=t)
+        return torch.zeros_like(x_t)
+
+    training.text_encoder, training.unet = text_encoder, unet
+    return training._loss(np.random.default_rng(rng_seed)), given
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
+def test_captions_are_dropped_at_the_rate_of_the_recipe(rate):
+    latents = latents_of()
+    recipe = dataclasses.replace(RECIPE, batch=10_000, caption_dropout=rate)
+    tokens = spied_loss(Latents(latents.mean[:, :, :1, :1], latents.tokens, latents.mask[:, :, :1, :1]), recipe)[1]["tokens"]
+    empty = (tokens == Tokenizer(CONFIG.tokenizer)([""])).all(dim=1)
+    assert abs(empty.float().mean().item() - rate) <= 4 * math.sqrt(rate * (1 - rate) / 10_000)  # four standard deviations
+    left = {tuple(row) for row in tokens[~empty].tolist()}
+    assert left <= {tuple(row) for row in latents.tokens.tolist()}  # the others are whole captions
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_the_loss_is_the_weighted_error_of_eps_or_v(prediction):
+    """With one scene x_0 is known, so that eps can be worked out from the x_t that the U-Net is given."""
+    schedule = dataclasses.replace(CONFIG.schedule, prediction=prediction, zero_terminal_snr=False)
+    latents, config = latents_of(1), dataclasses.replace(CONFIG, schedule=schedule)
+    loss, given = spied_loss(latents, RECIPE, config=config)
+    alpha_bar = NoiseSchedule(schedule).alpha_bar[given["t"]].reshape(-1, 1, 1, 1)
+    x_0 = latents.mean.double() * CONFIG.vae.scaling_factor
+    eps = (given["x_t"].double() - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+    target = eps if prediction == "eps" else alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+    expected = ((0.4 + 1.6 * latents.mask) * target**2).mean().item()
+    assert loss.item() == pytest.approx(expected, rel=1e-4)  # fp32, and eps divided by the noise's share again
+
+
+def test_a_cell_full_of_object_counts_five_times_an_empty_one():
+    empty, full = (spied_loss(latents_of(mask=mask), RECIPE)[0].item() for mask in (0.0, 1.0))
+    assert full / empty == pytest.approx((0.4 + 1.6) / 0.4, rel=1e-5)  # fp32
+
+
+def test_timesteps_are_four_fifths_late_and_one_fifth_uniform():
+    count = 200_000
+    t = sample_timesteps(count, 1000, torch.Generator().manual_seed(0))
+    assert t.dtype == torch.int64 and t.min() >= 0 and t.max() <= 999
+    for share in (0.05, 0.2, 0.5, 0.62, 0.8, 0.95):
+        normal = 0.5 * (1 + math.erf((math.log(share / (1 - share)) - 0.5) / math.sqrt(2)))  # P(sigmoid(N(0.5, 1)) < share)
+        expected = 0.8 * normal + 0.2 * share
+        assert abs((t < 1000 * share).float().mean().item() - expected) < 4 * 0.5 / math.sqrt(count)  # four standard deviations
+
+
+def test_latents_are_the_means_of_the_scenes_with_their_captions_and_shares(monkeypatch):
+    scenes = []
+    sample_scene = from_scratch.sample_scene
+    monkeypatch.setattr(from_scratch, "sample_scene", lambda rng: scenes.append(sample_scene(rng)) or scenes[-1])
+    vae, tokenizer = VAE(CONFIG.vae), Tokenizer(CONFIG.tokenizer)
+    parts = list(make_latents(RECIPE, vae, tokenizer, CPU, chunk=3))
+    assert [len(part.mean) for part in parts] == [3, 3, 2]
+    latents = joined(parts)
+    with torch.no_grad():
+        expected = vae.encode(pixels_of(np.stack([scene.image for scene in scenes]))).mean
+    torch.testing.assert_close(latents.mean, expected, rtol=1e-4, atol=1e-5)  # fp32, another batch size
+    assert not latents.mean.requires_grad
+    assert torch.equal(latents.tokens, tokenizer([scene.caption for scene in scenes]))
+    cell = scenes[0].mask[4 * 8 : 4 * 9, 4 * 7 : 4 * 8].mean()
+    assert latents.mask[0, 0, 8, 7].item() == pytest.approx(cell, rel=1e-5)  # fp32
+    assert latents.scaling_factor() == pytest.approx(1 / latents.mean.numpy().astype(np.float64).std(ddof=1), rel=1e-9)
+
+
+def test_pixels_run_from_minus_one_to_one():
+    images = np.zeros((1, 2, 3, 3), np.uint8)
+    images[0, 1, 2] = 0, 51, 255
+    pixels = pixels_of(images)
+    assert pixels.shape == (1, 3, 2, 3)
+    assert pixels[0, :, 0, 0].tolist() == [-1, -1, -1]
+    assert pixels[0, :, 1, 2].tolist() == pytest.approx([-1, -0.6, 1], abs=1e-6)  # fp32
+
+
+def test_reconstruction_loss_is_the_sum_of_its_three_errors():
+    assert reconstruction_loss(torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, 3, 4, 4)).item() == 0.5 + 2 * 0.25  # no edge is wrong
+    ramp = torch.arange(4.0).expand(1, 3, 4, 4)  # rises by 1 a column
+    expected = 1.5 + 2 * (0 + 1 + 4 + 9) / 4 + 1
+    assert reconstruction_loss(ramp, torch.zeros_like(ramp)).item() == expected
+    assert reconstruction_loss(ramp.mT.contiguous(), torch.zeros_like(ramp)).item() == expected
+
+
+def test_embeddings_start_large_and_residual_branches_near_zero():
+    encoder = initialised(small_model(CONFIG).text_encoder)
+    # standard error of the standard deviation: 0.5 / sqrt(2 n), n at least 512
+    assert encoder.token_embedding.weight.std().item() == pytest.approx(0.5, rel=0.03)
+    assert encoder.position_embedding.weight.std().item() == pytest.approx(0.1, rel=0.12)
+    unet = initialised(UNet(CONFIG.unet))
+    block = unet.middle.block_1
+    x = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert (block(x, torch.zeros(2, 64)) - x).abs().max() < 0.1  # a sum of 144 terms of 1e-3
+    assert unet.time_embedding.linear_2.weight.std() > 0.03  # not a residual branch
+
+
+def test_training_on_starts_from_the_weights_given():
+    init = small_model(CONFIG)
+    training = DiffusionTraining(CONFIG, RECIPE, latents_of(), CPU, init)
+    for mine, given, average in ((training.unet, init.unet, "unet"), (training.text_encoder, init.text_encoder, "text_encoder")):
+        for name, p in given.state_dict().items():
+            assert torch.equal(mine.state_dict()[name], p) and torch.equal(training.averages[average].mean[name], p)
+            assert mine.state_dict()[name].data_ptr() != p.data_ptr()
+
+
+def test_the_bundled_model_has_the_shape_of_stable_diffusion_in_small():
+    config = bundled_config()
+    assert config.vae.factor * 16 == config.image_size
+    assert config.unet.context_width == config.text_encoder.width
+    assert config.text_encoder.vocab_size == Tokenizer(config.tokenizer).vocab_size
+    assert config.text_encoder.context_length == config.tokenizer.context_length

@@ -1,0 +1,159 @@
+"""A training run in a folder: stopped anywhere it ends with the same file; what does not belong to it is refused."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tests.small_models import small_config, small_model, training_config
+
+from minidiff.trainers import run
+from minidiff.trainers.recipe import Recipe
+from minidiff.trainers.run import run_from_scratch
+
+CPU = torch.device("cpu")
+CONFIG = training_config()
+RECIPE = Recipe(seed=5, vae_steps=5, vae_batch=2, scenes=110, steps=7, batch=2, learning_rate=0.002)
+
+
+@pytest.fixture(autouse=True)
+def short_intervals(monkeypatch):
+    """No samples: the run of `whole` makes them, and the others must end with the same file, so samples change nothing."""
+    monkeypatch.setattr(run, "STATE_EVERY", 2)
+    monkeypatch.setattr(run, "save_samples", lambda sd, path: None)
+
+
+def start(folder, recipe=RECIPE, init=None, config=CONFIG):
+    """The run's Progress; the model it makes is written to model.safetensors and put into the list."""
+    made = []
+
+    def save(sd):
+        made.append(sd)
+        parts = {"text_encoder": sd.text_encoder, "unet": sd.unet, "vae": sd.vae}
+        save_file({f"{part}.{name}": p for part, module in parts.items() for name, p in module.state_dict().items()}, folder / "model.safetensors")
+
+    return run_from_scratch(config, recipe, folder, CPU, save, init), made
+
+
+def finished(folder, **options):
+    walk, made = start(folder, **options)
+    return list(walk), made[0]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "STATE_EVERY", 2)
+        patch.setattr(run, "SAMPLES_EVERY", 4)
+        folder = tmp_path_factory.mktemp("whole")
+        progress, sd = finished(folder)
+    return folder, progress, sd
+
+
+def test_a_run_tells_each_step_and_leaves_its_files(whole):
+    folder, progress, sd = whole
+    assert [(p.stage, p.i, p.steps) for p in progress] == [
+        *(("autoencoder", i, 5) for i in range(1, 6)),
+        *(("latents", i, 110) for i in (100, 110)),
+        *(("diffusion", i, 7) for i in range(1, 8)),
+    ]
+    assert all((p.loss is None) == (p.stage == "latents") for p in progress)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "diffusion.pt", "latents.pt", "model.safetensors", "recipe.json", "samples-000004.png", "samples-000007.png", "vae.pt",
+    ]  # fmt: skip
+    with Image.open(folder / "samples-000004.png") as picture:
+        assert picture.size == (4 * 64, 2 * 64)
+    latents = run.Latents(**torch.load(folder / "latents.pt", weights_only=True))
+    assert sd.config.vae.scaling_factor == latents.scaling_factor()
+    # float64 of float32 values
+    torch.testing.assert_close((latents.mean.double() * sd.config.vae.scaling_factor).std().item(), 1.0, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "stop", [("autoencoder", 2), ("autoencoder", 5), ("latents", 100), ("diffusion", 5), ("diffusion", 7)]
+)
+def test_a_run_that_is_stopped_and_started_again_makes_the_same_file(whole, tmp_path, stop):
+    walk, made = start(tmp_path)
+    for progress in walk:
+        if (progress.stage, progress.i) == stop:
+            break
+    walk.close()
+    assert not made
+    progress, _ = finished(tmp_path)
+    assert len(progress) < len(whole[1])  # it went on, it did not begin again
+    assert (tmp_path / "model.safetensors").read_bytes() == (whole[0] / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_is_killed_while_it_writes_its_state_goes_on_from_the_last_one(whole, tmp_path, monkeypatch):
+    torch_save, written = torch.save, []
+
+    def killed(state, path):
+        written.append(path.name)
+        if len(written) == 2:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        torch_save(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finished(tmp_path)
+    assert torch.load(tmp_path / "vae.pt", weights_only=True)["i"] == 2
+    finished(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (whole[0] / "model.safetensors").read_bytes()
+
+
+def test_a_finished_run_started_again_takes_no_step_and_saves_the_same(whole, tmp_path):
+    folder, _, _ = whole
+    before = (folder / "model.safetensors").read_bytes()
+    progress, _ = finished(folder)
+    assert progress == [] and (folder / "model.safetensors").read_bytes() == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused_and_the_field_named(whole):
+    folder = whole[0]
+    before = (folder / "recipe.json").read_text()
+    walk, _ = start(folder, dataclasses.replace(RECIPE, batch=3, learning_rate=0.5))
+    with pytest.raises(ValueError, match=r"batch 2, now 3; learning_rate 0.002, now 0.5.*choose another folder"):
+        next(walk)
+    walk, _ = start(folder, init=small_model(CONFIG))
+    with pytest.raises(ValueError, match="init False, now "):
+        next(walk)
+    assert (folder / "recipe.json").read_text() == before
+    assert json.loads(before) == dataclasses.asdict(RECIPE) | {"init": False}
+
+
+def test_init_trains_on_and_leaves_the_model_given_as_it_was(tmp_path):
+    base = small_model(CONFIG)
+    before = copy.deepcopy([module.state_dict() for module in (base.text_encoder, base.unet, base.vae)])
+    progress, sd = finished(tmp_path, init=base, recipe=dataclasses.replace(RECIPE, steps=2, learning_rate=1e-6))
+    assert {p.stage for p in progress} == {"latents", "diffusion"}
+    assert sd.config == CONFIG
+    for name, p in sd.vae.state_dict().items():
+        assert torch.equal(p, base.vae.state_dict()[name]), name
+    moved = [(p - before[1][name]).abs().max().item() for name, p in sd.unet.state_dict().items()]
+    assert 0 < max(moved) < 1e-4  # two steps at a learning rate of 1e-6: from the weights given, not from others
+    for module, state in zip((base.text_encoder, base.unet, base.vae), before):
+        for name, p in module.state_dict().items():
+            assert torch.equal(p, state[name]), name
+    assert load_file(tmp_path / "model.safetensors").keys() >= {"unet.conv_in.weight", "vae.encoder.conv_in.weight"}
+
+
+def test_a_run_begun_from_one_model_is_not_continued_from_another(tmp_path):
+    walk, _ = start(tmp_path, init=small_model(CONFIG))
+    next(walk)
+    walk, _ = start(tmp_path, init=small_model(CONFIG))
+    next(walk)
+    walk, _ = start(tmp_path, init=small_model(CONFIG, seed=1))
+    with pytest.raises(ValueError, match="holds another run .init"):
+        next(walk)
+
+
+def test_init_of_another_configuration_is_refused_before_the_folder_is_made(tmp_path):
+    walk, _ = start(tmp_path / "new", init=small_model(small_config("eps", image_size=64)))
+    with pytest.raises(ValueError, match="another configuration"):
+        next(walk)
+    assert not (tmp_path / "new").exists()
