@@ -54,9 +54,15 @@ def record_cross_attention(unet: UNet) -> Iterator[dict[str, Float[Tensor, "B H 
 
 
 def word_map(maps: dict[str, Float[Tensor, "B _h _w L"]], positions: list[int], size: tuple[int, int]) -> Float[Tensor, "B H W"]:
-    """One word's map: the sum over the tokens it took, the mean over all layers, each enlarged to `size` (H, W)."""
+    """One word's map: the sum over the tokens it took, the mean over all layers, each enlarged to `size` (H, W).
+
+    positions: of the word's tokens in the context, the start token being at 0. Raises ValueError for none, and for maps that are not there.
+    """
     if not maps:
         raise ValueError("no attention maps were recorded; ask for them with attention_maps=True")
+    length = next(iter(maps.values())).shape[-1]
+    if not positions or not all(0 <= position < length for position in positions):
+        raise ValueError(f"positions {positions}: expected at least one of 0..{length - 1}; Tokenizer.words gives each word's")
     layers = [m[..., positions].sum(dim=-1, keepdim=True).permute(0, 3, 1, 2) for m in maps.values()]
     enlarged = [torch.nn.functional.interpolate(layer, size=size, mode="bilinear", align_corners=False) for layer in layers]
     return torch.cat(enlarged, dim=1).mean(dim=1)

@@ -1,74 +1,95 @@
 """Two models side by side, layer by layer: where do they first differ?
 
-Both are given the same tokens, the same noisy latent and the same latent to decode; every module's output of one is held against the
-other's, in the order in which they run. A wrong eps, a swapped half, a transposed weight shows at the first layer that has it.
+Both are given the same tokens, the same noisy latent, the same picture to encode and the same latent to decode; every module's output
+of one is held against the other's, in the order in which they run. A wrong eps, a swapped half, a transposed weight shows at the first
+layer that has it.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from minidiff.pipeline import StableDiffusion, noise_source
+from minidiff.vae import VAE
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference of one module's two outputs, and the same relative to the largest value of the first."""
+    """The largest difference of one module's two outputs, and the same relative to the largest value of the first.
+
+    Infinite where an output is not finite, or has another shape.
+    """
 
     layer: str
     absolute: float
     relative: float
 
 
+@torch.no_grad()
 def compare_models(a: StableDiffusion, b: StableDiffusion, prompt: str, t: int, seed: int) -> list[Difference]:
-    """Text encoder, U-Net at timestep t and VAE decoder of both on the same inputs; one Difference a module, in the order they run.
+    """Text encoder, U-Net at timestep t and VAE of both on the same inputs; one Difference a module, in the order they run.
 
     The U-Nets are both given a's context, the decoders the same latent, so that each part is judged by itself.
-    Raises ValueError where the two are not of one shape, and for t outside the schedule.
+    Raises ValueError where the weights of the two are not of one shape, and for t outside the schedule.
     """
-    different = [name for name in ("text_encoder", "unet", "vae") if getattr(a.config, name) != getattr(b.config, name)]
-    if different:
-        raise ValueError(f"the two models are not of one shape: their configurations of {', '.join(different)} differ")
+    for name in ("text_encoder", "unet", "vae"):
+        check_shapes(name, getattr(a, name), getattr(b, name))
     if not 0 <= t < a.config.schedule.timesteps:
         raise ValueError(f"t {t} is outside 0..{a.config.schedule.timesteps - 1}")
     size = a.config.image_size // a.config.vae.factor
     x = noise_source([seed], (a.config.unet.in_channels, size, size), a.device)()
     latent = x[:, : a.config.vae.latent_channels] / a.config.vae.scaling_factor
+    pixels = noise_source([seed], (3, a.config.image_size, a.config.image_size), a.device)().clamp(-1, 1)
     times = torch.tensor([t], device=a.device)
     tokens = a.tokenizer([prompt]).to(a.device)
     context = a.text_encoder(tokens)
 
     differences = []
-    for name, inputs in (("text_encoder", (tokens,)), ("unet", (x, times, context)), ("vae.decoder", (latent,))):
-        ours, theirs = (outputs_by_layer(part(sd, name), inputs) for sd in (a, b))
-        for layer, output in ours.items():
-            difference = (output.float() - theirs[layer].float()).abs().max().item()
-            scale = output.float().abs().max().item()
-            differences.append(Difference(f"{name}.{layer}".rstrip("."), difference, difference / scale if scale else difference))
+    for name, run, inputs in (
+        ("text_encoder", nn.Module.__call__, (tokens,)),
+        ("unet", nn.Module.__call__, (x, times, context)),
+        ("vae", VAE.encode, (pixels,)),
+        ("vae", VAE.decode, (latent,)),
+    ):
+        ours, theirs = (outputs_by_layer(getattr(sd, name), run, inputs) for sd in (a, b))
+        differences += [difference(f"{name}.{layer}".rstrip("."), ours[layer], theirs[layer]) for layer in ours]
     return differences
 
 
-def part(sd: StableDiffusion, name: str) -> nn.Module:
-    return sd.vae.decoder if name == "vae.decoder" else getattr(sd, name)
+def check_shapes(name: str, a: nn.Module, b: nn.Module) -> None:
+    shapes_a, shapes_b = ({key: tuple(p.shape) for key, p in module.named_parameters()} for module in (a, b))
+    for key in [*shapes_a, *shapes_b]:
+        one, other = (str(shapes.get(key, "missing")) for shapes in (shapes_a, shapes_b))
+        if one != other:
+            raise ValueError(f"the two models are not of one shape: {name}.{key} is {one} in the first and {other} in the second")
 
 
-@torch.no_grad()
-def outputs_by_layer(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """The output of every submodule that gives one tensor, by name, in the order in which they finish; floats in the module's dtype."""
+def difference(layer: str, a: Tensor, b: Tensor) -> Difference:
+    a, b = a.float(), b.float().to(a.device)
+    absolute = (a - b).abs().max().item() if a.shape == b.shape else math.inf
+    absolute = math.inf if math.isnan(absolute) else absolute  # inf - inf: nothing can be said
+    scale = a.abs().max().item()
+    return Difference(layer, absolute, absolute / scale if scale and absolute < math.inf else absolute)
+
+
+def outputs_by_layer(module: nn.Module, run: Callable[..., object], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """run(module, *inputs), floats in the module's dtype: the output of every submodule that gives one tensor, by name, as they finish."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str):
         def hook(submodule, args, output):
             if isinstance(output, Tensor):
-                outputs[name] = output.detach()
+                outputs[name] = output
 
         return hook
 
     handles = [submodule.register_forward_hook(keep(name)) for name, submodule in module.named_modules()]
     dtype = next(module.parameters()).dtype
     try:
-        module(*(x.to(dtype) if x.is_floating_point() else x for x in inputs))
+        run(module, *(x.to(dtype) if x.is_floating_point() else x for x in inputs))
     finally:
         for handle in handles:
             handle.remove()

@@ -112,18 +112,16 @@ class StableDiffusion:
         return self._steps(walk, count, attention_maps)
 
     def _steps(self, walk: Iterator[Step], count: int, attention_maps: bool) -> Iterator[Step]:
-        with record_cross_attention(self.unet) if attention_maps else nullcontext({}) as maps:
-            while True:
-                # Not around the whole loop: between two steps the caller's own setting holds.
-                with torch.no_grad():
-                    step = next(walk, None)
-                if step is None:
-                    return
-                if attention_maps:
-                    # Guidance runs the unconditional half first; the prompt's rows are the last.
-                    step = replace(step, attention_maps={name: m[-count:] for name, m in maps.items()})
-                    maps.clear()
-                yield step
+        while True:
+            # Around one step, not the loop: between two steps the caller's grad mode holds, and what the caller runs is not recorded.
+            with torch.no_grad(), record_cross_attention(self.unet) if attention_maps else nullcontext() as maps:
+                step = next(walk, None)
+            if step is None:
+                return
+            if maps is not None:
+                # Guidance runs the unconditional half first; the prompt's rows are the last.
+                step = replace(step, attention_maps={name: m[-count:] for name, m in maps.items()})
+            yield step
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
@@ -134,10 +132,12 @@ class StableDiffusion:
         z = latents / self.config.vae.scaling_factor
         dtype = self.vae.post_quant_conv.weight.dtype
         pixels = self.vae.decode(z.to(dtype))
-        if not pixels.isfinite().all() and dtype != torch.float32:
-            warnings.warn(f"the decoder overflowed in {dtype}: decoded again in float32", stacklevel=2)
-            pixels = self.vae.float().decode(z.float())
-            self.vae.to(dtype)
+        if not pixels.isfinite().all() and dtype.itemsize < 4:
+            warnings.warn(f"the decoder overflowed in {dtype}: decoded again in float32", stacklevel=3)  # 2 is no_grad's wrapper
+            try:
+                pixels = self.vae.float().decode(z.float())
+            finally:
+                self.vae.to(dtype)
         if not pixels.isfinite().all():
             raise ValueError("the picture is not finite even in float32: the latents or the weights are broken")
         return pixels.float().clamp(-1, 1)
@@ -173,7 +173,8 @@ class StableDiffusion:
                 f"this U-Net has {self.config.unet.in_channels} input channels, not {latent_channels}: an inpainting model, "
                 "which needs a picture and a mask beside the prompt; for text alone load a text-to-image checkpoint"
             )
-        width, height = (size or self.config.image_size,) * 2 if size is None or isinstance(size, int) else size
+        size = self.config.image_size if size is None else size
+        width, height = (size, size) if isinstance(size, int) else size
         factor = self.config.vae.factor
         if width < factor or height < factor or width % factor or height % factor:
             raise ValueError(f"size {width} x {height}: width and height must be multiples of {factor} pixels, at least {factor}")
@@ -183,8 +184,11 @@ class StableDiffusion:
 def noise_source(seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device) -> Callable[[], Float[Tensor, "B C h w"]]:
     """A function that draws a unit normal for each seed, picture by picture on the CPU.
 
-    So a seed gives the same noise alone, in any batch and for any device.
+    So a seed gives the same noise alone, in any batch and for any device. Raises ValueError for a seed outside 0..2^64-1.
     """
+    for seed in seeds:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed {seed} is outside 0..2^64-1")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return lambda: torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 

@@ -45,12 +45,14 @@ class Step:
 
     t: the timestep at which the step began. x0_hat: what the model took the clean latent for, there.
     x_t: the latent after the step; that of the last step is what is decoded.
+    attention_maps: where they were asked for, the cross-attention of the step's first model call (see attention_maps.py).
     """
 
     i: int
     t: int | float
     x_t: Float[Tensor, "B *dims"]
     x0_hat: Float[Tensor, "B *dims"]
+    attention_maps: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
