@@ -1,0 +1,220 @@
+"""Small models of Stable Diffusion's shapes with random weights: the reference library's, and ours with the same numbers.
+
+The weights go from the reference into ours by the name map of weights_loader, so that the map is tested with them.
+"""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import diffusers
+import open_clip
+import torch
+import transformers
+from torch import Tensor, nn
+
+from minidiff.config import ModelConfig, ScheduleConfig, TextEncoderConfig, TokenizerConfig, UNetConfig, VAEConfig
+from minidiff.pipeline import StableDiffusion
+from minidiff.text_encoder import TextEncoder
+from minidiff.tokenizer import Tokenizer
+from minidiff.unet import UNet
+from minidiff.vae import VAE
+from weights_loader.dialects import TEXT_ENCODER_SPELLINGS, from_file, respell, table
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A family in small. latent: height and width of what its U-Net is given."""
+
+    name: str
+    unet: UNetConfig
+    vae: VAEConfig
+    text: TextEncoderConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    latent: tuple[int, int] = (16, 16)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+LEVELS = dict(widths=(16, 32, 48, 48), groups=8)
+# A bias or a context of the wrong width cannot hide: no two widths are equal but those that are in Stable Diffusion.
+SD1 = Shape(
+    "SD 1",
+    UNetConfig(**LEVELS, heads=(2, 2, 2, 2), context_width=24),
+    VAEConfig(**LEVELS),
+    TextEncoderConfig(vocab_size=49408, width=24, layers=3, heads=4),
+)
+SD2 = Shape(
+    "SD 2",
+    UNetConfig(**LEVELS, heads=(1, 2, 3, 3), context_width=40, linear_projection=True),
+    VAEConfig(**LEVELS),
+    TextEncoderConfig(vocab_size=49408, width=40, layers=3, heads=5, activation="gelu"),
+    TokenizerConfig(cleaning="open_clip", padding="zero"),
+    ScheduleConfig(prediction="v"),
+)
+INPAINTING = Shape("inpainting", UNetConfig(**LEVELS, in_channels=9, heads=(2, 2, 2, 2), context_width=24), SD1.vae, SD1.text)
+# 10 x 14 halves to 5 x 7, 3 x 4, 2 x 2: the way up must go to the skips' sizes. The VAE is given 80 x 112 pixels.
+ODD = Shape("SD 1, odd size", SD1.unet, SD1.vae, SD1.text, latent=(10, 14))
+BUNDLED = Shape(
+    "bundled",
+    UNetConfig(widths=(64, 128, 160), blocks_per_level=1, attention=(True, True, False), heads=(2, 4, 5), context_width=128),
+    VAEConfig(widths=(24, 48, 96), blocks_per_level=1, groups=8),
+    TextEncoderConfig(vocab_size=800, context_length=32, width=128, layers=2, heads=4),
+)
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    """Fresh random weights that keep activations at unit size; norms too, or a mistake in their weight, bias or eps would hide."""
+    generator = torch.Generator().manual_seed(0)
+    norms = {id(p) for m in module.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm)) for p in m.parameters()}
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            if p.ndim == 1:
+                noise = 0.3 * noise + (1.0 if id(p) in norms and name.endswith("weight") else 0.0)
+            elif "embedding" not in name or "time" in name:
+                noise = noise / p[0].numel() ** 0.5
+            p.copy_(noise)
+    return module.eval().requires_grad_(False)
+
+
+@cache
+def diffusers_unet(config: UNetConfig, dtype: torch.dtype) -> diffusers.UNet2DConditionModel:
+    kinds = ["CrossAttn" if has else "" for has in config.attention]
+    unet = diffusers.UNet2DConditionModel(
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        block_out_channels=config.widths,
+        layers_per_block=config.blocks_per_level,
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+        attention_head_dim=config.heads,  # its name notwithstanding, the number of heads
+        cross_attention_dim=config.context_width,
+        use_linear_projection=config.linear_projection,
+        norm_num_groups=config.groups,
+    )
+    return randomise(unet.to(dtype))
+
+
+@cache
+def diffusers_vae(config: VAEConfig, dtype: torch.dtype) -> diffusers.AutoencoderKL:
+    n = len(config.widths)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=config.widths,
+        layers_per_block=config.blocks_per_level,
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.groups,
+        scaling_factor=config.scaling_factor,
+    )
+    return randomise(vae.to(dtype))
+
+
+@cache
+def transformers_text(config: TextEncoderConfig, dtype: torch.dtype) -> transformers.CLIPTextModel:
+    text = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.context_length,
+            hidden_size=config.width,
+            intermediate_size=4 * config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            hidden_act=config.activation,
+            bos_token_id=0,  # for the pooled vector, which is not compared
+            eos_token_id=1,
+        )
+    )
+    return randomise(text.to(dtype))
+
+
+@cache
+def open_clip_text(config: TextEncoderConfig, dtype: torch.dtype) -> open_clip.transformer.TextTransformer:
+    """One block more than we run: Stable Diffusion 2 takes the penultimate layer."""
+    text = open_clip.transformer.TextTransformer(
+        vocab_size=config.vocab_size,
+        context_length=config.context_length,
+        width=config.width,
+        layers=config.layers + 1,
+        heads=config.heads,
+    )
+    return randomise(text.to(dtype))
+
+
+def with_weights_of(ours: UNet | VAE | TextEncoder, layout: str, tensors: dict[str, Tensor]) -> UNet | VAE | TextEncoder:
+    """Our module, made on the meta device, given the tensors of a reference under the names that files of the layout have."""
+    own = ours.state_dict()
+    weights = {name: from_file(tensors[place.name], place, own[name]) for name, place in table(ours, layout).items()}
+    ours.load_state_dict(weights, assign=True)
+    return ours.eval().requires_grad_(False)
+
+
+def unets(shape: Shape, dtype: torch.dtype) -> tuple[UNet, diffusers.UNet2DConditionModel]:
+    theirs = diffusers_unet(shape.unet, dtype)
+    with torch.device("meta"):
+        ours = UNet(shape.unet)
+    return with_weights_of(ours, "diffusers", theirs.state_dict()), theirs
+
+
+def vaes(shape: Shape, dtype: torch.dtype) -> tuple[VAE, diffusers.AutoencoderKL]:
+    theirs = diffusers_vae(shape.vae, dtype)
+    with torch.device("meta"):
+        ours = VAE(shape.vae)
+    return with_weights_of(ours, "diffusers", theirs.state_dict()), theirs
+
+
+def text_encoders(shape: Shape, dtype: torch.dtype) -> tuple[TextEncoder, transformers.CLIPTextModel]:
+    theirs = transformers_text(shape.text, dtype)
+    with torch.device("meta"):
+        ours = TextEncoder(shape.text)
+    tensors = {respell(name, TEXT_ENCODER_SPELLINGS): tensor for name, tensor in theirs.state_dict().items()}
+    return with_weights_of(ours, "diffusers", tensors), theirs
+
+
+def open_clips(shape: Shape, dtype: torch.dtype) -> tuple[TextEncoder, open_clip.transformer.TextTransformer]:
+    theirs = open_clip_text(shape.text, dtype)
+    with torch.device("meta"):
+        ours = TextEncoder(shape.text)
+    return with_weights_of(ours, "ldm", {f"cond_stage_model.model.{name}": tensor for name, tensor in theirs.state_dict().items()}), theirs
+
+
+@cache
+def clip_tokenizer(pad_token: str) -> transformers.CLIPTokenizer:
+    """CLIP's, made of open_clip's list of merges: the files of a checkpoint are not here."""
+    words = open_clip.tokenizer.SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = {names.get(piece, piece): i for piece, i in words.encoder.items()}
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        merges = [" ".join(merge) for merge in words.bpe_ranks]
+        (Path(folder) / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+        return transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=77, pad_token=pad_token)
+
+
+def pipelines(shape: Shape, dtype: torch.dtype) -> tuple[StableDiffusion, diffusers.StableDiffusionPipeline]:
+    parts = {"text_encoder": text_encoders(shape, dtype), "unet": unets(shape, dtype), "vae": vaes(shape, dtype)}
+    settings = ModelConfig(shape.tokenizer, shape.text, shape.unet, shape.vae, shape.schedule)
+    ours = StableDiffusion(settings, tokenizer=Tokenizer(shape.tokenizer), **{name: pair[0] for name, pair in parts.items()})
+    theirs = diffusers.StableDiffusionPipeline(
+        tokenizer=clip_tokenizer("<|endoftext|>" if shape.tokenizer.padding == "end" else "!"),  # "!" is token 0
+        scheduler=diffusers.DDIMScheduler(
+            beta_start=shape.schedule.beta_start,
+            beta_end=shape.schedule.beta_end,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            set_alpha_to_one=False,
+            clip_sample=False,
+            prediction_type={"eps": "epsilon", "v": "v_prediction"}[shape.schedule.prediction],
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **{name: pair[1] for name, pair in parts.items()},
+    )
+    theirs.set_progress_bar_config(disable=True)
+    return ours, theirs
