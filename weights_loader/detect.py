@@ -40,10 +40,13 @@ PARTS = (
     (r"^(down_blocks|mid_block|up_blocks)\.", "the U-Net of a diffusers model alone; give the folder with model_index.json"),
     (r"^(text_model\.)?(encoder\.layers|embeddings)\.|^cond_stage_model\.", "a text encoder alone; give the whole model"),
 )  # fmt: skip
+FEW = 3  # tensors; any part of a model has more
 
 
 def foreign(names: list[str]) -> str | None:
     """What a file is, if its names show that it is not a Stable Diffusion in LDM names."""
+    if len(names) <= FEW and not any(re.search(pattern, name) for pattern, _ in FOREIGN for name in names):
+        return f"a file of {len(names)} tensors, the first '{names[0]}': perhaps an embedding, not a model"
     rules = FOREIGN if any(name.startswith(UNET_PREFIX) for name in names) else FOREIGN + PARTS
     return next((what for pattern, what in rules if any(re.search(pattern, name) for name in names)), None)
 
@@ -142,41 +145,44 @@ def _length(shapes: Shapes, name: str) -> int:
 FAMILIES = {"Stable Diffusion 1.x": SD1, "Stable Diffusion 2.x": SD2}
 # The same model with other numbers here is still of the family: a personalised one has more words, an inpainting one more inputs.
 VARIES = ("vocabulary", "U-Net input channels", "linear projection")
+NEAR = 2  # numbers that a single missing tensor can change
 INPUTS = {4: "", 9: " inpainting"}
 OTHER_INPUTS = {5: "depth-to-image", 7: "the upscaler", 8: "InstructPix2Pix"}
 
 
 def family(numbers: dict[str, object]) -> str | None:
     """The family that `sizes` or `config_sizes` belong to."""
-    for name, config in FAMILIES.items():
-        known = config_sizes(config)
-        if all(numbers[key] == known[key] for key in known if key not in VARIES):
-            return name
-    return None
+    return next((name for name, config in FAMILIES.items() if not differences(numbers, config)), None)
+
+
+def differences(numbers: dict[str, object], config: ModelConfig) -> dict[str, str]:
+    """Where the numbers are not those of a config, and both values; what varies within a family is no difference."""
+    known = config_sizes(config)
+    return {key: f"{numbers[key]}, not {known[key]}" for key in known if key not in VARIES and numbers[key] != known[key]}
 
 
 def family_config(shapes: Shapes) -> ModelConfig:
     """The config of a public model, by the shapes of its tensors in LDM names.
 
-    The prediction is its family's default. Raises ValueError, with the numbers found, for a model of no known family.
+    The prediction is its family's default. A model with almost all numbers of a family is taken as one with missing weights, so that the
+    account of its tensors can name them. Raises ValueError, with the numbers found, for any other.
     """
     found = sizes(shapes)
-    name = family(found)
-    if name is None:
+    name, base = min(FAMILIES.items(), key=lambda item: len(differences(found, item[1])))
+    if len(differences(found, base)) > NEAR:
         numbers = ", ".join(f"{key} {value}" for key, value in found.items() if value)
         raise ValueError(
             "a model of no known family: heads, normalisation groups and schedule cannot be read off the tensors, and the file's metadata "
             f"does not name them; pass config=ModelConfig(...). Found {numbers}"
         )
-    inputs = found["U-Net input channels"]
+    inputs = found["U-Net input channels"] or base.unet.in_channels
     if inputs not in INPUTS:
         kind = OTHER_INPUTS.get(inputs, "another task")
         raise ValueError(f"a {name} whose U-Net takes {inputs} channels, made for {kind}; supported are 4 and, for inpainting, 9")
-    base = FAMILIES[name]
     return replace(
         base,
-        text_encoder=replace(base.text_encoder, vocab_size=found["vocabulary"]),
-        unet=replace(base.unet, in_channels=inputs, linear_projection=found["linear projection"]),
+        text_encoder=replace(base.text_encoder, vocab_size=found["vocabulary"] or base.text_encoder.vocab_size),
+        unet=replace(base.unet, in_channels=inputs, linear_projection=bool(found["linear projection"])),
     )
 
 

@@ -14,7 +14,6 @@ module, so that it is complete by construction; a parameter without a rule is an
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from minidiff.text_encoder import TextEncoder
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
-Layout = Literal["ldm", "diffusers"]
+LAYOUTS = ("ldm", "diffusers")
 Part = UNet | VAE | TextEncoder
 
 # What the names of a part begin with in an LDM file.
@@ -239,7 +238,7 @@ def _text_open_clip(config: TextEncoderConfig) -> dict[str, str]:
     return names
 
 
-def _rules(part: Part, layout: Layout) -> tuple[str, dict[str, str]]:
+def _rules(part: Part, layout: str) -> tuple[str, dict[str, str]]:
     """What every name of a part begins with in a file, and how its layers are called behind that."""
     config = part.config
     match part, layout:
@@ -257,13 +256,13 @@ def _rules(part: Part, layout: Layout) -> tuple[str, dict[str, str]]:
             return OPEN_CLIP_PREFIX, _text_open_clip(config)
         case TextEncoder(), "ldm":
             return CLIP_PREFIX, _text_clip(config)
-    raise ValueError(f"layout {layout!r} unknown; choose ldm or diffusers")
+    raise ValueError(f"layout {layout!r} unknown; choose {' or '.join(LAYOUTS)}")
 
 
 # ------------------------------------------------------------------------------------------------- applying the rules
 
 
-def table(part: Part, layout: Layout) -> dict[str, Place]:
+def table(part: Part, layout: str) -> dict[str, Place]:
     """{our parameter's name: its place in a file}, for every parameter of the module, in its order.
 
     The module may be on the meta device. Only OpenCLIP's stacked attention has several parameters in one place.
@@ -283,14 +282,14 @@ def table(part: Part, layout: Layout) -> dict[str, Place]:
     return result
 
 
-def _is_convolution(part: Part, layout: Layout, ours: str) -> bool:
+def _is_convolution(part: Part, layout: str, ours: str) -> bool:
     """Whether the file has a 1x1 convolution where we have a matrix."""
     if isinstance(part, UNet):
         return not part.config.linear_projection and re.search(r"transformers?(\.\d+)?\.proj_(in|out)\.weight$", ours) is not None
     return isinstance(part, VAE) and layout == "ldm" and re.search(r"attention\.to_\w+\.weight$", ours) is not None
 
 
-def file_shapes(part: Part, layout: Layout) -> dict[str, tuple[int, ...]]:
+def file_shapes(part: Part, layout: str) -> dict[str, tuple[int, ...]]:
     """{name in the file: shape} of everything that a file in this layout should hold for the part."""
     parameters = part.state_dict()
     result = {}
@@ -312,7 +311,7 @@ def from_file(tensor: Tensor, place: Place, ours: Tensor) -> Tensor:
     return tensor
 
 
-def to_file(part: Part, layout: Layout) -> dict[str, Tensor]:
+def to_file(part: Part, layout: str) -> dict[str, Tensor]:
     """{name in the file: tensor} of all parameters of a module, in the file's shapes: `from_file` the other way."""
     parameters, result = part.state_dict(), {}
     for ours, place in table(part, layout).items():

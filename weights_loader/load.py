@@ -11,7 +11,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 from weights_loader import detect, dialects, folder, metadata
-from weights_loader.dialects import Layout, Part
+from weights_loader.dialects import Part
 from weights_loader.read import Checkpoint, read
 from weights_loader.report import Report
 
@@ -39,9 +38,9 @@ class Contents:
     """What a checkpoint holds: the tensors of each part in the names of its layout, and those of no part."""
 
     path: Path
-    layout: Layout
+    layout: str
     parts: dict[str, dict[str, Tensor]] = field(repr=False)
-    layouts: dict[str, Layout]  # of each part: a VAE taken from elsewhere may have another one
+    layouts: dict[str, str]  # of each part: a VAE taken from elsewhere may have another one
     rest: dict[str, Tensor] = field(repr=False)
     metadata: dict[str, str]
     notes: tuple[str, ...]
@@ -76,12 +75,12 @@ class NoInit(TorchFunctionMode):
 def load(
     path_or_name: str | Path,
     *,
-    dtype: torch.dtype | Literal["file"] | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     ema: bool = False,
     vae: str | Path | None = None,
     config: ModelConfig | None = None,
-    prediction: Literal["eps", "v"] | None = None,
+    prediction: str | None = None,
 ) -> StableDiffusion:
     """Load a Stable Diffusion: a .safetensors or .ckpt file in LDM names, a diffusers folder, or "tiny", which ships with minidiff.
 
@@ -102,22 +101,25 @@ def load(
 def load_with_report(
     path_or_name: str | Path,
     *,
-    dtype: torch.dtype | Literal["file"] | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     ema: bool = False,
     vae: str | Path | None = None,
     config: ModelConfig | None = None,
-    prediction: Literal["eps", "v"] | None = None,
+    prediction: str | None = None,
 ) -> Loaded:
     """As `load`, with the account of the file's tensors."""
     if prediction not in (None, "eps", "v"):
         raise ValueError(f"prediction {prediction!r} unknown; choose eps or v")
+    if isinstance(dtype, str) and dtype != "file":
+        raise ValueError(f"dtype {dtype!r} unknown; give a torch.dtype, or 'file' for the file's own")
     device = torch.device(device)
     contents = open_checkpoint(find(path_or_name))
     if ema:
         contents = _take_averages(contents)
     if vae is not None:
         contents = _take_vae(contents, Path(vae))
+    _check_parts(contents)
     config, undecided = _choose_config(contents, config, prediction)
 
     with torch.device("meta"), NoInit():
@@ -129,6 +131,9 @@ def load_with_report(
         part.eval().requires_grad_(False)
 
     tokenizer = Tokenizer(config.tokenizer)
+    if tokenizer.vocab_size > config.text_encoder.vocab_size:
+        raise ValueError(f"{contents.path}: the tokenizer knows {tokenizer.vocab_size} tokens, the text encoder {config.text_encoder.vocab_size}; "
+                         "the two do not belong together")  # fmt: skip
     notes = contents.notes
     if undecided:
         config, note = _ask_prediction(config, parts["unet"], parts["text_encoder"], tokenizer)
@@ -224,6 +229,16 @@ def _take_vae(contents: Contents, path: Path) -> Contents:
     )
 
 
+def _check_parts(contents: Contents):
+    absent = [name.replace("_", " ") for name, tensors in contents.parts.items() if not tensors]
+    if len(absent) == len(PARTS):
+        first = next(iter(contents.rest))
+        raise ValueError(f"{contents.path}: no Stable Diffusion: no name is that of a text encoder, U-Net or VAE; the first is {first}")
+    if absent:
+        advice = "; give one as vae=FILE" if absent == ["vae"] else "; a part of a model, or one that was saved in part"
+        raise ValueError(f"{contents.path}: no {' and no '.join(absent)} in this file{advice}")
+
+
 # ---------------------------------------------------------------------------------------------------------- deciding
 
 
@@ -234,19 +249,24 @@ def _choose_config(contents: Contents, config: ModelConfig | None, prediction: s
         config, decided = folder.folder_config(contents.path)
         config = _fill_from_metadata(config, contents.metadata)
         decided = decided or config.text_encoder.activation == "quick_gelu"
-    elif config is None and metadata.KEY in contents.metadata:
-        config = metadata.config_from_json(contents.metadata[metadata.KEY])
     elif config is None:
         try:
-            config = detect.family_config(contents.shapes)
+            config, decided = _file_config(contents)
         except ValueError as error:
             raise ValueError(f"{contents.path}: {error}") from error
-        stated = metadata.prediction_from_metadata(contents.metadata)
-        decided = stated is not None or config.schedule.prediction == "eps"  # no public model of the 1.x family predicts v
-        config = _with_prediction(config, stated or config.schedule.prediction)
     if prediction is not None:
         return _with_prediction(config, prediction), False
     return config, not decided
+
+
+def _file_config(contents: Contents) -> tuple[ModelConfig, bool]:
+    """The config of an LDM file, and whether its prediction is certain: by the file's metadata, or by its family."""
+    if metadata.KEY in contents.metadata:
+        return metadata.config_from_json(contents.metadata[metadata.KEY]), True
+    config = detect.family_config(contents.shapes)
+    stated = metadata.prediction_from_metadata(contents.metadata)
+    # The public models of 1.x all predict eps, of 2.x some eps and some v.
+    return _with_prediction(config, stated or config.schedule.prediction), stated is not None or config.schedule.prediction == "eps"
 
 
 def _fill_from_metadata(config: ModelConfig, found: dict[str, str]) -> ModelConfig:
@@ -277,7 +297,7 @@ def _ask_prediction(config: ModelConfig, unet: UNet, text_encoder: TextEncoder, 
     return _with_prediction(config, prediction), note
 
 
-def _choose_dtype(dtype: torch.dtype | Literal["file"] | None, device: torch.device, contents: Contents) -> torch.dtype:
+def _choose_dtype(dtype: torch.dtype | str | None, device: torch.device, contents: Contents) -> torch.dtype:
     if dtype == "file" or (dtype is None and device.type != "cpu"):
         own = next(tensor.dtype for tensor in contents.parts["unet"].values() if tensor.dtype.is_floating_point)
         return own if own.itemsize > 1 else torch.float16  # 8-bit floats are for storing only
@@ -289,7 +309,7 @@ def _choose_dtype(dtype: torch.dtype | Literal["file"] | None, device: torch.dev
 
 def _match(contents: Contents, parts: dict[str, Part], config: ModelConfig) -> tuple[Report, dict[str, dict[str, Tensor]]]:
     """The account of all tensors, and each part's state dict in our names; or one error."""
-    report, places = Report(), {}
+    report, places = Report(config.text_encoder.layers), {}
     for name, part in parts.items():
         places[name] = report.add_part(part, contents.layouts[name], contents.parts[name])
     report.add_rest(list(contents.rest))
@@ -305,17 +325,17 @@ def _match(contents: Contents, parts: dict[str, Part], config: ModelConfig) -> t
 
 
 def _likely_cause(contents: Contents, report: Report, config: ModelConfig) -> str:
-    empty = [name for name in PARTS if not contents.parts[name]]
-    if empty:
-        return f"the file has no {' and no '.join(empty).replace('_', ' ')}; it is a part of a model, or was saved in part"
-    if contents.layout == "ldm":
-        found = detect.family(detect.sizes(contents.shapes))
+    problems = len(report.missing) + len(report.unexpected) + len(report.wrong_shape)
+    if contents.layout == "ldm" and problems > len(report.missing):
+        numbers = detect.sizes(contents.shapes)
+        found = detect.family(numbers)
         if found and found != detect.family(detect.config_sizes(config)):
-            return f"the file is a {found}; leave config= out, or pass the one of that family"
-    if report.wrong_shape and not report.missing and not report.unexpected:
-        return "a model of the same build and another size; pass its own config="
-    if report.missing and not report.unexpected:
-        return "weights were left out when the file was saved, or a shard of several is missing"
-    if report.unexpected and not report.missing:
+            return f"the file is a {found}, and another config was asked for; leave config= out"
+        if different := detect.differences(numbers, config):
+            listed = "; ".join(f"{name} {values}" for name, values in different.items())
+            return f"a model of another size ({listed}); pass its own config="
+    if len(report.missing) == problems:
+        return "weights were left out when the file was saved, or it is one shard of several"
+    if len(report.unexpected) == problems:
         return "something else was saved beside the model; remove those tensors"
-    return "another kind of model, or another naming than LDM's and diffusers'"
+    return "another kind of model, or a config that is not this file's"

@@ -11,8 +11,7 @@ from difflib import get_close_matches
 
 from torch import Tensor
 
-from minidiff.text_encoder import TextEncoder
-from weights_loader.dialects import Layout, Part, Place, file_shapes, table
+from weights_loader.dialects import Part, Place, file_shapes, table
 
 # (pattern of a name, why nothing is lost without it)
 IGNORED = (
@@ -37,8 +36,12 @@ CARRIED = (
 
 @dataclass
 class Report:
-    """What becomes of each tensor of a file, by its name; for ignored ones with the reason. Grows part by part."""
+    """What becomes of each tensor of a file, by its name; for ignored ones with the reason. Grows part by part.
 
+    text_layers: how many blocks of the text encoder are run, of which a file may hold one more.
+    """
+
+    text_layers: int
     used: list[str] = field(default_factory=list)
     converted: dict[str, str] = field(default_factory=dict)
     carried: list[str] = field(default_factory=list)
@@ -47,7 +50,7 @@ class Report:
     unexpected: list[str] = field(default_factory=list)
     wrong_shape: dict[str, str] = field(default_factory=dict)
 
-    def add_part(self, part: Part, layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Place]:
+    def add_part(self, part: Part, layout: str, tensors: dict[str, Tensor]) -> dict[str, Place]:
         """Compare a part with the tensors that are its own. Gives back the places of its parameters."""
         places = table(part, layout)
         parameters = part.state_dict()
@@ -67,12 +70,12 @@ class Report:
                 self.converted[name] = "1x1 convolution, taken as a matrix"
             else:
                 self.used.append(name)
-        layers = part.config.layers if isinstance(part, TextEncoder) else None
-        self.add_rest([name for name in tensors if name not in ours], CARRIED.format(layers=layers))
+        self.add_rest([name for name in tensors if name not in ours])
         return places
 
-    def add_rest(self, names: list[str], carried: str = CARRIED):
-        """Tensors that no part computes with; `carried` is the pattern of those to keep."""
+    def add_rest(self, names: list[str]):
+        """Tensors that no part computes with."""
+        carried = CARRIED.format(layers=self.text_layers)
         for name in names:
             reason = next((reason for pattern, reason in IGNORED if re.search(pattern, name)), None)
             if reason:

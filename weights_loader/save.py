@@ -10,7 +10,7 @@ without being computed with is written back, in a diffusers folder as a file of 
 from pathlib import Path
 
 from minidiff.pipeline import StableDiffusion
-from weights_loader.dialects import Layout, to_file
+from weights_loader.dialects import LAYOUTS, to_file
 from weights_loader.folder import write_folder_config
 from weights_loader.load import CARRIED_FILE, load
 from weights_loader.metadata import KEY, config_to_json
@@ -20,14 +20,14 @@ FORMAT = {"format": "pt"}  # diffusers and transformers ask for it
 SUFFIX = ".safetensors"
 
 
-def save(sd: StableDiffusion, path: str | Path, layout: Layout = "ldm"):
+def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm"):
     """Write a model in the dtype it has: all of it, or nothing.
 
     Raises ValueError for an unknown layout and for a name that does not fit the layout, FileNotFoundError without the folder above.
     """
     path = Path(path)
-    if layout not in ("ldm", "diffusers"):
-        raise ValueError(f"layout {layout!r} unknown; choose ldm or diffusers")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} unknown; choose {' or '.join(LAYOUTS)}")
     if layout == "ldm":
         _save_ldm(sd, path)
     else:

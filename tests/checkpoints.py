@@ -1,0 +1,87 @@
+"""Small checkpoints of every family, in every container that public ones come in."""
+
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+
+import torch
+
+from minidiff.config import ModelConfig, TokenizerConfig
+from minidiff.pipeline import StableDiffusion
+from minidiff.scenes.scenes import bpe_merges
+from tests.small_models import small_config, small_model
+from weights_loader.dialects import to_file
+from weights_loader.write import write_safetensors
+
+DATA = Path(__file__).parent / "data"
+
+
+def public_keys(version: int) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a whole SD 1.x or 2.x file in LDM names, made from the original model classes."""
+    return {name: tuple(shape) for name, shape in json.loads(gzip.open(DATA / f"sd-v{version}-keys.json.gz").read()).items()}
+
+
+def family_configs() -> dict[str, ModelConfig]:
+    """Every family, a few thousand times smaller. SD 2's text encoder leaves out the last of 3 blocks."""
+    sd1 = small_config("eps")
+    sd1 = dataclasses.replace(sd1, schedule=dataclasses.replace(sd1.schedule, spacing="leading"), image_size=64)
+    sd2 = dataclasses.replace(
+        sd1,
+        tokenizer=TokenizerConfig(merges=bpe_merges(), cleaning="open_clip", padding="zero", context_length=sd1.tokenizer.context_length),
+        text_encoder=dataclasses.replace(sd1.text_encoder, activation="gelu"),
+        unet=dataclasses.replace(sd1.unet, linear_projection=True),
+        schedule=dataclasses.replace(sd1.schedule, prediction="v"),
+    )
+    inpainting = {name: dataclasses.replace(base, unet=dataclasses.replace(base.unet, in_channels=9)) for name, base in (("1", sd1), ("2", sd2))}
+    return {"SD 1": sd1, "SD 2": sd2, "SD 1 inpainting": inpainting["1"], "SD 2 inpainting": inpainting["2"], "bundled": small_config("v")}
+
+
+def family_model(name: str) -> StableDiffusion:
+    """Random weights; of SD 2 also what its files hold without use."""
+    sd = small_model(family_configs()[name])
+    if sd.config.text_encoder.activation == "gelu":
+        for key, tensor in to_file(sd.text_encoder, "ldm").items():
+            if ".resblocks.1." in key:
+                sd.carried[key.replace(".resblocks.1.", ".resblocks.2.")] = tensor + 1
+        sd.carried["cond_stage_model.model.text_projection"] = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+        sd.carried["cond_stage_model.model.logit_scale"] = torch.tensor(4.6)
+    return sd
+
+
+def ldm_tensors(sd: StableDiffusion) -> dict[str, torch.Tensor]:
+    """As a public file holds them."""
+    tensors = to_file(sd.text_encoder, "ldm") | to_file(sd.unet, "ldm") | to_file(sd.vae, "ldm") | sd.carried
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def extras(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """What files hold beside the weights."""
+    return {
+        "betas": torch.zeros(1000),
+        "alphas_cumprod": torch.zeros(1000),
+        "sqrt_one_minus_alphas_cumprod": torch.zeros(1000),
+        "sqrt_recipm1_alphas_cumprod": torch.zeros(1000),
+        "posterior_mean_coef2": torch.zeros(1000),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(config.text_encoder.context_length)[None],
+    }
+
+
+CONTAINERS = {
+    "safetensors": lambda tensors, path: write_safetensors(path, tensors),
+    "zip": lambda tensors, path: torch.save(tensors, path),
+    "zip, wrapped": lambda tensors, path: torch.save({"epoch": 3, "global_step": 10, "state_dict": tensors}, path),
+    "legacy, wrapped": lambda tensors, path: torch.save({"state_dict": tensors}, path, _use_new_zipfile_serialization=False),
+}
+
+
+def assert_same_model(a: StableDiffusion, b: StableDiffusion):
+    """Bit for bit, and nothing carried is lost."""
+    for name in ("text_encoder", "unet", "vae"):
+        states = getattr(a, name).state_dict(), getattr(b, name).state_dict()
+        assert states[0].keys() == states[1].keys()
+        for key in states[0]:
+            assert states[0][key].dtype == states[1][key].dtype and torch.equal(states[0][key], states[1][key]), f"{name}: {key}"
+    assert a.carried.keys() == b.carried.keys()
+    assert all(torch.equal(a.carried[key], b.carried[key]) for key in a.carried)
+    assert a.config == b.config
