@@ -57,7 +57,7 @@ def generate(
     eta: float = 0.0,
     vae: str | None = None,
     ema: bool = False,
-    prediction: str | None = None,
+    prediction: Literal["eps", "v"] | None = None,
     dtype: DTYPES = "auto",
     device: str = "auto",
     out: Path | None = None,

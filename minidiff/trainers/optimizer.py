@@ -16,15 +16,21 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at 0, singu
 
 
 def orthogonalise(matrix: Float[Tensor, "R C"], steps: int = 5) -> Float[Tensor, "R C"]:
-    """The same singular vectors with all singular values near 1, by the quintic Newton-Schulz iteration a X + b X X'X + c (X X')^2 X."""
+    """The same singular vectors with all singular values near 1, by the quintic Newton-Schulz iteration x <- (a + b x x' + c (x x')^2) x.
+
+    Every factor is a polynomial in x x', so the product of them is worked out on that small square matrix and applied to x once.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalise(matrix.T, steps).T
     a, b, c = NEWTON_SCHULZ
     x = matrix / (matrix.norm() + 1e-7)  # the iteration needs singular values of at most 1
-    if x.shape[0] > x.shape[1]:
-        return orthogonalise(matrix.T, steps).T
+    gram = x @ x.T
+    identity = product = torch.eye(len(gram), dtype=x.dtype, device=x.device)
     for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x
+        factor = a * identity + b * gram + c * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    return product @ x
 
 
 class Muon(torch.optim.Optimizer):
