@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def generate(
-    prompt: tyro.conf.Positional[str],
+    prompts: tyro.conf.Positional[tuple[str, ...]],
     /,
     model: str = "tiny",
     negative: str = "",
@@ -62,17 +62,17 @@ def generate(
     device: str = "auto",
     out: Path | None = None,
 ) -> None:
-    """Make a picture from words.
+    """Make pictures from words.
 
     Args:
-        prompt: what the picture shows
+        prompts: what a picture shows, in quotes; several make a picture each
         model: "tiny" (ships with minidiff), a .safetensors or .ckpt file, or a diffusers folder
         negative: what it should not show
         steps: how many steps the sampler takes
         sampler: ddpm, ddim, plms, euler, euler_ancestral, heun, dpmpp_2m or dpmpp_2m_karras
         guidance: how strongly the picture follows the prompt; 1 is not at all stressed, the model's own by default
         seed: where the noise comes from; the same seed gives the same picture
-        batch: how many pictures, on the seeds that follow
+        batch: how many pictures of a prompt, on the seeds that follow
         size: in pixels, as 512 or 768x512; the model's own by default
         spacing: which timesteps are visited: leading, linspace or trailing; the model's own by default
         eta: how much fresh noise ddim adds at each step, 0 to 1
@@ -81,42 +81,45 @@ def generate(
         prediction: what the model predicts, eps or v, where its file is wrong about it
         dtype: of the weights; float32 on a CPU and the file's own on a GPU by default
         device: auto, cpu, cuda, cuda:1, mps
-        out: a .png file; for several pictures their grid, and each beside it with its seed in the name
+        out: a .png file, named after the prompt by default; several pictures make a grid, and stand beside it one by one
     """
     from tqdm import tqdm
 
     from minidiff.pipeline import to_images
     from minidiff.viz import check_png, grid, save_png
 
-    if batch < 1:
-        raise ValueError(f"--batch {batch} makes no picture; give 1 or more")
-    out = out or Path(f"{slug(prompt)}-{seed}.png")
+    if not prompts or batch < 1:
+        raise ValueError(f"{len(prompts)} prompts and --batch {batch} make no picture; give at least one of each")
+    out = out or Path(f"{slug(prompts[0])}-{seed}.png")
     check_png(out)
     sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction)
-    settings = {"steps": steps, "sampler": sampler, "guidance_scale": guidance, "negative_prompt": negative}
-    settings |= {"size": parse_size(size), "spacing": spacing, "eta": eta}
-    seeds = list(range(seed, seed + batch))
-    walk = sd.denoise(prompt, seeds=seeds, **settings)
+    pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
+    guidance = sd.config.guidance_scale if guidance is None else guidance
+    walk = sd.denoise(
+        [prompt for prompt, _ in pairs], seeds=[seed for _, seed in pairs], steps=steps, sampler=sampler, guidance_scale=guidance,
+        negative_prompt=negative, size=parse_size(size), spacing=spacing, eta=eta,
+    )  # fmt: skip
     for last in tqdm(walk, total=steps, unit="step", file=sys.stderr):
         pass
     images = to_images(sd.decode(last.x_t))
 
-    def describe(seed: int) -> str:
-        """As the web interfaces write it: the prompt, the negative prompt, then names and values."""
-        width, height = images[0].size
-        values = {
-            "Steps": steps, "Sampler": sampler, "Schedule type": spacing or sd.config.schedule.spacing,
-            "CFG scale": sd.config.guidance_scale if guidance is None else guidance, "Seed": seed, "Size": f"{width}x{height}",
-            "Model": model, "Eta": eta, "dtype": str(sd.dtype).removeprefix("torch."),
-        }  # fmt: skip
-        lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
-        return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items())])
-
-    save_png(grid(images), out, describe(seed))
-    if batch > 1:
-        for one, image in zip(seeds, images):
-            save_png(image, out.with_name(f"{out.stem}-{one}.png"), describe(one))
+    width, height = images[0].size
+    settings = {
+        "Steps": steps, "Sampler": sampler, "Schedule type": spacing or sd.config.schedule.spacing, "CFG scale": guidance, "Seed": seed,
+        "Size": f"{width}x{height}", "Model": model, "Eta": eta, "dtype": str(sd.dtype).removeprefix("torch."),
+    }  # fmt: skip
+    save_png(grid(images), out, parameters(" | ".join(prompts), negative, settings))
+    if len(pairs) > 1:
+        for (prompt, one), image in zip(pairs, images):
+            name = f"{out.stem}-{one}.png" if len(prompts) == 1 else f"{out.stem}-{slug(prompt)}-{one}.png"
+            save_png(image, out.with_name(name), parameters(prompt, negative, settings | {"Seed": one}))
     print(out)
+
+
+def parameters(prompt: str, negative: str, settings: dict[str, object]) -> str:
+    """The settings of a picture as the web interfaces write them: the prompt, the negative prompt, then names and values."""
+    lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])
 
 
 def inspect(file: tyro.conf.Positional[Path], /) -> None:

@@ -63,6 +63,14 @@ def test_a_batch_is_a_grid_and_each_picture_beside_it_by_its_seed(run, tmp_path)
     assert np.abs(alone - last).max() <= 1  # one seed gives one picture, alone or in a batch, to 1/255
 
 
+def test_several_prompts_make_a_picture_each(run, tmp_path):
+    code, _, _ = run("generate", "a cat", "a dog", "--steps", "2", "--out", "pets.png")
+    assert code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pets-a-cat-0.png", "pets-a-dog-0.png", "pets.png"]
+    assert Image.open(tmp_path / "pets-a-dog-0.png").text["parameters"].startswith("a dog\nSteps: 2")
+    assert run("generate")[0] == 2
+
+
 def test_without_out_the_picture_is_named_after_its_prompt(run, tmp_path):
     assert run("generate", "A cat, please!", "--steps", "1")[1].strip() == "a-cat-please-0.png"
 
@@ -77,7 +85,7 @@ def test_without_out_the_picture_is_named_after_its_prompt(run, tmp_path):
         (["--size", "63"], "size 63 x 63: width and height must be multiples of 4"),
         (["--size", "64x"], "--size 64x: give pixels as 512"),
         (["--size", "0"], "size 0 x 0"),
-        (["--batch", "0"], "--batch 0 makes no picture"),
+        (["--batch", "0"], "--batch 0 make no picture"),
         (["--guidance", "nan"], "guidance_scale nan is not a finite number"),
         (["--spacing", "even"], "spacing 'even' unknown; choose leading, linspace, trailing"),
         (["--eta", "2"], "eta 2.0 is outside 0..1"),
@@ -103,7 +111,7 @@ def test_what_cannot_be_written_is_said_before_the_picture_is_made(run):
 
 
 def test_unknown_commands_and_options_exit_with_2(run):
-    for args in (["genrate", "a cat"], ["generate", "a cat", "--stps", "3"], ["generate"], ["train"], ["generate", "a cat", "--steps", "many"], ["generate", "a cat", "--prediction", "x0"]):
+    for args in (["genrate", "a cat"], ["generate", "a cat", "--stps", "3"], ["train"], ["generate", "a cat", "--steps", "many"], ["generate", "a cat", "--prediction", "x0"]):
         code, _, err = run(*args)
         assert code == 2 and "Traceback" not in err
 
