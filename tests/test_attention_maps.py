@@ -1,0 +1,185 @@
+"""Recorded cross-attention: rows of one, the picture as it was, the prompt's half alone, no hook left behind."""
+
+import pytest
+import torch
+from einops import rearrange
+
+from minidiff.attention_maps import record_cross_attention, word_map
+from minidiff.blocks import SpatialTransformer
+from minidiff.samplers import SAMPLERS
+from tests.small_models import small_model
+
+PROMPT = "a red apple on a blue background"
+# Cells of each level at 32 x 32 pixels and at 72 x 56 (width x height), as (H, W); the last level has no attention but the middle's.
+SQUARE = ((8, 8), (4, 4), (2, 2))
+ODD = ((14, 18), (7, 9), (4, 5))
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return small_model()
+
+
+def hooks_of(unet):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in unet.modules())
+
+
+def layer_sizes(sizes):
+    """The transformers of the small U-Net, one ResBlock a level down and two up, with their maps' sizes."""
+    high, low, middle = sizes
+    return {
+        "down.0.transformers.0": high,
+        "down.1.transformers.0": low,
+        "middle.transformer": middle,
+        "up.1.transformers.0": low,
+        "up.1.transformers.1": low,
+        "up.2.transformers.0": high,
+        "up.2.transformers.1": high,
+    }
+
+
+@pytest.mark.parametrize("size, sizes", [(32, SQUARE), ((72, 56), ODD)])
+@pytest.mark.parametrize("guidance_scale", [1, 4.0])
+def test_every_transformer_gives_one_map_of_its_size_whose_rows_sum_to_1(sd, size, sizes, guidance_scale):
+    step = next(sd.denoise([PROMPT, "a cat", "a dog"], size=size, guidance_scale=guidance_scale, attention_maps=True, steps=2))
+    assert {name: tuple(m.shape) for name, m in step.attention_maps.items()} == {
+        name: (3, H, W, 32) for name, (H, W) in layer_sizes(sizes).items()
+    }
+    for name, m in step.attention_maps.items():
+        torch.testing.assert_close(m.sum(dim=-1), torch.ones(m.shape[:-1]), rtol=0, atol=1e-5, msg=name)  # fp32
+        assert m.min() >= 0 and not m.requires_grad
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_recording_does_not_change_the_picture(sd, sampler):
+    recorded, plain = (list(sd.denoise([PROMPT, "a cat"], steps=4, sampler=sampler, attention_maps=maps)) for maps in (True, False))
+    for one, other in zip(recorded, plain, strict=True):
+        assert torch.equal(one.x_t, other.x_t) and torch.equal(one.x0_hat, other.x0_hat)
+        assert one.attention_maps and other.attention_maps is None
+
+
+def maps_by_hand(sd, x_t, t, prompt):
+    """Every cross-attention's softmax(q k^T / sqrt(d)), averaged over heads, from its inputs."""
+    captured, handles = {}, []
+    for name, module in sd.unet.named_modules():
+        if isinstance(module, SpatialTransformer):
+            attention = module.block.cross_attention
+            handles.append(attention.register_forward_pre_hook(lambda module, args, name=name: captured.update({name: (module, *args)})))
+    with torch.no_grad():
+        sd.unet(x_t, torch.tensor([t]), sd.text_encoder(sd.tokenizer([prompt])))
+        for handle in handles:
+            handle.remove()
+        for name, (attention, x, context) in captured.items():
+            q, k = (rearrange(y, "B N (h d) -> B h N d", h=attention.heads) for y in (attention.to_q(x), attention.to_k(context)))
+            captured[name] = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=1)
+    return captured
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "plms"])
+def test_maps_are_of_the_steps_first_call_and_of_the_prompt_not_of_the_negative_one(sd, sampler):
+    x = torch.randn(1, 4, 14, 18, generator=torch.Generator().manual_seed(6))
+    for step in sd.denoise(PROMPT, seeds=[6], size=(72, 56), sampler=sampler, steps=3, negative_prompt="a blue car", attention_maps=True):
+        expected = maps_by_hand(sd, x, step.t, PROMPT)
+        for name, m in step.attention_maps.items():
+            # fp32 parity; alone and as a batch of two
+            torch.testing.assert_close(rearrange(m, "B H W L -> B (H W) L"), expected[name], rtol=1e-4, atol=1e-5)
+        x = step.x_t
+    swapped = maps_by_hand(sd, x, step.t, "a blue car")  # the comparison above would notice
+    assert any((rearrange(m, "B H W L -> B (H W) L") - swapped[name]).abs().max() > 1e-3 for name, m in step.attention_maps.items())
+
+
+def test_each_step_has_maps_of_its_own_whatever_runs_between_steps(sd):
+    expected = [step.attention_maps for step in sd.denoise(PROMPT, steps=3, attention_maps=True)]
+    mixed = zip(
+        sd.denoise(PROMPT, steps=3, attention_maps=True),
+        sd.denoise(["a cat", "a dog"], steps=3, sampler="heun", attention_maps=True),
+        expected,
+        strict=True,
+    )
+    for step, other, maps in mixed:
+        sd.generate("a car", steps=1)
+        assert all(torch.equal(step.attention_maps[name], m) for name, m in maps.items())
+        assert all(len(m) == 2 for m in other.attention_maps.values())
+    assert not torch.equal(expected[0]["middle.transformer"], expected[1]["middle.transformer"])
+
+
+def test_no_hook_is_left_behind(sd, monkeypatch):
+    before = hooks_of(sd.unet)
+    walk = sd.denoise(PROMPT, steps=3, attention_maps=True)
+    next(walk)
+    assert hooks_of(sd.unet) == before  # the walk may never be taken up again
+    list(walk)
+    assert hooks_of(sd.unet) == before
+
+    with record_cross_attention(sd.unet):
+        assert hooks_of(sd.unet) == before + 2 * 7
+    with pytest.raises(RuntimeError), record_cross_attention(sd.unet):
+        raise RuntimeError
+    assert hooks_of(sd.unet) == before
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(sd.unet.middle.block_2, "forward", fail)
+    with pytest.raises(MemoryError):
+        list(sd.denoise(PROMPT, attention_maps=True))
+    assert hooks_of(sd.unet) == before
+
+
+def test_a_layers_map_is_kept_until_the_dict_is_cleared(sd):
+    x_t, t = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    context = sd.encode_prompts([PROMPT])
+    with torch.no_grad(), record_cross_attention(sd.unet) as maps:
+        sd.unet(x_t[0], t, context)
+        first = dict(maps)
+        sd.unet(x_t[1], t, context)
+        assert all(maps[name] is m for name, m in first.items())
+        maps.clear()
+        sd.unet(x_t[1], t, context)
+    assert maps.keys() == first.keys() and not torch.equal(maps["middle.transformer"], first["middle.transformer"])
+
+
+# --- one word's map ---------------------------------------------------------------------------------------------------
+
+
+def test_word_map_sums_the_words_tokens_and_averages_the_enlarged_layers():
+    generator = torch.Generator().manual_seed(0)
+    maps = {"fine": torch.rand(2, 4, 6, 5, generator=generator), "coarse": torch.rand(2, 2, 3, 5, generator=generator)}
+    kept = {name: m.clone() for name, m in maps.items()}
+    fine, coarse = (m[..., 1] + m[..., 3] for m in maps.values())
+    # A pixel of twice the size lies a quarter of a cell from the centre of its own cell: 3/4 of it, 1/4 of the next.
+    rows = torch.stack([coarse[:, 0], 0.75 * coarse[:, 0] + 0.25 * coarse[:, 1], 0.25 * coarse[:, 0] + 0.75 * coarse[:, 1], coarse[:, 1]], dim=1)
+    left, middle, right = rows.unbind(dim=2)
+    columns = [left, 0.75 * left + 0.25 * middle, 0.25 * left + 0.75 * middle, 0.75 * middle + 0.25 * right, 0.25 * middle + 0.75 * right, right]
+    expected = (fine + torch.stack(columns, dim=2)) / 2
+    torch.testing.assert_close(word_map(maps, [1, 3], (4, 6)), expected, rtol=0, atol=1e-6)  # fp32
+    assert all(torch.equal(maps[name], m) for name, m in kept.items())
+
+
+def test_the_maps_of_all_positions_sum_to_1(sd):
+    step = next(sd.denoise(PROMPT, size=(72, 56), attention_maps=True))
+    total = sum(word_map(step.attention_maps, [position], (56, 72)) for position in range(32))
+    torch.testing.assert_close(total, torch.ones(1, 56, 72), rtol=0, atol=1e-5)  # fp32
+
+
+def test_the_tokenizer_says_where_a_words_tokens_are(sd):
+    prompt = "a red zeppelin on a lawn"
+    words = dict(sd.tokenizer.words(prompt))
+    tokens = sd.tokenizer([prompt])[0]
+    assert len(words["zeppelin"]) > 1 and words["red"] == [2]
+    assert {word: sd.tokenizer.decode(tokens[positions].tolist()) for word, positions in words.items()} == {word: word for word in words}
+    maps = next(sd.denoise(prompt, attention_maps=True)).attention_maps
+    total = sum(word_map(maps, [position], (8, 8)) for position in words["zeppelin"])
+    torch.testing.assert_close(word_map(maps, words["zeppelin"], (8, 8)), total, rtol=0, atol=1e-6)  # fp32
+
+
+@pytest.mark.parametrize("positions", [[], [32], [-1], [3, 99]])
+def test_positions_that_are_not_there_are_refused(sd, positions):
+    maps = next(sd.denoise(PROMPT, attention_maps=True)).attention_maps
+    with pytest.raises(ValueError, match=r"expected at least one of 0\.\.31"):
+        word_map(maps, positions, (8, 8))
+
+
+def test_no_maps_are_refused():
+    with pytest.raises(ValueError, match="attention_maps=True"):
+        word_map({}, [1], (8, 8))
