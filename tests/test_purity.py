@@ -1,0 +1,185 @@
+"""No public function changes the tensors it is given, and none is missing here.
+
+A function counts if it takes a tensor (or an array), or is a method of a class that holds some; the list is read from the source. Tensors
+anywhere in the arguments are watched: in lists, in the object a method belongs to, in the weights of a module.
+"""
+
+import ast
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import minidiff
+from minidiff import attention, attention_maps, blocks, compare, guidance, pipeline, samplers, text_encoder, unet, vae
+from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from minidiff.samplers import Denoiser, Level
+from minidiff.scenes import art
+from minidiff.schedule import NoiseSchedule, zero_terminal_snr
+from minidiff.trainers import from_scratch, optimizer
+from tests.small_models import small_model
+
+PACKAGE = Path(minidiff.__file__).parent
+
+
+def takes_tensors(function: ast.FunctionDef) -> bool:
+    arguments = function.args
+    annotations = [a.annotation for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs] if a.annotation]
+    return any(kind in ast.unparse(annotation) for annotation in annotations for kind in ("Tensor", "ndarray"))
+
+
+def holds_tensors(cls: ast.ClassDef) -> bool:
+    return any(isinstance(field, ast.AnnAssign) and "Tensor" in ast.unparse(field.annotation) for field in cls.body)
+
+
+def public_functions() -> Iterator[str]:
+    for path in PACKAGE.rglob("*.py"):
+        module = ".".join(["minidiff", *path.relative_to(PACKAGE).with_suffix("").parts])
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and takes_tensors(node):
+                yield f"{module}.{node.name}"
+            elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                for method in node.body:
+                    if isinstance(method, ast.FunctionDef) and (method.name == "__call__" or not method.name.startswith("_")):
+                        if holds_tensors(node) or takes_tensors(method):
+                            yield f"{module}.{node.name}.{method.name}"
+
+
+def examples() -> list[partial]:
+    """A call of every public function, on small random inputs."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 5, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    x, time, context = torch.randn(2, 8, 4, 4), torch.randn(2, 32), torch.randn(2, 3, 6)
+    t = torch.tensor([10, 700])
+    unet_config = UNetConfig(widths=(8, 16), blocks_per_level=1, attention=(True, False), heads=(2, 2), context_width=6, groups=4)
+    vae_config = VAEConfig(widths=(8, 16), blocks_per_level=1, groups=4)
+    text_config = TextEncoderConfig(vocab_size=50, context_length=6, width=8, layers=1, heads=2)
+    x_t, eps = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
+    gaussian = vae.DiagonalGaussian(x_t, eps)
+    schedule = NoiseSchedule(ScheduleConfig())
+    denoise, now, then = Denoiser(lambda x_t, t: 0.5 * x_t, "eps", torch.float32), Level(700, 0.1), Level(500, 0.3)
+    noise = partial(torch.randn, x_t.shape)
+    sd = small_model()
+    conversions = [schedule.x0_from_eps, schedule.eps_from_x0, schedule.x0_from_v, schedule.eps_from_v]
+    weight = nn.Parameter(torch.ones(3))
+    return [
+        partial(attention.attention_weights, q, k, 2),
+        partial(attention.attention_by_hand, q, k, v, 2),
+        partial(attention.attention, q, k, v, 2),
+        partial(attention.Attention(8, 2).forward, q, k),
+        partial(attention_maps.word_map, {"layer": torch.rand(2, 4, 4, 5)}, [1, 2], (8, 8)),
+        partial(blocks.timestep_embedding, t, 8),
+        partial(blocks.TimeEmbedding(8).forward, t),
+        partial(blocks.ResBlock(8, 16, 4, 1e-5, 32).forward, x, time),
+        partial(blocks.FeedForward(8).forward, q),
+        partial(blocks.TransformerBlock(8, 2, 6).forward, q, context),
+        partial(blocks.SpatialTransformer(8, 2, 6, 4).forward, x, context),
+        partial(compare.difference, "layer", x, x + 1),
+        partial(compare.outputs_by_layer, nn.Linear(8, 8), nn.Linear.__call__, (q,)),
+        partial(guidance.guide, x_t, eps, 7.5),
+        partial(guidance.guided, lambda x_t, t, context: x_t, context, context, 7.5),
+        partial(sd.decode, torch.randn(1, 4, 8, 8)),
+        partial(pipeline.to_images, torch.randn(1, 3, 8, 8)),
+        partial(denoise.predict, x_t, now),
+        partial(denoise.split, eps, x_t, now),
+        partial(denoise.__call__, x_t, now),
+        *(partial(samplers.sample, denoise.model, x_t, schedule, sampler=name, steps=5, noise=noise) for name in samplers.SAMPLERS),
+        partial(samplers.ddpm, denoise, x_t, now, then, noise),
+        partial(samplers.ddim, denoise, x_t, now, then, 1.0, noise),
+        partial(samplers.plms, denoise, x_t, now, then, (eps, eps)),
+        partial(samplers.euler, denoise, x_t, now, then),
+        partial(samplers.euler_ancestral, denoise, x_t, now, then, noise),
+        partial(samplers.heun, denoise, x_t, now, then),
+        partial(samplers.dpmpp_2m, denoise, x_t, now, then, (Level(800, 0.05), eps)),
+        partial(art.tinted, np.full((4, 4, 4), 200, np.uint8), "red"),
+        *(partial(method, x_t, t, eps) for method in [schedule.q_sample, schedule.velocity, schedule.target, *conversions]),
+        partial(schedule.snr, t),
+        partial(schedule.timesteps, 5),
+        partial(zero_terminal_snr, schedule.alpha_bar),
+        partial(text_encoder.quick_gelu, x),
+        partial(text_encoder.TextBlock(text_config).forward, q),
+        partial(text_encoder.TextEncoder(text_config).forward, torch.tensor([[1, 2, 3]])),
+        partial(from_scratch.pixels_of, np.zeros((1, 4, 4, 3), np.uint8)),
+        partial(from_scratch.reconstruction_loss, torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)),
+        partial(from_scratch.Latents(x_t, t, x_t[:, :1]).scaling_factor),
+        partial(from_scratch.take_step, weight.square().sum(), (torch.optim.SGD([weight]),), 0.1),
+        partial(optimizer.orthogonalise, torch.randn(4, 6)),
+        partial(unet.DownLevel(8, 8, 2, False, unet_config).forward, x, time, context),
+        partial(unet.UpLevel(8, [8, 8], 8, 2, True, unet_config).forward, x, [x + 1, x + 2], time, context),
+        partial(unet.Middle(8, 2, unet_config).forward, x, time, context),
+        partial(unet.UNet(unet_config).forward, x_t, t, context),
+        partial(gaussian.sample, torch.Generator()),
+        partial(gaussian.kl),
+        partial(vae.AttentionBlock(8, 4).forward, x),
+        partial(vae.Middle(8, 4).forward, x),
+        partial(vae.DownLevel(8, 8, False, vae_config).forward, x),
+        partial(vae.UpLevel(8, 8, False, vae_config).forward, x),
+        partial(vae.Encoder(vae_config).forward, torch.randn(1, 3, 8, 8)),
+        partial(vae.Decoder(vae_config).forward, x_t),
+        partial(vae.VAE(vae_config).encode, torch.randn(1, 3, 8, 8)),
+        partial(vae.VAE(vae_config).decode, x_t),
+    ]
+
+
+def name(call: partial) -> str:
+    return f"{call.func.__module__}.{call.func.__qualname__}"
+
+
+def tensors(value: object) -> Iterator[Tensor | np.ndarray]:
+    """Every tensor and array inside a value."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        yield value
+    elif isinstance(value, nn.Module):
+        yield from value.state_dict().values()
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+    elif dataclasses.is_dataclass(value) or isinstance(value, (NoiseSchedule, pipeline.StableDiffusion)):
+        yield from tensors(vars(value))
+
+
+def assert_pure(call: partial):
+    """Calls, and asserts that no tensor the call was given has changed; the result, if a generator, is walked to its end."""
+    given = list(tensors((getattr(call.func, "__self__", None), call.args, call.keywords)))
+    assert given, f"{name(call)}: the example gives it no tensor to change"
+    before = [np.copy(g) if isinstance(g, np.ndarray) else g.detach().clone() for g in given]
+    result = call()
+    if isinstance(result, Iterator):
+        list(result)
+    for now, then in zip(given, before):
+        assert np.array_equal(now, then) if isinstance(now, np.ndarray) else torch.equal(now.detach(), then), f"{name(call)} changed its input"
+
+
+@pytest.mark.parametrize("call", [pytest.param(call, id=name(call)) for call in examples()])
+def test_a_public_function_leaves_its_inputs_as_they_were(call):
+    assert_pure(call)
+
+
+def test_every_public_function_is_tried():
+    public, tried = set(public_functions()), {name(call) for call in examples()}
+    assert public - tried == set(), "give these an example above"
+    assert tried - public == set(), "these are gone"
+
+
+def test_a_function_that_does_change_its_input_is_caught():
+    def scaled(x):
+        return x.mul_(2)
+
+    def hidden(x):
+        x["latents"][0] /= 0.18215
+        return x
+
+    with pytest.raises(AssertionError, match="scaled changed its input"):
+        assert_pure(partial(scaled, torch.ones(3)))
+    with pytest.raises(AssertionError, match="hidden changed its input"):
+        assert_pure(partial(hidden, {"latents": [torch.ones(3)]}))
+    with pytest.raises(AssertionError, match="forward changed its input"):
+        assert_pure(partial(nn.BatchNorm2d(2).forward, torch.ones(1, 2, 3, 3)))  # its running mean
