@@ -8,6 +8,7 @@ layer that has it.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -79,14 +80,11 @@ def outputs_by_layer(module: nn.Module, run: Callable[..., object], inputs: tupl
     """run(module, *inputs), floats in the module's dtype: the output of every submodule that gives one tensor, by name, as they finish."""
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str):
-        def hook(submodule, args, output):
-            if isinstance(output, Tensor):
-                outputs[name] = output
+    def keep(name: str, submodule: nn.Module, args: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            outputs[name] = output
 
-        return hook
-
-    handles = [submodule.register_forward_hook(keep(name)) for name, submodule in module.named_modules()]
+    handles = [submodule.register_forward_hook(partial(keep, name)) for name, submodule in module.named_modules()]
     dtype = next(module.parameters()).dtype
     try:
         run(module, *(x.to(dtype) if x.is_floating_point() else x for x in inputs))

@@ -148,10 +148,10 @@ def test_word_map_sums_the_words_tokens_and_averages_the_enlarged_layers():
     kept = {name: m.clone() for name, m in maps.items()}
     fine, coarse = (m[..., 1] + m[..., 3] for m in maps.values())
     # A pixel of twice the size lies a quarter of a cell from the centre of its own cell: 3/4 of it, 1/4 of the next.
-    rows = torch.stack([coarse[:, 0], 0.75 * coarse[:, 0] + 0.25 * coarse[:, 1], 0.25 * coarse[:, 0] + 0.75 * coarse[:, 1], coarse[:, 1]], dim=1)
-    left, middle, right = rows.unbind(dim=2)
-    columns = [left, 0.75 * left + 0.25 * middle, 0.25 * left + 0.75 * middle, 0.75 * middle + 0.25 * right, 0.25 * middle + 0.75 * right, right]
-    expected = (fine + torch.stack(columns, dim=2)) / 2
+    near, far = 0.75, 0.25
+    down = torch.tensor([[1, 0], [near, far], [far, near], [0, 1]])
+    along = torch.tensor([[1, 0, 0], [near, far, 0], [far, near, 0], [0, near, far], [0, far, near], [0, 0, 1]])
+    expected = (fine + down @ coarse @ along.T) / 2
     torch.testing.assert_close(word_map(maps, [1, 3], (4, 6)), expected, rtol=0, atol=1e-6)  # fp32
     assert all(torch.equal(maps[name], m) for name, m in kept.items())
 

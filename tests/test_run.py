@@ -33,7 +33,8 @@ def start(folder, recipe=RECIPE, init=None, config=CONFIG):
     def save(sd):
         made.append(sd)
         parts = {"text_encoder": sd.text_encoder, "unet": sd.unet, "vae": sd.vae}
-        save_file({f"{part}.{name}": p for part, module in parts.items() for name, p in module.state_dict().items()}, folder / "model.safetensors")
+        tensors = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors")
 
     return run_from_scratch(config, recipe, folder, CPU, save, init), made
 
