@@ -39,6 +39,12 @@ class TextEncoderConfig:
     heads: int = 12
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
 
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"TextEncoderConfig: width {self.width} does not divide into {self.heads} heads")
+        if self.activation not in ("quick_gelu", "gelu"):
+            raise ValueError(f"TextEncoderConfig: activation {self.activation!r} unknown; choose quick_gelu, gelu")
+
 
 @dataclass(frozen=True)
 class UNetConfig:
