@@ -224,16 +224,20 @@ def train_from_scratch(
     print(model)
 
 
-def bench_load(against: bool = True, out: Path | None = None) -> None:
+def bench_load(against: bool = True, out: Path | None = None, rounds: int = 3) -> None:
     """Time and memory of loading a full-size Stable Diffusion 1.x made of made-up weights, beside diffusers on the same tensors.
+
+    Takes minutes, and up to 4.3 GB of disk at a time in the folder for temporary files.
 
     Args:
         against: measure diffusers as well
         out: a .json file for the results
+        rounds: how often each loads each file
     """
     from minidiff.bench.load import bench
 
-    bench(against, out)
+    for line in bench(against, out, rounds):
+        print(line, flush=True)
 
 
 def load(model: str, dtype: str, device: str, **options):

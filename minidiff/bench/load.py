@@ -1,0 +1,219 @@
+"""How long a full-size Stable Diffusion 1.x takes to load, and how much memory: `minidiff bench load`.
+
+    made-up weights -> a .safetensors or .ckpt file, or a diffusers folder -> minidiff, diffusers, minidiff, ...  -> medians, ratios
+                                                                              in turn, each in a new process (one_load.py)
+
+The weights are random; names, shapes and sizes are the real ones. The clock starts after the imports, which are given apart, and stops
+when every weight has been summed once: a mapped file that nobody has read is not loaded yet. The files are in the page cache.
+Memory is what a process has at its highest above the level before the call, as Linux counts it: resident, or only anonymous, which is
+what no file stands behind. Where the file has the asked dtype its pages are the weights, and resident counts; where it is converted the
+pages of the file can be given back at any time, and anonymous counts.
+
+This is a part of the command line, and beside cli.py the one place in minidiff/ that knows weights_loader.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import weights_loader
+from minidiff.bench.one_load import Measurement
+from minidiff.config import SD1, ModelConfig
+from minidiff.pipeline import StableDiffusion
+from minidiff.text_encoder import TextEncoder
+from minidiff.tokenizer import Tokenizer
+from minidiff.unet import UNet
+from minidiff.vae import VAE
+from weights_loader.dialects import to_file
+from weights_loader.folder import write_folder_config
+from weights_loader.metadata import config_to_json
+from weights_loader.write import write_safetensors
+
+CONTENDERS = ("minidiff", "diffusers")
+PACKAGES = ("torch", "safetensors", "diffusers", "transformers", "accelerate")  # whose versions matter
+GOAL_TIME = 0.5  # of diffusers' time, at most
+GOAL_MEMORY = 1.15  # of the model's bytes, at most
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of file, the dtype of the weights in it, and the dtype asked for."""
+
+    kind: str
+    stored: str = "float32"
+    asked: str = "float32"
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.stored}" + (f" as {self.asked}" if self.asked != self.stored else "")
+
+
+CASES = (Case(".safetensors"), Case(".ckpt"), Case("diffusers folder"), Case(".safetensors", "float16"))
+
+
+def bench(
+    against: bool = True, out: Path | None = None, rounds: int = 3, config: ModelConfig = SD1, cases: Sequence[Case] = CASES
+) -> Iterator[str]:
+    """Measure, and yield the lines of a Markdown table as they are found. Takes up to 4.3 GB of disk at a time, in a temporary folder.
+
+    against: measure diffusers as well. out: a .json file for every number. rounds: how often each contender loads each file; the median
+    of the times and the highest memory count.
+    Raises ValueError where memory cannot be measured, or diffusers is not there; RuntimeError when a contender fails.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        raise ValueError(f"bench load reads the memory of a process from /proc, which {platform.system()} does not have; run it on Linux")
+    if against and not importlib.util.find_spec("diffusers"):
+        raise ValueError("diffusers is not installed: run pip install diffusers transformers accelerate, or measure without: --no-against")
+    if rounds < 1:
+        raise ValueError(f"rounds {rounds}: give 1 or more")
+    if out and not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
+    record = {"command": " ".join(sys.argv), "machine": machine(), "rounds": rounds, "cases": []}
+    missed = []
+    yield "{processor}, {usable} of {cores} cores; {versions}\n".format_map(record["machine"])
+    yield "| file | minidiff | diffusers | ratio | with imports | | ratio | memory | minidiff | diffusers | of the model's size |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for case in cases:
+        found = measure_case(case, config, CONTENDERS if against else CONTENDERS[:1], rounds)
+        summary = summarize(case, found)
+        record["cases"].append({"case": asdict(case)} | summary | {"runs": {name: [asdict(run) for run in runs] for name, runs in found.items()}})
+        missed += [f"missed: {case}: {goal}" for goal in goals_missed(summary)]
+        yield table_row(case, summary)
+    if out:
+        out.write_text(json.dumps(record, indent=2) + "\n")
+    yield "\n" + "\n".join(missed or [f"goals met: {GOAL_TIME} of diffusers' time, memory {GOAL_MEMORY} of the model's size"])
+
+
+# ------------------------------------------------------------------------------------------------------- the results
+
+
+def machine() -> dict[str, object]:
+    """What the numbers depend on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return {
+        "processor": next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()),
+        "cores": os.cpu_count(),
+        "usable": len(os.sched_getaffinity(0)),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if importlib.util.find_spec(name)),
+    }
+
+
+def summarize(case: Case, found: dict[str, list[Measurement]]) -> dict[str, object]:
+    """Of each contender the median times and the highest memory, beside the model's bytes in the dtype asked for."""
+    memory = "resident" if case.stored == case.asked else "anonymous"
+    return {
+        "model_bytes": found["minidiff"][0].count * getattr(torch, case.asked).itemsize,
+        "seconds": {name: median(run.seconds for run in runs) for name, runs in found.items()},
+        "cpu_seconds": {name: median(run.cpu_seconds for run in runs) for name, runs in found.items()},
+        "with_imports": {name: median(run.import_seconds + run.seconds for run in runs) for name, runs in found.items()},
+        "memory_counted": memory,
+        "memory": {name: max(getattr(run, f"{memory}_peak") for run in runs) for name, runs in found.items()},
+    }
+
+
+def goals_missed(summary: dict) -> list[str]:
+    """In words. The goal for the time needs diffusers' time."""
+    seconds, missed = summary["seconds"], []
+    if "diffusers" in seconds and seconds["minidiff"] > GOAL_TIME * seconds["diffusers"]:
+        missed.append(f"{seconds['minidiff'] / seconds['diffusers']:.2f} of diffusers' time, the goal is {GOAL_TIME}")
+    share = summary["memory"]["minidiff"] / summary["model_bytes"]
+    if share > GOAL_MEMORY:
+        missed.append(f"memory {share:.2f} of the model's size, the goal is {GOAL_MEMORY}")
+    return missed
+
+
+def table_row(case: Case, summary: dict) -> str:
+    def pair(values: dict[str, float]) -> list[str]:
+        if "diffusers" not in values:
+            return [f"{values['minidiff']:.2f} s", "", ""]
+        return [*(f"{values[name]:.2f} s" for name in CONTENDERS), f"{values['minidiff'] / values['diffusers']:.2f}"]
+
+    memory = [f"{summary['memory'][name] / 1e9:.2f} GB" if name in summary["memory"] else "" for name in CONTENDERS]
+    share = summary["memory"]["minidiff"] / summary["model_bytes"]
+    cells = [str(case), *pair(summary["seconds"]), *pair(summary["with_imports"]), summary["memory_counted"], *memory, f"{share:.2f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+# --------------------------------------------------------------------------------------------------------- the files
+
+
+def measure_case(case: Case, config: ModelConfig, contenders: Sequence[str], rounds: int) -> dict[str, list[Measurement]]:
+    """The file, made and put into the page cache; then the contenders in turn. They have to agree on what is in it."""
+    found = {name: [] for name in contenders}
+    with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
+        path = write_case(made_up(config, getattr(torch, case.stored)), case, Path(folder))
+        os.sync()  # what is still on its way to the disk would take time from the first round
+        warm(path)
+        for _ in range(rounds):
+            for name in contenders:
+                found[name].append(in_new_process(name, path, Path(folder) / "settings", case.asked, config))
+    runs = [run for runs in found.values() for run in runs]
+    # Sums of a billion numbers in float32, in another order.
+    same = all(run.count == runs[0].count and abs(run.total - runs[0].total) <= 1e-4 * abs(runs[0].total) for run in runs)
+    assert same, f"{case}: not the same weights: {[(run.count, run.total) for run in runs]}"
+    return found
+
+
+def made_up(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
+    """A model whose weights are windows onto one pool of random numbers: it takes the memory of its largest matrix."""
+    with torch.device("meta"):
+        parts = TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae)
+    generator = torch.Generator().manual_seed(0)
+    largest = max(weight.numel() for part in parts for weight in part.parameters())
+    # All positive, so that a weight that is lost is lost in the sum.
+    pool = (torch.rand(largest + 1000, generator=generator) * 0.02).to(dtype)
+    for part in parts:
+        windows = {}
+        for name, weight in part.state_dict().items():
+            start = int(torch.randint(1000, (), generator=generator))
+            windows[name] = pool[start : start + weight.numel()].view(weight.shape)
+        part.load_state_dict(windows, assign=True)
+    return StableDiffusion(config, *parts, Tokenizer(config.tokenizer))
+
+
+def write_case(sd: StableDiffusion, case: Case, folder: Path) -> Path:
+    """The model as a file of this kind, without a config in it as the public ones. In "settings" diffusers finds its own."""
+    if case.kind == "diffusers folder":
+        weights_loader.save(sd, folder / "settings", layout="diffusers")
+        return folder / "settings"
+    (folder / "settings").mkdir()
+    write_folder_config(folder / "settings", sd.config, sd.tokenizer)
+    tensors = to_file(sd.text_encoder, "ldm") | to_file(sd.unet, "ldm") | to_file(sd.vae, "ldm")
+    path = folder / f"model{case.kind}"
+    if case.kind == ".ckpt":  # torch writes memory that tensors share once; here each has its own
+        torch.save({"state_dict": {name: tensor.clone() for name, tensor in tensors.items()}}, path)
+    else:
+        write_safetensors(path, tensors)
+    return path
+
+
+def warm(path: Path):
+    """Read everything once, into the page cache."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb", buffering=0) as stream:
+                while stream.read(1 << 24):
+                    pass
+
+
+def in_new_process(contender: str, path: Path, settings: Path, asked: str, config: ModelConfig) -> Measurement:
+    """one_load.measure in an interpreter of its own, without network."""
+    known = None if config == SD1 else config_to_json(config)
+    job = {"contender": contender, "path": str(path), "settings": str(settings), "asked": asked, "config": known}
+    command = [sys.executable, "-m", "minidiff.bench.one_load", json.dumps(job)]
+    process = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"{contender} could not load {path.name}:\n{process.stderr[-3000:]}")
+    return Measurement(**json.loads(process.stdout.splitlines()[-1]))
