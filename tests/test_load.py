@@ -1,11 +1,12 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 import weights_loader
 from minidiff.config import SD1
-from tests.checkpoints import CONTAINERS, assert_same_model, extras, family_configs, family_model, ldm_tensors
+from tests.checkpoints import CONTAINERS, assert_same_model, extras, family_configs, family_model, ldm_tensors, public_keys
 from tests.small_models import small_config, small_model
 from weights_loader import detect, dialects, metadata
 from weights_loader.load import BUNDLED
@@ -237,3 +238,20 @@ def test_a_tokenizer_larger_than_the_text_encoder_is_refused(tmp_path):
     config = dataclasses.replace(sd.config, tokenizer=SD1.tokenizer)
     with pytest.raises(ValueError, match="the tokenizer knows 49408 tokens, the text encoder"):
         weights_loader.load(tmp_path / "model.safetensors", config=config)
+
+
+@pytest.mark.slow
+def test_a_full_size_sd_1_of_made_up_weights_loads_and_answers(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+
+    def make_up(name, shape):
+        if name.endswith("position_ids"):
+            return torch.arange(77)[None]
+        norm = len(shape) == 1 and name.endswith("weight")
+        return torch.ones(shape).half() if norm else torch.randn(shape, generator=generator).mul_(0.02).half()
+
+    write_safetensors(tmp_path / "model.safetensors", {name: make_up(name, shape) for name, shape in public_keys(1).items()})
+    sd = weights_loader.load(tmp_path / "model.safetensors")
+    assert sd.config == SD1 and sd.dtype == torch.float32 and sd.notes == ()
+    (picture,) = sd.generate("a photo of a cat", steps=2, size=64)
+    assert picture.size == (64, 64) and np.asarray(picture).std() > 0

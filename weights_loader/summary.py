@@ -67,7 +67,7 @@ def inspect(path: str | Path) -> Summary:
         size=sum(file.stat().st_size for file in where.rglob("*") if file.is_file()) if where.is_dir() else where.stat().st_size,
         dtypes={str(dtype).removeprefix("torch."): count for dtype, count in Counter(tensor.dtype for tensor in tensors).most_common()},
         prediction=sd.config.schedule.prediction,
-        ema=any(name.startswith("model_ema.") for name in contents.rest),
+        ema=any(name.startswith("model_ema.diffusion_model") for name in contents.rest),
         used=len(report.used),
         converted=dict(Counter(report.converted.values())),
         carried=len(report.carried),
