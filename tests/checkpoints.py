@@ -33,8 +33,8 @@ def family_configs() -> dict[str, ModelConfig]:
         unet=dataclasses.replace(sd1.unet, linear_projection=True),
         schedule=dataclasses.replace(sd1.schedule, prediction="v"),
     )
-    inpainting = {name: dataclasses.replace(base, unet=dataclasses.replace(base.unet, in_channels=9)) for name, base in (("1", sd1), ("2", sd2))}
-    return {"SD 1": sd1, "SD 2": sd2, "SD 1 inpainting": inpainting["1"], "SD 2 inpainting": inpainting["2"], "bundled": small_config("v")}
+    inpainting = [dataclasses.replace(base, unet=dataclasses.replace(base.unet, in_channels=9)) for base in (sd1, sd2)]
+    return {"SD 1": sd1, "SD 2": sd2, "SD 1 inpainting": inpainting[0], "SD 2 inpainting": inpainting[1], "bundled": small_config("v")}
 
 
 def family_model(name: str) -> StableDiffusion:

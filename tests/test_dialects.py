@@ -104,8 +104,8 @@ def test_ldm_names_become_diffusers_names_by_the_rules_of_diffusers_own_converte
     theirs = convert_ldm_unet_checkpoint(dialects.to_file(sd.unet, "ldm"), {"layers_per_block": sd.config.unet.blocks_per_level})
     assert_equal_tensors(dialects.to_file(sd.unet, "diffusers"), theirs)
 
-    levels = len(sd.config.vae.widths)
-    theirs = convert_ldm_vae_checkpoint(dialects.to_file(sd.vae, "ldm"), {"down_block_types": [""] * levels, "up_block_types": [""] * levels})
+    levels = [""] * len(sd.config.vae.widths)
+    theirs = convert_ldm_vae_checkpoint(dialects.to_file(sd.vae, "ldm"), {"down_block_types": levels, "up_block_types": levels})
     assert_equal_tensors(dialects.to_file(sd.vae, "diffusers"), theirs)
 
     ldm = dialects.to_file(sd.text_encoder, "ldm")

@@ -135,7 +135,8 @@ def test_transformers_reads_the_tokenizer_files_and_gives_the_same_tokens(family
     ours = Tokenizer(config.tokenizer)
     write_folder_config(tmp_path, config, ours)
     theirs = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
-    texts = ["a red apple on a blue background", "sks dog, 42", "", "café"]  # no "!": as a padding token transformers reads it otherwise than inside a text
+    # Without "!", which transformers takes for padding wherever it stands, once that is what pads.
+    texts = ["a red apple on a blue background", "sks dog, 42", "", "café"]
     expected = theirs(texts, padding="max_length", max_length=theirs.model_max_length, truncation=True, return_tensors="pt").input_ids
     assert torch.equal(ours(texts), expected)
 
@@ -146,3 +147,9 @@ def test_shapes_of_another_size_than_the_json_says_are_an_error(tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"cross_attention_dim": 32}))
     with pytest.raises(ValueError, match="0 keys missing, 0 unexpected, 14 of the wrong shape"):
         weights_loader.load(tmp_path / "model")
+
+
+def test_a_folder_that_makes_no_picture_is_said_to_be_left_out(tmp_path):
+    weights_loader.save(family_model("SD 1"), tmp_path / "model", layout="diffusers")
+    (tmp_path / "model/safety_checker").mkdir()
+    assert weights_loader.load(tmp_path / "model").notes == ("safety_checker/ is left out: no part of making a picture",)

@@ -41,6 +41,7 @@ def test_whole_numbers_are_welcome_where_floats_are_expected():
     assert isinstance(config_from_json(json.dumps({"guidance_scale": 4})).guidance_scale, float)
 
 
-@pytest.mark.parametrize("metadata, prediction", [({}, None), ({"modelspec.prediction_type": "epsilon"}, "eps"), ({"modelspec.prediction_type": "v"}, "v")])
-def test_the_prediction_that_other_programs_write_is_read(metadata, prediction):
-    assert prediction_from_metadata(metadata) == prediction
+@pytest.mark.parametrize("written, prediction", [("epsilon", "eps"), ("v", "v"), ("something", None)])
+def test_the_prediction_that_other_programs_write_is_read(written, prediction):
+    assert prediction_from_metadata({"modelspec.prediction_type": written}) == prediction
+    assert prediction_from_metadata({}) is None

@@ -25,18 +25,18 @@ OPEN_CLIP_LAYERS = 24  # of ViT-H, in the files; Stable Diffusion 2.x runs all b
 
 # (pattern of a tensor's name, what a file with such a name is). The first that is found decides.
 FOREIGN = (
-    (r"lora_(unet|te|down|up|mid)|[._]lora\.|\.lora_[AB]\.|\.hada_w|\.lokr_w", "a LoRA: changes to a model, not a model; load the checkpoint it was made for"),
+    (r"lora_(unet|te|down|up|mid)|[._]lora\.|\.lora_[AB]\.|\.hada_w|\.lokr_w", "a LoRA: changes to a model, not a model itself"),
     (r"^control_model\.|controlnet_cond_embedding\.", "a ControlNet, which steers a model and is none; it is not supported"),
     (r"^conditioner\.embedders\.|^add_embedding\.linear_", "a Stable Diffusion XL, which is not supported; choose a 1.x or 2.x"),
-    (r"joint_blocks\.|double_blocks\.|single_transformer_blocks\.", "a diffusion transformer such as Stable Diffusion 3 or Flux, not supported"),
+    (r"joint_blocks\.|double_blocks\.|single_transformer_blocks\.", "a diffusion transformer (Stable Diffusion 3, Flux), not supported"),
     (r"custom_diffusion|^modifier_token", "a Custom Diffusion file: changes to a model, not a model"),
     (r"^string_to_param|^emb_params$|^clip_[lg]$|^<[^<>]+>$", "a Textual Inversion embedding: a learned word, not a model"),
-)  # fmt: skip
+)
 
 # The same for the parts of a model. They stand inside a whole model too, so they count only where its U-Net is missing.
 PARTS = (
-    (r"^unet[./]|^text_encoder[./]", "a whole model in diffusers names in one file; convert it to a diffusers folder or to LDM names"),
-    (r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|down_blocks|up_blocks|mid_block)\.", "a VAE alone; load a whole model and give this as vae=FILE"),
+    (r"^unet[./]|^text_encoder[./]", "a whole model in diffusers names in one file; save it as a diffusers folder"),
+    (r"^(first_stage_model\.)?(en|de)coder\.(down|up|mid)(_blocks?)?\.", "a VAE alone; load a whole model and give this as vae=FILE"),
     (r"^(down_blocks|mid_block|up_blocks)\.", "the U-Net of a diffusers model alone; give the folder with model_index.json"),
     (r"^(text_model\.)?(encoder\.layers|embeddings)\.|^cond_stage_model\.", "a text encoder alone; give the whole model"),
 )  # fmt: skip

@@ -110,10 +110,11 @@ def _unet_config(path: Path) -> tuple[UNetConfig, int]:
     needed = ("in_channels", "block_out_channels", "down_block_types", "cross_attention_dim", "attention_head_dim")
     values = _settings(path, needed, UNET_SETTINGS)
     widths = tuple(values["block_out_channels"])
-    down, up = values["down_block_types"], values.get("up_block_types")
-    expected_up = [name.replace("Down", "Up") for name in reversed(down)]
-    if not set(down) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or (up is not None and list(up) != expected_up):
-        raise ValueError(f"{path}: blocks {down} and {up}; expected CrossAttnDownBlock2D or DownBlock2D, and their mirror image on the way up")
+    down = values["down_block_types"]
+    mirrored = [name.replace("Down", "Up") for name in reversed(down)]
+    up = values.get("up_block_types", mirrored)
+    if not set(down) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up != mirrored:
+        raise ValueError(f"{path}: blocks {down} and {up}; expected CrossAttnDownBlock2D or DownBlock2D, and their mirror image going up")
     # diffusers' attention_head_dim is the number of heads, not their width: a mistake in a name that is now kept for good.
     heads = values.get("num_attention_heads") or values["attention_head_dim"]
     size = values.get("sample_size") or 64
@@ -144,14 +145,14 @@ def vae_config(path: Path) -> VAEConfig:
 
 def _text_config(path: Path) -> TextEncoderConfig:
     values = _settings(path, ("hidden_size", "num_hidden_layers", "num_attention_heads"), TEXT_SETTINGS)
-    activation = values.get("hidden_act", "quick_gelu")
-    if activation not in ("quick_gelu", "gelu") or values.get("intermediate_size", 4 * values["hidden_size"]) != 4 * values["hidden_size"]:
-        raise ValueError(f"{path}: hidden_act {activation!r} and intermediate_size {values.get('intermediate_size')}; "
-                         f"expected quick_gelu or gelu, and four times hidden_size")  # fmt: skip
+    activation, width = values.get("hidden_act", "quick_gelu"), values["hidden_size"]
+    between = values.get("intermediate_size", 4 * width)
+    if activation not in ("quick_gelu", "gelu") or between != 4 * width:
+        raise ValueError(f"{path}: hidden_act {activation!r}, intermediate_size {between}; expected quick_gelu or gelu, and {4 * width}")
     return TextEncoderConfig(
         vocab_size=values.get("vocab_size", 49408),
         context_length=values.get("max_position_embeddings", 77),
-        width=values["hidden_size"],
+        width=width,
         layers=values["num_hidden_layers"],
         heads=values["num_attention_heads"],
         activation=activation,

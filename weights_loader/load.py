@@ -1,6 +1,6 @@
 """A checkpoint to a StableDiffusion: the road from a file's bytes to modules that run.
 
-    path -> tensors, by part        one LDM-named file, or a diffusers folder
+    path -> tensors, by part        one LDM-named file, or a diffusers folder (contents.py)
          -> config                  the caller's, the file's own, or the family's that the shapes show
          -> empty modules           on the meta device: names and shapes, no memory
          -> account of every name   or one error, before anything is built
@@ -8,8 +8,7 @@
          -> eps or v                if nothing has said it yet, the model is asked
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,31 +22,9 @@ from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 from weights_loader import detect, dialects, folder, metadata
+from weights_loader.contents import Contents, check_parts, find, open_checkpoint, take_averages, take_vae
 from weights_loader.dialects import Part
-from weights_loader.read import Checkpoint, read
 from weights_loader.report import Report
-
-BUNDLED = {"tiny": Path(__file__).parent / "bundled" / "tiny.safetensors"}
-CARRIED_FILE = "carried.safetensors"  # beside the parts of a diffusers folder of ours, in LDM names
-PARTS = ("text_encoder", "unet", "vae")
-LDM_PREFIXES = {"cond_stage_model.": "text_encoder", dialects.UNET_PREFIX: "unet", dialects.VAE_PREFIX: "vae"}
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a checkpoint holds: the tensors of each part in the names of its layout, and those of no part."""
-
-    path: Path
-    layout: str
-    parts: dict[str, dict[str, Tensor]] = field(repr=False)
-    layouts: dict[str, str]  # of each part: a VAE taken from elsewhere may have another one
-    rest: dict[str, Tensor] = field(repr=False)
-    metadata: dict[str, str]
-    notes: tuple[str, ...]
-
-    @property
-    def shapes(self) -> detect.Shapes:
-        return {name: tuple(tensor.shape) for part in self.parts.values() for name, tensor in part.items()}
 
 
 @dataclass(frozen=True)
@@ -62,7 +39,8 @@ class Loaded:
 class NoInit(TorchFunctionMode):
     """Modules made inside it do not fill their weights.
 
-    On the meta device there is nothing to fill, and drawing an embedding's normals for nothing makes torch import its compiler: 2 s and 150 MB.
+    On the meta device there is nothing to fill, and drawing an embedding's normals for nothing makes torch import its compiler:
+    2 s and 150 MB.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -116,10 +94,10 @@ def load_with_report(
     device = torch.device(device)
     contents = open_checkpoint(find(path_or_name))
     if ema:
-        contents = _take_averages(contents)
+        contents = take_averages(contents)
     if vae is not None:
-        contents = _take_vae(contents, Path(vae))
-    _check_parts(contents)
+        contents = take_vae(contents, Path(vae))
+    check_parts(contents)
     config, undecided = _choose_config(contents, config, prediction)
 
     with torch.device("meta"), NoInit():
@@ -132,8 +110,10 @@ def load_with_report(
 
     tokenizer = Tokenizer(config.tokenizer)
     if tokenizer.vocab_size > config.text_encoder.vocab_size:
-        raise ValueError(f"{contents.path}: the tokenizer knows {tokenizer.vocab_size} tokens, the text encoder {config.text_encoder.vocab_size}; "
-                         "the two do not belong together")  # fmt: skip
+        raise ValueError(
+            f"{contents.path}: the tokenizer knows {tokenizer.vocab_size} tokens, the text encoder {config.text_encoder.vocab_size}; "
+            "the two do not belong together"
+        )
     notes = contents.notes
     if undecided:
         config, note = _ask_prediction(config, parts["unet"], parts["text_encoder"], tokenizer)
@@ -142,101 +122,6 @@ def load_with_report(
     carried = {name: everything[name] for name in report.carried}
     sd = StableDiffusion(config, parts["text_encoder"], parts["unet"], parts["vae"], tokenizer, carried, notes)
     return Loaded(sd, contents, report)
-
-
-# ----------------------------------------------------------------------------------------------------------- opening
-
-
-def find(path_or_name: str | Path) -> Path:
-    """The path, or that of a checkpoint that ships with minidiff."""
-    path = BUNDLED.get(str(path_or_name), Path(path_or_name))
-    if path.exists():
-        return path
-    if str(path_or_name) in BUNDLED:
-        raise FileNotFoundError(f"'{path_or_name}': this installation has no {path}; install minidiff again")
-    raise FileNotFoundError(f"{path}: no such file or folder, and no name of a bundled model; those are {', '.join(BUNDLED)}")
-
-
-def open_checkpoint(path: Path) -> Contents:
-    """Read a file or a diffusers folder, and sort its tensors by part. Raises ValueError for what is no Stable Diffusion by its names."""
-    if path.is_dir() and (path / "model_index.json").is_file():
-        return _open_folder(path)
-    checkpoint = read(path)
-    what = detect.foreign(list(checkpoint.tensors))
-    if what:
-        raise ValueError(f"{path}: {what}")
-    parts = {name: {} for name in PARTS}
-    rest = {}
-    for name, tensor in _respelled(checkpoint, dialects.LDM_SPELLINGS).items():
-        part = next((part for prefix, part in LDM_PREFIXES.items() if name.startswith(prefix)), None)
-        (rest if part is None else parts[part])[name] = tensor
-    return Contents(path, "ldm", parts, dict.fromkeys(PARTS, "ldm"), rest, checkpoint.metadata, checkpoint.notes)
-
-
-def _open_folder(path: Path) -> Contents:
-    text_encoder, unet, vae = (read(path / name) for name in PARTS)
-    parts = {
-        "text_encoder": _respelled(text_encoder, dialects.TEXT_ENCODER_SPELLINGS),
-        "unet": unet.tensors,
-        "vae": _respelled(vae, dialects.VAE_SPELLINGS),
-    }
-    rest = read(path / CARRIED_FILE).tensors if (path / CARRIED_FILE).is_file() else {}
-    notes = text_encoder.notes + unet.notes + vae.notes
-    return Contents(path, "diffusers", parts, dict.fromkeys(PARTS, "diffusers"), rest, unet.metadata, notes)
-
-
-def _respelled(checkpoint: Checkpoint, spellings: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
-    result = {dialects.respell(name, spellings): tensor for name, tensor in checkpoint.tensors.items()}
-    if len(result) < len(checkpoint.tensors):
-        raise ValueError(f"{checkpoint.path}: {len(checkpoint.tensors) - len(result)} weights occur twice, in two spellings of their names")
-    return result
-
-
-def _take_averages(contents: Contents) -> Contents:
-    """The U-Net's weights replaced by their moving averages."""
-    names = {name: dialects.ema_name(name) for name in contents.parts["unet"]}
-    absent = [name for name, ema in names.items() if ema not in contents.rest]
-    if absent:
-        raise ValueError(f"{contents.path}: ema=True, but {len(absent)} of the {len(names)} U-Net weights have no moving average in this file, "
-                         f"first {absent[0]}; load it with ema=False")  # fmt: skip
-    averages = {name: contents.rest[ema] for name, ema in names.items()}
-    rest = {name: tensor for name, tensor in contents.rest.items() if name not in set(names.values())}
-    note = "took the moving average of the U-Net's weights; the last weights are left out"
-    return replace(contents, parts=contents.parts | {"unet": averages}, rest=rest, notes=(*contents.notes, note))
-
-
-def _take_vae(contents: Contents, path: Path) -> Contents:
-    """The VAE replaced by the one of another file: a VAE alone, with the prefix of a whole model or without, in either layout; or a model's."""
-    path = path / "vae" if (path / "model_index.json").is_file() else path
-    tensors = _respelled(read(path), dialects.VAE_SPELLINGS)
-    averages = {name: tensor for name, tensor in tensors.items() if name.startswith("model_ema.")}
-    layout = "ldm"
-    if any(name.startswith(dialects.VAE_PREFIX) for name in tensors):
-        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(dialects.VAE_PREFIX)}
-    elif "encoder.mid.block_1.norm1.weight" in tensors:
-        tensors = {dialects.VAE_PREFIX + name: tensor for name, tensor in tensors.items() if name not in averages}
-    elif "encoder.mid_block.resnets.0.norm1.weight" in tensors:
-        layout = "diffusers"
-    else:
-        what = detect.foreign(list(tensors)) or f"no VAE by the names of its tensors; the first is {next(iter(tensors))}"
-        raise ValueError(f"{path}: given as vae=, but it is {what}")
-    return replace(
-        contents,
-        parts=contents.parts | {"vae": tensors},
-        layouts=contents.layouts | {"vae": layout},
-        rest=contents.rest | averages,
-        notes=(*contents.notes, f"VAE taken from {path}; the model's own is left out"),
-    )
-
-
-def _check_parts(contents: Contents):
-    absent = [name.replace("_", " ") for name, tensors in contents.parts.items() if not tensors]
-    if len(absent) == len(PARTS):
-        first = next(iter(contents.rest))
-        raise ValueError(f"{contents.path}: no Stable Diffusion: no name is that of a text encoder, U-Net or VAE; the first is {first}")
-    if absent:
-        advice = "; give one as vae=FILE" if absent == ["vae"] else "; a part of a model, or one that was saved in part"
-        raise ValueError(f"{contents.path}: no {' and no '.join(absent)} in this file{advice}")
 
 
 # ---------------------------------------------------------------------------------------------------------- deciding
@@ -319,8 +204,8 @@ def _match(contents: Contents, parts: dict[str, Part], config: ModelConfig) -> t
         raise ValueError(f"{contents.path}: not the weights of {detect.family_name(config)}: {problem}\n  likely cause: {cause}")
     states = {}
     for name, part in parts.items():
-        meta = part.state_dict()
-        states[name] = {ours: dialects.from_file(contents.parts[name][place.name], place, meta[ours]) for ours, place in places[name].items()}
+        tensors, parameters = contents.parts[name], part.state_dict()
+        states[name] = {ours: dialects.from_file(tensors[place.name], place, parameters[ours]) for ours, place in places[name].items()}
     return report, states
 
 

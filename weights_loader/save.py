@@ -10,9 +10,10 @@ without being computed with is written back, in a diffusers folder as a file of 
 from pathlib import Path
 
 from minidiff.pipeline import StableDiffusion
+from weights_loader.contents import CARRIED_FILE
 from weights_loader.dialects import LAYOUTS, to_file
 from weights_loader.folder import write_folder_config
-from weights_loader.load import CARRIED_FILE, load
+from weights_loader.load import load
 from weights_loader.metadata import KEY, config_to_json
 from weights_loader.write import new_folder, write_safetensors
 
