@@ -33,7 +33,7 @@ def markdown(rows: list[tuple[tuple[str, str, str, float], str]]) -> str:
         errors = worst.setdefault((part, reference, test.split("::")[0]), {})
         errors[dtype] = max(errors.get(dtype, 0.0), error)
     lines = ["| part | reference | largest error, float32 | float64 | test |", "|---|---|---|---|---|"]
-    for (part, reference, test), errors in worst.items():
+    for (part, reference, test), errors in sorted(worst.items()):  # pytest-xdist finishes them in any order
         shown = ["" if dtype not in errors else "0" if errors[dtype] == 0 else f"{errors[dtype]:.1e}" for dtype in ("float32", "float64")]
         lines.append(f"| {part} | {reference} | {shown[0]} | {shown[1]} | `{test}` |")
     return "\n".join(lines)
