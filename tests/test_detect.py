@@ -67,6 +67,11 @@ def test_a_model_with_one_weight_missing_is_still_recognised():
         assert family_config(keys) == SD1
 
 
+def test_nonsense_shapes_are_an_error_and_no_crash():
+    with pytest.raises(ValueError, match="no known family"):
+        family_config({name: () for name in public_keys(1)})
+
+
 def test_a_model_of_no_family_says_what_was_found_and_what_to_do():
     model = small_model(small_config())
     shapes = file_shapes(model.text_encoder, "ldm") | file_shapes(model.unet, "ldm") | file_shapes(model.vae, "ldm")

@@ -39,7 +39,7 @@ PARTS = (
     (r"^(first_stage_model\.)?(en|de)coder\.(down|up|mid)(_blocks?)?\.", "a VAE alone; load a whole model and give this as vae=FILE"),
     (r"^(down_blocks|mid_block|up_blocks)\.", "the U-Net of a diffusers model alone; give the folder with model_index.json"),
     (r"^(text_model\.)?(encoder\.layers|embeddings)\.|^cond_stage_model\.", "a text encoder alone; give the whole model"),
-)  # fmt: skip
+)
 FEW = 3  # tensors; any part of a model has more
 
 
@@ -69,7 +69,7 @@ def sizes(shapes: Shapes) -> dict[str, object]:
     linear, context_width = None, None
     for name, shape in shapes.items():
         if name.startswith(UNET_PREFIX) and name.endswith("attn2.to_k.weight"):
-            context_width = shape[1]
+            context_width = _size(shapes, name, 1)
         if name.startswith(UNET_PREFIX) and name.endswith("1.proj_in.weight"):
             linear = len(shape) == 2
     layers = _length(shapes, text + layer)
@@ -121,7 +121,7 @@ def _unet_levels(shapes: Shapes) -> tuple[tuple[int, ...], tuple[bool, ...], int
             new_level = True
         elif (convolution := f"{block}.0.in_layers.2.weight") in shapes:
             if new_level:
-                widths.append(shapes[convolution][0])
+                widths.append(_size(shapes, convolution, 0))
                 attention.append(f"{block}.1.norm.weight" in shapes)
                 blocks.append(0)
                 new_level = False

@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minidiff.config import TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.text_encoder import TextEncoder

@@ -11,7 +11,6 @@ diffusers' classes have more settings than Stable Diffusion uses. One that is se
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from minidiff.config import SD1, ModelConfig, ScheduleConfig, TextEncoderConfig, TokenizerConfig, UNetConfig, VAEConfig
