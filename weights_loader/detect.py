@@ -112,7 +112,7 @@ def config_sizes(config: ModelConfig) -> dict[str, object]:
     }
 
 
-def _unet_levels(shapes: Shapes) -> tuple[tuple[int, ...], tuple[bool, ...], int]:
+def _unet_levels(shapes: Shapes) -> tuple[tuple[int | None, ...], tuple[bool, ...], int]:
     """Width and attention of each level, and the blocks of the first: a walk down to where the names end."""
     widths, attention, blocks, new_level = [], [], [], True
     for step in count(1):
