@@ -68,6 +68,13 @@ def test_a_few_dozen_steps_reduce_the_loss(stage):
 
 
 @STAGES
+def test_every_step_sees_other_data(stage):
+    recipe = dataclasses.replace(RECIPE, learning_rate=0.0, vae_learning_rate=0.0)
+    losses = [step.loss for step in make_training(stage, recipe).run()]
+    assert len(set(losses)) == 4  # of the same weights
+
+
+@STAGES
 def test_a_seed_gives_the_very_same_weights_whatever_the_global_generators_hold(stage):
     trainings = []
     for seed in (1, 2):
