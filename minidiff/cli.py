@@ -133,16 +133,19 @@ def inspect(file: tyro.conf.Positional[Path], /) -> None:
     print(weights_loader.inspect(file))
 
 
-def convert(source: tyro.conf.Positional[str], target: tyro.conf.Positional[Path], /) -> None:
+def convert(source: tyro.conf.Positional[str], target: tyro.conf.Positional[Path], /, dtype: DTYPES = "auto") -> None:
     """Rewrite a checkpoint: to one .safetensors file in the original's names, or to a diffusers folder.
 
     Args:
         source: "tiny", a .safetensors or .ckpt file, or a diffusers folder
         target: a file name ending in .safetensors, or else the folder to make
+        dtype: of the weights; the file's own by default
     """
+    import torch
+
     import weights_loader
 
-    weights_loader.convert(source, target)
+    weights_loader.convert(source, target, "file" if dtype == "auto" else getattr(torch, dtype))
     print(target)
 
 

@@ -53,6 +53,21 @@ def test_convert_keeps_the_dtype_of_the_file(tmp_path):
     assert (tmp_path / "copy.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
+def test_convert_of_a_file_of_several_dtypes_loses_no_bit(tmp_path):
+    sd = family_model("SD 1")
+    sd.unet.half()
+    weights_loader.save(sd, tmp_path / "model.safetensors")
+    weights_loader.convert(tmp_path / "model.safetensors", tmp_path / "copy.safetensors")
+    before, after = read(tmp_path / "model.safetensors").tensors, read(tmp_path / "copy.safetensors").tensors
+    assert all(torch.equal(before[name].float(), after[name]) for name in before)
+
+
+def test_convert_takes_another_dtype(tmp_path):
+    weights_loader.save(family_model("SD 1"), tmp_path / "model.safetensors")
+    weights_loader.convert(tmp_path / "model.safetensors", tmp_path / "half.safetensors", torch.float16)
+    assert {tensor.dtype for tensor in read(tmp_path / "half.safetensors").tensors.values()} == {torch.float16}
+
+
 def test_saving_does_not_change_the_model(tmp_path):
     sd = family_model("SD 2")
     weights_loader.save(sd, tmp_path / "model.safetensors")

@@ -9,6 +9,7 @@
 """
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -62,8 +63,9 @@ def load(
 ) -> StableDiffusion:
     """Load a Stable Diffusion: a .safetensors or .ckpt file in LDM names, a diffusers folder, or "tiny", which ships with minidiff.
 
-    dtype: of the weights; "file" is the U-Net's in the file; None is float32 on the CPU and "file" elsewhere. A weight that has it already
-        stays a window onto the file, everything else is converted tensor by tensor: nothing is in memory twice.
+    dtype: of the weights; "file" is the one that holds every weight of the file exactly; None is float32 on the CPU, and elsewhere the
+        U-Net's. A weight that has it already stays a window onto the file, everything else is converted tensor by tensor: nothing is in
+        memory twice.
     ema: take the moving average of the U-Net's weights, which some .ckpt files hold beside the last ones.
     vae: a file or folder whose VAE is used instead of the model's.
     config: the numbers of a model that is of no known family and does not name them itself.
@@ -183,10 +185,15 @@ def _ask_prediction(config: ModelConfig, unet: UNet, text_encoder: TextEncoder, 
 
 
 def _choose_dtype(dtype: torch.dtype | str | None, device: torch.device, contents: Contents) -> torch.dtype:
-    if dtype == "file" or (dtype is None and device.type != "cpu"):
-        own = next(tensor.dtype for tensor in contents.parts["unet"].values() if tensor.dtype.is_floating_point)
-        return own if own.itemsize > 1 else torch.float16  # 8-bit floats are for storing only
-    return dtype or torch.float32
+    if dtype == "file":
+        tensors = (tensor for part in contents.parts.values() for tensor in part.values())
+    elif dtype is None and device.type != "cpu":
+        tensors = contents.parts["unet"].values()
+    else:
+        return dtype or torch.float32
+    # 8-bit floats are for storing only.
+    dtypes = {tensor.dtype if tensor.dtype.itemsize > 1 else torch.float16 for tensor in tensors if tensor.dtype.is_floating_point}
+    return reduce(torch.promote_types, dtypes)
 
 
 # ---------------------------------------------------------------------------------------------------------- matching

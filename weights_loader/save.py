@@ -9,6 +9,8 @@ without being computed with is written back, in a diffusers folder as a file of 
 
 from pathlib import Path
 
+import torch
+
 from minidiff.pipeline import StableDiffusion
 from weights_loader.contents import CARRIED_FILE
 from weights_loader.dialects import LAYOUTS, to_file
@@ -55,7 +57,10 @@ def _save_folder(sd: StableDiffusion, path: Path):
             write_safetensors(folder / CARRIED_FILE, sd.carried, FORMAT)
 
 
-def convert(source: str | Path, target: str | Path):
-    """Rewrite a checkpoint in the dtype of its file: to LDM names where the target ends in .safetensors, else to a diffusers folder."""
+def convert(source: str | Path, target: str | Path, dtype: torch.dtype | str = "file"):
+    """Rewrite a checkpoint: to LDM names where the target ends in .safetensors, else to a diffusers folder.
+
+    dtype: of the weights; "file" is the one that holds every weight of the file exactly.
+    """
     layout = "ldm" if Path(target).suffix == SUFFIX else "diffusers"
-    save(load(source, dtype="file"), target, layout)
+    save(load(source, dtype=dtype), target, layout)
