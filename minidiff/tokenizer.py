@@ -33,7 +33,7 @@ MOST_MERGES = 49152 - 256 - 2  # open_clip reads no more of a file
 
 
 class Tokenizer:
-    """Words to integers and back. Ids: 512 bytes (inside and at the end of a word), one per merge, start, end.
+    """Words to integers and back; bpe is open_clip's tokenizer underneath. Ids: 512 bytes (inside and at the end of a word), one per merge, start, end.
 
     Raises ValueError for a config with unknown choices, malformed merges or no room for a token.
     """
@@ -46,10 +46,10 @@ class Tokenizer:
         if config.context_length < 3:
             raise ValueError(f"TokenizerConfig: context_length {config.context_length}; start, one token and end need 3")
         self.config = config
-        self._bpe = _simple_tokenizer(config.merges)
-        self.vocab_size: int = self._bpe.vocab_size
-        self.start_id: int = self._bpe.sot_token_id
-        self.end_id: int = self._bpe.eot_token_id
+        self.bpe = _simple_tokenizer(config.merges)
+        self.vocab_size: int = self.bpe.vocab_size
+        self.start_id: int = self.bpe.sot_token_id
+        self.end_id: int = self.bpe.eot_token_id
 
     def __call__(self, texts: list[str]) -> Int[Tensor, "B L"]:
         """start, tokens, end and padding for each text, int64. What does not fit is cut, and a warning shows it."""
@@ -77,7 +77,7 @@ class Tokenizer:
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"token id {i} is outside 0..{self.vocab_size - 1}")
-        return self._bpe.decode([i for i in ids if i not in (self.start_id, self.end_id)]).strip()
+        return self.bpe.decode([i for i in ids if i not in (self.start_id, self.end_id)]).strip()
 
     def words(self, text: str) -> list[tuple[str, list[int]]]:
         """Each word as it was split, with the positions of its tokens in the row that __call__ gives; cut words are left out."""
@@ -91,7 +91,7 @@ class Tokenizer:
 
     def _words(self, text: str) -> list[tuple[str, list[int]]]:
         if self.config.cleaning == "open_clip":
-            return [(word, self._spell(word)) for word in self._bpe.pat.findall(self._bpe.clean_fn(text))]
+            return [(word, self._spell(word)) for word in self.bpe.pat.findall(self.bpe.clean_fn(text))]
         words, special = [], {"<|startoftext|>": self.start_id, "<|endoftext|>": self.end_id}
         for part in CLIP_SPECIAL.split(text):
             if part in special:
@@ -103,8 +103,8 @@ class Tokenizer:
         return words
 
     def _spell(self, word: str) -> list[int]:
-        letters = "".join(self._bpe.byte_encoder[byte] for byte in word.encode("utf-8"))
-        return [self._bpe.encoder[piece] for piece in self._bpe.bpe(letters).split(" ")]
+        letters = "".join(self.bpe.byte_encoder[byte] for byte in word.encode("utf-8"))
+        return [self.bpe.encoder[piece] for piece in self.bpe.bpe(letters).split(" ")]
 
 
 @cache

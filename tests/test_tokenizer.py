@@ -154,7 +154,7 @@ def test_every_character_of_most_alphabets_reads_as_in_transformers(clips):
 def test_a_list_of_merges_gives_a_small_vocabulary_that_both_libraries_agree_on(tmp_path, few_merges):
     ours = Tokenizer(TokenizerConfig(merges=few_merges))
     assert (ours.vocab_size, ours.start_id, ours.end_id) == (512 + FEW_MERGES + 2, 512 + FEW_MERGES, 512 + FEW_MERGES + 1)
-    theirs = clip_tokenizer(tmp_path, ours._bpe.encoder, few_merges)
+    theirs = clip_tokenizer(tmp_path, ours.bpe.encoder, few_merges)
     for text in EVERYTHING:
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
     assert max(map(max, filter(None, map(ours.encode, EVERYTHING)))) < ours.vocab_size

@@ -309,7 +309,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer):
     folder.mkdir()
     start, end, pad = "<|startoftext|>", "<|endoftext|>", "!" if tokenizer.config.padding == "zero" else "<|endoftext|>"
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
-    bpe = tokenizer._bpe  # open_clip's, which names the two special tokens otherwise
+    bpe = tokenizer.bpe  # open_clip's, which names the two special tokens otherwise
     pieces = [piece for piece, i in bpe.encoder.items() if i not in (tokenizer.start_id, tokenizer.end_id)]
     write_json(folder / "vocab.json", {piece: i for i, piece in enumerate([*pieces, start, end])})
     merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in bpe.bpe_ranks)]) + "\n"

@@ -19,3 +19,11 @@ class Recipe:
     object_weight: float = 1.6  # the loss of a latent cell is weighted 0.4 + object_weight * (its share of object)
     caption_dropout: float = 0.1  # captions left empty, for classifier-free guidance (Ho and Salimans 2022)
     average: float = 0.9995
+
+    def __post_init__(self):
+        for name in ("vae_steps", "vae_batch", "vae_learning_rate", "scenes", "steps", "batch", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)}: a recipe needs more than 0")
+        for name in ("caption_dropout", "average"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is outside 0..1 (1 left out)")
