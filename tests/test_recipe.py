@@ -6,10 +6,10 @@ from minidiff.trainers.recipe import Recipe
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"batch": 0}, "batch 0: a recipe needs more than 0"),
+        ({"batch": 0}, "batch 0: a recipe needs at least 1"),
         ({"steps": -1}, "steps -1"),
         ({"learning_rate": float("nan")}, "learning_rate nan"),
-        ({"caption_dropout": 1.0}, "caption_dropout 1.0 is outside 0..1"),
+        ({"caption_dropout": 1.5}, "caption_dropout 1.5 is outside 0..1"),
         ({"average": -0.1}, "average -0.1"),
     ],
 )

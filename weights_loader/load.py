@@ -105,7 +105,7 @@ def load_with_report(
     with torch.device("meta"), NoInit():
         parts = {"text_encoder": TextEncoder(config.text_encoder), "unet": UNet(config.unet), "vae": VAE(config.vae)}
     report, states = _match(contents, parts, config)
-    dtype = _choose_dtype(dtype, device, contents)
+    dtype = _choose_dtype(dtype, device, states)
     for name, part in parts.items():
         part.load_state_dict({ours: tensor.to(device, dtype) for ours, tensor in states[name].items()}, assign=True)
         part.eval().requires_grad_(False)
@@ -184,11 +184,11 @@ def _ask_prediction(config: ModelConfig, unet: UNet, text_encoder: TextEncoder, 
     return _with_prediction(config, prediction), note
 
 
-def _choose_dtype(dtype: torch.dtype | str | None, device: torch.device, contents: Contents) -> torch.dtype:
+def _choose_dtype(dtype: torch.dtype | str | None, device: torch.device, states: dict[str, dict[str, Tensor]]) -> torch.dtype:
     if dtype == "file":
-        tensors = (tensor for part in contents.parts.values() for tensor in part.values())
+        tensors = [tensor for state in states.values() for tensor in state.values()]
     elif dtype is None and device.type != "cpu":
-        tensors = contents.parts["unet"].values()
+        tensors = states["unet"].values()
     else:
         return dtype or torch.float32
     # 8-bit floats are for storing only.

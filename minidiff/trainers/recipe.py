@@ -1,5 +1,6 @@
 """The numbers of a training run from nothing; importing them costs nothing, so that the command line can show them at once."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -21,9 +22,12 @@ class Recipe:
     average: float = 0.9995
 
     def __post_init__(self):
-        for name in ("vae_steps", "vae_batch", "vae_learning_rate", "scenes", "steps", "batch", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)}: a recipe needs more than 0")
+        for name in ("vae_steps", "vae_batch", "scenes", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: a recipe needs at least 1")
+        for name in ("vae_learning_rate", "learning_rate", "kl_weight", "object_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)}: a recipe needs a finite number, not below 0")
         for name in ("caption_dropout", "average"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is outside 0..1 (1 left out)")
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is outside 0..1")
