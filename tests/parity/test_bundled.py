@@ -3,7 +3,6 @@
 import gzip
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import diffusers

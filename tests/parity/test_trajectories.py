@@ -161,5 +161,5 @@ def test_at_zero_terminal_snr_plms_and_heun_converge_to_ddim(sampler):
     expected = end("ddim", 200)
     errors = [(end(sampler, steps) - expected).square().mean().sqrt().item() for steps in (10, 40, 160)]
     assert errors == sorted(errors, reverse=True)
-    # Of the latents' deviation of 1 to 1.5: 0.03 is the noise of timestep 0 that ddim leaves, and ddim itself is 0.01 from its limit.
-    assert errors[0] > 0.1 and errors[-1] < 0.05
+    # Of latents of deviation 1 to 1.5. What is left is mostly the noise of timestep 0, 0.03, that ddim and plms end with.
+    assert errors[-1] < min(0.05, errors[0] / 3)
