@@ -25,7 +25,7 @@ def attention_weights(q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], head
     The D channels hold `heads` heads of d = D / heads side by side. `causal` lets query n see keys 0..n only.
     """
     q, k = (rearrange(x, "B N (h d) -> B h N d", h=heads) for x in (q, k))
-    logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    logits = q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)  # scaled first: half precision ends at 65504
     if causal:
         later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         logits = logits.masked_fill(later, -torch.inf)

@@ -23,7 +23,7 @@ def timestep_embedding(t: Shaped[Tensor, " B"], width: int) -> Float[Tensor, "B 
     """The timestep as cosines and sines of geometrically falling frequencies 10000^(-i / half).
 
     cos comes first, then sin: the original's order, the reverse of the transformer paper's. Always float32, as in the original: the
-    angles run to 999, where half precision has no fraction left.
+    angles run to 999, where float16 counts in halves and bfloat16 in fours.
     """
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)

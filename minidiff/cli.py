@@ -1,11 +1,13 @@
 """The command line: `minidiff generate`, `inspect`, `convert`, `compare`, `train from-scratch`, `bench load`.
 
 Each function is a command; its arguments and docstring are what `--help` shows. What a user can get wrong ends in one line and exit
-code 2. This is the only file here that knows of weights_loader. Imports that take long stand inside the commands that need them.
+code 2. This and bench/ are the only places here that know of weights_loader. Imports that take long stand inside the commands that need them.
 """
 
+import re
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -32,10 +34,14 @@ def main() -> None:
     args = sys.argv[1:]
     if args[:1] in (["train"], ["bench"]):
         args = [" ".join(args[:2]), *args[2:]]  # to tyro, a command of two words is one argument
+        if args[0] not in commands:
+            names = [name for name in commands if name.startswith(sys.argv[1])]
+            print(f"minidiff: command {args[0]!r} unknown; choose {', '.join(names)}", file=sys.stderr)
+            sys.exit(2)
     warnings.showwarning = lambda message, *rest: print(f"minidiff: {message}", file=sys.stderr)
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="minidiff", description="Stable Diffusion, every part written out.", args=args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"minidiff: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -70,7 +76,7 @@ def generate(
         negative: what it should not show
         steps: how many steps the sampler takes
         sampler: ddpm, ddim, plms, euler, euler_ancestral, heun, dpmpp_2m or dpmpp_2m_karras
-        guidance: how strongly the picture follows the prompt; 1 is not at all stressed, the model's own by default
+        guidance: how strongly the picture follows the prompt; 1 is the prompt alone, without guidance; the model's own by default
         seed: where the noise comes from; the same seed gives the same picture
         batch: how many pictures of a prompt, on the seeds that follow
         size: in pixels, as 512 or 768x512; the model's own by default
@@ -90,7 +96,7 @@ def generate(
 
     if not prompts or batch < 1:
         raise ValueError(f"{len(prompts)} prompts and --batch {batch} make no picture; give at least one of each")
-    out = out or Path(f"{slug(prompts[0])}-{seed}.png")
+    out = out or free_name(f"{slug(prompts[0])}-{seed}")
     check_png(out)
     sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction)
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
@@ -104,48 +110,68 @@ def generate(
     images = to_images(sd.decode(last.x_t))
 
     width, height = images[0].size
+    schedule_type = "Karras" if sampler == "dpmpp_2m_karras" else spacing or sd.config.schedule.spacing
     settings = {
-        "Steps": steps, "Sampler": sampler, "Schedule type": spacing or sd.config.schedule.spacing, "CFG scale": guidance, "Seed": seed,
-        "Size": f"{width}x{height}", "Model": model, "Eta": eta, "dtype": str(sd.dtype).removeprefix("torch."),
+        "Steps": steps, "Sampler": sampler, "Schedule type": schedule_type, "CFG scale": guidance, "Seed": seed, "Batch": batch,
+        "Size": f"{width}x{height}", "Model": model, "VAE": vae, "EMA": ema, "Prediction": prediction, "Eta": eta,
+        "dtype": str(sd.dtype).removeprefix("torch."),
     }  # fmt: skip
     save_png(grid(images), out, parameters(" | ".join(prompts), negative, settings))
     if len(pairs) > 1:
-        for (prompt, one), image in zip(pairs, images):
-            name = f"{out.stem}-{one}.png" if len(prompts) == 1 else f"{out.stem}-{slug(prompt)}-{one}.png"
-            save_png(image, out.with_name(name), parameters(prompt, negative, settings | {"Seed": one}))
+        for number, ((prompt, one), image) in enumerate(zip(pairs, images)):
+            name = f"{out.stem}-{one}.png" if len(prompts) == 1 else f"{out.stem}-{number}-{slug(prompt)}-{one}.png"
+            save_png(image, out.with_name(name), parameters(prompt, negative, settings | {"Seed": one, "Batch": 1}))
     print(out)
 
 
+def free_name(stem: str) -> Path:
+    """A .png of this name, numbered if there is one already: without --out nothing is overwritten."""
+    names = (Path(f"{stem}.png"), *(Path(f"{stem}-{i}.png") for i in range(2, 10_000)))
+    return next(path for path in names if not path.exists())
+
+
 def parameters(prompt: str, negative: str, settings: dict[str, object]) -> str:
-    """The settings of a picture as the web interfaces write them: the prompt, the negative prompt, then names and values."""
+    """The settings of a picture as the web interfaces write them: the prompt, the negative prompt, then names and values that were set."""
     lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items() if value not in (None, False))])
 
 
 def inspect(file: tyro.conf.Positional[Path], /) -> None:
-    """Say what a checkpoint is, without loading it.
+    """Say what a checkpoint is, what is in it and what would be ignored; the weights stay in the file.
 
     Args:
-        file: a .safetensors or .ckpt file, or a diffusers folder
+        file: "tiny", a .safetensors or .ckpt file, or a diffusers folder
     """
     import weights_loader
 
     print(weights_loader.inspect(file))
 
 
-def convert(source: tyro.conf.Positional[str], target: tyro.conf.Positional[Path], /, dtype: DTYPES = "auto") -> None:
+def convert(
+    source: tyro.conf.Positional[str],
+    target: tyro.conf.Positional[Path],
+    /,
+    dtype: DTYPES = "auto",
+    ema: bool = False,
+    vae: str | None = None,
+    prediction: Literal["eps", "v"] | None = None,
+) -> None:
     """Rewrite a checkpoint: to one .safetensors file in the original's names, or to a diffusers folder.
 
     Args:
         source: "tiny", a .safetensors or .ckpt file, or a diffusers folder
         target: a file name ending in .safetensors, or else the folder to make
         dtype: of the weights; the file's own by default
+        ema: take the averaged weights, where a .ckpt holds both; the others are left out in any case
+        vae: a VAE file to put in the place of the model's
+        prediction: what the model predicts, eps or v, where its file is wrong about it
     """
     import torch
 
     import weights_loader
 
-    weights_loader.convert(source, target, "file" if dtype == "auto" else getattr(torch, dtype))
+    dtype = "file" if dtype == "auto" else getattr(torch, dtype)
+    say(weights_loader.convert(source, target, dtype=dtype, ema=ema, vae=vae, prediction=prediction))
     print(target)
 
 
@@ -174,9 +200,12 @@ def compare(
         tolerance: the largest difference that counts as none, relative to the layer's largest value
         every: show every layer, not only those that differ
     """
-    from minidiff.compare import compare_models
+    from minidiff.compare import compare_models, config_differences
 
-    differences = compare_models(load(a, dtype_a, "cpu"), load(b, dtype_b, "cpu"), prompt, t, seed)
+    first, second = load(a, dtype_a, "cpu"), load(b, dtype_b, "cpu")
+    differences = compare_models(first, second, prompt, t, seed)
+    for line in config_differences(first, second):
+        print(f"configurations differ in {line}")
     print(f"{'largest difference':>18}  {'relative':>9}  layer")
     for d in differences:
         if every or d.relative > tolerance:
@@ -220,10 +249,14 @@ def train_from_scratch(
         base.config if base else bundled_config(), recipe, out, choose_device(device), lambda sd: weights_loader.save(sd, model), base
     ):
         if step.stage != stage:
+            if bar is not None:
+                bar.close()
             stage, bar = step.stage, tqdm(desc=step.stage, total=step.steps, initial=step.i - 1, file=sys.stderr)
         bar.update(step.i - bar.n)
         if step.loss is not None:
             bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
+    if bar is not None:
+        bar.close()
     print(model)
 
 
@@ -250,9 +283,13 @@ def load(model: str, dtype: str, device: str, **options):
     import weights_loader
 
     sd = weights_loader.load(model, dtype=None if dtype == "auto" else getattr(torch, dtype), device=choose_device(device), **options)
-    for note in sd.notes:
-        print(f"minidiff: {note}", file=sys.stderr)
+    say(sd.notes)
     return sd
+
+
+def say(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"minidiff: {note}", file=sys.stderr)
 
 
 def choose_device(name: str) -> "torch.device":
@@ -261,10 +298,9 @@ def choose_device(name: str) -> "torch.device":
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} unknown; choose auto, cpu, cuda, cuda:1, mps") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
+        raise ValueError(f"device {name!r} unknown; choose auto, cpu, cuda, cuda:1, mps")
+    device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; take --device auto")
     if device.type == "mps" and not torch.backends.mps.is_available():

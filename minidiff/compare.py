@@ -7,7 +7,7 @@ layer that has it.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -40,10 +40,10 @@ def compare_models(a: StableDiffusion, b: StableDiffusion, prompt: str, t: int, 
         check_shapes(name, getattr(a, name), getattr(b, name))
     if not 0 <= t < a.config.schedule.timesteps:
         raise ValueError(f"t {t} is outside 0..{a.config.schedule.timesteps - 1}")
-    size = a.config.image_size // a.config.vae.factor
+    size = 16  # cells of the latent: every layer's output of both models is held at once
     x = noise_source([seed], (a.config.unet.in_channels, size, size), a.device)()
     latent = x[:, : a.config.vae.latent_channels] / a.config.vae.scaling_factor
-    pixels = noise_source([seed], (3, a.config.image_size, a.config.image_size), a.device)().clamp(-1, 1)
+    pixels = noise_source([seed], (3, size * a.config.vae.factor, size * a.config.vae.factor), a.device)().clamp(-1, 1)
     times = torch.tensor([t], device=a.device)
     tokens = a.tokenizer([prompt]).to(a.device)
     context = a.text_encoder(tokens)
@@ -58,6 +58,13 @@ def compare_models(a: StableDiffusion, b: StableDiffusion, prompt: str, t: int, 
         ours, theirs = (outputs_by_layer(getattr(sd, name), run, inputs) for sd in (a, b))
         differences += [difference(f"{name}.{layer}".rstrip("."), ours[layer], theirs[layer]) for layer in ours]
     return differences
+
+
+def config_differences(a: StableDiffusion, b: StableDiffusion) -> list[str]:
+    """The numbers that the two differ in, "unet.groups: 32 and 16" a line."""
+    parts = ("tokenizer", "text_encoder", "unet", "vae", "schedule")
+    pairs = [(f"{part}.{f.name}", *(getattr(getattr(sd.config, part), f.name) for sd in (a, b))) for part in parts for f in fields(getattr(a.config, part))]
+    return [f"{name}: {one} and {other}" for name, one, other in pairs if one != other]
 
 
 def check_shapes(name: str, a: nn.Module, b: nn.Module) -> None:

@@ -61,7 +61,7 @@ class UNetConfig:
     attention: tuple[bool, ...] = (True, True, True, False)
     heads: tuple[int, ...] = (8, 8, 8, 8)
     context_width: int = 768
-    linear_projection: bool = False  # SD 2.x enters and leaves its transformers by a Linear, SD 1.x by a 1x1 convolution
+    linear_projection: bool = False  # how files store proj_in and proj_out: SD 2.x as Linears, SD 1.x as 1x1 convolutions; the same map
     groups: int = 32
 
     def __post_init__(self):

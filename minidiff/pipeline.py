@@ -129,11 +129,14 @@ class StableDiffusion:
 
         In half precision the decoder can overflow (the cause of black pictures); then it is run again in float32, with a warning.
         """
-        z = latents / self.config.vae.scaling_factor
+        pictures = max(1, 2**18 // (latents[0, 0].numel() * self.config.vae.factor**2))  # at a time: the decoder is the peak of memory
+        return torch.cat([self._decode(z) for z in (latents / self.config.vae.scaling_factor).split(pictures)])
+
+    def _decode(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         dtype = self.vae.post_quant_conv.weight.dtype
         pixels = self.vae.decode(z.to(dtype))
         if not pixels.isfinite().all() and dtype.itemsize < 4:
-            warnings.warn(f"the decoder overflowed in {dtype}: decoded again in float32", stacklevel=3)  # 2 is no_grad's wrapper
+            warnings.warn(f"the decoder overflowed in {dtype}: decoded again in float32", stacklevel=4)  # past no_grad's wrapper, to who called decode
             try:
                 pixels = self.vae.float().decode(z.float())
             finally:

@@ -9,7 +9,7 @@ write x = x_0 + sigma eps instead (Karras et al. 2022) mean x_t / sqrt(alpha_bar
     ddpm             Ho et al. 2020, the small variance; any number of steps
     ddim             Song et al. 2021; eta 0 draws no noise, eta 1 is ddpm's variance
     plms             Liu et al. 2022 ("Pseudo numerical methods"), the linear multistep method, begun by one improved Euler step
-    euler, heun      Karras et al. 2022, algorithm 1 without churn, and its first order
+    euler, heun      heun is algorithm 1 of Karras et al. 2022, euler its first half
     euler_ancestral  k-diffusion: an Euler step to a lower level than asked for, then noise back up to it
     dpmpp_2m         Lu et al. 2022 ("DPM-Solver++"), 2M with the midpoint rule; first and last step of first order
     dpmpp_2m_karras  the same over the levels of Karras et al. 2022, eq. 5, each shown to the model as the nearest timestep

@@ -81,7 +81,7 @@ class NoiseSchedule:
         """The `steps` timesteps that a sampler visits, falling; equal to diffusers' for DDIM (steps_offset 1).
 
         spacing (Lin et al. 2023, table 2; None means the config's):
-          leading   every (T // steps)th timestep counted from 1, as in the original code. Never reaches T-1, and more than
+          leading   every (T // steps)th timestep counted from 1, as in the original code. Seldom reaches T-1, and more than
                     T / 2 steps all have stride 1 and start at t = steps. steps = T visits every timestep.
           linspace  evenly from T-1 to 0, both visited.
           trailing  evenly, counted down from T-1; needed where the last timestep has zero SNR.

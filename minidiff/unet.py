@@ -1,4 +1,4 @@
-"""The U-Net: given a noisy latent, the timestep and the text, it predicts the noise (or the velocity).
+"""The U-Net: given a noisy latent, the timestep and the text, it predicts the noise (or the velocity, see schedule.py).
 
     x_t -> conv_in -> [level 0] -> [level 1] -> ... -> middle -> ... -> [level 1] -> [level 0] -> conv_out -> prediction
                           \\_________\\____________ skips ____________/_________/
@@ -63,14 +63,14 @@ class UpLevel(nn.Module):
     def forward(
         self, x: Float[Tensor, "B C H W"], skips: list[Tensor], time: Float[Tensor, "B D_time"], context: Float[Tensor, "B L D_context"]
     ) -> Float[Tensor, "B C_out H_out W_out"]:
-        """Takes its skips off the end of the list."""
+        """skips: all that are left, this level's at the end of the list, its first block's last."""
         for j, block in enumerate(self.blocks):
-            x = block(torch.cat([x, skips.pop()], dim=1), time)
+            x = block(torch.cat([x, skips[-1 - j]], dim=1), time)
             if self.transformers:
                 x = self.transformers[j](x, context)
         if self.upsample is not None:
             # To the next skip's size, not simply twice as large: an odd size was rounded up on the way down.
-            x = self.upsample(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
+            x = self.upsample(F.interpolate(x, size=skips[-1 - len(self.blocks)].shape[-2:], mode="nearest"))
         return x
 
 
@@ -133,4 +133,5 @@ class UNet(nn.Module):
         x = self.middle(skips[-1], time, context)
         for level in self.up:
             x = level(x, skips, time, context)
+            skips = skips[: -len(level.blocks)]
         return self.conv_out(F.silu(self.norm_out(x)))

@@ -66,13 +66,14 @@ def test_a_batch_is_a_grid_and_each_picture_beside_it_by_its_seed(run, tmp_path)
 def test_several_prompts_make_a_picture_each(run, tmp_path):
     code, _, _ = run("generate", "a cat", "a dog", "--steps", "2", "--out", "pets.png")
     assert code == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["pets-a-cat-0.png", "pets-a-dog-0.png", "pets.png"]
-    assert Image.open(tmp_path / "pets-a-dog-0.png").text["parameters"].startswith("a dog\nSteps: 2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pets-0-a-cat-0.png", "pets-1-a-dog-0.png", "pets.png"]
+    assert Image.open(tmp_path / "pets-1-a-dog-0.png").text["parameters"].startswith("a dog\nSteps: 2")
     assert run("generate")[0] == 2
 
 
 def test_without_out_the_picture_is_named_after_its_prompt(run, tmp_path):
     assert run("generate", "A cat, please!", "--steps", "1")[1].strip() == "a-cat-please-0.png"
+    assert run("generate", "a cat - please", "--steps", "1")[1].strip() == "a-cat-please-0-2.png"  # nothing is overwritten
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,7 @@ def test_without_out_the_picture_is_named_after_its_prompt(run, tmp_path):
         (["--spacing", "even"], "spacing 'even' unknown; choose leading, linspace, trailing"),
         (["--eta", "2"], "eta 2.0 is outside 0..1"),
         (["--device", "gpu"], "device 'gpu' unknown; choose auto, cpu"),
+        (["--device", "meta"], "device 'meta' unknown"),
         (["--device", "cuda:99"], "device 'cuda:99': this machine has"),
         (["--out", "picture.jpg"], "picture.jpg: pictures are written as PNG"),
         (["--out", "nowhere/picture.png"], "nowhere: no such folder"),

@@ -64,7 +64,7 @@ def test_convert_of_a_file_of_several_dtypes_loses_no_bit(tmp_path):
 
 def test_convert_takes_another_dtype(tmp_path):
     weights_loader.save(family_model("SD 1"), tmp_path / "model.safetensors")
-    weights_loader.convert(tmp_path / "model.safetensors", tmp_path / "half.safetensors", torch.float16)
+    weights_loader.convert(tmp_path / "model.safetensors", tmp_path / "half.safetensors", dtype=torch.float16)
     assert {tensor.dtype for tensor in read(tmp_path / "half.safetensors").tensors.values()} == {torch.float16}
 
 

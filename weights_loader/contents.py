@@ -134,5 +134,5 @@ def check_parts(contents: Contents):
         first = next(iter(contents.rest))
         raise ValueError(f"{contents.path}: no Stable Diffusion: no name is that of a text encoder, U-Net or VAE; the first is {first}")
     if absent:
-        advice = "; give one as vae=FILE" if absent == ["vae"] else "; a part of a model, or one that was saved in part"
+        advice = "; give one as vae=FILE (--vae)" if absent == ["vae"] else "; a part of a model, or one that was saved in part"
         raise ValueError(f"{contents.path}: no {' and no '.join(absent)} in this file{advice}")

@@ -179,7 +179,7 @@ def _ask_prediction(config: ModelConfig, unet: UNet, text_encoder: TextEncoder, 
     prediction = "eps" if correlation > detect.EPS_CORRELATION else "v"
     note = (
         f"predicts {prediction}: decided by a numerical test (at the highest noise its answer correlates {correlation:.2f} with its input; "
-        "an eps-model is near 1, a v-model near 0); prediction= overrides it"
+        "an eps-model is near 1, a v-model near 0); prediction= (--prediction) overrides it"
     )
     return _with_prediction(config, prediction), note
 

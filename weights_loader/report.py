@@ -22,7 +22,7 @@ IGNORED = (
     ),
     (r"embeddings\.position_ids$|^cond_stage_model\.model\.attn_mask$", "the numbers 0, 1, 2, ... or the causal mask, made anew"),
     (r"^model_ema\.(decay|num_updates)$", "counters of the training"),
-    (r"^model_ema\.", "moving average of the U-Net's weights; ask for it with ema=True"),
+    (r"^model_ema\.", "moving average of the U-Net's weights; ask for it with ema=True (--ema)"),
     (r"^(first_stage_model\.)?loss\.", "the loss that the VAE was trained with"),
 )
 

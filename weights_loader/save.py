@@ -57,10 +57,22 @@ def _save_folder(sd: StableDiffusion, path: Path):
             write_safetensors(folder / CARRIED_FILE, sd.carried, FORMAT)
 
 
-def convert(source: str | Path, target: str | Path, dtype: torch.dtype | str = "file"):
-    """Rewrite a checkpoint: to LDM names where the target ends in .safetensors, else to a diffusers folder.
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: torch.dtype | str = "file",
+    ema: bool = False,
+    vae: str | Path | None = None,
+    prediction: str | None = None,
+) -> tuple[str, ...]:
+    """Rewrite a checkpoint: to LDM names where the target ends in .safetensors, else to a diffusers folder. Gives the loader's notes.
 
-    dtype: of the weights; "file" is the one that holds every weight of the file exactly.
+    dtype: of the weights; "file" is the one that holds every weight of the file exactly. The rest as in `load`.
     """
-    layout = "ldm" if Path(target).suffix == SUFFIX else "diffusers"
-    save(load(source, dtype=dtype), target, layout)
+    target = Path(target)
+    if target.suffix in (".ckpt", ".pt", ".bin"):
+        raise ValueError(f"{target}: checkpoints are written as {SUFFIX}; name it {target.with_suffix(SUFFIX).name}")
+    sd = load(source, dtype=dtype, ema=ema, vae=vae, prediction=prediction)
+    save(sd, target, "ldm" if target.suffix == SUFFIX else "diffusers")
+    return sd.notes

@@ -32,7 +32,7 @@ from minidiff.trainers.optimizer import ExponentialAverage, learning_rate, optim
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
-VOCABULARY = 512 + 2  # the bytes, alone and at a word's end, and the start and end tokens; each merge adds one
+WITHOUT_MERGES = 512 + 2  # vocabulary: the bytes, alone and at a word's end, and the start and end tokens; each merge adds one
 CONTEXT_LENGTH = 32  # the longest caption of a scene has 20 tokens
 
 
@@ -41,7 +41,7 @@ def bundled_config() -> ModelConfig:
     merges = bpe_merges()
     return ModelConfig(
         tokenizer=TokenizerConfig(merges=merges, context_length=CONTEXT_LENGTH),
-        text_encoder=TextEncoderConfig(VOCABULARY + len(merges), CONTEXT_LENGTH, width=128, layers=3, heads=4),
+        text_encoder=TextEncoderConfig(WITHOUT_MERGES + len(merges), CONTEXT_LENGTH, width=128, layers=3, heads=4),
         unet=UNetConfig(widths=(64, 128, 160), blocks_per_level=1, attention=(True, True, False), heads=(2, 4, 5), context_width=128),
         vae=VAEConfig(widths=(24, 48, 96), blocks_per_level=1, groups=8),
         schedule=ScheduleConfig(prediction="v", zero_terminal_snr=True, spacing="trailing"),

@@ -20,7 +20,7 @@ import torch
 
 from minidiff.config import ModelConfig
 from minidiff.pipeline import StableDiffusion, to_images
-from minidiff.scenes.scenes import prompts
+from minidiff.scenes.scenes import SIZE, prompts
 from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.from_scratch import AutoencoderTraining, DiffusionTraining, Latents, joined, make_latents
 from minidiff.trainers.recipe import Recipe
@@ -115,6 +115,11 @@ def claim(folder: Path, config: ModelConfig, recipe: Recipe, init: StableDiffusi
     """Makes the folder, or makes sure that what stands in it is the same run."""
     if init is not None and init.config != config:
         raise ValueError("the model to train on from has another configuration than the one asked for")
+    if config.image_size != SIZE or config.unet.in_channels != config.vae.latent_channels:
+        raise ValueError(
+            f"a model for {config.image_size} pixels with {config.unet.in_channels} U-Net channels cannot be trained on the scenes, which "
+            f"have {SIZE} pixels; give one of the bundled model's shape"
+        )
     asked = json.loads(json.dumps({**dataclasses.asdict(recipe), "init": init is not None and checksum(init)}))
     path = folder / "recipe.json"
     if not path.exists():
