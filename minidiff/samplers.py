@@ -229,12 +229,19 @@ def euler_ancestral(
 
 
 def heun(denoise: Denoiser, x_t: Float[Tensor, "B *dims"], now: Level, then: Level) -> tuple[Tensor, Tensor]:
-    """An Euler step, corrected to the mean of the slopes at its two ends (Karras et al. 2022, algorithm 1, lines 6-8)."""
+    """An Euler step, corrected to the mean of the slopes at its two ends (Karras et al. 2022, algorithm 1, lines 6-8).
+
+    From the start of zero terminal SNR the slopes' mean would be multiplied by sigma = 4096. There the mean is taken of the x0_hat at
+    the two ends, the slope of the same curve x / sigma over 1 / sigma: of second order too, and within bounds.
+    """
     x0_hat, slope = denoise(x_t, now)
     x = x0_hat + then.sigma * slope
     if then.sigma > 0:
-        _, slope_then = denoise(then.signal * x, then)
-        x = x + (then.sigma - now.sigma) * (slope_then - slope) / 2
+        x0_then, slope_then = denoise(then.signal * x, then)
+        if now.alpha_bar == SMALLEST_ALPHA_BAR:
+            x = x + (1 - then.sigma / now.sigma) * (x0_then - x0_hat) / 2
+        else:
+            x = x + (then.sigma - now.sigma) * (slope_then - slope) / 2
     return then.signal * x, x0_hat
 
 

@@ -8,7 +8,7 @@ from minidiff.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfi
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
-from minidiff.trainers.from_scratch import CONTEXT_LENGTH, VOCABULARY, bundled_config
+from minidiff.trainers.from_scratch import CONTEXT_LENGTH, WITHOUT_MERGES, bundled_config
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -19,7 +19,7 @@ def small_config(prediction="v", in_channels=4, image_size=32) -> ModelConfig:
     zero_snr = prediction == "v"
     return dataclasses.replace(
         bundled,
-        text_encoder=TextEncoderConfig(VOCABULARY + len(bundled.tokenizer.merges), CONTEXT_LENGTH, width=16, layers=2, heads=2),
+        text_encoder=TextEncoderConfig(WITHOUT_MERGES + len(bundled.tokenizer.merges), CONTEXT_LENGTH, width=16, layers=2, heads=2),
         unet=UNetConfig(
             in_channels=in_channels,
             widths=(16, 16, 32),

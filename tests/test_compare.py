@@ -144,7 +144,7 @@ def test_relative_is_to_the_largest_value_of_the_first(sd):
     changed.unet.conv_in.bias.data += 0.25
     found = next(d for d in compare(sd, changed) if d.layer == "unet.conv_in")
     assert found.absolute == pytest.approx(0.25, rel=1e-5)  # fp32
-    x = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))[None]
+    x = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(0))[None]
     with torch.no_grad():
         assert found.relative == pytest.approx(0.25 / sd.unet.conv_in(x).abs().max().item(), rel=1e-5)
 

@@ -14,7 +14,7 @@ class Recipe:
     vae_learning_rate: float = 4e-3
     kl_weight: float = 2e-4
     scenes: int = 30_000
-    steps: int = 3450
+    steps: int = 3950
     batch: int = 64
     learning_rate: float = 4e-3
     object_weight: float = 1.6  # the loss of a latent cell is weighted 0.4 + object_weight * (its share of object)
