@@ -77,6 +77,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-@pytest.mark.parametrize("word", ["TODO", "PARITY_TABLE", "LOAD_TABLE", "TROUBLE\n"])
+@pytest.mark.parametrize("word", ["TODO", "PARITY_ROWS", "LOAD_ROWS", "TROUBLE\n", "TRAIN_TIME"])
 def test_nothing_is_left_to_fill_in(word):
     assert word not in README
