@@ -137,7 +137,7 @@ def parameters(prompt: str, negative: str, settings: dict[str, object]) -> str:
 
 
 def inspect(file: tyro.conf.Positional[Path], /) -> None:
-    """Say what a checkpoint is, what is in it and what would be ignored; the weights stay in the file.
+    """Say what a checkpoint is, what is in it and what would be ignored.
 
     Args:
         file: "tiny", a .safetensors or .ckpt file, or a diffusers folder

@@ -40,7 +40,7 @@ class TextEncoderConfig:
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
 
     def __post_init__(self):
-        if self.width % self.heads:
+        if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"TextEncoderConfig: width {self.width} does not divide into {self.heads} heads")
         if self.activation not in ("quick_gelu", "gelu"):
             raise ValueError(f"TextEncoderConfig: activation {self.activation!r} unknown; choose quick_gelu, gelu")
@@ -70,7 +70,7 @@ class UNetConfig:
             if len(getattr(self, name)) != len(self.widths):
                 raise ValueError(f"UNetConfig: {name} has {len(getattr(self, name))} entries, widths {len(self.widths)}; give one a level")
         for width, heads in zip(self.widths, self.heads):
-            if width % heads:
+            if heads < 1 or width % heads:
                 raise ValueError(f"UNetConfig: width {width} does not divide into {heads} heads")
 
 
@@ -134,7 +134,7 @@ def _check_levels(name: str, widths: tuple[int, ...], groups: int):
     if not widths:
         raise ValueError(f"{name}: widths is empty; give one width a resolution level")
     for width in widths:
-        if width % groups:
+        if groups < 1 or width % groups:
             raise ValueError(f"{name}: width {width} does not divide into {groups} normalisation groups")
 
 

@@ -172,3 +172,8 @@ def test_an_inpainting_model_is_asked_with_everything_masked():
     sd.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     assert -1 <= noise_correlation(sd.unet, sd.text_encoder, sd.tokenizer, 1000) <= 1
     assert seen[0].shape == (1, 9, 16, 16) and (seen[0][:, 4] == 1).all() and (seen[0][:, 5:] == 0).all()
+
+
+def test_a_family_is_known_without_the_names_of_its_vae():
+    shapes = {name: shape for name, shape in public_keys(1).items() if not name.startswith("first_stage_model.")}
+    assert family_config(shapes) == SD1

@@ -153,3 +153,19 @@ def test_a_folder_that_makes_no_picture_is_said_to_be_left_out(tmp_path):
     weights_loader.save(family_model("SD 1"), tmp_path / "model", layout="diffusers")
     (tmp_path / "model/safety_checker").mkdir()
     assert weights_loader.load(tmp_path / "model").notes == ("safety_checker/ is left out: no part of making a picture",)
+
+
+def test_the_padding_of_sd_2_is_in_the_special_tokens_map_of_its_old_files(tmp_path):
+    write_folder_config(tmp_path, SD2, Tokenizer(SD2.tokenizer))
+    settings = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
+    settings.pop("added_tokens_decoder", None)
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<|endoftext|>"}))
+    (tmp_path / "tokenizer" / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
+    assert folder_config(tmp_path)[0].tokenizer.padding == "zero"
+
+
+def test_the_wrong_sample_size_of_old_folders_is_not_believed(tmp_path):
+    write_folder_config(tmp_path, SD1, Tokenizer(SD1.tokenizer))
+    path = tmp_path / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 32}))
+    assert folder_config(tmp_path)[0].image_size == 512

@@ -10,6 +10,7 @@ from minidiff.config import SD1
 from tests.checkpoints import CONTAINERS, assert_same_model, extras, family_configs, family_model, ldm_tensors, public_keys
 from tests.small_models import small_config, small_model
 from weights_loader import detect, dialects, metadata
+from weights_loader.load import _ask_prediction, _choose_dtype
 from weights_loader.write import write_safetensors
 
 FAMILIES = list(family_configs())
@@ -168,3 +169,15 @@ def test_a_full_size_sd_1_of_made_up_weights_loads_and_answers(tmp_path):
     assert sd.config == SD1 and sd.dtype == torch.float32 and sd.notes == ()
     (picture,) = sd.generate("a photo of a cat", steps=2, size=64)
     assert picture.size == (64, 64) and np.asarray(picture).std() > 0
+
+
+def test_broken_weights_are_not_taken_for_a_prediction(tmp_path, monkeypatch):
+    monkeypatch.setattr(detect, "noise_correlation", lambda *parts: float("nan"))
+    sd = family_model("SD 2")
+    with pytest.raises(ValueError, match="the U-Net's answer is not finite"):
+        _ask_prediction(sd.config, sd.unet, sd.text_encoder, sd.tokenizer)
+
+
+def test_whole_numbers_are_refused_as_weights():
+    with pytest.raises(ValueError, match="whole numbers: a quantised model"):
+        _choose_dtype("file", torch.device("cpu"), {"unet": {"w": torch.ones(1, dtype=torch.int8)}})

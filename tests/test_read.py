@@ -227,3 +227,16 @@ def test_what_is_no_checkpoint_is_named_for_what_it_is(tmp_path, content, messag
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.ckpt: no such file"):
         read(tmp_path / "gone.ckpt")
+
+
+def test_a_state_dict_that_holds_itself_has_an_end(tmp_path):
+    weights = {"epoch": 1}
+    weights["state_dict"] = weights
+    (tmp_path / "x.ckpt").write_bytes(pickle.dumps(weights, protocol=2))
+    with pytest.raises(ValueError, match="no tensors in it"):
+        read(tmp_path / "x.ckpt")
+
+
+def test_weights_beside_and_inside_a_state_dict_are_all_kept(tmp_path):
+    torch.save({"a": torch.ones(1), "state_dict": {"b": torch.zeros(1)}}, tmp_path / "x.ckpt")
+    assert set(read(tmp_path / "x.ckpt").tensors) == {"a", "state_dict.b"}

@@ -85,7 +85,7 @@ def read_json(path: Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file, and a diffusers folder needs it; interrupted download?") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no JSON ({error}); interrupted download?") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a JSON {type(values).__name__}; expected an object of settings")
@@ -117,6 +117,8 @@ def _unet_config(path: Path) -> tuple[UNetConfig, int]:
     # diffusers' attention_head_dim is the number of heads, not their width: a mistake in a name that is now kept for good.
     heads = values.get("num_attention_heads") or values["attention_head_dim"]
     size = values.get("sample_size") or 64
+    if widths == UNetConfig().widths:
+        size = max(size, 64)  # diffusers before 0.9 wrote 32 for models of 64 cells
     return UNetConfig(
         in_channels=values["in_channels"],
         out_channels=values.get("out_channels", 4),
@@ -184,8 +186,9 @@ def _tokenizer_config(folder: Path, text_encoder: TextEncoderConfig) -> Tokenize
         model = read_json(folder / "tokenizer.json").get("model", {})
         merges = tuple(pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", ()))
     pad = settings.get("pad_token")
-    if pad is None and (folder / "special_tokens_map.json").is_file():
-        pad = read_json(folder / "special_tokens_map.json").get("pad_token")
+    # As transformers: where the settings are of the old kind, the map has the last word. SD 2.x's own files differ in this.
+    if (folder / "special_tokens_map.json").is_file() and (pad is None or "added_tokens_decoder" not in settings):
+        pad = read_json(folder / "special_tokens_map.json").get("pad_token", pad)
     pad = pad["content"] if isinstance(pad, dict) else pad
     return TokenizerConfig(
         merges=None if _sha256(merges) == CLIP_MERGES_SHA256 else merges,

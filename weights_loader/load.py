@@ -8,6 +8,7 @@
          -> eps or v                if nothing has said it yet, the model is asked
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -176,6 +177,8 @@ def _with_prediction(config: ModelConfig, prediction: str) -> ModelConfig:
 
 def _ask_prediction(config: ModelConfig, unet: UNet, text_encoder: TextEncoder, tokenizer: Tokenizer) -> tuple[ModelConfig, str]:
     correlation = detect.noise_correlation(unet, text_encoder, tokenizer, config.schedule.timesteps)
+    if not math.isfinite(correlation):
+        raise ValueError("the U-Net's answer is not finite: broken weights, or too large for their dtype; prediction= (--prediction) skips the test")
     prediction = "eps" if correlation > detect.EPS_CORRELATION else "v"
     note = (
         f"predicts {prediction}: decided by a numerical test (at the highest noise its answer correlates {correlation:.2f} with its input; "
@@ -193,6 +196,8 @@ def _choose_dtype(dtype: torch.dtype | str | None, device: torch.device, states:
         return dtype or torch.float32
     # 8-bit floats are for storing only.
     dtypes = {tensor.dtype if tensor.dtype.itemsize > 1 else torch.float16 for tensor in tensors if tensor.dtype.is_floating_point}
+    if not dtypes:
+        raise ValueError("the weights are whole numbers: a quantised model, which is not supported")
     return reduce(torch.promote_types, dtypes)
 
 

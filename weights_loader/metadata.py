@@ -25,7 +25,7 @@ def config_from_json(text: str) -> ModelConfig:
     """The other way. A field that is not there has its default; raises ValueError for an unknown field or a wrong value."""
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"metadata {KEY}: no JSON ({error}); was the file written by another program?") from error
     return _build(ModelConfig, values, KEY)
 

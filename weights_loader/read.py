@@ -154,7 +154,11 @@ def _read_sharded(path: Path) -> Checkpoint:
 def _from_tree(path: Path, tree: object, inert: tuple[str, ...]) -> Checkpoint:
     """Take the state dict out of what a torch file holds, and say what else is there."""
     notes = [f"'{name}' is not a known name; it stayed a name, nothing of it was run." for name in inert]
-    while isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
+    outer = set()  # a pickle may hold a dict that holds itself
+    while isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict) and id(tree) not in outer:
+        if any(isinstance(value, Tensor) for value in tree.values()):
+            break  # weights on both levels: all are kept, under their whole names
+        outer.add(id(tree))
         notes += [f"{_show(key)} stands beside the state dict: {_show(value)}." for key, value in tree.items() if key != "state_dict"]
         tree = tree["state_dict"]
 

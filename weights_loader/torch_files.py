@@ -149,6 +149,8 @@ def _unpickle(buffer: mmap.mmap, load_storage: LoadStorage) -> tuple[object, tup
 
 
 def _storage_in_pickle(content: bytes) -> Tensor:
+    if b"_load_from_bytes" in content:
+        raise Refused("a storage inside a storage, which no weights need; each level would double the work")
     buffer = mmap.mmap(-1, len(content))
     buffer[:] = content
     storage, _ = read_pickles(buffer)
