@@ -210,8 +210,8 @@ def compare(
     for d in differences:
         if every or d.relative > tolerance:
             print(f"{d.absolute:18.3e}  {d.relative:9.2e}  {d.layer}")
-    first = next((d for d in differences if d.relative > tolerance), None)
-    print(f"first layer that differs: {first.layer}" if first else f"all {len(differences)} layers agree to {tolerance:g}")
+    differing = next((d for d in differences if d.relative > tolerance), None)
+    print(f"first layer that differs: {differing.layer}" if differing else f"all {len(differences)} layers agree to {tolerance:g}")
 
 
 def train_from_scratch(

@@ -95,7 +95,8 @@ def take_averages(contents: Contents) -> Contents:
             f"first {absent[0]}; load it with ema=False"
         )
     averages = {name: contents.rest[ema] for name, ema in names.items()}
-    rest = {name: tensor for name, tensor in contents.rest.items() if name not in set(names.values())}
+    taken = set(names.values())
+    rest = {name: tensor for name, tensor in contents.rest.items() if name not in taken}
     note = "took the moving average of the U-Net's weights; the last weights are left out"
     return replace(contents, parts=contents.parts | {"unet": averages}, rest=rest, notes=(*contents.notes, note))
 

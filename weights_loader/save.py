@@ -21,6 +21,7 @@ from weights_loader.write import new_folder, write_safetensors
 
 FORMAT = {"format": "pt"}  # diffusers and transformers ask for it
 SUFFIX = ".safetensors"
+PICKLES = (".ckpt", ".pt", ".bin")  # read, never written
 
 
 def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm"):
@@ -45,7 +46,7 @@ def _save_ldm(sd: StableDiffusion, path: Path):
 
 
 def _save_folder(sd: StableDiffusion, path: Path):
-    if path.suffix in (SUFFIX, ".ckpt", ".pt", ".bin"):
+    if path.suffix in (SUFFIX, *PICKLES):
         raise ValueError(f"{path}: a model in the diffusers layout is a folder; give a name without {path.suffix}, or take layout='ldm'")
     with new_folder(path) as folder:
         write_folder_config(folder, sd.config, sd.tokenizer)
@@ -71,7 +72,7 @@ def convert(
     dtype: of the weights; "file" is the one that holds every weight of the file exactly. The rest as in `load`.
     """
     target = Path(target)
-    if target.suffix in (".ckpt", ".pt", ".bin"):
+    if target.suffix in PICKLES:
         raise ValueError(f"{target}: checkpoints are written as {SUFFIX}; name it {target.with_suffix(SUFFIX).name}")
     sd = load(source, dtype=dtype, ema=ema, vae=vae, prediction=prediction)
     save(sd, target, "ldm" if target.suffix == SUFFIX else "diffusers")

@@ -51,7 +51,7 @@ class Summary:
 
 
 def inspect(path: str | Path) -> Summary:
-    """Say what a checkpoint is. Weights stay in the file; only where nothing says eps or v, the U-Net is run once to find out.
+    """Say what a checkpoint is. Weights stay in the file, unless it mixes dtypes; only where nothing says eps or v, the U-Net is run once.
 
     Raises as `load` does: what cannot be loaded is named by the error.
     """
