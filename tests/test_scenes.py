@@ -1,6 +1,7 @@
 """The bundled captioned scenes: labels, splits, pictures, licences, and the word pieces made for them."""
 
 import gzip
+import re
 import json
 from pathlib import Path
 
@@ -123,6 +124,7 @@ def test_captions_say_what_the_labels_say():
             article = "an" if scene.background[0] in "aeiou" else "a"
             assert rest.endswith(f" on {article} {scene.background} background")
             rest = rest.removesuffix(f" on {article} {scene.background} background")
+        rest = re.sub("^an? (photo|picture|image|icon) of ", "", rest)
         phrases = rest.split(f" {scene.relation} ") if scene.relation else [rest]
         assert len(phrases) == len(scene.objects)
         for phrase, thing in zip(phrases, scene.objects):
@@ -222,13 +224,6 @@ def test_no_dark_fringe_is_drawn_around_an_object():
     assert edge.sum() > 20 and scene.image[edge].min() > 200
 
 
-def test_a_flip_mirrors_the_picture():
-    straight, mirrored = (
-        compose([Item("whale", 50, flip=flip)], background="red", style="noto").image for flip in (False, True)
-    )
-    np.testing.assert_array_equal(mirrored, straight[:, ::-1])
-
-
 @pytest.mark.parametrize("colour", COLOURS)
 def test_a_tint_keeps_to_its_colour_and_keeps_the_shading(colour):
     for name in ("cat", "panda", "banana", "robot"):
@@ -322,13 +317,13 @@ def test_every_word_of_captions_and_templates_is_one_token(tokenizers):
 
 
 def test_the_word_pieces_file_is_what_its_script_makes():
-    merges = train_bpe.train(train_bpe.corpus(10_000, seed=0))
+    merges = train_bpe.train(train_bpe.needed_words())
     lines = (HERE / "bpe.txt").read_text(encoding="utf-8").split("\n")
     assert lines[0] == "#version: 0.2" and lines[-1] != ""
     assert lines[1:] == [" ".join(pair) for pair in merges] == list(bpe_merges())
 
 
 def test_merges_are_made_from_the_most_frequent_pair_on():
-    # Sennrich et al.'s own kind of example: "lo" is in both words, so it is first.
-    assert train_bpe.train({"low": 5, "lot": 2}) == [("l", "o"), ("lo", "w</w>"), ("lo", "t</w>")]
+    # Sennrich et al.'s own kind of example: "lo" is in both words, so it is first; then the alphabet decides.
+    assert train_bpe.train(["low", "lot"]) == [("l", "o"), ("lo", "t</w>"), ("lo", "w</w>")]
     assert train_bpe.join_pair(("a", "a", "a"), ("a", "a")) == ("aa", "a")

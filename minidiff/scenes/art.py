@@ -44,7 +44,6 @@ class Subject:
     class_name: str
     row: int
     held_out: bool
-    flip: bool  # False where a mirror picture would be wrong (a clock)
 
 
 @functools.cache
@@ -52,7 +51,7 @@ def subjects() -> dict[str, Subject]:
     """All subjects by name, in the order of the sheet's rows; 110 for training, 20 held out."""
     rows = json.loads((HERE / "subjects.json").read_text())
     return {
-        row["name"]: Subject(row["name"], row["class"], i, row["held_out"], row["flip"]) for i, row in enumerate(rows)
+        row["name"]: Subject(row["name"], row["class"], i, row["held_out"]) for i, row in enumerate(rows)
     }
 
 

@@ -4,7 +4,7 @@ Where Stable Diffusion had LAION's photographs, the bundled model has one or two
 
     rng -> sample_scene -> compose -> Scene(image, caption, mask, objects, ...)
 
-Captions, in full:  [a|an] [small|large] [colour] SUBJECT [on a COLOUR background] [in STYLE style]
+Captions, in full:  [a photo of] [a|an] [small|large] [colour] SUBJECT [on a COLOUR background] [in STYLE style]
 or two objects joined by `and`, `left of` or `above`; one caption in ten says the class ("an animal") for the subject.
 20 subjects are held out of training, so that personalisation can be tried on things the model never saw; and so is
 one in ten of the pairs (subject, subject) and (subject, tint), to see whether it composes what it knows.
@@ -27,6 +27,7 @@ from minidiff.scenes.art import COLOURS, HERE, SIZE, STYLES, known, paint_backgr
 from minidiff.scenes.art import subject_names, subjects, visible_backgrounds
 
 RELATIONS = ("and", "left of", "above")
+MEDIA = ("photo", "picture", "image", "icon")  # "a photo of ...", as people and the templates of personalisation write; it means nothing here
 SPLITS = ("train", "held_out_subjects", "held_out_pairs", "all_subjects")
 
 
@@ -39,7 +40,6 @@ class Item:
     centre: tuple[float, float] = (32.0, 32.0)
     colour: str | None = None
     size: str | None = None  # the word "small" or "large" of the caption
-    flip: bool = False
     by_class: bool = False  # the caption names the class instead of the subject
 
 
@@ -99,9 +99,13 @@ def noun_phrase(item: Item) -> str:
     return with_article(" ".join(word for word in (item.size, item.colour, noun) if word))
 
 
-def caption_of(items: Sequence[Item], relation: str | None, background: str | None, style: str | None) -> str:
-    """The caption; `background` and `style` are None where it does not name them."""
+def caption_of(
+    items: Sequence[Item], relation: str | None, background: str | None, style: str | None, medium: str | None = None
+) -> str:
+    """The caption; `background`, `style` and `medium` are None where it does not name them."""
     words = f" {relation} ".join(noun_phrase(item) for item in items)
+    if medium is not None:
+        words = f"{with_article(medium)} of {words}"
     if background is not None:
         words += f" on {with_article(background)} background"
     return words if style is None else f"{words} in {style} style"
@@ -124,7 +128,7 @@ def picture_of(item: Item, style: str) -> tuple[tuple[int, int, int, int], UInt8
         )
     picture = np.asarray(sprite(item.subject, style, item.colour).resize((width, height), Image.Resampling.BICUBIC))
     picture = np.minimum(picture, picture[..., 3:])  # bicubic scaling may overshoot to more colour than alpha
-    return (x, y, x + width, y + height), picture[:, ::-1] if item.flip else picture
+    return (x, y, x + width, y + height), picture
 
 
 def compose(
@@ -135,6 +139,7 @@ def compose(
     relation: str | None = None,
     name_background: bool = True,
     name_style: bool = False,
+    medium: str | None = None,
     shade: Sequence[float] = (0.0, 0.0, 0.0),
     gradient: float = 0.0,
 ) -> Scene:
@@ -171,7 +176,7 @@ def compose(
         SceneObject(item.subject, subjects()[item.subject].class_name, item.colour, item.size, box, mask)
         for item, box, mask in zip(items, boxes, masks)
     )
-    caption = caption_of(items, relation, background if name_background else None, style if name_style else None)
+    caption = caption_of(items, relation, background if name_background else None, style if name_style else None, medium)
     image = (np.clip(canvas, 0, 255) + 0.5).astype(np.uint8)
     return Scene(image, caption, sum(masks), objects, background, style, relation)
 
@@ -214,7 +219,7 @@ def choose_subjects(rng: np.random.Generator, split: str, count: int) -> tuple[l
 def place_one(rng: np.random.Generator, subject: str, style: str) -> tuple[int, str | None, tuple[float, float]]:
     """Size in pixels, the word for it, and a centre, for an object that has the scene to itself."""
     size = choose(rng, (None, None, None, "small", "large"))
-    low, high = {None: (40, 60), "small": (28, 36), "large": (54, 62)}[size]
+    low, high = {None: (44, 56), "small": (28, 36), "large": (56, 62)}[size]
     px = int(rng.integers(low, high + 1))
     # 0.8 of the room that is left: objects wander, and seldom touch the rim.
     slack = 0.8 * (SIZE - np.array(scaled_size(subject, style, px)))
@@ -273,7 +278,7 @@ def sample_scene(rng: np.random.Generator, *, split: str = "train") -> Scene:
         layout = layout[::-1] if swap else layout
 
     items = [
-        Item(name, px, centre, colour, size, subjects()[name].flip and rng.random() < 0.5, i == by_class)
+        Item(name, px, centre, colour, size, i == by_class)
         for i, (name, colour, (px, size, centre)) in enumerate(zip(names, colours, layout))
     ]
     return compose(
@@ -283,6 +288,7 @@ def sample_scene(rng: np.random.Generator, *, split: str = "train") -> Scene:
         relation=relation,
         name_background=rng.random() < 0.8,
         name_style=rng.random() < 0.6,
+        medium=choose(rng, MEDIA) if rng.random() < 0.2 else None,
         shade=rng.normal(0, 5, 3).tolist(),
         gradient=float(rng.uniform(-0.12, 0.12)) if rng.random() < 0.5 else 0.0,
     )

@@ -8,18 +8,16 @@ encoded, and transformers' and open_clip's tokenizers read the same file.
 
     python -m minidiff.scenes.train_bpe
 
-The corpus is captions of the scenes, plus the words that personalisation needs: those of its prompt templates, and rare
-words without a meaning, one token each, to which a subject of one's own can be tied.
+The corpus is every word that a scene's caption can have, once, plus the words that personalisation needs: those of its prompt
+templates, and rare words without a meaning, one token each, to which a subject of one's own can be tied.
 """
 
 import argparse
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
-from minidiff.scenes.scenes import COLOURS, STYLES, sample_scene, subjects
+from minidiff.scenes.scenes import COLOURS, STYLES, subjects
 
 HERE = Path(__file__).parent
 RARE_WORDS = ("sks", "ktn", "pll", "ucd", "ohwx", "zqj", "vbx", "wkf", "jgd", "qhy")
@@ -38,15 +36,6 @@ def needed_words() -> tuple[str, ...]:
     return tuple(dict.fromkeys([*GRAMMAR_WORDS, *COLOURS, *STYLES, *named, *RARE_WORDS, *TEMPLATE_WORDS]))
 
 
-def corpus(captions: int, seed: int) -> Counter[str]:
-    """How often each word occurs in sampled captions; each needed word is added once."""
-    rng = np.random.default_rng(seed)
-    words = Counter(needed_words())
-    for _ in range(captions):
-        words.update(sample_scene(rng, split="all_subjects").caption.split())
-    return words
-
-
 def join_pair(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     """`pieces` with each occurrence of `pair` joined, from left to right."""
     joined, i = [], 0
@@ -60,15 +49,14 @@ def join_pair(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]
     return tuple(joined)
 
 
-def train(words: Mapping[str, int]) -> list[tuple[str, str]]:
+def train(words: Iterable[str]) -> list[tuple[str, str]]:
     """The merges in order, until each word is one piece; among equally frequent pairs the first by the alphabet."""
     pieces = {word: (*word[:-1], word[-1] + "</w>") for word in words}
     merges = []
     while True:
         pairs = Counter()
-        for word, parts in pieces.items():
-            for pair in zip(parts, parts[1:]):
-                pairs[pair] += words[word]
+        for parts in pieces.values():
+            pairs.update(zip(parts, parts[1:]))
         if not pairs:
             return merges
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
@@ -78,11 +66,9 @@ def train(words: Mapping[str, int]) -> list[tuple[str, str]]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make the byte-pair encoding of the bundled model.")
-    parser.add_argument("--captions", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "bpe.txt")
     args = parser.parse_args()
-    merges = train(corpus(args.captions, args.seed))
+    merges = train(needed_words())
     # No newline at the end: open_clip would count an empty last line as a merge, and shift the start and end tokens.
     args.out.write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]), encoding="utf-8")
     print(f"{args.out}: {len(merges)} merges, {512 + len(merges) + 2} entries")
