@@ -65,8 +65,8 @@ def optimizers(modules: Iterable[nn.Module], lr: float) -> tuple[Muon, torch.opt
 
 
 def learning_rate(step: int, steps: int, peak: float, warm_up: int = 60) -> float:
-    """Rises over `warm_up` steps, stays, falls in a line to 5 % of the peak over the second half."""
-    falling = (steps - step) / (steps / 2)
+    """Rises over `warm_up` steps, stays, falls in a line to 5 % of the peak over the last three quarters."""
+    falling = (steps - step) / (0.75 * steps)
     return peak * min(1.0, (step + 1) / warm_up, max(0.05, falling))
 
 
