@@ -1,0 +1,31 @@
+"""How well pictures follow their words and resemble their examples: cosines of CLIP features.
+
+Text alignment is CLIPScore (Hessel et al. 2021) without its factor, image alignment is CLIP-I of DreamBooth (Ruiz et al. 2023) and
+Custom Diffusion (Kumari et al. 2023). Both depend on the encoder, so numbers of two encoders are not to be compared.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """What turns pictures, with pixels in [-1, 1], and texts into features of the same width: the judge, or another CLIP."""
+
+    def encode_pictures(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]: ...
+
+    def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "B D"]: ...
+
+
+def text_alignment(pictures: Float[Tensor, "B D"], texts: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
+    """The cosine of each picture's features with those of its own text, -1..1."""
+    return F.cosine_similarity(pictures, texts, dim=1)
+
+
+def image_alignment(pictures: Float[Tensor, "B D"], references: Float[Tensor, "R D"]) -> Float[Tensor, " B"]:
+    """The mean cosine of each picture's features with those of all reference pictures, -1..1."""
+    return (F.normalize(pictures, dim=1) @ F.normalize(references, dim=1).T).mean(dim=1)

@@ -1,0 +1,227 @@
+"""What a model of the scenes can do, in numbers: fixed prompts, fixed seeds, nothing selected, the judge's word for each picture.
+
+    fixed prompts x seeds -> pictures -------------------------------.
+                          -> real scenes of the same prompts --------+-> judge -> Figures
+                                `-> through the model's own VAE -----'
+
+The judge errs too, so each figure stands beside two ceilings: what it says of real scenes that show what the prompt says, and of
+these after the VAE's encoder and decoder, which no U-Net can improve on. A figure is the same in each run on one machine.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minidiff.evaluation.alignment import text_alignment
+from minidiff.evaluation.clip import Judge
+from minidiff.evaluation.kid import kid
+from minidiff.evaluation.prompts import FixedPrompt, fixed_prompts, real_scene
+from minidiff.pipeline import StableDiffusion
+from minidiff.trainers.from_scratch import pixels_of
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge says of one picture; None where the prompt does not ask, or the question makes no sense.
+
+    subjects: the subject is the likeliest of all, or the two subjects are the likeliest two. background, style, tint: the word's choice is the likeliest.
+    place: both subjects are right, and the first one's centre is to the left (or above) by more than it is up or down (or aside).
+    """
+
+    subjects: bool
+    background: bool
+    place: bool | None
+    style: bool | None
+    tint: bool | None
+    alignment: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A mean over `count` pictures and its standard error, as if the pictures were independent draws."""
+
+    value: float
+    error: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One question, asked of the model's pictures, of real scenes of the same prompts, and of these after the VAE."""
+
+    model: Measure
+    real: Measure
+    reconstructed: Measure
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All figures of a model; shares are 0..1. A figure is None when no picture was asked its question."""
+
+    one_subject: Figure | None
+    two_subjects: Figure | None
+    two_subjects_held_out_pairs: Figure | None  # among two_subjects
+    background: Figure | None
+    place: Figure | None
+    style: Figure | None
+    colour: Figure | None
+    colour_and_subject: Figure | None
+    text_alignment: Figure | None
+    kid: Figure | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Pictures done, of how many; with the last one, the figures."""
+
+    done: int
+    total: int
+    figures: Figures | None = None
+
+
+def evaluate(
+    sd: StableDiffusion,
+    judge: Judge,
+    *,
+    steps: int = 20,
+    guidance_scale: float | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    limit: int | None = None,
+    batch: int = 16,
+) -> Iterator[Progress]:
+    """Draws each fixed prompt on each seed with ddim, and judges; yields after every batch, the figures with the last one.
+
+    limit: so many prompts, spread evenly over the list, for a quick look. Raises ValueError for a model of another picture size than the judge's,
+    no seeds, or a limit below 1.
+    """
+    if sd.config.image_size != judge.config.image_size:
+        raise ValueError(f"the model draws {sd.config.image_size} pixels, the judge reads {judge.config.image_size}; this judge knows the scenes only")
+    if not seeds or (limit is not None and limit < 1) or batch < 1:
+        raise ValueError(f"seeds {tuple(seeds)}, limit {limit}, batch {batch}: no picture to judge; each needs at least 1")
+    return _evaluate(sd, judge, steps, guidance_scale, [(prompt, seed) for seed in seeds for prompt in spread(fixed_prompts(), limit)], batch)
+
+
+def spread(prompts: Sequence[FixedPrompt], limit: int | None) -> Sequence[FixedPrompt]:
+    """`limit` of the prompts at even distances, or all."""
+    if limit is None or limit >= len(prompts):
+        return prompts
+    return [prompts[(2 * i + 1) * len(prompts) // (2 * limit)] for i in range(limit)]
+
+
+def _evaluate(
+    sd: StableDiffusion, judge: Judge, steps: int, guidance_scale: float | None, pairs: list[tuple[FixedPrompt, int]], batch: int
+) -> Iterator[Progress]:
+    verdicts = {name: [] for name in ("model", "real", "reconstructed")}
+    features = {name: [] for name in (*verdicts, "reference")}
+    for start in range(0, len(pairs), batch):
+        part = pairs[start : start + batch]
+        prompts = [prompt for prompt, _ in part]
+        *_, last = sd.denoise([p.text for p in prompts], steps=steps, guidance_scale=guidance_scale, seeds=[seed for _, seed in part])
+        real = real_pixels(part, 0).to(sd.device)
+        pixels = {
+            "model": sd.decode(last.x_t),
+            "real": real,
+            "reconstructed": reconstructed(sd, real),
+            "reference": real_pixels(part, 1),  # other scenes of the same prompts, for KID
+        }
+        for name, pictures in pixels.items():
+            found, vectors = judged(judge, pictures, prompts)
+            features[name].append(vectors)
+            if name in verdicts:
+                verdicts[name] += found
+        done = start + len(part)
+        if done < len(pairs):
+            yield Progress(done, len(pairs))
+    joined = {name: torch.cat(parts) for name, parts in features.items()}
+    yield Progress(len(pairs), len(pairs), figures_of([prompt for prompt, _ in pairs], verdicts, joined))
+
+
+def real_pixels(pairs: Sequence[tuple[FixedPrompt, int]], draw: int) -> Float[Tensor, "B 3 H W"]:
+    """A scene for each prompt and seed; another `draw` gives others. What a scene is depends on nothing else."""
+    rows = fixed_prompts()
+    return pixels_of(np.stack([real_scene(prompt, np.random.default_rng([rows.index(prompt), seed, draw])).image for prompt, seed in pairs]))
+
+
+@torch.no_grad()
+def reconstructed(sd: StableDiffusion, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+    """Pixels in [-1, 1] through the VAE and back."""
+    return sd.decode(sd.vae.encode(pixels.to(sd.dtype)).mean.float() * sd.config.vae.scaling_factor)
+
+
+@torch.no_grad()
+def judged(judge: Judge, pixels: Float[Tensor, "B 3 H W"], prompts: Sequence[FixedPrompt]) -> tuple[list[Verdict], Float[Tensor, "B D"]]:
+    """The judge's verdict on each picture of a prompt, and the pictures' features."""
+    config = judge.config
+    reading = judge.read(pixels.to(judge.log_scale.device))
+    wanted = [[config.subjects.index(name) for name in prompt.subjects] for prompt in prompts]
+    likeliest = reading.shares().topk(2).indices.tolist()
+    background, style = reading.backgrounds.argmax(dim=1).tolist(), reading.styles.argmax(dim=1).tolist()
+    first, second = (torch.tensor([row[k] for row in wanted], device=reading.features.device) for k in (0, -1))
+    tint = reading.tint_of(first).tolist()
+    apart = (reading.centroids(second) - reading.centroids(first)).tolist()
+    alignment = text_alignment(reading.features, judge.encode_texts([prompt.text for prompt in prompts])).tolist()
+    verdicts = []
+    for i, prompt in enumerate(prompts):
+        right = sorted(likeliest[i][: len(wanted[i])]) == sorted(wanted[i])
+        x, y = apart[i]
+        verdicts.append(
+            Verdict(
+                subjects=right,
+                background=config.colours[background[i]] == prompt.background,
+                place={"left of": x > abs(y), "above": y > abs(x)}.get(prompt.relation or "") if right else None,
+                style=config.styles[style[i]] == prompt.style if prompt.style else None,
+                tint=tint[i] == config.colours.index(prompt.tint) if prompt.tint else None,
+                alignment=alignment[i],
+            )
+        )
+    return verdicts, reading.features
+
+
+def figures_of(prompts: Sequence[FixedPrompt], verdicts: dict[str, list[Verdict]], features: dict[str, Float[Tensor, "N D"]]) -> Figures:
+    """Means over the pictures that each question is about. verdicts and features: by "model", "real", "reconstructed"; features of "reference" too."""
+
+    def ask(question) -> Figure | None:
+        answers = {name: [question(p, v) for p, v in zip(prompts, found, strict=True)] for name, found in verdicts.items()}
+        answers = {name: [float(a) for a in found if a is not None] for name, found in answers.items()}
+        return Figure(**{name: mean_of(found) for name, found in answers.items()}) if answers["real"] else None
+
+    blocks = min(20, len(prompts) // 2)
+    distances = {name: kid(features[name], features["reference"], blocks) for name in verdicts} if blocks >= 2 else None
+    return Figures(
+        one_subject=ask(lambda p, v: v.subjects if p.group == "one" else None),
+        two_subjects=ask(lambda p, v: v.subjects if p.group == "two" else None),
+        two_subjects_held_out_pairs=ask(lambda p, v: v.subjects if p.group == "two" and p.held_out else None),
+        background=ask(lambda p, v: v.background),
+        place=ask(lambda p, v: v.place),
+        style=ask(lambda p, v: v.style),
+        colour=ask(lambda p, v: v.tint),
+        colour_and_subject=ask(lambda p, v: v.tint and v.subjects if p.tint else None),
+        text_alignment=ask(lambda p, v: v.alignment),
+        kid=distances and Figure(**{name: Measure(d.value, d.error, len(prompts)) for name, d in distances.items()}),
+    )
+
+
+def mean_of(values: Sequence[float]) -> Measure:
+    """Mean and standard error; both are nan where there is no value (no picture with both subjects right has a place)."""
+    count = len(values)
+    if count == 0:
+        return Measure(math.nan, math.nan, 0)
+    mean = sum(values) / count
+    return Measure(mean, math.sqrt(sum((value - mean) ** 2 for value in values)) / count, count)
+
+
+def table(figures: Figures) -> str:
+    """The figures as a Markdown table, shares in per cent."""
+    rows = ["| figure | model | real scenes | after the VAE | pictures |", "|---|---|---|---|---|"]
+    for field in fields(figures):
+        figure = getattr(figures, field.name)
+        if figure is not None:
+            show = "{:.4f} ± {:.4f}".format if field.name in ("text_alignment", "kid") else lambda v, e: f"{100 * v:.1f} ± {100 * e:.1f} %"
+            cells = [show(m.value, m.error) for m in (figure.model, figure.real, figure.reconstructed)]
+            rows.append(f"| {field.name.replace('_', ' ')} | {' | '.join(cells)} | {figure.model.count} |")
+    return "\n".join(rows)
