@@ -21,7 +21,7 @@ from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAECo
 from minidiff.samplers import Denoiser, Level
 from minidiff.scenes import art
 from minidiff.schedule import NoiseSchedule, zero_terminal_snr
-from minidiff.trainers import from_scratch, optimizer
+from minidiff.trainers import from_scratch, optimizer, regularisation
 from tests.small_models import small_model
 
 PACKAGE = Path(minidiff.__file__).parent
@@ -109,6 +109,7 @@ def examples() -> list[partial]:
         partial(from_scratch.Latents(x_t, t, x_t[:, :1]).scaling_factor),
         partial(from_scratch.take_step, weight.square().sum(), (torch.optim.SGD([weight]),), 0.1),
         partial(optimizer.orthogonalise, torch.randn(4, 6)),
+        partial(regularisation.nearest, torch.randn(4), torch.randn(6, 4)),
         partial(unet.DownLevel(8, 8, 2, False, unet_config).forward, x, time, context),
         partial(unet.UpLevel(8, [8, 8], 8, 2, True, unet_config).forward, x, [x + 1, x + 2], time, context),
         partial(unet.Middle(8, 2, unet_config).forward, x, time, context),

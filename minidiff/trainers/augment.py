@@ -8,7 +8,6 @@ bundled model knows others than Stable Diffusion.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ class SizeAugmentation:
     before: the words of a caption in front of which the size stands ("a <cat>" becomes "a small <cat>"); None: in front of all.
     """
 
-    kind: Literal["paper", "code"] = "paper"
+    kind: str = "paper"
     small: tuple[str, ...] = ("very small", "far away")
     large: tuple[str, ...] = ("zoomed in", "close up")
     before: str | None = None

@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -136,10 +135,10 @@ class Pictures:
         cache: Cache,
         *,
         size: int,
-        crop: Literal["centre", "random"] = "centre",
+        crop: str = "centre",
         flip: float = 0.0,
         sizes: SizeAugmentation | None = None,
-        posterior: Literal["sample", "mean"] = "sample",
+        posterior: str = "sample",
     ):
         factor = sd.config.vae.factor
         if not examples:
@@ -214,7 +213,13 @@ class Pictures:
             digest = hashlib.sha256(f"latent {self._encoder} {self.size} ".encode())
             digest.update(pixels().contiguous().numpy())
             self._keys[i, flip] = digest.hexdigest()
-        return self.cache.get(self._keys[i, flip], lambda: self._encode(pixels()[None])[0])
+        return self.cache.get(self._keys[i, flip], lambda: self._checked(i, self._encode(pixels()[None])[0]))
+
+    def _checked(self, i: int, moments: Tensor) -> Tensor:
+        if not moments.isfinite().all():
+            path, dtype = self.examples[i].path, self.sd.vae.quant_conv.weight.dtype
+            raise ValueError(f"{path}: its latent is not finite in {dtype}; load the VAE in float32 or bfloat16")
+        return moments
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -222,7 +227,4 @@ class Pictures:
         dtype = self.sd.vae.quant_conv.weight.dtype
         with torch.autocast(self.sd.device.type, enabled=False):  # the training's precision is none of a kept latent's business
             posterior = self.sd.vae.encode(pixels.to(self.sd.device, dtype))
-        moments = torch.stack([posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()], dim=1)
-        if not moments.isfinite().all():
-            raise ValueError(f"the VAE gives latents that are not finite in {dtype}; load it in float32 or bfloat16")
-        return moments
+        return torch.stack([posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()], dim=1)

@@ -8,6 +8,7 @@ so that an interrupted run goes on, and pictures of one's own count. Run these b
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,9 @@ def claim(folder: Path, count: int, choices: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MADE
     if not path.exists():
-        path.write_text(json.dumps(choices, indent=1), encoding="utf-8")
+        temporary = folder / f".{MADE}.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(choices, indent=1), encoding="utf-8")
+        os.replace(temporary, path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
