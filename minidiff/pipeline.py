@@ -34,6 +34,7 @@ class StableDiffusion:
 
     carried: tensors of the file that nothing is computed with, kept so that saving loses nothing.
     notes: what was decided when the file was loaded and is worth saying.
+    adapters: the small files that are attached to the modules, no part of what is saved (see weights_loader).
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class StableDiffusion:
         self.schedule = NoiseSchedule(config.schedule)
         self.carried = carried or {}
         self.notes = notes
+        self.adapters = []
 
     @property
     def device(self) -> torch.device:

@@ -4,7 +4,7 @@ import pytest
 
 from minidiff.config import SD1, SD2, ModelConfig
 from tests.small_models import small_config
-from weights_loader.metadata import config_from_json, config_to_json, prediction_from_metadata
+from weights_loader.metadata import SETTINGS_KEY, config_from_json, config_to_json, prediction_from_metadata, settings_to_metadata
 
 
 @pytest.mark.parametrize("config", [SD1, SD2, small_config()], ids=["SD 1", "SD 2", "bundled"])
@@ -45,3 +45,15 @@ def test_whole_numbers_are_welcome_where_floats_are_expected():
 def test_the_prediction_that_other_programs_write_is_read(written, prediction):
     assert prediction_from_metadata({"modelspec.prediction_type": written}) == prediction
     assert prediction_from_metadata({}) is None
+
+
+def test_settings_are_text_that_json_reads():
+    settings = {"steps": 3, "learning_rate": 1e-4, "images": ["größe.png"], "prior": None}
+    metadata = settings_to_metadata(settings)
+    assert json.loads(metadata[SETTINGS_KEY]) == settings and "größe" in metadata[SETTINGS_KEY]
+    assert settings_to_metadata({}) == {}
+
+
+def test_settings_that_json_has_no_place_for_are_an_error():
+    with pytest.raises(ValueError, match="settings: .*ModelConfig is not JSON serializable; give text, numbers, lists and dicts"):
+        settings_to_metadata({"config": ModelConfig()})

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from weights_loader import write
 from weights_loader.read import read
-from weights_loader.write import DTYPES, new_folder, write_safetensors
+from weights_loader.write import DTYPES, new_folder, write_safetensors, write_torch
 
 
 def test_safetensors_itself_reads_back_every_dtype_shape_and_stride(tmp_path):
@@ -150,3 +150,23 @@ def test_what_exists_is_never_overwritten_by_a_folder(tmp_path):
         with pytest.raises(ValueError, match=f"{name}: exists already"), new_folder(tmp_path / name):
             raise AssertionError("the body must not run")
     assert (tmp_path / "model" / "weights").read_text() == (tmp_path / "file").read_text() == "kept"
+
+
+def test_torch_reads_back_a_dict_of_tensors_and_text_and_so_do_we(tmp_path):
+    base = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+    tree = {"name": "<cat>", "step": None, "string_to_param": {"*": torch.nn.Parameter(base[:2])}, "u": base.T[:3, :4]}
+    write_torch(tmp_path / "x.pt", tree)
+    for back in (torch.load(tmp_path / "x.pt", weights_only=True), read(tmp_path / "x.pt").tree):
+        assert back["name"] == "<cat>" and back["step"] is None
+        assert torch.equal(back["string_to_param"]["*"], base[:2]) and torch.equal(back["u"], base.T[:3, :4])
+    assert (tmp_path / "x.pt").stat().st_size < 600 * 4 and list(tmp_path.iterdir()) == [tmp_path / "x.pt"], "not the whole storage of a part"
+
+
+def test_a_torch_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    write_torch(tmp_path / "x.pt", {"w": torch.ones(2)})
+    old = (tmp_path / "x.pt").read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        write_torch(tmp_path / "x.pt", {"w": torch.zeros(2), "function": lambda: None})
+    assert (tmp_path / "x.pt").read_bytes() == old and list(tmp_path.iterdir()) == [tmp_path / "x.pt"]
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere; make it first"):
+        write_torch(tmp_path / "nowhere" / "x.pt", {})

@@ -23,14 +23,34 @@ OPEN_CLIP_LAYERS = 24  # of ViT-H, in the files; Stable Diffusion 2.x runs all b
 
 # ------------------------------------------------------------------------------------------------- what it is not
 
-# (pattern of a tensor's name, what a file with such a name is). The first that is found decides.
+# Small files that change a model: (kind, pattern of a tensor's name, what a file with such a name is). Names like these may stray into a
+# model's file too, so they count only where there is no U-Net.
+CHANGES = (
+    (
+        "lora",
+        r"lora_(unet|te|down|up|mid)|[._]lora(_linear_layer)?\.|\.lora_[AB]\.|lora_magnitude|\.hada_w|\.lokr_w|^(unet|text_encoder):\d+:",
+        "a LoRA: changes to a model, not a model itself; load a model and give this as lora=FILE (--lora)",
+    ),
+    (
+        "custom_diffusion",
+        r"custom_diffusion|^modifier_token",
+        "a Custom Diffusion file: changes to a model, not a model; load a model and give this as custom_diffusion=FILE (--custom-diffusion)",
+    ),
+    (
+        "embedding",
+        r"^string_to_param|^emb_params$|^clip_[lg]$|^<[^<>]+>$",
+        "a Textual Inversion embedding: a learned word, not a model; load a model and give this as embeddings=FILE (--embedding)",
+    ),
+)
+WHAT = {kind: what for kind, _, what in CHANGES}
+CROSS_ATTENTION = r"attn2\.|^modifier_token\.|^embed$"  # of a Custom Diffusion file in a whole model's names
+UNET_ITSELF = r"(^|\.)(input_blocks\.0\.0|time_embed\.0|conv_in|time_embedding\.linear_1)\.weight$"  # the tensors of every U-Net, whatever its names
+
+# The same for other models. The first that is found decides.
 FOREIGN = (
-    (r"lora_(unet|te|down|up|mid)|[._]lora\.|\.lora_[AB]\.|\.hada_w|\.lokr_w", "a LoRA: changes to a model, not a model itself"),
     (r"^control_model\.|controlnet_cond_embedding\.", "a ControlNet, which steers a model and is none; it is not supported"),
     (r"^conditioner\.embedders\.|^add_embedding\.linear_", "a Stable Diffusion XL, which is not supported; choose a 1.x or 2.x"),
     (r"joint_blocks\.|double_blocks\.|single_transformer_blocks\.", "a diffusion transformer (Stable Diffusion 3, Flux), not supported"),
-    (r"custom_diffusion|^modifier_token", "a Custom Diffusion file: changes to a model, not a model"),
-    (r"^string_to_param|^emb_params$|^clip_[lg]$|^<[^<>]+>$", "a Textual Inversion embedding: a learned word, not a model"),
 )
 
 # The same for the parts of a model. They stand inside a whole model too, so they count only where its U-Net is missing.
@@ -43,12 +63,31 @@ PARTS = (
 FEW = 3  # tensors; any part of a model has more
 
 
+def kind(names: list[str]) -> str | None:
+    """Which change to a model a file is, by the names of its tensors: "lora", "embedding", "custom_diffusion", or none of them."""
+    if any(re.search(UNET_ITSELF, name) for name in names):
+        return None
+    found = next((kind for kind, pattern, _ in CHANGES if any(re.search(pattern, name) for name in names)), None)
+    if found is None and all(re.search(CROSS_ATTENTION, name) for name in names):
+        return "custom_diffusion"
+    return found
+
+
 def foreign(names: list[str]) -> str | None:
     """What a file is, if its names show that it is not a Stable Diffusion in LDM names."""
+    if change := kind(names):
+        return WHAT[change]
     if len(names) <= FEW and not any(re.search(pattern, name) for pattern, _ in FOREIGN for name in names):
         return f"a file of {len(names)} tensors, the first '{names[0]}': perhaps an embedding, not a model"
     rules = FOREIGN if any(name.startswith(UNET_PREFIX) for name in names) else FOREIGN + PARTS
     return next((what for pattern, what in rules if any(re.search(pattern, name) for name in names)), None)
+
+
+def describe(names: list[str]) -> str:
+    """What a file is, for whoever gave it as something else."""
+    if any(name.startswith(UNET_PREFIX) for name in names) and foreign(names) is None:
+        return "a whole model; give it as the model (--model)"
+    return foreign(names) or f"of no known kind; its first tensor is '{names[0]}'"
 
 
 # ---------------------------------------------------------------------------------------------- what it is: by shapes

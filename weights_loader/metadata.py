@@ -12,6 +12,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from minidiff.config import ModelConfig
 
 KEY = "minidiff.config"
+SETTINGS_KEY = "minidiff.settings"  # in the small files: what they were made with
+FORMAT = {"format": "pt"}  # diffusers and transformers ask for it
 PREDICTION_KEY = "modelspec.prediction_type"  # of Stability AI's ModelSpec, which several programs write
 PREDICTIONS = {"epsilon": "eps", "v": "v"}
 
@@ -33,6 +35,16 @@ def config_from_json(text: str) -> ModelConfig:
 def prediction_from_metadata(metadata: dict[str, str]) -> Literal["eps", "v"] | None:
     """What the U-Net predicts, where a file of another program says it."""
     return PREDICTIONS.get(metadata.get(PREDICTION_KEY, ""))
+
+
+def settings_to_metadata(settings: dict[str, object]) -> dict[str, str]:
+    """What a LoRA, embedding or Custom Diffusion was made with, under names of the caller's, as JSON. Raises ValueError for what JSON has no place for."""
+    if not settings:
+        return {}
+    try:
+        return {SETTINGS_KEY: json.dumps(settings, ensure_ascii=False, sort_keys=True)}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"settings: {error}; give text, numbers, lists and dicts") from error
 
 
 def _build(cls: type, values: object, where: str) -> object:

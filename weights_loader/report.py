@@ -90,10 +90,10 @@ class Report:
         if not (self.missing or self.unexpected or self.wrong_shape):
             return None
         lines = [f"{len(self.missing)} keys missing, {len(self.unexpected)} unexpected, {len(self.wrong_shape)} of the wrong shape"]
-        lines += _some([f"missing {name}{_nearest(name, self.unexpected)}" for name in self.missing[:SHOWN]], len(self.missing))
+        lines += some([f"missing {name}{nearest(name, self.unexpected)}" for name in self.missing[:SHOWN]], len(self.missing))
         known = self.missing or self.used
-        lines += _some([f"unexpected {name}{_nearest(name, known)}" for name in self.unexpected[:SHOWN]], len(self.unexpected))
-        lines += _some([f"{name} {what}" for name, what in list(self.wrong_shape.items())[:SHOWN]], len(self.wrong_shape))
+        lines += some([f"unexpected {name}{nearest(name, known)}" for name in self.unexpected[:SHOWN]], len(self.unexpected))
+        lines += some([f"{name} {what}" for name, what in list(self.wrong_shape.items())[:SHOWN]], len(self.wrong_shape))
         return "\n".join(lines)
 
     def reasons(self) -> dict[str, int]:
@@ -109,10 +109,13 @@ def _without_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
-def _some(lines: list[str], count: int) -> list[str]:
-    return [f"  {line}" for line in lines] + ([f"  ... and {count - len(lines)} more"] if count > len(lines) else [])
+def some(lines: list[str], count: int) -> list[str]:
+    """The first lines of a list of `count`, indented, and how many more there are."""
+    shown = lines[:SHOWN]
+    return [f"  {line}" for line in shown] + ([f"  ... and {count - len(shown)} more"] if count > len(shown) else [])
 
 
-def _nearest(name: str, others: list[str]) -> str:
+def nearest(name: str, others: list[str]) -> str:
+    """The most similar of the other names, in brackets; nothing if none is similar."""
     near = get_close_matches(name, others, n=1, cutoff=0.6)
     return f" (nearest: {near[0]})" if near else ""

@@ -7,6 +7,7 @@ Either way the config is in the metadata of the file with the U-Net, so that `lo
 without being computed with is written back, in a diffusers folder as a file of its own that diffusers does not look at.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,16 +17,15 @@ from weights_loader.contents import CARRIED_FILE
 from weights_loader.dialects import LAYOUTS, to_file
 from weights_loader.folder import write_folder_config
 from weights_loader.load import load
-from weights_loader.metadata import KEY, config_to_json
+from weights_loader.metadata import FORMAT, KEY, config_to_json
 from weights_loader.write import new_folder, write_safetensors
 
-FORMAT = {"format": "pt"}  # diffusers and transformers ask for it
 SUFFIX = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".bin")  # read, never written
 
 
 def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm"):
-    """Write a model in the dtype it has: all of it, or nothing.
+    """Write a model in the dtype it has: all of it, or nothing. What is attached to it stays outside, with a warning.
 
     Raises ValueError for an unknown layout and for a name that does not fit the layout, FileNotFoundError without the folder above.
     """
@@ -36,6 +36,11 @@ def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm"):
         _save_ldm(sd, path)
     else:
         _save_folder(sd, path)
+    if sd.adapters:
+        warnings.warn(
+            f"{path}: the model without what is attached to it ({', '.join(map(str, sd.adapters))}); merge that into the weights to save it",
+            stacklevel=2,
+        )
 
 
 def _save_ldm(sd: StableDiffusion, path: Path):

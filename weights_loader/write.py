@@ -70,6 +70,31 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
         temporary.unlink(missing_ok=True)
 
 
+def write_torch(path: str | Path, tree: dict[str, object]):
+    """Write a dict of tensors, text and dicts as torch.save does, for the programs that read nothing else. A file at `path` is replaced.
+
+    Raises ValueError where `path` is a folder, FileNotFoundError without the folder above.
+    """
+    path = Path(path)
+    _check(path, {}, {})
+    temporary = _temporary(path)
+    try:
+        with temporary.open("xb") as file:
+            torch.save(_compact(tree), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _compact(tree: object) -> object:
+    """torch.save writes the whole storage of a view, and the device of a tensor."""
+    if isinstance(tree, dict):
+        return {key: _compact(value) for key, value in tree.items()}
+    return tree.detach().cpu().clone(memory_format=torch.contiguous_format) if isinstance(tree, Tensor) else tree
+
+
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """`with new_folder("model") as folder:` write into `folder`; it becomes "model" at the end, or nothing is left of it.
