@@ -1,13 +1,17 @@
 """Class pictures and near captions: folders that are filled once, and the nearest captions in text space."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from functools import partial
 from PIL import Image
 from tests.small_models import small_model
 
+from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.scenes import sample_scene
+from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.data import Example, read_folder
 from minidiff.trainers.regularisation import Filled, class_pictures, near_examples, nearest, pooled_text, scene_pictures
 
@@ -71,15 +75,23 @@ def test_a_folder_of_another_prompt_or_model_is_refused(sd, tmp_path):
 # --- captions near a target -------------------------------------------------------------------------------------------
 
 
-def test_pooled_text_is_the_output_at_the_end_token(sd):
+def test_pooled_text_is_the_output_at_the_end_token_or_the_mean_of_what_follows_the_start(sd):
     texts = ["a cat", "a small red dog on a blue background", ""]
-    features = pooled_text(sd, texts, batch=2)
-    for text, feature in zip(texts, features):
+    ends, means = pooled_text(sd, texts, batch=2), pooled_text(sd, texts, pool="mean", batch=2)
+    for text, end, mean in zip(texts, ends, means):
         row = [sd.tokenizer.start_id, *sd.tokenizer.encode(text), sd.tokenizer.end_id]
         with torch.no_grad():
-            last = sd.text_encoder(torch.tensor([row]))[0, -1]  # without padding, which the causal encoder has not read
-        torch.testing.assert_close(feature, last / last.norm(), rtol=1e-4, atol=1e-5)  # float32 parity
-    assert torch.allclose(features.norm(dim=1), torch.ones(3))
+            output = sd.text_encoder(torch.tensor([row]))[0]  # one at a time, without padding
+        torch.testing.assert_close(end, output[-1] / output[-1].norm(), rtol=1e-4, atol=1e-5)  # float32 parity
+        torch.testing.assert_close(mean, output[1:].mean(0) / output[1:].mean(0).norm(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="pool 'first' unknown; choose end, mean"):
+        pooled_text(sd, texts, pool="first")
+
+
+def test_padding_with_another_token_changes_no_feature(sd):
+    zero = replace(sd.config.tokenizer, padding="zero")
+    other = StableDiffusion(sd.config, sd.text_encoder, sd.unet, sd.vae, Tokenizer(zero))
+    assert torch.equal(pooled_text(sd, ["a cat", "a red dog"]), pooled_text(other, ["a cat", "a red dog"]))
 
 
 def test_nearest_is_a_sort_by_cosine():
@@ -108,7 +120,7 @@ def test_the_nearest_scenes_stand_in_a_folder_with_their_captions(sd, tmp_path):
     steps = list(scene_pictures(sd, "a cat", tmp_path, count=4, candidates=40, seed=3))
     assert steps[-1] == Filled(4, 4) and len(steps) == 4
     scenes = [sample_scene(np.random.default_rng([3, i])) for i in range(40)]
-    order = nearest(pooled_text(sd, ["a cat"])[0], pooled_text(sd, [scene.caption for scene in scenes]), most=4)
+    order = nearest(pooled_text(sd, ["a cat"], pool="mean")[0], pooled_text(sd, [scene.caption for scene in scenes], pool="mean"), most=4)
     examples = read_folder(tmp_path, size=64)
     assert [example.caption for example in examples] == [scenes[i].caption for i in order]
     assert all(np.array_equal(Image.open(example.path), scenes[i].image) for example, i in zip(examples, order))

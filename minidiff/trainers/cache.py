@@ -51,25 +51,25 @@ class Cache:
         if key in self._kept:
             return self._kept[key]
         path = self.folder / f"{key}.npy" if self.folder is not None else None
-        if path is not None and (found := read_array(path)) is not None:
+        if path is not None and (found := _read_array(path)) is not None:
             return found
         tensor = make().detach().float().cpu().contiguous()
         if path is None or self._bytes + tensor.nbytes <= self.memory:
             self._kept[key] = tensor
             self._bytes += tensor.nbytes
         else:
-            write_array(path, tensor.numpy())
+            _write_array(path, tensor.numpy())
         return tensor
 
 
-def read_array(path: Path) -> Tensor | None:
+def _read_array(path: Path) -> Tensor | None:
     try:
         return torch.from_numpy(np.load(path))
     except (OSError, ValueError, EOFError):
         return None
 
 
-def write_array(path: Path, array: np.ndarray) -> None:
+def _write_array(path: Path, array: np.ndarray) -> None:
     """Whole or not at all. Raises OSError, which names the file, where it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -84,7 +84,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 class Contexts:
-    """Captions to contexts through the text encoder as it is, each encoded once."""
+    """Captions to contexts through the text encoder as it is now, each encoded once; not for an encoder that is being trained."""
 
     def __init__(self, sd: StableDiffusion, cache: Cache):
         self.sd, self.cache = sd, cache

@@ -100,17 +100,23 @@ def claim(folder: Path, count: int, choices: dict) -> None:
 
 
 @torch.no_grad()
-def pooled_text(sd: StableDiffusion, texts: Sequence[str], batch: int = 100) -> Float[Tensor, "N D"]:
-    """The text encoder's output at the end token, which has read the whole caption, at length 1; float32, on the CPU.
+def pooled_text(sd: StableDiffusion, texts: Sequence[str], *, pool: str = "end", batch: int = 100) -> Float[Tensor, "N D"]:
+    """One feature a text from the text encoder's output, at length 1; float32, on the CPU.
 
-    It is what CLIP compares with pictures but for the projection, which Stable Diffusion's files leave out: cosines of the two differ.
+    pool: "end" takes the end token, which has read the whole caption: what CLIP compares with pictures but for the projection, which
+    Stable Diffusion's files leave out, so that cosines of the two differ. "mean" averages words and end token, for an encoder that
+    was never trained to gather a caption in its end token, as the bundled one. Raises ValueError for another.
     """
+    if pool not in ("end", "mean"):
+        raise ValueError(f"pool {pool!r} unknown; choose end, mean")
     parts = []
     for start in range(0, len(texts), batch):
         tokens = sd.tokenizer(list(texts[start : start + batch]))
         ends = (tokens == sd.tokenizer.end_id).int().argmax(dim=1)  # the first: padding repeats it
-        context = sd.text_encoder(tokens.to(sd.device)).float().cpu()
-        parts.append(context[torch.arange(len(tokens)), ends])
+        context = sd.text_encoder(tokens[:, : ends.max() + 1].to(sd.device)).float().cpu()  # causal: what follows the end is not read
+        place = torch.arange(context.shape[1])
+        read = place == ends[:, None] if pool == "end" else (place > 0) & (place <= ends[:, None])
+        parts.append((context * read[..., None]).sum(dim=1))
     return F.normalize(torch.cat(parts), dim=-1)
 
 
@@ -140,18 +146,18 @@ def near_examples(
 
 
 def scene_pictures(
-    sd: StableDiffusion, target: str, folder: Path, *, count: int = 200, candidates: int = 4000, seed: int = 0
+    sd: StableDiffusion, target: str, folder: Path, *, count: int = 200, candidates: int = 2000, seed: int = 0
 ) -> Iterator[Filled]:
-    """Fills the folder with the bundled scenes nearest to the target, by `pooled_text`, and NAME.txt beside each.
+    """Fills the folder with the bundled scenes nearest to the target, and NAME.txt beside each.
 
-    Of `candidates` scenes as training shows them. Raises ValueError for too few of them, and as `class_pictures` does.
+    Nearest by the mean of `pooled_text`, of `candidates` scenes as training shows them. Raises ValueError for too few of them, and as `class_pictures` does.
     """
     if candidates < count:
         raise ValueError(f"candidates {candidates}: the nearest {count} need at least as many")
     choices = {"target": target, "candidates": candidates, "seed": seed, "text_encoder": fingerprint(sd.text_encoder)}
     claim(folder, count, choices)
     captions = [sample_scene(np.random.default_rng([seed, i])).caption for i in range(candidates)]
-    chosen = nearest(pooled_text(sd, [target])[0], pooled_text(sd, captions), most=count)
+    chosen = nearest(pooled_text(sd, [target], pool="mean")[0], pooled_text(sd, captions, pool="mean"), most=count)
     for done, i in enumerate(chosen):
         path = folder / f"scene-{done:05d}.png"
         if not path.exists():
