@@ -47,7 +47,9 @@ class SizeAugmentation:
         """Raises ValueError if the smallest picture would leave no latent cell to learn from; factor: pixels a cell is wide."""
         smallest = round(0.4 * size) if self.kind == "paper" else size // 3
         if smallest < 3 * factor:
-            raise ValueError(f"augmentation: {smallest} of {size} pixels are less than 3 latent cells of {factor}; train at a larger size or without")
+            raise ValueError(
+                f"augmentation: {smallest} of {size} pixels are less than 3 latent cells of {factor}; train at a larger size or without"
+            )
 
     def draw_side(self, size: int, rng: np.random.Generator) -> int:
         """A random side in pixels, to which the picture is resized."""
@@ -75,12 +77,12 @@ class SizeAugmentation:
 
 PAPER_SIZES = SizeAugmentation()
 CODE_SIZES = SizeAugmentation("code", small=("very small", "a far away"))
-SCENE_SIZES = SizeAugmentation(small=("small",), large=("large",))  # the bundled model's words; give `before`, its captions have them inside
+SCENE_SIZES = SizeAugmentation(small=("small",), large=("large",))  # the bundled model's words; replace `before`: they stand inside
 
 
 @dataclass(frozen=True)
 class View:
-    """A picture as one training sample shows it. mask: 1 in the latent cells whose loss counts, else 0. word: what was drawn for its size."""
+    """A picture as one training sample shows it. mask: 1 in the latent cells whose loss counts, else 0. word: what is said of its size."""
 
     pixels: Float[Tensor, "3 H W"]
     mask: Float[Tensor, "1 h w"]
@@ -103,7 +105,7 @@ def sized_view(
 
 
 def valid_cells(top: int, left: int, side: int, size: int, factor: int) -> Float[Tensor, "1 h w"]:
-    """1 in the latent cells inside the pasted box, less one cell around, where the encoder mixes in the grey; the published program's rule."""
+    """1 in the latent cells inside the pasted box less one cell around, where the encoder mixes in the grey; as the published program."""
     mask = torch.zeros(1, size // factor, size // factor)
     rows, columns = (slice(start // factor + 1, (start + side) // factor - 1) for start in (top, left))
     mask[:, rows, columns] = 1

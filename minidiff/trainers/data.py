@@ -73,7 +73,9 @@ def check_picture(path: Path, size: int) -> None:
     """Raises ValueError for a picture that cannot be read, or that would be enlarged more than twice."""
     width, height = load_picture(path).size
     if 2 * min(width, height) < size:
-        raise ValueError(f"{path}: {width} x {height} pixels are too few to learn {size} x {size} from; give at least {-(-size // 2)} a side")
+        raise ValueError(
+            f"{path}: {width} x {height} pixels are too few to learn {size} x {size} from; give at least {-(-size // 2)} a side"
+        )
 
 
 def check_distinct(folders: Sequence[Path]) -> None:

@@ -150,7 +150,8 @@ def scene_pictures(
 ) -> Iterator[Filled]:
     """Fills the folder with the bundled scenes nearest to the target, and NAME.txt beside each.
 
-    Nearest by the mean of `pooled_text`, of `candidates` scenes as training shows them. Raises ValueError for too few of them, and as `class_pictures` does.
+    Nearest by the mean of `pooled_text`, of `candidates` scenes as training shows them. Raises ValueError for too few of them, and as
+    `class_pictures` does.
     """
     if candidates < count:
         raise ValueError(f"candidates {candidates}: the nearest {count} need at least as many")
