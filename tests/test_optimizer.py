@@ -1,12 +1,14 @@
-"""Muon against the singular value decomposition, the learning rate's shape, the average against its closed form."""
+"""Muon against the singular value decomposition, the learning rate's shapes, the average against its closed form."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from minidiff.trainers.optimizer import ExponentialAverage, Muon, learning_rate, optimizers, orthogonalise
+from minidiff.trainers.optimizer import ExponentialAverage, Muon, adamw, learning_rate, optimizers, orthogonalise
+from minidiff.trainers.recipe import Settings
 
 SHAPES = pytest.mark.parametrize("shape", [(12, 12), (8, 30), (30, 8), (1, 5)])
 
@@ -77,13 +79,41 @@ def test_muon_has_the_matrices_and_adamw_the_rest():
     assert shapes[1] == sorted([(5, 4), (4,), (4,), (4,), (2,), (2,), (2,)])
 
 
-def test_the_learning_rate_rises_stays_and_falls_to_a_twentieth():
-    rates = [learning_rate(step, 900, 2.0) for step in range(900)]
-    assert rates[0] == pytest.approx(2 / 60) and rates[29] == pytest.approx(1.0)
-    assert rates[59:451] == [2.0] * (451 - 59)
-    assert rates[675] == pytest.approx(1.0)
-    assert rates[899] == pytest.approx(0.1)
-    assert all(0.1 - 1e-12 <= later <= earlier for earlier, later in zip(rates[450:], rates[451:]))
+def rates(schedule, steps=900, warm_up=60):
+    settings = Settings(steps=steps, batch=1, learning_rate=2.0, warm_up=warm_up, schedule=schedule)
+    return [learning_rate(step, settings) for step in range(steps)]
+
+
+def test_flat_then_linear_rises_stays_and_falls_to_a_twentieth():
+    values = rates("flat_then_linear")
+    assert values[0] == pytest.approx(2 / 60) and values[29] == pytest.approx(1.0)
+    assert values[59:226] == [2.0] * (226 - 59)
+    assert values[562] == pytest.approx(1.0, abs=2 / 675)
+    assert values[899] == pytest.approx(0.1)
+    assert all(0.1 - 1e-12 <= later <= earlier for earlier, later in zip(values[225:], values[226:]))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_schedules_begin_at_the_peak_after_warming_up(schedule):
+    values = rates(schedule)
+    assert values[:60] == pytest.approx([2 * (step + 1) / 60 for step in range(60)])
+    assert values[60] == 2.0
+    assert rates(schedule, warm_up=0)[0] == 2.0 and rates(schedule, steps=3, warm_up=5) == pytest.approx([0.4, 0.8, 1.2])
+
+
+def test_schedules_fall_by_their_formulas():
+    assert rates("constant")[60:] == [2.0] * 840
+    done = [step / 840 for step in range(840)]
+    assert rates("linear")[60:] == pytest.approx([2 * (1 - share) for share in done])
+    assert rates("cosine")[60:] == pytest.approx([1 + math.cos(math.pi * share) for share in done], abs=1e-12)
+
+
+def test_adamw_has_the_numbers_of_the_public_trainers():
+    p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = adamw([{"params": [p], "scale": 0.1}, {"params": [q]}], Settings(steps=1, batch=1, learning_rate=0.5))
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.5, (0.9, 0.999), 1e-2, 1e-8)
+    assert [group.get("scale") for group in optimizer.param_groups] == [0.1, None]
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9995])
@@ -119,3 +149,22 @@ def test_an_average_is_its_own_and_goes_on_from_its_state():
     for one in (average, other):
         one.update(module)
     assert torch.equal(average.mean["weight"], other.mean["weight"]) and average.steps == other.steps == 2
+
+
+def test_only_what_is_trained_is_averaged():
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).requires_grad_(False))
+    average = ExponentialAverage(module, 0.9)
+    average.update(module)
+    assert average.mean.keys() == {"0.weight", "0.bias"}
+
+
+def test_the_average_is_put_into_the_module_and_taken_out_again():
+    module = nn.Linear(3, 2)
+    average = ExponentialAverage(module, 0.9)
+    first = module.weight.detach().clone()
+    module.weight.data.add_(1)
+    own = module.weight.detach().clone()
+    with pytest.raises(RuntimeError), average.put_in(module):
+        assert torch.equal(module.weight, first) and module.weight.requires_grad
+        raise RuntimeError
+    assert torch.equal(module.weight, own) and torch.equal(average.mean["weight"], first)

@@ -18,12 +18,17 @@ from torch import Tensor, nn
 import minidiff
 from minidiff import attention, attention_maps, blocks, compare, guidance, pipeline, samplers, text_encoder, unet, vae
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from minidiff.evaluation import alignment, bundled, clip, kid
+from minidiff.evaluation.prompts import fixed_prompts
 from minidiff.samplers import Denoiser, Level
 from minidiff.scenes import art
 from minidiff.schedule import NoiseSchedule, zero_terminal_snr
-from minidiff.trainers import from_scratch, optimizer, regularisation
+from minidiff.trainers import diffusion_loss, from_scratch, loop, memory, optimizer, processes, regularisation
+from minidiff.trainers import judge as judge_trainer
+from minidiff.trainers.judge import JudgeTask, judge_config
 from tests.small_models import small_model
 
+SOURCES = ("model", "real", "reconstructed")  # of the evaluation's figures
 PACKAGE = Path(minidiff.__file__).parent
 
 
@@ -67,6 +72,13 @@ def examples() -> list[partial]:
     sd = small_model()
     conversions = [schedule.x0_from_eps, schedule.eps_from_x0, schedule.x0_from_v, schedule.eps_from_v]
     weight = nn.Parameter(torch.ones(3))
+    answer, draws = lambda x_t, t, context: 0.5 * x_t, diffusion_loss.Draws(t, eps)
+    judge = JudgeTask(judge_config(), 0, torch.device("cpu")).judge
+    pixels, two = torch.rand(2, 3, 64, 64), torch.tensor([0, 1])
+    features, labels = torch.randn(8, 4), judge_trainer.Labels(torch.rand(2, 2, 8, 8) / 2, two[:, None].repeat(1, 2), two[:, None].repeat(1, 2), two, two)
+    with torch.no_grad():
+        reading = judge.read(pixels)
+    verdict = bundled.Verdict(True, True, None, None, None, 0.5)
     return [
         partial(attention.attention_weights, q, k, 2),
         partial(attention.attention_by_hand, q, k, v, 2),
@@ -105,11 +117,39 @@ def examples() -> list[partial]:
         partial(text_encoder.TextBlock(text_config).forward, q),
         partial(text_encoder.TextEncoder(text_config).forward, torch.tensor([[1, 2, 3]])),
         partial(from_scratch.pixels_of, np.zeros((1, 4, 4, 3), np.uint8)),
+        partial(from_scratch.resized, x_t, 3),
+        partial(from_scratch.encoded, np.zeros((1, 8, 8, 3), np.uint8), vae.VAE(vae_config), torch.device("cpu")),
         partial(from_scratch.reconstruction_loss, torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)),
-        partial(from_scratch.Latents(x_t, t, x_t[:, :1]).scaling_factor),
-        partial(from_scratch.take_step, weight.square().sum(), (torch.optim.SGD([weight]),), 0.1),
+        partial(from_scratch.Latents(x_t, t[:, None], x_t[:, :1]).scaling_factor),
+        partial(diffusion_loss.squared_error, answer, schedule, x_t, context, draws),
+        partial(diffusion_loss.diffusion_loss, answer, schedule, x_t, context, draws, mask=x_t[:, :1], min_snr=5.0),
+        partial(diffusion_loss.min_snr_weight, schedule, t, 5.0),
+        partial(loop.on, torch.device("cpu"), x_t),
+        partial(memory.bytes_of, [x_t]),
+        partial(processes.average_gradients, [weight], x_t.sum()),
         partial(optimizer.orthogonalise, torch.randn(4, 6)),
         partial(regularisation.nearest, torch.randn(4), torch.randn(6, 4)),
+        partial(kid.kernel, features, features + 1),
+        partial(kid.block_sums, features.double(), torch.arange(8) % 2, torch.arange(4) % 2, 2),
+        partial(kid.kid, features, features + 1, blocks=2),
+        partial(alignment.text_alignment, features, features + 1),
+        partial(alignment.image_alignment, features, features + 1),
+        partial(alignment.Encoder.encode_pictures, judge, pixels),
+        partial(clip.scaled, features),
+        partial(clip.contrastive_loss, features, features + 1, torch.tensor(1.0)),
+        partial(clip.AttentionPool(8, 4, 2).forward, x),
+        partial(judge.pictures.forward, pixels),
+        partial(judge.read, pixels),
+        partial(judge.encode_pictures, pixels),
+        partial(judge.encode_tokens, judge.tokenizer(["a cat"])),
+        partial(reading.shares),
+        partial(reading.centroids, two),
+        partial(reading.tint_of, two),
+        partial(bundled.reconstructed, sd, torch.rand(1, 3, 32, 32)),
+        partial(bundled.judged, judge, pixels, fixed_prompts()[:2]),
+        partial(bundled.figures_of, fixed_prompts()[:4], {name: [verdict] * 4 for name in SOURCES}, dict.fromkeys((*SOURCES, "reference"), features[:4])),
+        partial(judge_trainer.augmented, pixels, [np.random.default_rng(i) for i in range(2)]),
+        partial(labels.to, torch.device("cpu")),
         partial(unet.DownLevel(8, 8, 2, False, unet_config).forward, x, time, context),
         partial(unet.UpLevel(8, [8, 8], 8, 2, True, unet_config).forward, x, [x + 1, x + 2], time, context),
         partial(unet.Middle(8, 2, unet_config).forward, x, time, context),

@@ -1,24 +1,22 @@
 """A small Stable Diffusion from nothing: the VAE, then the text encoder and the U-Net together on its latents.
 
-    scenes -> AutoencoderTraining -> latents made ahead -> DiffusionTraining -> modules with averaged weights
+    scenes made ahead -> AutoencoderTask -> latents made ahead -> DiffusionTask -> modules with averaged weights
 
-The order and the losses are those of latent diffusion (Rombach et al. 2022), smaller, with what helps at this size: the loss of an
-object's cells counts more than the background's, late timesteps are drawn more often, and the schedule ends in pure noise
-(Lin et al. 2023). What a step sees depends on the seed and the step's number alone, so a run that is stopped and taken up again
-from `state_dict` makes the very same weights.
+The order and the losses are those of latent diffusion (Rombach et al. 2022), smaller, with what helps at this size: a VAE whose latents
+may be resized like pictures (Kouzelis et al. 2025, "EQ-VAE"), which makes them smoother and easier to predict; the loss of an object's
+cells counts more than the background's; late timesteps are drawn more often; and the schedule ends in pure noise (Lin et al. 2023). Both
+tasks are trained by the loop of loop.py.
 
 Left out: the adversarial and perceptual losses of the original's VAE.
 """
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from minidiff.config import ModelConfig, ScheduleConfig, TextEncoderConfig, TokenizerConfig, UNetConfig, VAEConfig
@@ -27,8 +25,10 @@ from minidiff.scenes.scenes import bpe_merges, sample_scene
 from minidiff.schedule import NoiseSchedule
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
-from minidiff.trainers.recipe import Recipe
-from minidiff.trainers.optimizer import ExponentialAverage, learning_rate, optimizers
+from minidiff.trainers.diffusion_loss import Draws, squared_error
+from minidiff.trainers.loop import normals, on, rng_for, seeded
+from minidiff.trainers.optimizer import optimizers
+from minidiff.trainers.recipe import Recipe, Settings
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -51,17 +51,28 @@ def bundled_config() -> ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainStep:
-    """One step done: its number from 1, of how many, and its loss."""
+class Scenes:
+    """Scenes made ahead. mask: share of object in a latent cell, 0..1."""
 
-    i: int
-    steps: int
-    loss: float
+    images: UInt8[np.ndarray, "N H W 3"]
+    tokens: Int[Tensor, "N L"]
+    mask: Float[Tensor, "N 1 h w"]
 
 
-def pixels_of(images: UInt8[np.ndarray, "B H W 3"]) -> Float[Tensor, "B 3 H W"]:
+def make_scenes(recipe: Recipe, config: ModelConfig, chunk: int = 100) -> Iterator[Scenes]:
+    """The recipe's scenes, `chunk` an iteration."""
+    tokenizer = Tokenizer(config.tokenizer)
+    for start in range(0, recipe.scenes, chunk):
+        rng = np.random.default_rng([recipe.seed, 1, start])
+        scenes = [sample_scene(rng) for _ in range(min(chunk, recipe.scenes - start))]
+        mask = torch.from_numpy(np.stack([scene.mask for scene in scenes]))[:, None]
+        images = np.stack([scene.image for scene in scenes])
+        yield Scenes(images, tokenizer([scene.caption for scene in scenes]), F.avg_pool2d(mask, config.vae.factor))
+
+
+def pixels_of(images: UInt8[np.ndarray, "B H W 3"] | UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B 3 H W"]:
     """Pictures of bytes as floats in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def reconstruction_loss(output: Float[Tensor, "B 3 H W"], pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, ""]:
@@ -71,51 +82,48 @@ def reconstruction_loss(output: Float[Tensor, "B 3 H W"], pixels: Float[Tensor, 
     return error.abs().mean() + 2 * error.square().mean() + edges
 
 
-class AutoencoderTraining:
-    """Trains the VAE on composed scenes: reconstruction, and a little KL that keeps the latents near N(0, 1)."""
+class AutoencoderTask:
+    """Trains the VAE on composed scenes: reconstruction, and a little KL that keeps the latents near N(0, 1).
 
-    def __init__(self, config: ModelConfig, recipe: Recipe, device: torch.device):
-        self.config, self.recipe, self.device, self.i = config, recipe, device, 0
+    In every second step latents and target are both made smaller before the latents are decoded (EQ-VAE), to 1/2 and 3/4 in turn.
+    """
+
+    def __init__(self, config: ModelConfig, recipe: Recipe, images: UInt8[np.ndarray, "N H W 3"], device: torch.device):
+        self.recipe, self.device = recipe, device
+        self.images = torch.from_numpy(images).to(device)  # as bytes: on a GPU no step waits for pictures
         with seeded(recipe.seed):
             self.vae = VAE(config.vae).to(device)
-        self.optimizers = optimizers([self.vae], recipe.vae_learning_rate)
-        self.average = ExponentialAverage(self.vae, recipe.average)
+        self.modules: dict[str, nn.Module] = {"vae": self.vae}
+        self.networks = (self.vae.encoder, self.vae.decoder)
 
-    def run(self) -> Iterator[TrainStep]:
-        """Takes the steps that are left, one an iteration."""
-        recipe = self.recipe
-        while self.i < recipe.vae_steps:
-            rng = np.random.default_rng([recipe.seed, 0, self.i])
-            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            pixels = pixels_of(np.stack([sample_scene(rng).image for _ in range(recipe.vae_batch)])).to(self.device)
-            with mixed_precision(self.device):
-                posterior = self.vae.encode(pixels)
-                output = self.vae.decode(posterior.sample(generator))
-            loss = reconstruction_loss(output.float(), pixels)
-            kl = posterior.kl().mean() / posterior.mean[0].numel()
-            rate = learning_rate(self.i, recipe.vae_steps, recipe.vae_learning_rate)
-            take_step(loss + recipe.kl_weight * kl, self.optimizers, rate)
-            self.average.update(self.vae)
-            self.i += 1
-            yield TrainStep(self.i, recipe.vae_steps, loss.item())
+    def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
+        return optimizers([self.vae], settings.learning_rate)
 
-    def result(self) -> VAE:
-        """A VAE with the averaged weights."""
-        return averaged(self.vae, self.average)
+    def loss(self, step: int, samples: range) -> Float[Tensor, ""]:
+        rngs = [rng_for(self.recipe.seed, step, sample) for sample in samples]
+        chosen = on(self.device, torch.tensor([int(rng.integers(len(self.images))) for rng in rngs]))
+        pixels = pixels_of(self.images[chosen])
+        posterior = self.vae.encode(pixels)
+        noise = on(self.device, normals(rngs, posterior.mean.shape[1:]))
+        z, target = posterior.mean + (0.5 * posterior.logvar).exp() * noise, pixels
+        if step % 2 == 1:
+            cells, side = z.shape[-1], z.shape[-1] // 2 if step % 4 == 1 else 3 * z.shape[-1] // 4
+            z, target = resized(z.float(), side), resized(pixels, side * pixels.shape[-1] // cells)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return reconstruction_loss(self.vae.decode(z).float(), target) + self.recipe.kl_weight * kl
 
-    def state_dict(self) -> dict:
-        return training_state(self, {"vae": self.vae}, {"vae": self.average})
 
-    def load_state_dict(self, state: dict):
-        load_training_state(self, state, {"vae": self.vae}, {"vae": self.average})
+def resized(x: Float[Tensor, "B C H W"], side: int) -> Float[Tensor, "B C side side"]:
+    """Bicubic, blurred as much as the new size asks for."""
+    return F.interpolate(x, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Scenes made ahead. mean: unscaled means of the posterior; tokens of their captions; mask: share of object in a latent cell, 0..1."""
+    """Scenes through the encoder. mean: unscaled means of the posterior; tokens of their captions; mask: as in Scenes."""
 
     mean: Float[Tensor, "N C h w"]
-    tokens: Tensor
+    tokens: Int[Tensor, "N L"]
     mask: Float[Tensor, "N 1 h w"]
 
     def scaling_factor(self) -> float:
@@ -123,84 +131,51 @@ class Latents:
         return float(1 / self.mean.double().std())
 
 
-def make_latents(recipe: Recipe, vae: VAE, tokenizer: Tokenizer, device: torch.device, chunk: int = 100) -> Iterator[Latents]:
-    """The recipe's scenes through the encoder, `chunk` an iteration; in float32, whatever the training ran in."""
-    for start in range(0, recipe.scenes, chunk):
-        rng = np.random.default_rng([recipe.seed, 1, start])
-        scenes = [sample_scene(rng) for _ in range(min(chunk, recipe.scenes - start))]
-        pixels = pixels_of(np.stack([scene.image for scene in scenes])).to(device)
+def encoded(images: UInt8[np.ndarray, "N H W 3"], vae: VAE, device: torch.device, chunk: int = 100) -> Iterator[Float[Tensor, "n C h w"]]:
+    """The unscaled means of the pictures' latents, `chunk` an iteration, on the CPU; in float32, whatever the training ran in."""
+    for start in range(0, len(images), chunk):
         with torch.no_grad():
-            mean = vae.encode(pixels).mean.cpu()
-        masks = torch.from_numpy(np.stack([scene.mask for scene in scenes])).float()[:, None]
-        cells = F.avg_pool2d(masks, vae.config.factor)
-        yield Latents(mean, tokenizer([scene.caption for scene in scenes]), cells)
+            mean = vae.encode(pixels_of(torch.from_numpy(images[start : start + chunk]).to(device))).mean.cpu()
+        yield mean
 
 
-def joined(parts: list[Latents]) -> Latents:
-    return Latents(*(torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "tokens", "mask")))
-
-
-class DiffusionTraining:
+class DiffusionTask:
     """Trains text encoder and U-Net together to predict v (or eps) from x_t and the caption (Rombach et al. 2022, eq. 3)."""
 
     def __init__(self, config: ModelConfig, recipe: Recipe, latents: Latents, device: torch.device, init: StableDiffusion | None = None):
-        self.config, self.recipe, self.latents, self.device, self.i = config, recipe, latents, device, 0
+        self.config, self.recipe, self.device = config, recipe, device
         self.schedule = NoiseSchedule(config.schedule)
-        self.empty = Tokenizer(config.tokenizer)([""])
+        self.empty = Tokenizer(config.tokenizer)([""]).to(device)
+        # All of them on the device: on a GPU no step waits for data.
+        self.x_0 = (latents.mean * config.vae.scaling_factor).to(device)
+        self.tokens = latents.tokens.to(device)
+        self.weight = (0.4 + recipe.object_weight * latents.mask).to(device)
         with seeded(recipe.seed):
             self.text_encoder = initialised(TextEncoder(config.text_encoder)).to(device)
             self.unet = initialised(UNet(config.unet)).to(device)
         if init is not None:
             self.text_encoder.load_state_dict(init.text_encoder.state_dict())
             self.unet.load_state_dict(init.unet.state_dict())
-        self.optimizers = optimizers([self.text_encoder, self.unet], recipe.learning_rate)
-        self.averages = {name: ExponentialAverage(module, recipe.average) for name, module in self._modules().items()}
+        self.modules: dict[str, nn.Module] = {"text_encoder": self.text_encoder, "unet": self.unet}
 
-    def _modules(self) -> dict[str, nn.Module]:
-        return {"text_encoder": self.text_encoder, "unet": self.unet}
+    def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
+        return optimizers(self.modules.values(), settings.learning_rate)
 
-    def run(self) -> Iterator[TrainStep]:
-        """Takes the steps that are left, one an iteration."""
-        while self.i < self.recipe.steps:
-            loss = self._loss(np.random.default_rng([self.recipe.seed, 2, self.i]))
-            take_step(loss, self.optimizers, learning_rate(self.i, self.recipe.steps, self.recipe.learning_rate))
-            for name, module in self._modules().items():
-                self.averages[name].update(module)
-            self.i += 1
-            yield TrainStep(self.i, self.recipe.steps, loss.item())
-
-    def _loss(self, rng: np.random.Generator) -> Float[Tensor, ""]:
-        recipe, device = self.recipe, self.device
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        chosen = torch.from_numpy(rng.integers(len(self.latents.mean), size=recipe.batch))
-        x_0 = (self.latents.mean[chosen] * self.config.vae.scaling_factor).to(device)
-        tokens = self.latents.tokens[chosen].clone()
-        tokens[torch.rand(recipe.batch, generator=generator) < recipe.caption_dropout] = self.empty
-        t = sample_timesteps(recipe.batch, self.config.schedule.timesteps, generator).to(device)
-        eps = torch.randn(x_0.shape, generator=generator).to(device)
-        with mixed_precision(device):
-            prediction = self.unet(self.schedule.q_sample(x_0, t, eps), t, self.text_encoder(tokens.to(device)))
-        error = (prediction.float() - self.schedule.target(x_0, t, eps)).square()
-        weight = 0.4 + recipe.object_weight * self.latents.mask[chosen].to(device)
-        return (weight * error).mean()
-
-    def result(self) -> tuple[TextEncoder, UNet]:
-        """Text encoder and U-Net with the averaged weights."""
-        return averaged(self.text_encoder, self.averages["text_encoder"]), averaged(self.unet, self.averages["unet"])
-
-    def state_dict(self) -> dict:
-        return training_state(self, self._modules(), self.averages)
-
-    def load_state_dict(self, state: dict):
-        load_training_state(self, state, self._modules(), self.averages)
+    def loss(self, step: int, samples: range) -> Float[Tensor, ""]:
+        rngs = [rng_for(self.recipe.seed, step, sample) for sample in samples]
+        chosen = on(self.device, torch.tensor([int(rng.integers(len(self.x_0))) for rng in rngs]))
+        dropped = on(self.device, torch.tensor([rng.random() < self.recipe.caption_dropout for rng in rngs]))
+        t = on(self.device, sample_timesteps(rngs, self.config.schedule.timesteps))
+        eps = on(self.device, normals(rngs, self.x_0.shape[1:]))
+        context = self.text_encoder(torch.where(dropped[:, None], self.empty, self.tokens[chosen]))
+        error = squared_error(self.unet, self.schedule, self.x_0[chosen], context, Draws(t, eps))
+        return (self.weight[chosen] * error).mean()
 
 
-def sample_timesteps(count: int, timesteps: int, generator: torch.Generator) -> Tensor:
+def sample_timesteps(rngs: Sequence[np.random.Generator], timesteps: int) -> Int[Tensor, " B"]:
     """Four in five from sigmoid(N(0.5, 1)), which favours the later, noisier half where the words decide; one in five uniform."""
-    uniform = torch.rand(count, generator=generator)
-    late = torch.sigmoid(torch.randn(count, generator=generator) + 0.5)
-    share = torch.where(torch.rand(count, generator=generator) < 0.8, late, uniform)
-    return (share * timesteps).long().clamp(max=timesteps - 1)
+    shares = [1 / (1 + np.exp(-0.5 - rng.standard_normal())) if rng.random() < 0.8 else rng.random() for rng in rngs]
+    return torch.tensor([min(int(share * timesteps), timesteps - 1) for share in shares])
 
 
 def initialised(module: nn.Module) -> nn.Module:
@@ -212,51 +187,3 @@ def initialised(module: nn.Module) -> nn.Module:
             nn.init.normal_(part.weight, std=1e-3)
             nn.init.zeros_(part.bias)
     return module
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """PyTorch's initialisers draw from the global generator: seed it for them, and give it back as it was."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 for the matrix products and convolutions; weights, their averages and the loss stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16)
-
-
-def take_step(loss: Float[Tensor, ""], optimizers: tuple[torch.optim.Optimizer, ...], rate: float):
-    loss.backward()
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-def averaged(module: nn.Module, average: ExponentialAverage) -> nn.Module:
-    """A copy of the module, with the averaged weights."""
-    module = copy.deepcopy(module)
-    module.load_state_dict(average.mean)
-    return module.eval()
-
-
-def training_state(training, modules: dict[str, nn.Module], averages: dict[str, ExponentialAverage]) -> dict:
-    """All that a run needs to go on: tensors, numbers, lists and dicts only, so that it can be read back without running code."""
-    return {
-        "i": training.i,
-        "modules": {name: module.state_dict() for name, module in modules.items()},
-        "optimizers": [optimizer.state_dict() for optimizer in training.optimizers],
-        "averages": {name: average.state_dict() for name, average in averages.items()},
-    }
-
-
-def load_training_state(training, state: dict, modules: dict[str, nn.Module], averages: dict[str, ExponentialAverage]):
-    training.i = state["i"]
-    for name, module in modules.items():
-        module.load_state_dict(state["modules"][name])
-        averages[name].load_state_dict(state["averages"][name])
-    for optimizer, saved in zip(training.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)

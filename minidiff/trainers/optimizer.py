@@ -1,4 +1,7 @@
-"""How weights move: Muon for matrices and convolutions, AdamW for the rest, and an average that follows them.
+"""How weights move: the two optimizers, the learning rate over the steps, and an average that follows the weights.
+
+Personalising uses AdamW (Loshchilov and Hutter 2019) throughout. Training from nothing uses Muon for matrices and convolutions, AdamW for
+the rest.
 
 Muon (Jordan et al. 2024; Liu et al. 2025, "Muon is scalable for LLM training") takes the momentum of a weight matrix, replaces it by
 the nearest matrix whose singular values are all about 1, and steps that way: rare directions learn as fast as common ones. With Liu
@@ -6,11 +9,14 @@ et al.'s factor its steps are as large as AdamW's, so that one learning rate ser
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from minidiff.trainers.recipe import Settings
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at 0, singular values end between 0.7 and 1.2
 
@@ -64,14 +70,36 @@ def optimizers(modules: Iterable[nn.Module], lr: float) -> tuple[Muon, torch.opt
     return Muon(matrices, lr), torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
-def learning_rate(step: int, steps: int, peak: float, warm_up: int = 60) -> float:
-    """Rises over `warm_up` steps, stays, falls in a line to 5 % of the peak over the last three quarters."""
-    falling = (steps - step) / (0.75 * steps)
-    return peak * min(1.0, (step + 1) / warm_up, max(0.05, falling))
+def adamw(params: Iterable[nn.Parameter | dict], settings: Settings) -> torch.optim.AdamW:
+    """AdamW with the numbers that the public trainers of Stable Diffusion share. params: weights, or groups of them.
+
+    A group {"params": [...], "scale": 0.1} learns at a tenth of the learning rate.
+    """
+    return torch.optim.AdamW(params, settings.learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """The rate of a step, counted from 0: rises in a line over `warm_up` steps, then follows the schedule.
+
+    constant          stays
+    linear            falls in a line to 0
+    cosine            falls to 0 as half a cosine (Loshchilov and Hutter 2017, without restarts)
+    flat_then_linear  stays for a quarter of all steps, then falls in a line to 5 %
+    """
+    warm_up, steps = settings.warm_up, settings.steps
+    rising = (step + 1) / warm_up if step < warm_up else 1.0
+    left = min(1.0, (steps - step) / max(1, steps - warm_up))
+    falling = {
+        "constant": 1.0,
+        "linear": left,
+        "cosine": 0.5 - 0.5 * math.cos(math.pi * left),
+        "flat_then_linear": max(0.05, (steps - step) / (0.75 * steps)),
+    }
+    return settings.learning_rate * min(rising, falling[settings.schedule])
 
 
 class ExponentialAverage:
-    """A running mean of the weights, which samples better than the weights themselves: mean <- d mean + (1 - d) weights.
+    """A running mean of the weights that are trained, which samples better than they: mean <- d mean + (1 - d) weights.
 
     d rises with the steps, (1 + n) / (10 + n), up to `decay`, so that the first, bad weights are soon forgotten.
     """
@@ -79,14 +107,23 @@ class ExponentialAverage:
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
         self.steps = 0
-        self.mean = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.mean = {name: p.detach().clone() for name, p in _trained(module)}
 
     @torch.no_grad()
     def update(self, module: nn.Module):
         d = min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
-        for name, p in module.named_parameters():
-            self.mean[name].lerp_(p, 1 - d)
+        torch._foreach_lerp_(list(self.mean.values()), [p for _, p in _trained(module)], 1 - d)
+
+    @contextmanager
+    def put_in(self, module: nn.Module) -> Iterator[None]:
+        """The module holds the averaged weights for the time of the block, to be looked at, saved or copied."""
+        own = {name: p.detach().clone() for name, p in _trained(module)}
+        try:
+            _copy(self.mean, module)
+            yield
+        finally:
+            _copy(own, module)
 
     def state_dict(self) -> dict:
         return {"steps": self.steps, "mean": self.mean}
@@ -95,3 +132,13 @@ class ExponentialAverage:
         self.steps = state["steps"]
         for name, value in state["mean"].items():
             self.mean[name].copy_(value)
+
+
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def _copy(values: dict[str, Tensor], module: nn.Module):
+    for name, p in _trained(module):
+        p.copy_(values[name])

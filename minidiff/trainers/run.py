@@ -4,41 +4,48 @@
     folder/vae.pt             state of the autoencoder's training
     folder/latents.pt         the scenes, encoded
     folder/diffusion.pt       state of the text encoder's and the U-Net's
+    folder/*.csv *-loss.png   the losses of both, as numbers and as curves
     folder/samples-*.png      what the averaged weights make of eight fixed prompts
 """
 
 import copy
 import dataclasses
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from minidiff.config import ModelConfig
 from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.scenes.scenes import SIZE, prompts
 from minidiff.tokenizer import Tokenizer
-from minidiff.trainers.from_scratch import AutoencoderTraining, DiffusionTraining, Latents, joined, make_latents
+from minidiff.trainers import processes
+from minidiff.trainers.from_scratch import AutoencoderTask, DiffusionTask, Latents, Scenes, encoded, make_scenes
+from minidiff.trainers.log import Log
+from minidiff.trainers.loop import Training
 from minidiff.trainers.recipe import Recipe
+from minidiff.trainers.state import check_same, read_state, write_state
 from minidiff.vae import VAE
 from minidiff.viz import grid, save_png
 
-STATE_EVERY = 100  # steps
-SAMPLES_EVERY = 500
+SAMPLES_EVERY = 500  # steps
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Step i of `steps` of a stage; loss is None where a stage has none."""
+    """Step i of `steps` of a stage; loss is None where a stage has none. text: loss, memory and time left, in words."""
 
     stage: str
     i: int
     steps: int
-    loss: float | None = None
+    loss: Float[Tensor, ""] | None = None
+    text: str = ""
 
 
 def run_from_scratch(
@@ -52,57 +59,77 @@ def run_from_scratch(
     """Trains a model in `folder`, or goes on with what stands there; at the end calls `save` with it.
 
     init: a model to train on from: its VAE is kept, its text encoder and U-Net go on learning. It must have `config`'s shape.
-    Raises ValueError if the folder holds a run of another recipe.
+    Of several processes all train, and the first alone writes and calls `save`. Raises ValueError if the folder holds a run of another
+    recipe.
     """
     claim(folder, config, recipe, init)
-    if init is None:
-        vae = yield from train_vae(config, recipe, folder, device)
-    else:
-        vae = copy.deepcopy(init.vae).to(device).float()
-    latents = yield from encode_scenes(config, recipe, folder, vae, device)
+    vae, latents = yield from vae_and_latents(config, recipe, folder, device, init)
     if init is None:
         config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling_factor=latents.scaling_factor()))
-    training = DiffusionTraining(config, recipe, latents, device, init)
-    for step in resumable(training, folder / "diffusion.pt"):
-        yield Progress("diffusion", step.i, step.steps, step.loss)
-        if step.i % SAMPLES_EVERY == 0 or step.i == step.steps:
-            save_samples(assembled(config, training, vae), folder / f"samples-{step.i:06d}.png")
-    save(assembled(config, training, vae))
+    training = Training(DiffusionTask(config, recipe, latents, device, init), recipe.diffusion(), device, folder / "diffusion.pt")
+    for progress in logged("diffusion", training, folder):
+        yield progress
+        if (progress.i % SAMPLES_EVERY == 0 or progress.i == progress.steps) and processes.number() == 0:
+            save_samples(assembled(config, training, vae), folder / f"samples-{progress.i:06d}.png")
+    if processes.number() == 0:
+        save(assembled(config, training, vae))
 
 
-def train_vae(config: ModelConfig, recipe: Recipe, folder: Path, device: torch.device) -> Iterator[Progress]:
-    training = AutoencoderTraining(config, recipe, device)
-    for step in resumable(training, folder / "vae.pt"):
-        yield Progress("autoencoder", step.i, step.steps, step.loss)
-    return training.result()
-
-
-def encode_scenes(config: ModelConfig, recipe: Recipe, folder: Path, vae: VAE, device: torch.device) -> Iterator[Progress]:
+def vae_and_latents(
+    config: ModelConfig, recipe: Recipe, folder: Path, device: torch.device, init: StableDiffusion | None
+) -> Iterator[Progress]:
+    """The VAE, trained or the one given, and the scenes through it."""
     path = folder / "latents.pt"
-    if path.exists():
-        return Latents(**torch.load(path, weights_only=True))
+    if not path.exists():
+        scenes = yield from compose_scenes(config, recipe)
+        if init is None:
+            task = AutoencoderTask(config, recipe, scenes.images, device)
+            yield from logged("autoencoder", Training(task, recipe.autoencoder(), device, folder / "vae.pt"), folder)
+        if processes.number() == 0:
+            parts = []
+            for part in encoded(scenes.images, finished_vae(config, folder, device, init), device):
+                parts.append(part)
+                yield Progress("latents", sum(map(len, parts)), recipe.scenes)
+            write_state(path, dataclasses.asdict(Latents(torch.cat(parts), scenes.tokens, scenes.mask)))
+    processes.wait_for_all()
+    return finished_vae(config, folder, device, init), Latents(**read_state(path))
+
+
+def finished_vae(config: ModelConfig, folder: Path, device: torch.device, init: StableDiffusion | None) -> VAE:
+    """The one given, or the averaged weights of the one that was trained."""
+    if init is not None:
+        return copy.deepcopy(init.vae).to(device).float()
+    vae = VAE(config.vae)
+    vae.load_state_dict(read_state(folder / "vae.pt")["averages"]["vae"]["mean"])
+    return vae.to(device).requires_grad_(False).eval()
+
+
+def compose_scenes(config: ModelConfig, recipe: Recipe) -> Iterator[Progress]:
     parts = []
-    for part in make_latents(recipe, vae, Tokenizer(config.tokenizer), device):
+    for part in make_scenes(recipe, config):
         parts.append(part)
-        yield Progress("latents", sum(len(p.mean) for p in parts), recipe.scenes)
-    latents = joined(parts)
-    write_state(path, dataclasses.asdict(latents))
-    return latents
+        yield Progress("scenes", sum(len(p.images) for p in parts), recipe.scenes)
+    images = np.concatenate([part.images for part in parts])
+    return Scenes(images, torch.cat([part.tokens for part in parts]), torch.cat([part.mask for part in parts]))
 
 
-def resumable(training: AutoencoderTraining | DiffusionTraining, path: Path) -> Iterator:
-    """The training's steps, from where its state file stands; the state is written as it goes."""
-    if path.exists():
-        training.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    for step in training.run():
-        if step.i % STATE_EVERY == 0 or step.i == step.steps:
-            write_state(path, training.state_dict())
-        yield step
+def logged(stage: str, training: Training, folder: Path) -> Iterator[Progress]:
+    """The training's steps, with their curve drawn beside the state."""
+    with Log(folder, stage, training.device) as log:
+        for step in training.run():
+            log.add(step)
+            yield Progress(stage, step.i, step.steps, step.loss, log.text())
 
 
-def assembled(config: ModelConfig, training: DiffusionTraining, vae: VAE) -> StableDiffusion:
-    text_encoder, unet = training.result()
-    return StableDiffusion(config, text_encoder, unet, vae, Tokenizer(config.tokenizer))
+def averaged(training: Training, name: str) -> torch.nn.Module:
+    """A copy of a module, with the averaged weights."""
+    module = training.task.modules[name]
+    with training.averages[name].put_in(module):
+        return copy.deepcopy(module).requires_grad_(False).eval()
+
+
+def assembled(config: ModelConfig, training: Training, vae: VAE) -> StableDiffusion:
+    return StableDiffusion(config, averaged(training, "text_encoder"), averaged(training, "unet"), vae, Tokenizer(config.tokenizer))
 
 
 def save_samples(sd: StableDiffusion, path: Path) -> None:
@@ -122,13 +149,11 @@ def claim(folder: Path, config: ModelConfig, recipe: Recipe, init: StableDiffusi
         )
     asked = json.loads(json.dumps({**dataclasses.asdict(recipe), "init": init is not None and checksum(init)}))
     path = folder / "recipe.json"
-    if not path.exists():
+    if not path.exists() and processes.number() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asked, indent=1))
-    found = json.loads(path.read_text())
-    different = [f"{name} {found.get(name)!r}, now {value!r}" for name, value in asked.items() if found.get(name) != value]
-    if different:
-        raise ValueError(f"{folder} holds another run ({'; '.join(different)}); choose another folder, or ask for the same")
+    processes.wait_for_all()
+    check_same(folder, json.loads(path.read_text()), asked)
 
 
 def checksum(sd: StableDiffusion) -> int:
@@ -138,10 +163,3 @@ def checksum(sd: StableDiffusion) -> int:
         for p in module.parameters():
             crc = zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
     return crc
-
-
-def write_state(path: Path, state: dict) -> None:
-    """Whole or not at all: a run that is killed while it writes finds the last state."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)

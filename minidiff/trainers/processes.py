@@ -1,0 +1,80 @@
+"""Several processes that train one model, each on its part of a step's batch (torch.distributed).
+
+    torchrun --nproc-per-node=2 -m minidiff train ...
+
+Every process holds all weights; gradients are averaged before each step, so all take the same step. Process 0 alone writes and talks.
+With a single process everything here does nothing. Left out: sharded weights and optimizers.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Joins the processes that torchrun started, if it did (it says so in environment variables), and gives the device of this one.
+
+    On GPUs (NCCL) each process has the GPU of its number; on CPUs (gloo) all share the device. For the command line to call.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def leave_processes() -> None:
+    """Says goodbye to the others; nothing without them."""
+    if count() > 1:
+        dist.destroy_process_group()
+
+
+def number() -> int:
+    """Which process this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    """Goes on when all processes have come here, as after process 0 has written a file."""
+    if count() > 1:
+        dist.barrier()
+
+
+def same_everywhere(value: int, device: torch.device) -> bool:
+    """Whether all processes have the same number."""
+    if count() == 1:
+        return True
+    ends = torch.tensor([value, -value], device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    return ends[0].item() == -ends[1].item()
+
+
+def average_gradients(params: Sequence[nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
+    """Replaces each gradient by its mean over all processes; gives the mean of the losses.
+
+    A weight that one process did not meet has a gradient of 0 there; one that none met keeps none.
+    """
+    if count() == 1:
+        return loss
+    met = torch.tensor([p.grad is not None for p in params], dtype=torch.int32, device=loss.device)
+    dist.all_reduce(met, dist.ReduceOp.MAX)
+    loss = loss.clone()
+    moving = [p for p, one in zip(params, met.tolist()) if one]
+    for p in moving:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    tensors = [loss, *(p.grad for p in moving)]
+    for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        work.wait()
+    for tensor in tensors:
+        tensor /= count()
+    return loss
