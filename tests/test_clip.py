@@ -93,6 +93,8 @@ def test_shares_places_and_tints_are_those_of_the_cells():
     assert_close(reading.centroids(torch.tensor([0])), torch.tensor([[0.25 * 0.25 + 0.75 * 0.75, 0.25]]))
     assert_close(reading.centroids(torch.tensor([1])), torch.tensor([[0.25, 0.75]]))
     assert [reading.tint_of(torch.tensor([k])).item() for k in (0, 1)] == [0, 1]
+    # ln 0.9 + ln 0.2 = -1.7 for red, ln 0.1 + ln 0.8 = -2.5 for blue: one cell's worth of cat, one of dog
+    assert reading.tint_of().item() == 0
 
 
 def test_the_pool_knows_where_things_stand():

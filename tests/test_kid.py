@@ -24,7 +24,7 @@ def normals(*shape, seed):
 @pytest.mark.parametrize("blocks", [2, 5])
 def test_kid_is_the_definition_also_for_sets_of_unequal_size(blocks):
     x, y = normals(11, 4, seed=0), normals(14, 4, seed=1) + 0.5
-    assert kid(x, y, blocks).value == pytest.approx(by_loops(x, y), rel=1e-12)  # float64, sums in another order
+    assert kid(x, y, blocks=blocks).value == pytest.approx(by_loops(x, y), rel=1e-12)  # float64, sums in another order
 
 
 def test_the_error_is_the_jackknifes_over_blocks():
@@ -32,7 +32,7 @@ def test_the_error_is_the_jackknifes_over_blocks():
     left_out = [by_loops(x[torch.arange(9) % 3 != i], y[torch.arange(10) % 3 != i]) for i in range(3)]
     mean = sum(left_out) / 3
     expected = (2 / 3 * sum((value - mean) ** 2 for value in left_out)) ** 0.5
-    assert kid(x, y, 3).error == pytest.approx(expected, rel=1e-9)  # float64; differences of the estimates lose some digits
+    assert kid(x, y, blocks=3).error == pytest.approx(expected, rel=1e-9)  # float64; differences of the estimates lose some digits
 
 
 def test_on_numbers_kid_is_the_distance_of_the_first_three_moments():
@@ -41,7 +41,7 @@ def test_on_numbers_kid_is_the_distance_of_the_first_three_moments():
     expected = 3 * (0 - 1) ** 2 + 3 * (1 - 2) ** 2 + (0 - 4) ** 2
     rng = torch.Generator().manual_seed(0)
     draw = lambda: torch.randint(2, (10, 1), generator=rng).double()  # noqa: E731
-    found = torch.tensor([kid(2 * draw() - 1, 2 * draw(), 2).value for _ in range(800)])
+    found = torch.tensor([kid(2 * draw() - 1, 2 * draw(), blocks=2).value for _ in range(800)])
     # Unbiased at 10 draws each: the mean of 800 estimates lies within 4 of its standard errors (1 in 16,000 does not).
     assert (found.mean() - expected).abs() < 4 * found.std() / 800**0.5
     # The biased estimate, with the diagonal, would be off by (mean k(x,x) - mean k(x,x')) / 20 and the same of y, (8 - 4 + 63 - 32) / 10.
@@ -50,12 +50,36 @@ def test_on_numbers_kid_is_the_distance_of_the_first_three_moments():
 
 @pytest.mark.parametrize("shift", [0.0, 0.4])
 def test_the_error_is_about_what_repeating_shows(shift):
-    estimates = [kid(normals(200, 8, seed=2 * i), normals(200, 8, seed=2 * i + 1) + shift, 20) for i in range(100)]
+    estimates = [kid(normals(200, 8, seed=2 * i), normals(200, 8, seed=2 * i + 1) + shift) for i in range(100)]
     spread = torch.tensor([estimate.value for estimate in estimates]).std()
     stated = torch.tensor([estimate.error for estimate in estimates]).mean()
     # The spread of 100 draws is known to 7 %, and a jackknife over 20 blocks to 16 % each time. Where both sets are alike the estimate is a
     # degenerate U-statistic, whose variance the jackknife doubles (Efron and Stein 1981): the error is then up to 1.41 times too large, never too small.
     assert 0.8 < stated / spread < (1.7 if shift == 0 else 1.25)
+
+
+def test_pairs_within_a_group_are_left_out():
+    x, y, groups = normals(8, 3, seed=0), normals(8, 3, seed=1), torch.arange(8) // 2
+    k = kernel(torch.cat([x, y]), torch.cat([x, y])).tolist()
+    pairs = [(i, j) for i in range(8) for j in range(8) if i // 2 != j // 2]
+    expected = sum(k[i][j] + k[8 + i][8 + j] - 2 * k[i][8 + j] for i, j in pairs) / len(pairs)
+    assert kid(x, y, groups=(groups, groups), blocks=2).value == pytest.approx(expected, rel=1e-12)  # float64
+
+
+def test_sets_of_the_same_prompts_are_as_far_apart_as_they_are():
+    # Each of 50 prompts has pictures around a place of its own, two in either set; the sets differ in nothing.
+    group = torch.arange(50).repeat(2)
+    plain, grouped = [], []
+    for seed in range(100):
+        prompts = normals(50, 4, seed=3 * seed)[group]
+        x, y = (prompts + 0.3 * normals(100, 4, seed=3 * seed + k) for k in (1, 2))
+        plain.append(kid(x, y).value)
+        grouped.append(kid(x, y, groups=(group, group)))
+    values = torch.tensor([estimate.value for estimate in grouped])
+    spread = values.std()
+    assert values.mean().abs() < 4 * spread / 100**0.5  # four standard errors of the mean
+    assert torch.tensor(plain).mean() < -10 * spread / 100**0.5
+    assert 0.8 < torch.tensor([estimate.error for estimate in grouped]).mean() / spread < 1.7  # as above, alike sets
 
 
 def test_alike_sets_are_near_zero_and_the_order_of_the_sets_does_not_matter():
@@ -83,7 +107,7 @@ def test_sets_that_have_no_kid_are_refused():
     x = torch.zeros(40, 3)
     with pytest.raises(ValueError, match="features of width 3 and 4"):
         kid(x, torch.zeros(40, 4))
-    with pytest.raises(ValueError, match="40 and 30 pictures in 20 blocks"):
+    with pytest.raises(ValueError, match=r"40 and 30 pictures \(or groups of them\) in 20 blocks"):
         kid(x, torch.zeros(30, 3))
     with pytest.raises(ValueError, match="in 1 blocks; give 2"):
         kid(x, x, blocks=1)

@@ -162,7 +162,7 @@ def judged(judge: Judge, pixels: Float[Tensor, "B 3 H W"], prompts: Sequence[Fix
     likeliest = reading.shares().topk(2).indices.tolist()
     background, style = reading.backgrounds.argmax(dim=1).tolist(), reading.styles.argmax(dim=1).tolist()
     first, second = (torch.tensor([row[k] for row in wanted], device=reading.features.device) for k in (0, -1))
-    tint = reading.tint_of(first).tolist()
+    tint = reading.tint_of().tolist()  # prompts that name one have one subject, and are to be asked even if that is not recognised
     apart = (reading.centroids(second) - reading.centroids(first)).tolist()
     alignment = text_alignment(reading.features, judge.encode_texts([prompt.text for prompt in prompts])).tolist()
     verdicts = []
@@ -190,8 +190,12 @@ def figures_of(prompts: Sequence[FixedPrompt], verdicts: dict[str, list[Verdict]
         answers = {name: [float(a) for a in found if a is not None] for name, found in answers.items()}
         return Figure(**{name: mean_of(found) for name, found in answers.items()}) if answers["real"] else None
 
-    blocks = min(20, len(prompts) // 2)
-    distances = {name: kid(features[name], features["reference"], blocks) for name in verdicts} if blocks >= 2 else None
+    different = list(dict.fromkeys(prompts))
+    group = torch.tensor([different.index(prompt) for prompt in prompts], device=features["reference"].device)
+    blocks = min(20, len(different) // 2)
+    distances = None
+    if blocks >= 2:
+        distances = {name: kid(features[name], features["reference"], groups=(group, group), blocks=blocks) for name in verdicts}
     return Figures(
         one_subject=ask(lambda p, v: v.subjects if p.group == "one" else None),
         two_subjects=ask(lambda p, v: v.subjects if p.group == "two" else None),

@@ -94,9 +94,10 @@ class Reading:
         down = (torch.arange(h, device=weight.device) + 0.5) / h
         return torch.stack([(weight.sum(dim=1) * across).sum(dim=1), (weight.sum(dim=2) * down).sum(dim=1)], dim=1)
 
-    def tint_of(self, subject: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """The likeliest tint of one subject of each picture, over the cells in which it stands."""
-        return (self.tints * self._map(subject)[:, None]).sum(dim=(2, 3)).argmax(dim=1)
+    def tint_of(self, subject: Int[Tensor, " B"] | None = None) -> Int[Tensor, " B"]:
+        """The likeliest tint of one subject of each picture, over the cells in which it stands; of whatever stands there if None."""
+        weight = -self.subjects[:, -1].expm1() if subject is None else self._map(subject)
+        return (self.tints * weight[:, None]).sum(dim=(2, 3)).argmax(dim=1)
 
     def _map(self, subject: Int[Tensor, " B"]) -> Float[Tensor, "B h w"]:
         return self.subjects[torch.arange(len(subject), device=subject.device), subject].exp()

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 
@@ -28,32 +28,51 @@ def kernel(x: Float[Tensor, "M D"], y: Float[Tensor, "N D"]) -> Float64[Tensor, 
     return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
 
 
-def kid(x: Float[Tensor, "M D"], y: Float[Tensor, "N D_y"], blocks: int = 20) -> KID:
+def kid(
+    x: Float[Tensor, "M D"],
+    y: Float[Tensor, "N D_y"],
+    *,
+    groups: tuple[Int[Tensor, " M"], Int[Tensor, " N"]] | None = None,
+    blocks: int = 20,
+) -> KID:
     """KID between the features of two sets of pictures (Binkowski et al. 2018, eq. 4 of the supplement, with all pairs).
 
-    The standard error is the jackknife's over `blocks`: block i is every `blocks`-th row of both sets, from the i-th on; what leaving out one
-    block after the other does to the estimate says how much another draw would change it. Where the rows of both sets belong to the same
-    list of prompts, keep them in the same order: the blocks then hold the same prompts.
+    groups: from which prompt each row of x and of y was made, as a number from 0. Two pictures of one prompt are alike, also across the sets, and two
+    sets of the same prompts would seem nearer than they are: pairs within a group are left out. Without groups every row is its own.
 
-    Raises ValueError for sets of other widths, too few rows for the blocks, or features that are not finite.
+    The standard error is the jackknife's over blocks of groups (group g is in block g % blocks): what leaving out one block after the other
+    does to the estimate says how much another draw would change it.
+
+    Raises ValueError for sets of other widths, fewer groups than two a block, or features that are not finite.
     """
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"features of width {x.shape[1]} and {y.shape[1]}; both sets need the same encoder")
-    if blocks < 2 or min(len(x), len(y)) < 2 * blocks:
-        raise ValueError(f"{len(x)} and {len(y)} pictures in {blocks} blocks; give 2 blocks or more, and two pictures a block or more")
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("features that are not finite have no distance; look for black or broken pictures")
-    # Sums over pairs of blocks are all that any of the estimates needs.
-    block_x, block_y = (torch.arange(len(rows), device=rows.device) % blocks for rows in (x, y))
-    k_xx, k_yy = kernel(x, x).fill_diagonal_(0), kernel(y, y).fill_diagonal_(0)
-    xx, yy = block_sums(k_xx, block_x, block_x, blocks), block_sums(k_yy, block_y, block_y, blocks)
-    xy = block_sums(kernel(x, y), block_x, block_y, blocks)
-    m, n = block_x.bincount(minlength=blocks), block_y.bincount(minlength=blocks)
+    if groups is None:
+        block_x, block_y = (torch.arange(len(rows), device=x.device) for rows in (x, y))
+        group_x, group_y = block_x, -1 - block_y  # nothing in common
+    else:
+        group_x, group_y = block_x, block_y = groups
+    if blocks < 2 or min(len(group_x.unique()), len(group_y.unique())) < 2 * blocks:
+        raise ValueError(
+            f"{len(group_x.unique())} and {len(group_y.unique())} pictures (or groups of them) in {blocks} blocks; "
+            "give 2 blocks or more, and two pictures a block or more"
+        )
+
+    def sums(a: Tensor, b: Tensor, group_a: Tensor, group_b: Tensor, block_a: Tensor, block_b: Tensor) -> Tensor:
+        """Over pairs of blocks: the sum of the kernel, and the number of pairs."""
+        counted = (group_a[:, None] != group_b).double()
+        return torch.stack([block_sums(values, block_a % blocks, block_b % blocks, blocks) for values in (kernel(a, b) * counted, counted)])
+
+    xx = sums(x, x, group_x, group_x, block_x, block_x)
+    yy = sums(y, y, group_y, group_y, block_y, block_y)
+    xy = sums(x, y, group_x, group_y, block_x, block_y)
 
     def estimate(kept: Tensor) -> float:
-        count_x, count_y = m[kept].sum().item(), n[kept].sum().item()
-        sum_xx, sum_yy, sum_xy = (sums[kept][:, kept].sum().item() for sums in (xx, yy, xy))
-        return sum_xx / (count_x * (count_x - 1)) + sum_yy / (count_y * (count_y - 1)) - 2 * sum_xy / (count_x * count_y)
+        total = (pairs[:, kept][:, :, kept].sum(dim=(1, 2)) for pairs in (xx, yy, xy))
+        within_x, within_y, across = ((sum_of_kernel / count).item() for sum_of_kernel, count in total)
+        return within_x + within_y - 2 * across
 
     every = torch.arange(blocks, device=x.device)
     without = torch.tensor([estimate(every != i) for i in range(blocks)], dtype=torch.float64)
