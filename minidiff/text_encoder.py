@@ -40,7 +40,11 @@ class TextBlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Tokens (B, L) to context (B, L, D). L is at most config.context_length; word n knows words 0..n."""
+    """Tokens (B, L) to context (B, L, D). L is at most config.context_length; word n knows words 0..n.
+
+    added: {first id: rows [n, D]}, the vectors of words that were learned later, for ids beyond the table. They belong to
+    adapters/tokens.py; the table and the state_dict do not know them.
+    """
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -49,12 +53,25 @@ class TextEncoder(nn.Module):
         self.position_embedding = nn.Embedding(config.context_length, config.width)
         self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(config.width, eps=1e-5)
+        self.added: dict[int, Tensor] = {}
+
+    def embed(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        """Each token's row, of the table or of the added words; IndexError for an id of neither."""
+        is_added = {first: (tokens >= first) & (tokens < first + len(rows)) for first, rows in self.added.items()}
+        in_table = tokens
+        for mask in is_added.values():
+            in_table = in_table.masked_fill(mask, 0)  # any row: it is replaced below
+        x = self.token_embedding(in_table)
+        for first, rows in self.added.items():
+            mask = is_added[first]
+            x = torch.where(mask[..., None], F.embedding((tokens - first).masked_fill(~mask, 0), rows).to(x.dtype), x)
+        return x
 
     def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         L = tokens.shape[1]
         if L > self.config.context_length:
             raise ValueError(f"{L} tokens given, the text encoder has {self.config.context_length} positions; cut the prompt")
-        x = self.token_embedding(tokens) + self.position_embedding.weight[:L]
+        x = self.embed(tokens) + self.position_embedding.weight[:L]
         for block in self.blocks:
             x = block(x)
         return self.norm_out(x)

@@ -6,6 +6,9 @@ Byte-pair encoding (Sennrich et al. 2016) as in CLIP (Radford et al. 2021): clea
 word in bytes, and join the pair of pieces that comes first in a list of merges until no pair of the list is left. The list
 and the joining are open_clip's. The cleaning and the padding differ between the families of Stable Diffusion, and are here.
 
+A placeholder is a word that was learned later (Textual Inversion, Gal et al. 2022): it is not spelled in pieces but stands for ids of its
+own. adapters/tokens.py adds them.
+
 Left out: truncation strategies other than cutting the end, and prompts longer than the context.
 """
 
@@ -15,6 +18,7 @@ import importlib.util
 import io
 import unicodedata
 import warnings
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -29,16 +33,20 @@ from minidiff.config import TokenizerConfig
 # As transformers' CLIPTokenizer splits: English contractions, runs of letters, single digits, runs of anything else.
 CLIP_WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 CLIP_SPECIAL = regex.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
+LETTER = r"[\p{L}\p{N}]"
 MOST_MERGES = 49152 - 256 - 2  # open_clip reads no more of a file
 
 
 class Tokenizer:
     """Words to integers and back; bpe is open_clip's tokenizer underneath. Ids: 512 bytes (inside and at the end of a word), one per merge, start, end.
 
-    Raises ValueError for a config with unknown choices, malformed merges or no room for a token.
+    added: placeholders and their ids, one id a vector; kept as they are after cleaning, so in lower case. A placeholder is found wherever it
+    stands in a prompt, the longest first; one that begins or ends with a letter or digit only as a whole word ("sks" is not in "tasks").
+    Raises ValueError for a config with unknown choices, malformed merges or no room for a token, and for a placeholder that is empty, has
+    whitespace in it, is a token already or could not be found again in a prompt.
     """
 
-    def __init__(self, config: TokenizerConfig):
+    def __init__(self, config: TokenizerConfig, added: Mapping[str, tuple[int, ...]] | None = None):
         if config.cleaning not in ("clip", "open_clip"):
             raise ValueError(f"TokenizerConfig: cleaning {config.cleaning!r} unknown; choose clip, open_clip")
         if config.padding not in ("end", "zero"):
@@ -50,6 +58,36 @@ class Tokenizer:
         self.vocab_size: int = self.bpe.vocab_size
         self.start_id: int = self.bpe.sot_token_id
         self.end_id: int = self.bpe.eot_token_id
+        self.added: dict[str, tuple[int, ...]] = {}
+        self._placeholder = None
+        for name, ids in (added or {}).items():
+            self._add(name, ids)
+
+    def with_added(self, added: Mapping[str, tuple[int, ...]]) -> "Tokenizer":
+        """This tokenizer with more placeholders. Raises ValueError as the class does."""
+        both = Tokenizer(self.config, self.added)
+        for name, ids in added.items():
+            both._add(name, ids)
+        return both
+
+    def without(self, names: Iterable[str]) -> "Tokenizer":
+        """This tokenizer without some of its placeholders."""
+        gone = {self.clean(name) for name in names}
+        return Tokenizer(self.config, {name: ids for name, ids in self.added.items() if name not in gone})
+
+    def _add(self, name: str, ids: tuple[int, ...]):
+        cleaned = self.clean(name)
+        if not cleaned or any(letter.isspace() for letter in cleaned):
+            raise ValueError(f"placeholder {name!r} is empty or has whitespace in it; choose a word such as <cat>")
+        if cleaned in self.added:
+            raise ValueError(f"placeholder {name!r} was added before; choose another word, or take the other one off first")
+        pieces = self.encode(name)
+        if len(pieces) == 1:
+            raise ValueError(f"placeholder {name!r} is a word of the vocabulary already (token {pieces[0]}); choose another, such as <new1>")
+        self.added[cleaned] = tuple(ids)
+        self._placeholder = _any_of(self.added)
+        if self.encode(name) != list(ids):
+            raise ValueError(f"placeholder {name!r} would be split where {CLIP_SPECIAL.pattern} stands in it; choose another word")
 
     def __call__(self, texts: list[str]) -> Int[Tensor, "B L"]:
         """start, tokens, end and padding for each text, int64. What does not fit is cut, and a warning shows it."""
@@ -74,10 +112,17 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of tokens, as it was after cleaning; start and end are left out. Raises ValueError for an unknown id."""
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
+        placeholders = {i: name for name, its in self.added.items() for i in its}
+        parts, plain = [], []
+        for n, i in enumerate(ids):
+            if not 0 <= i < self.vocab_size and i not in placeholders:
                 raise ValueError(f"token id {i} is outside 0..{self.vocab_size - 1}")
-        return self.bpe.decode([i for i in ids if i not in (self.start_id, self.end_id)]).strip()
+            if i not in placeholders:
+                plain += [i] if i not in (self.start_id, self.end_id) else []
+            elif n == 0 or i == self.added[placeholders[i]][0]:  # once for all its ids, also where the first were cut off
+                parts += [self.bpe.decode(plain).strip(), placeholders[i]]
+                plain = []
+        return " ".join(part for part in [*parts, self.bpe.decode(plain).strip()] if part)
 
     def words(self, text: str) -> list[tuple[str, list[int]]]:
         """Each word as it was split, with the positions of its tokens in the row that __call__ gives; cut words are left out."""
@@ -89,22 +134,44 @@ class Tokenizer:
             position += len(ids)
         return placed
 
+    def clean(self, text: str) -> str:
+        """The text as it is before it is split into words. With "clip" the two special words are to be taken out first."""
+        if self.config.cleaning == "open_clip":
+            return self.bpe.clean_fn(text)
+        # Letter by letter: str.lower knows that a Greek sigma at the end of a word has a form of its own, CLIPTokenizer does not.
+        return "".join(letter.lower() for letter in unicodedata.normalize("NFC", text))
+
     def _words(self, text: str) -> list[tuple[str, list[int]]]:
         if self.config.cleaning == "open_clip":
-            return [(word, self._spell(word)) for word in self.bpe.pat.findall(self.bpe.clean_fn(text))]
+            return self._split(self.clean(text), self.bpe.pat)
         words, special = [], {"<|startoftext|>": self.start_id, "<|endoftext|>": self.end_id}
         for part in CLIP_SPECIAL.split(text):
-            if part in special:
-                words.append((part, [special[part]]))
-                continue
-            # Letter by letter: str.lower knows that a Greek sigma at the end of a word has a form of its own, CLIPTokenizer does not.
-            part = "".join(letter.lower() for letter in unicodedata.normalize("NFC", part))
-            words += [(word, self._spell(word)) for word in CLIP_WORDS.findall(part)]
+            words += [(part, [special[part]])] if part in special else self._split(self.clean(part), CLIP_WORDS)
+        return words
+
+    def _split(self, text: str, pattern: regex.Pattern) -> list[tuple[str, list[int]]]:
+        """Placeholders, and between them the words."""
+        words = []
+        for part in self._placeholder.split(text) if self._placeholder else [text]:
+            if part in self.added:
+                words.append((part, list(self.added[part])))
+            else:
+                words += [(word, self._spell(word)) for word in pattern.findall(part)]
         return words
 
     def _spell(self, word: str) -> list[int]:
         letters = "".join(self.bpe.byte_encoder[byte] for byte in word.encode("utf-8"))
         return [self.bpe.encoder[piece] for piece in self.bpe.bpe(letters).split(" ")]
+
+
+def _any_of(placeholders: Mapping[str, tuple[int, ...]]) -> regex.Pattern:
+    """Any of the placeholders, the longest first; where one begins or ends with a letter or digit, none may stand beside it."""
+    parts = []
+    for name in sorted(placeholders, key=len, reverse=True):
+        before = f"(?<!{LETTER})" if regex.match(LETTER, name[0]) else ""
+        after = f"(?!{LETTER})" if regex.match(LETTER, name[-1]) else ""
+        parts.append(f"{before}{regex.escape(name)}{after}")
+    return regex.compile(f"({'|'.join(parts)})")
 
 
 @cache

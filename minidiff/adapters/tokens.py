@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from minidiff.pipeline import StableDiffusion
 from minidiff.tokenizer import Tokenizer
 
-# Seldom words that mean little, from which Custom Diffusion lets its new words start: ids 42170, 47629 and 48513 of CLIP.
-RARE_WORDS = ("ktn", "pll", "ucd")
+# Seldom tokens of CLIP from which Custom Diffusion lets its new words start: ktn, pll, ucd. The first is no word but a piece of words.
+RARE_TOKENS = (42170, 47629, 43514)
 
 
 class NewTokens(nn.Module):
@@ -54,8 +54,7 @@ class NewTokens(nn.Module):
         for name, vectors in self.rows.items():
             added[name] = tuple(range(first, first + len(vectors)))
             first += len(vectors)
-        tokenizer = sd.tokenizer.with_added(added)
-        sd.tokenizer = tokenizer
+        sd.tokenizer = sd.tokenizer.with_added(added)
         sd.text_encoder.added |= {ids[0]: self.rows[name] for name, ids in added.items()}
         self._attached = sd, added
 
@@ -73,13 +72,13 @@ class NewTokens(nn.Module):
 def create_tokens(
     sd: StableDiffusion,
     vectors: Mapping[str, int],
-    start: Mapping[str, str | None] | None = None,
+    start: Mapping[str, str | int | None] | None = None,
     generator: torch.Generator | None = None,
 ) -> NewTokens:
     """New words to be trained, not attached: {"<cat>": how many vectors}.
 
-    start: {"<cat>": "cat"}, the word of the vocabulary that all its vectors start from (one of meaning, or one of RARE_WORDS); None or
-    left out: random, normal with each channel's mean and deviation in the table, from the generator.
+    start: {"<cat>": "cat"}, the word of the vocabulary that all its vectors start from, or a token's number (see RARE_TOKENS); None or left
+    out: random, normal with each channel's mean and deviation in the table, from the generator.
     Raises ValueError for a placeholder that the tokenizer cannot take (see Tokenizer), a start that is not a single token, a start for a
     word that is not asked for, and no vectors.
     """
@@ -105,7 +104,11 @@ def create_tokens(
     return NewTokens(rows)
 
 
-def _single_token(tokenizer: Tokenizer, word: str) -> int:
+def _single_token(tokenizer: Tokenizer, word: str | int) -> int:
+    if isinstance(word, int):
+        if not 0 <= word < tokenizer.vocab_size:
+            raise ValueError(f"the start {word} is no token; expected 0..{tokenizer.vocab_size - 1}")
+        return word
     ids = tokenizer.encode(word)
     if len(ids) != 1:
         pieces = ", ".join(repr(tokenizer.decode([i])) for i in ids) or "nothing"
