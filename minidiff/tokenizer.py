@@ -38,10 +38,11 @@ MOST_MERGES = 49152 - 256 - 2  # open_clip reads no more of a file
 
 
 class Tokenizer:
-    """Words to integers and back; bpe is open_clip's tokenizer underneath. Ids: 512 bytes (inside and at the end of a word), one per merge, start, end.
+    """Words to integers and back; bpe is open_clip's tokenizer underneath.
 
-    added: placeholders and their ids, one id a vector; kept as they are after cleaning, so in lower case. A placeholder is found wherever it
-    stands in a prompt, the longest first; one that begins or ends with a letter or digit only as a whole word ("sks" is not in "tasks").
+    Ids: 512 bytes (inside and at the end of a word), one per merge, start, end.
+    added: placeholders and their ids, one id a vector; kept as they are after cleaning, so in lower case. A placeholder is found wherever
+    it stands in a prompt, the longest first; one that begins or ends with a letter or digit only as a whole word ("sks" is not in "tasks").
     Raises ValueError for a config with unknown choices, malformed merges or no room for a token, and for a placeholder that is empty, has
     whitespace in it, is a token already or could not be found again in a prompt.
     """
@@ -83,7 +84,7 @@ class Tokenizer:
             raise ValueError(f"placeholder {name!r} was added before; choose another word, or take the other one off first")
         pieces = self.encode(name)
         if len(pieces) == 1:
-            raise ValueError(f"placeholder {name!r} is a word of the vocabulary already (token {pieces[0]}); choose another, such as <new1>")
+            raise ValueError(f"placeholder {name!r} is a word of the vocabulary already (token {pieces[0]}); choose another, such as <cat>")
         self.added[cleaned] = tuple(ids)
         self._placeholder = _any_of(self.added)
         if self.encode(name) != list(ids):

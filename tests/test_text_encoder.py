@@ -107,3 +107,15 @@ def test_more_tokens_than_positions_are_refused():
 def test_tokens_that_are_no_integers_are_refused():
     with pytest.raises(TypeCheckError):
         small()(torch.zeros(1, 5))
+
+
+def test_ids_beyond_the_table_take_added_rows_and_others_are_refused():
+    encoder = small()
+    rows = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    before, names = encoder.embed(tokens()), encoder.state_dict().keys()
+    encoder.added = {50: rows}
+    x = encoder.embed(torch.tensor([[1, 51, 2, 50]]))
+    assert torch.equal(x[0, 1], rows[1]) and torch.equal(x[0, 3], rows[0]) and torch.equal(x[0, 0], encoder.token_embedding.weight[1])
+    assert torch.equal(encoder.embed(tokens()), before) and encoder.state_dict().keys() == names
+    with pytest.raises(IndexError):
+        encoder(torch.tensor([[1, 52]]))

@@ -1,5 +1,6 @@
 """The tokenizer against transformers' CLIPTokenizer (SD 1.x) and open_clip's SimpleTokenizer (SD 2.x), on awkward text."""
 
+import copy
 import importlib
 import importlib.util
 import json
@@ -259,3 +260,79 @@ def test_a_config_that_cannot_be_is_refused(settings, message):
 def test_a_bare_string_is_refused():
     with pytest.raises((ValueError, TypeCheckError), match="a cat"):
         Tokenizer(SD1.tokenizer)("a cat")
+
+
+# ---------------------------------------------------------------------------------------------------------- placeholders
+
+ADDED = {"<Cat>": (49408, 49409), "<cat>2": (49410,), "sks-1": (49411,), "<Ü>": (49412,)}
+
+
+@pytest.mark.parametrize("config", [SD1.tokenizer, SD2.tokenizer])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("a <cat>", ["a", 49408, 49409]),
+        ("<CAT>'s x<cat>y", [49408, 49409, "'s", "x", 49408, 49409, "y"]),
+        ("<cat>2 <cat>3", [49410, 49408, 49409, "3"]),  # the longest first
+        ("sks-1, masks-1 sks-12", [49411, ",", "masks", "-", "1", "sks", "-", "1", "2"]),  # a word only where it stands alone
+        ("<ü><u\u0308> <U\u0308>", [49412, 49412, 49412]),  # however its letters are written
+        ("<cat><cat>", [49408, 49409, 49408, 49409]),
+        ("<cat", ["<", "cat"]),
+    ],
+)
+def test_a_placeholder_is_its_ids_wherever_it_stands(text, expected, config):
+    plain, tokenizer = Tokenizer(config), Tokenizer(config, ADDED)
+    ids = [i for part in expected for i in ([part] if isinstance(part, int) else plain.encode(part))]
+    if text == "<cat":
+        ids = plain.encode(text)
+    assert tokenizer.encode(text) == ids
+    assert tokenizer([text])[0, 1 : len(ids) + 1].tolist() == ids
+
+
+@pytest.mark.parametrize("config", [SD1.tokenizer, SD2.tokenizer])
+def test_placeholders_leave_all_other_text_as_it_was(config):
+    plain, tokenizer = Tokenizer(config), Tokenizer(config, ADDED)
+    for text in TEXTS:
+        assert tokenizer.encode(text) == plain.encode(text), text
+    assert tokenizer.vocab_size == plain.vocab_size and plain.added == {}
+    assert tokenizer.without(ADDED).added == {} and list(tokenizer.without(["<cat>"]).added) == ["<cat>2", "sks-1", "<ü>"]
+
+
+def test_single_token_placeholders_are_read_as_by_transformers(clips):
+    theirs = copy.deepcopy(clips)
+    theirs.add_tokens(["<cat>", "<cat>2", "<style-x>"])
+    ours = Tokenizer(SD1.tokenizer, {"<cat>": (49408,), "<cat>2": (49409,), "<style-x>": (49410,)})
+    for text in ("a photo of <cat>", "x<cat>y<cat>2", "<cat>'s <cat>3, in the <style-x>'s style", "<cat", "<<cat>>"):
+        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_decode_and_words_know_placeholders():
+    tokenizer = Tokenizer(SD1.tokenizer, ADDED)
+    assert tokenizer.decode(tokenizer.encode("a <cat> on SKS-1 , <cat> <cat>")) == "a <cat> on sks-1 , <cat> <cat>"
+    assert tokenizer.decode([49409, 320]) == "<cat> a"  # its first vector was cut off
+    assert tokenizer.words("a <cat>s") == [("a", [1]), ("<cat>", [2, 3]), ("s", [4])]
+    with pytest.raises(ValueError, match="token id 49413 is outside"):
+        tokenizer.decode([49413])
+
+
+def test_cutting_counts_every_vector_of_a_placeholder():
+    tokenizer = Tokenizer(replace(SD1.tokenizer, context_length=6), ADDED)
+    with pytest.warns(UserWarning, match="the prompt has 6 tokens and the model reads 4; cut off: '<cat> ,'"):
+        assert tokenizer(["a big red <cat>,"])[0, 1:5].tolist() == [*tokenizer.encode("a big red"), 49408]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("", "placeholder '' is empty or has whitespace in it; choose a word such as <cat>"),
+        ("a\tb", "is empty or has whitespace in it"),
+        ("cat", r"placeholder 'cat' is a word of the vocabulary already \(token 2368\)"),
+        ("CAT", r"placeholder 'CAT' is a word of the vocabulary already \(token 2368\)"),
+        ("<|endoftext|>", "is a word of the vocabulary already"),
+        ("x<|endoftext|>", "would be split"),
+        ("<CAT>", "placeholder '<CAT>' was added before"),
+    ],
+)
+def test_a_placeholder_that_cannot_be_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        Tokenizer(SD1.tokenizer, ADDED).with_added({name: (50000,)})

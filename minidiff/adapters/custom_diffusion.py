@@ -66,7 +66,7 @@ class CustomDiffusion(nn.Module):
             raise ValueError("this Custom Diffusion is attached already; detach() it first")
         bases = _base_layers(self, sd)
         if taken := [name for name, base in bases.items() if any(_is_ours(hook) for hook in base._forward_hooks.values())]:
-            raise ValueError(f"another Custom Diffusion is attached to {_some(taken)}; detach it first, or merge the two with merge_concepts")
+            raise ValueError(f"another Custom Diffusion is on {_some(taken)}; detach it first, or merge the two with merge_concepts")
         if self.tokens is not None:
             self.tokens.attach(sd)
         biases = self.biases
@@ -129,7 +129,10 @@ def _base_layers(delta: CustomDiffusion, sd: StableDiffusion) -> dict[str, nn.Li
 
 
 def create_custom_diffusion(sd: StableDiffusion, layers: str = "keys and values", tokens: NewTokens | None = None) -> CustomDiffusion:
-    """To be trained, not attached; the weights start as the model's. layers: "keys and values", or "cross_attention" for all of it (faces)."""
+    """To be trained, not attached; the weights start as the model's.
+
+    layers: "keys and values", or "cross_attention" for all of it, which the authors take for faces.
+    """
     if layers not in LAYER_SETS:
         raise ValueError(f"layers {layers!r} unknown; choose {', '.join(LAYER_SETS)}")
     chosen = {
@@ -185,7 +188,8 @@ def compress(deltas: Mapping[str, Tensor], share: float = 0.6, rank: int | None 
 def from_deltas(sd: StableDiffusion, deltas: Mapping[str, Tensor], tokens: NewTokens | None = None) -> CustomDiffusion:
     """W0 + change for each layer, as of Compressed.deltas(). Raises ValueError for layers that the model lacks or has in another shape."""
     bases = _base_layers(CustomDiffusion(deltas), sd)
-    return CustomDiffusion({name: base.weight.detach().float() + deltas[name].to(base.weight.device) for name, base in bases.items()}, tokens)
+    weights = {name: base.weight.detach().float() for name, base in bases.items()}
+    return CustomDiffusion({name: W0 + deltas[name].to(W0.device) for name, W0 in weights.items()}, tokens)
 
 
 # ----------------------------------------------------------------------------------------------------------------- merge
@@ -242,14 +246,14 @@ def merge_concepts(
     C = torch.cat([features for features, _ in rows])
     directions, condition, condition_reg = merge_directions(C, C_reg, ridge)
 
-    layers, residual, drift = {}, torch.zeros(2), torch.zeros(2)
+    layers, residual, drift = {}, torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for name in dict.fromkeys(name for concept in concepts for name in concept.names):
         W0 = _base_layers(next(c for c in concepts if name in c.names), sd)[name].weight.double()
         asked = torch.cat([features @ (_weight(concept, name, W0) - W0).T for concept, (features, _) in zip(concepts, rows)])
         change = asked.T @ directions
         layers[name] = W0 + change
-        residual += torch.tensor([(C @ change.T - asked).square().sum(), (asked + C @ W0.T).square().sum()])
-        drift += torch.tensor([(C_reg @ change.T).square().sum(), (C_reg @ W0.T).square().sum()])
+        residual += _squares(C @ change.T - asked, asked + C @ W0.T)
+        drift += _squares(C_reg @ change.T, C_reg @ W0.T)
     ratios = [float((part / whole).sqrt()) for part, whole in (residual, drift)]
     seconds = time.perf_counter() - began
     return CustomDiffusion(layers, tokens), MergeReport(len(C), len(C_reg), *ratios, condition, condition_reg, seconds)
@@ -265,17 +269,21 @@ def merge_directions(
     Raises ValueError where either is singular to the precision of float32.
     """
     D = C.shape[1]
-    R_reg = torch.linalg.qr(torch.cat([C_reg, ridge**0.5 * torch.eye(D, dtype=C.dtype, device=C.device)])).R  # R_reg^T R_reg = C_reg^T C_reg + ridge
+    ridge_rows = ridge**0.5 * torch.eye(D, dtype=C.dtype, device=C.device)
+    R_reg = torch.linalg.qr(torch.cat([C_reg, ridge_rows])).R  # R_reg^T R_reg = C_reg^T C_reg + ridge
     worst_reg = float(torch.linalg.cond(R_reg))
     if not worst_reg < WORST_CONDITION:
         raise ValueError(
-            f"{len(C_reg)} different tokens in the regularisation captions do not fix a map of {D} channels (condition {worst_reg**2:.1e}); "
-            "give more captions, or a ridge such as 1e-3"
+            f"{len(C_reg)} different tokens of the regularisation captions do not fix a map of {D} channels "
+            f"(condition {worst_reg**2:.1e}); give more captions, or a ridge such as 1e-3"
         )
     A = torch.linalg.solve_triangular(R_reg.T, C.T, upper=False)  # A^T A = d C^T
     worst = float(torch.linalg.cond(A)) if len(C) <= D else float("inf")
     if not worst < WORST_CONDITION:
-        raise ValueError(f"the {len(C)} different tokens of the target captions depend on each other in {D} channels (condition {worst**2:.1e}); give fewer")
+        raise ValueError(
+            f"the {len(C)} different tokens of the target captions depend on each other in {D} channels (condition {worst**2:.1e}); "
+            "give fewer captions"
+        )
     Q, R = torch.linalg.qr(A)
     return torch.linalg.solve_triangular(R, torch.linalg.solve_triangular(R_reg, Q, upper=True).T, upper=True), worst**2, worst_reg**2
 
@@ -337,9 +345,13 @@ def _check_captions(rows: Sequence[tuple[Tensor, list[str]]]):
             if len(pairs := _near(features, others).nonzero()):
                 here, there = pairs[0].tolist()
                 raise ValueError(
-                    f"captions of concepts {j + 1} and {i + 1} coincide: {other_captions[there]!r} and {captions[here]!r} have {len(pairs)} tokens "
-                    "with the same features, which cannot have two values; give each concept captions with its own word"
+                    f"captions of concepts {j + 1} and {i + 1} coincide: {other_captions[there]!r} and {captions[here]!r} have tokens "
+                    f"of the same features ({len(pairs)} in all), which cannot have two values; put each concept's own word in"
                 )
+
+
+def _squares(*tensors: Tensor) -> Tensor:
+    return torch.stack([tensor.square().sum().cpu() for tensor in tensors])
 
 
 def _weight(concept: CustomDiffusion, name: str, W0: Tensor) -> Tensor:

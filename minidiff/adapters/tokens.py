@@ -47,7 +47,7 @@ class NewTokens(nn.Module):
         width = sd.config.text_encoder.width
         for name, vectors in self.rows.items():
             if vectors.shape[1] != width:
-                raise ValueError(f"the vectors of {name!r} are {vectors.shape[1]} wide, this text encoder's are {width}; train them on this model")
+                raise ValueError(f"the vectors of {name!r} are {vectors.shape[1]} wide, this text encoder's are {width}")
         known = sd.tokenizer.added
         first = max([sd.text_encoder.token_embedding.num_embeddings, *(i + 1 for ids in known.values() for i in ids)])
         added = {}
@@ -84,12 +84,13 @@ def create_tokens(
     """
     start = dict(start or {})
     if unknown := [name for name in start if name not in vectors]:
-        raise ValueError(f"a start is given for {', '.join(map(repr, unknown))}, which is not among the new words {', '.join(map(repr, vectors))}")
+        raise ValueError(f"a start is given for {unknown[0]!r}, which is not among the new words {', '.join(map(repr, vectors))}")
     if not vectors:
         raise ValueError("no new words given; expected {'<cat>': 1}")
+    room = sd.tokenizer.config.context_length - 2
     for name, n in vectors.items():
-        if n < 1 or n > sd.tokenizer.config.context_length - 2:
-            raise ValueError(f"{n} vectors for {name!r}; expected 1 to {sd.tokenizer.config.context_length - 2}, what a prompt has room for")
+        if not 1 <= n <= room:
+            raise ValueError(f"{n} vectors for {name!r}; expected 1 to {room}, what a prompt has room for")
     sd.tokenizer.with_added({name: (-1 - i,) for i, name in enumerate(vectors)})  # only to learn whether it can be
     table = sd.text_encoder.token_embedding.weight.detach().float()
     rows = {}

@@ -1,0 +1,333 @@
+"""Custom Diffusion: what it trains, what it leaves alone, its compression, and the merge against its Lagrange system."""
+
+import pytest
+import torch
+from torch import nn
+
+from minidiff.adapters.custom_diffusion import CustomDiffusion, compress, create_custom_diffusion, from_deltas, merge_concepts, merge_directions
+from minidiff.adapters.tokens import NewTokens, create_tokens
+from minidiff.config import SD1
+from minidiff.unet import UNet
+from tests.small_models import small_model
+
+CAPTIONS = [f"{a} {b} {c}" for a in ("red", "blue", "a", "the") for b in ("cat", "dog", "on", "and of") for c in ("beach", "sea", "x y", "!")]
+
+
+@pytest.fixture
+def sd():
+    model = small_model()
+    with torch.no_grad():  # with biases of 0, the context's channels would sum to 0: one of the 16 directions would be empty
+        model.text_encoder.norm_out.bias.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def moved(delta, seed=1, size=0.3):
+    """The same with other weights."""
+    layers = {name: W.detach() + size * normal(*W.shape, seed=seed + i) for i, (name, W) in enumerate(delta.layers.items())}
+    biases = {name: b.detach() + size for name, b in delta.biases.items()}
+    return CustomDiffusion(layers, delta.tokens, biases)
+
+
+def denoised(sd, prompt="a cat"):
+    x, t = normal(1, 4, 8, 8), torch.tensor([500])
+    return sd.unet(x, t, sd.encode_prompts([prompt]))
+
+
+def state(sd):
+    return {name: tensor.clone() for part in (sd.text_encoder, sd.unet) for name, tensor in part.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def concept(sd, word, seed):
+    return moved(create_custom_diffusion(sd, tokens=NewTokens({word: normal(1, 16, seed=seed)})), seed)
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+
+def test_the_number_of_trained_weights_is_the_papers():
+    sd = small_model()
+    with torch.device("meta"):
+        sd.unet = UNet(SD1.unet)
+        delta, everything = create_custom_diffusion(sd), create_custom_diffusion(sd, "cross_attention")
+    assert sum(p.numel() for p in delta.parameters()) == 19_169_280 and len(delta.layers) == 32
+    # Beside them a query and an output matrix with a bias in each block: 2 blocks down and 3 up at each of 320, 640 and 1280, 1 in the middle.
+    others = 5 * sum(2 * width**2 + width for width in (320, 640, 1280)) + 2 * 1280**2 + 1280
+    assert sum(p.numel() for p in everything.parameters()) == 19_169_280 + others
+
+
+def test_before_training_the_prediction_is_the_models(sd):
+    before = denoised(sd)
+    for layers in ("keys and values", "cross_attention"):
+        delta = create_custom_diffusion(sd, layers)
+        delta.attach(sd)
+        assert torch.equal(denoised(sd), before)
+        delta.detach()
+
+
+@pytest.mark.parametrize("layers", ["keys and values", "cross_attention"])
+def test_attached_it_predicts_as_a_model_with_these_weights(layers, sd):
+    delta, before = moved(create_custom_diffusion(sd, layers)), state(sd)
+    plain = denoised(sd)
+    delta.attach(sd)
+    attached = denoised(sd)
+    delta.detach()
+    assert same(state(sd), before) and torch.equal(denoised(sd), plain)
+    for name, W in delta.layers.items():
+        sd.unet.get_submodule(name.removeprefix("unet.")).weight.data = W.detach()
+    for name, bias in delta.biases.items():
+        sd.unet.get_submodule(name.removeprefix("unet.")).bias.data = bias.detach()
+    torch.testing.assert_close(attached, denoised(sd), rtol=1e-4, atol=1e-5)  # fp32 parity
+    assert (attached - plain).abs().max() > 0.01
+
+
+def test_a_concept_attaches_its_words_too_and_detaches_both(sd):
+    one, ids = concept(sd, "<new1>", 3), sd.tokenizer(["a <new1>"])
+    one.attach(sd)
+    assert sd.tokenizer.encode("<new1>") == [sd.config.text_encoder.vocab_size]
+    one.detach()
+    one.detach()  # without effect
+    assert torch.equal(sd.tokenizer(["a <new1>"]), ids) and not sd.text_encoder.added
+    assert not any(module._forward_hooks for module in sd.unet.modules())
+
+
+def test_training_moves_these_weights_and_this_word_alone(sd):
+    delta = create_custom_diffusion(sd, tokens=create_tokens(sd, {"<new1>": 1}, {"<new1>": "a"}))
+    for part in (sd.text_encoder, sd.unet):
+        part.requires_grad_(False)
+    before, own = state(sd), [p.detach().clone() for p in delta.parameters()]
+    delta.attach(sd)
+    optimizer = torch.optim.AdamW(delta.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        context = sd.text_encoder(sd.tokenizer(["a <new1> cat"]))
+        sd.unet(normal(1, 4, 8, 8), torch.tensor([500]), context).square().mean().backward()
+        optimizer.step()
+    assert same(state(sd), before)
+    assert all((new - old).abs().max() > 1e-3 for new, old in zip(delta.parameters(), own, strict=True))
+
+
+def test_the_start_token_gives_no_gradient_and_its_value_is_the_new_weights(sd):
+    delta = moved(create_custom_diffusion(sd, "cross_attention"))
+    name = next(name for name in delta.layers if name.endswith("to_v"))
+    W, layer = delta.layers[name], sd.unet.get_submodule(name.removeprefix("unet."))
+    layer.requires_grad_(False)
+    delta.attach(sd)
+    context = normal(2, 5, 16).requires_grad_(True)
+    y = layer(context)
+    torch.testing.assert_close(y, context @ W.T, rtol=1e-5, atol=1e-6)  # fp32: the same product by another kernel
+    weights = normal(*y.shape, seed=5)
+    (y * weights).sum().backward()
+    expected = torch.einsum("blo,bli->oi", weights[:, 1:], context[:, 1:])
+    torch.testing.assert_close(W.grad, expected, rtol=1e-5, atol=1e-5)  # fp32: sums of 8 products
+    assert not context.grad[:, 0].any() and context.grad[:, 1:].any(dim=-1).all()
+    # Queries and outputs know no start token.
+    x, query = normal(1, 3, 16), name.replace("to_v", "to_q")
+    sd.unet.get_submodule(query.removeprefix("unet."))(x)[:, 0].sum().backward()
+    assert delta.layers[query].grad.any()
+
+
+def test_a_hook_that_adds_to_a_layer_stays_whichever_came_first(sd):
+    delta = moved(create_custom_diffusion(sd))
+    layer = sd.unet.get_submodule(delta.names[0].removeprefix("unet."))
+    context = normal(1, 5, 16)
+    layer.register_forward_hook(lambda layer, args, output: output + 100)
+    delta.attach(sd)
+    torch.testing.assert_close(layer(context), context @ delta.layers[delta.names[0]].T + 100, rtol=1e-5, atol=1e-4)  # 100 in fp32
+
+
+def test_in_half_precision_it_computes_in_float32_and_gives_the_layers_dtype(sd):
+    delta = moved(create_custom_diffusion(sd))
+    layer = sd.unet.get_submodule(delta.names[0].removeprefix("unet.")).to(torch.bfloat16)
+    delta.attach(sd)
+    x = normal(1, 5, 16).to(torch.bfloat16)
+    assert torch.equal(layer(x), (x.float() @ delta.layers[delta.names[0]].T).to(torch.bfloat16))
+
+
+def test_deltas_are_differences_to_the_model(sd):
+    delta = create_custom_diffusion(sd)
+    with pytest.raises(ValueError, match="no model to take the difference to: attach the Custom Diffusion, or give the model"):
+        delta.deltas()
+    assert not any(change.any() for change in delta.deltas(sd).values())
+    other = moved(delta)
+    changes = other.deltas(sd)
+    other.attach(sd)
+    assert same(other.deltas(), changes)
+    other.detach()
+    again = from_deltas(sd, changes)
+    assert all(torch.allclose(again.layers[name], W, rtol=0, atol=1e-6) for name, W in other.layers.items())  # fp32: W0 + (W - W0)
+
+
+def test_what_does_not_fit_the_model_is_named_and_changes_nothing(sd):
+    W = normal(16, 16)
+    with pytest.raises(ValueError, match="no layer unet.nowhere.to_k in the model's cross-attentions"):
+        CustomDiffusion({"unet.nowhere.to_k": W}).attach(sd)
+    name = create_custom_diffusion(sd).names[0]
+    with pytest.raises(ValueError, match=rf"{name} has shape \(8, 16\), the model's \(16, 16\)"):
+        CustomDiffusion({name: W[:8]}).attach(sd)
+    with pytest.raises(ValueError, match=rf"{name} has a bias of shape \(16,\), the model's layer has none"):
+        CustomDiffusion({name: W}, biases={name: W[0]}).attach(sd)
+    with pytest.raises(ValueError, match="a bias without a weight for there"):
+        CustomDiffusion({name: W}, biases={"there": W[0]})
+    with pytest.raises(ValueError, match="layers 'all' unknown; choose keys and values, cross_attention"):
+        create_custom_diffusion(sd, "all")
+    one = create_custom_diffusion(sd)
+    one.attach(sd)
+    with pytest.raises(ValueError, match="attached already"):
+        one.attach(sd)
+    second = create_custom_diffusion(sd, tokens=NewTokens({"<new1>": W}))
+    with pytest.raises(ValueError, match=r"another Custom Diffusion is on .* and \d+ more layers; detach it first, or merge"):
+        second.attach(sd)
+    assert not sd.tokenizer.added
+
+
+# ----------------------------------------------------------------------------------------------------------- compression
+
+
+def test_the_fewest_singular_values_with_the_share_are_kept():
+    # Singular values 5, 3, 2: sums 5, 8, 10.
+    u, v = torch.linalg.qr(normal(6, 3)).Q, torch.linalg.qr(normal(4, 3, seed=1)).Q
+    delta = {"layer": u @ torch.diag(torch.tensor([5.0, 3.0, 2.0])) @ v.T}
+    for share, rank, error in [(0.4, 1, (13 / 38) ** 0.5), (0.6, 2, (4 / 38) ** 0.5), (0.79, 2, (4 / 38) ** 0.5), (0.85, 3, 0)]:
+        small = compress(delta, share)
+        left, right = small.layers["layer"]
+        assert left.shape == (6, rank) and right.shape == (rank, 4)
+        assert small.error == pytest.approx(error, abs=1e-6)  # the singular values of a float32 matrix
+        assert (small.size, small.full_size) == (4 * rank * 10, 4 * 24)
+        measured = (small.deltas()["layer"] - delta["layer"]).norm() / delta["layer"].norm()
+        assert small.error == pytest.approx(float(measured), abs=1e-6)
+    assert compress(delta, rank=2).layers["layer"][0].shape == (6, 2)
+
+
+def test_everything_kept_is_the_change_itself_and_nothing_stays_nothing(sd):
+    changes = moved(create_custom_diffusion(sd)).deltas(sd)
+    for whole in (compress(changes, 1.0), compress(changes, rank=1000)):
+        assert whole.error < 1e-7
+        for name, change in whole.deltas().items():
+            torch.testing.assert_close(change, changes[name], rtol=1e-5, atol=1e-6)  # factors rounded to float32
+    nothing = compress({"layer": torch.zeros(4, 4)})
+    assert nothing.error == 0 and not nothing.deltas()["layer"].any()
+
+
+def test_a_share_or_rank_that_cannot_be_is_refused():
+    for share in (0, 1.1, -1, float("nan")):
+        with pytest.raises(ValueError, match=f"share {share}: expected more than 0 and at most 1"):
+            compress({}, share)
+    with pytest.raises(ValueError, match="rank 0: expected at least 1"):
+        compress({}, rank=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------- merge
+
+
+@pytest.mark.parametrize("ridge", [0.0, 2.5])
+def test_the_closed_form_solves_the_lagrange_system(ridge):
+    s, D, n, out = 5, 12, 40, 7
+    C, C_reg, asked = (normal(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate([(s, D), (n, D), (s, out)]))
+    directions, condition, condition_reg = merge_directions(C, C_reg, ridge)
+    # Stationary: (C_reg^T C_reg + ridge) X + C^T L = 0, and C X = asked, for X = (W - W0)^T and the multipliers L.
+    G = C_reg.T @ C_reg + ridge * torch.eye(D, dtype=torch.float64)
+    system = torch.cat([torch.cat([G, C.T], 1), torch.cat([C, torch.zeros(s, s, dtype=torch.float64)], 1)])
+    X = torch.linalg.solve(system, torch.cat([torch.zeros(D, out, dtype=torch.float64), asked]))[:D]
+    torch.testing.assert_close(asked.T @ directions, X.T, rtol=1e-10, atol=1e-10)  # float64, conditions below 1000
+    # And the paper's own formula.
+    d = C @ torch.linalg.inv(G)
+    torch.testing.assert_close(directions, torch.linalg.inv(d @ C.T) @ d, rtol=1e-10, atol=1e-10)
+    assert condition == pytest.approx(float(torch.linalg.cond(d @ C.T)), rel=1e-8)
+    assert condition_reg == pytest.approx(float(torch.linalg.cond(G)), rel=1e-8)
+
+
+def test_no_other_change_that_keeps_the_constraints_drifts_less():
+    C, C_reg, asked = normal(3, 8, dtype=torch.float64), normal(30, 8, seed=1, dtype=torch.float64), normal(3, 4, seed=2, dtype=torch.float64)
+    change = asked.T @ merge_directions(C, C_reg)[0]
+    free = torch.eye(8, dtype=torch.float64) - torch.linalg.pinv(C) @ C  # free @ C^T is 0
+    for seed in range(20):
+        other = change + 0.1 * normal(4, 8, seed=seed, dtype=torch.float64) @ free
+        torch.testing.assert_close(other @ C.T, asked.T, rtol=1e-12, atol=1e-12)  # float64
+        assert (other @ C_reg.T).norm() > (change @ C_reg.T).norm()
+
+
+def merged(sd, one, two, targets=(["a <new1> cat"], ["a <new2> dog on the"]), regularisation=CAPTIONS, **settings):
+    return merge_concepts(sd, [one, two], targets, regularisation, **settings)
+
+
+@pytest.fixture
+def short(sd):
+    """A context of 8 tokens: two captions of 6 rows stay below the 16 channels."""
+    config = sd.config.tokenizer
+    object.__setattr__(sd.tokenizer, "config", type(config)(config.merges, config.cleaning, config.padding, 8))
+    return sd
+
+
+def test_merged_concepts_give_their_own_keys_and_values_and_the_rest_drifts_little(short):
+    one, two = concept(short, "<new1>", 3), concept(short, "<new2>", 30)
+    before = state(short)
+    both, report = merged(short, one, two)
+    assert same(state(short), before) and not short.tokenizer.added
+    assert both.tokens.names == ("<new1>", "<new2>") and both.names == one.names
+    assert report.rows == 12 and 16 < report.regularisation_rows < 8 * len(CAPTIONS)
+    assert report.residual < 1e-9 and report.condition > 1 and report.seconds > 0  # float64, condition 1e4
+    tokens = torch.cat([short.encode_prompts([caption])[0, 1:] for caption in CAPTIONS]).unique(dim=0)
+    old, new = ([tokens @ W.detach().T for W in delta.layers.values()] for delta in (create_custom_diffusion(short), both))
+    drift = sum((b - a).square().sum() for a, b in zip(old, new)).sqrt() / sum(a.square().sum() for a in old).sqrt()
+    assert report.regularisation_rows == len(tokens) and report.drift == pytest.approx(float(drift), rel=1e-3)  # fp32
+    outputs = {}
+    for caption, delta in (("a <new1> cat", one), ("a <new1> cat", both), ("a <new2> dog on the", two), ("a <new2> dog on the", both)):
+        delta.attach(short)
+        context = short.encode_prompts([caption])
+        outputs[caption, delta is both] = [
+            layer(context)[:, 2:] for name, layer in short.unet.named_modules() if f"unet.{name}" in delta.names  # from the new word on
+        ]
+        delta.detach()
+    for caption in ("a <new1> cat", "a <new2> dog on the"):
+        for ours, expected in zip(outputs[caption, True], outputs[caption, False], strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)  # fp32 products of weights that grew in the merge
+
+
+def test_nothing_changed_is_nothing_merged(short):
+    one, two = (create_custom_diffusion(short, tokens=NewTokens({w: normal(1, 16, seed=i)})) for i, w in enumerate(["<new1>", "<new2>"]))
+    both, report = merged(short, one, two)
+    assert report.residual == report.drift == 0
+    assert all(torch.equal(both.layers[name], W) for name, W in one.layers.items())
+
+
+def test_a_ridge_keeps_the_constraints_and_helps_too_few_captions(short):
+    one, two = concept(short, "<new1>", 3), concept(short, "<new2>", 30)
+    few = ["a cat"]
+    with pytest.raises(ValueError, match=r"\d+ different tokens of the regularisation captions do not fix a map of 16 channels .*ridge"):
+        merged(short, one, two, regularisation=few)
+    _, report = merged(short, one, two, regularisation=few, ridge=0.01)
+    assert report.residual < 1e-8 and report.regularisation_rows < 16
+
+
+def test_captions_that_coincide_are_named(short):
+    one, two = (moved(create_custom_diffusion(short), seed) for seed in (1, 20))
+    with pytest.raises(ValueError, match=r"captions of concepts 1 and 2 coincide: 'the sea' and 'the sea' have tokens of the same features \(7 in"):
+        merged(short, one, two, (["the sea"], ["the sea"]))
+    named = concept(short, "<new1>", 3)
+    merged(short, named, two, (["a <new1>", "A  <new1>"], ["x"]))  # but within a concept equal rows count once
+
+
+def test_a_merge_that_cannot_be_is_refused_and_leaves_the_model(short):
+    one, two = concept(short, "<new1>", 3), concept(short, "<new2>", 30)
+    with pytest.raises(ValueError, match="2 concepts and 1 lists of target captions"):
+        merged(short, one, two, (["a <new1>"],))
+    with pytest.raises(ValueError, match="two concepts have a word '<new1>'; rename one"):
+        merged(short, one, concept(short, "<new1>", 5))
+    with pytest.raises(ValueError, match="target caption 'a dog' has none of its concept's words <new2>"):
+        merged(short, one, two, (["a <new1>"], ["a dog"]))
+    with pytest.raises(ValueError, match="0 regularisation captions, ridge 0.0"):
+        merged(short, one, two, regularisation=[])
+    with pytest.raises(ValueError, match=r"concept 1 has .*to_q and \d+ more layers; only keys and values"):
+        merged(short, create_custom_diffusion(short, "cross_attention"), two)
+    with pytest.raises(ValueError, match="the .. different tokens of the target captions depend on each other in 16 channels"):
+        merged(short, one, two, (["a <new1>", "the <new1>", "x <new1> on"], ["a <new2>"]))
+    assert not short.tokenizer.added and not short.text_encoder.added
+    assert not any(isinstance(module, nn.Linear) and module._forward_hooks for module in short.unet.modules())
