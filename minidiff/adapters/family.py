@@ -96,7 +96,8 @@ class Prefix(nn.Module):
     """Prefix tuning (Li and Liang 2021): keys and values of its own that every query may look at, beside those of the context.
 
     They stand behind the context's, which is the same to a softmax and leaves the words of attention maps where they were. From the start
-    they take a share of the attention: the one method here that changes something before it has learned.
+    they take a share of the attention: the one method here that changes something before it has learned. They make to_k's and to_v's
+    outputs longer, so they are attached after what adds to these, a LoRA for one.
     """
 
     def __init__(self, width: int, length: int, generator: torch.Generator):
