@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import minidiff
 from minidiff import attention, attention_maps, blocks, compare, guidance, pipeline, samplers, text_encoder, unet, vae
+from minidiff.adapters import custom_diffusion
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.evaluation import alignment, bundled, clip, kid
 from minidiff.evaluation.prompts import fixed_prompts
@@ -72,6 +73,7 @@ def examples() -> list[partial]:
     sd = small_model()
     conversions = [schedule.x0_from_eps, schedule.eps_from_x0, schedule.x0_from_v, schedule.eps_from_v]
     weight = nn.Parameter(torch.ones(3))
+    changes = {"unet.down.0.transformers.0.block.cross_attention.to_k": torch.randn(16, 16)}
     answer, draws = lambda x_t, t, context: 0.5 * x_t, diffusion_loss.Draws(t, eps)
     judge = JudgeTask(judge_config(), 0, torch.device("cpu")).judge
     pixels, two = torch.rand(2, 3, 64, 64), torch.tensor([0, 1])
@@ -85,6 +87,10 @@ def examples() -> list[partial]:
         partial(attention.attention, q, k, v, 2),
         partial(attention.Attention(8, 2).forward, q, k),
         partial(attention_maps.word_map, {"layer": torch.rand(2, 4, 4, 5)}, [1, 2], (8, 8)),
+        partial(custom_diffusion.compress, changes),
+        partial(custom_diffusion.compress(changes).deltas),
+        partial(custom_diffusion.from_deltas, sd, changes),
+        partial(custom_diffusion.merge_directions, torch.randn(2, 8), torch.randn(20, 8)),
         partial(blocks.timestep_embedding, t, 8),
         partial(blocks.TimeEmbedding(8).forward, t),
         partial(blocks.ResBlock(8, 16, 4, 1e-5, 32).forward, x, time),
@@ -115,6 +121,7 @@ def examples() -> list[partial]:
         partial(zero_terminal_snr, schedule.alpha_bar),
         partial(text_encoder.quick_gelu, x),
         partial(text_encoder.TextBlock(text_config).forward, q),
+        partial(text_encoder.TextEncoder(text_config).embed, torch.tensor([[1, 2, 3]])),
         partial(text_encoder.TextEncoder(text_config).forward, torch.tensor([[1, 2, 3]])),
         partial(from_scratch.pixels_of, np.zeros((1, 4, 4, 3), np.uint8)),
         partial(from_scratch.resized, x_t, 3),

@@ -5,7 +5,7 @@
 
 Paper: Kumari et al. 2023, "Multi-concept customization of text-to-image diffusion". The trained matrices are kept whole and beside the
 model: a forward hook gives a layer's output by them, and removing it takes them back bit for bit. Here too: the compression of the changes
-(section 3.1, "Extension to fine-tuning compression" of its appendix) and the merge of several concepts in closed form (eq. 4 and 5).
+(by singular values) and the merge of several concepts in closed form (eq. 4 and 5).
 
 Left out: training on several concepts at once, which needs nothing but several words here.
 """
@@ -24,6 +24,7 @@ from minidiff.adapters.tokens import NewTokens
 from minidiff.pipeline import StableDiffusion
 
 LAYER_SETS = {"keys and values": ("to_k", "to_v"), "cross_attention": ("to_q", "to_k", "to_v", "to_out")}
+BATCH = 64  # captions that are encoded at once
 NEAR = 1e-5  # relative distance of two rows of features that count as one: ten roundings of float32
 WORST_CONDITION = 1e7  # 1 / the precision of float32, in which the features come: beyond it their smallest directions are rounding errors
 
@@ -238,7 +239,8 @@ def merge_concepts(
         tokens.to(sd.device).attach(sd)
     try:
         rows = [_target_rows(sd, concept, captions) for concept, captions in zip(concepts, targets)]
-        C_reg = _distinct(torch.cat([_features(sd, caption)[1:] for caption in regularisation]))
+        C_reg = torch.cat([_features(sd, regularisation[i : i + BATCH])[:, 1:].flatten(0, 1) for i in range(0, len(regularisation), BATCH)])
+        C_reg = torch.unique(C_reg, dim=0)
     finally:
         if tokens:
             tokens.detach()
@@ -303,8 +305,8 @@ def _check_concepts(concepts: Sequence[CustomDiffusion], targets: Sequence[Seque
             seen.append(word)
 
 
-def _features(sd: StableDiffusion, caption: str) -> Tensor:
-    return sd.encode_prompts([caption])[0].double()
+def _features(sd: StableDiffusion, captions: Sequence[str]) -> Tensor:
+    return sd.encode_prompts(captions).double()
 
 
 def _target_rows(sd: StableDiffusion, concept: CustomDiffusion, captions: Sequence[str]) -> tuple[Tensor, list[str]]:
@@ -315,16 +317,12 @@ def _target_rows(sd: StableDiffusion, concept: CustomDiffusion, captions: Sequen
         new = [positions[0] for word, positions in sd.tokenizer.words(caption) if word in own]
         if own and not new:
             raise ValueError(f"target caption {caption!r} has none of its concept's words {', '.join(sorted(own))}; put one in")
-        rows = _features(sd, caption)[min(new, default=1) :]
+        rows = _features(sd, [caption])[0, min(new, default=1) :]
         features.append(rows)
         sources += [caption] * len(rows)
     features = torch.cat(features)
     keep = _first_of_equals(features)
     return features[keep], [sources[i] for i in keep]
-
-
-def _distinct(rows: Tensor) -> Tensor:
-    return torch.unique(rows, dim=0)
 
 
 def _first_of_equals(rows: Tensor) -> list[int]:
