@@ -29,12 +29,12 @@ def new(sd, method, patterns=None, rank=3):
     return create_adapters(sd, patterns or WHERE[method], method=method, rank=rank, generator=generator())
 
 
-def learned(sd, method, patterns=None, rank=3):
+def learned(sd, method, patterns=None, rank=3, size=0.3):
     """With every weight moved, the zeros too."""
     adapters, draw = new(sd, method, patterns, rank), generator(1)
     with torch.no_grad():
         for p in adapters.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=draw))
+            p.add_(size * torch.randn(p.shape, generator=draw))
     return adapters
 
 
@@ -141,7 +141,7 @@ def test_detaching_is_exact_and_the_model_keeps_its_names(method, sd):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_flows_to_every_weight_and_checkpointing_does_not_change_it(method, sd):
-    adapters, gradients = learned(sd, method), []
+    adapters, gradients = learned(sd, method, rank=8), []  # of fewer units all may be below zero
     adapters.attach(sd)
     for on in (False, True):
         with checkpointed([sd.unet], on):
@@ -166,7 +166,7 @@ def test_the_first_gradient_reaches_what_starts_at_zero(method, sd):
 @pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast"])
 def test_half_precision_stays_and_the_adapters_are_float32(method, how):
     sd = small_model()
-    adapters = learned(sd, method)
+    adapters = learned(sd, method, size=0.1)
     adapters.attach(sd)
     exact = answer(sd)
     if how == "autocast":

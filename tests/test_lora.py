@@ -87,7 +87,8 @@ def test_a_layer_with_lora_gives_what_it_gives_in_peft(kind):
     ]]  # fmt: skip
     for ours, other in zip(*gradients):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)  # sums of up to 200 products, of values around 10
-    torch.testing.assert_close(lora.layers["unet.0"].delta(), tuner.get_delta_weight("default"), rtol=1e-5, atol=1e-6)  # one product in fp32
+    # one product in fp32
+    torch.testing.assert_close(lora.layers["unet.0"].delta(), tuner.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
 
 
 def test_the_attached_model_is_the_one_with_w0_plus_the_product_in_its_weights(sd):
@@ -362,8 +363,9 @@ def test_numbers_out_of_range_are_named(sd):
 
 def test_what_cannot_be_extracted_is_said(sd):
     for tuned, given, message in [
-        (sd, {"rank": 1}, "the two models are equal"), (sd, {}, "give a rank"), (sd, {"rank": 0}, "rank 0"), (sd, {"share": 1.5}, "share 1.5"),
-        (sd, {"share": 0.5, "of": "all"}, "share of 'all' unknown; choose sum, frobenius, ratio"), (sd, {"rank": 1, "clamp": 0.0}, "clamp 0.0"),
+        (sd, {"rank": 1}, "the two models are equal"), (sd, {}, "give a rank"), (sd, {"rank": 0}, "rank 0"),
+        (sd, {"rank": 1, "clamp": 0.0}, "clamp 0.0"), (sd, {"share": 1.5}, "share 1.5"),
+        (sd, {"share": 0.5, "of": "all"}, "share of 'all' unknown; choose sum, frobenius, ratio"),
         (small_model(wider()), {"rank": 1}, r"cross_attention.to_k is absent or of another shape"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import minidiff
 from minidiff import attention, attention_maps, blocks, compare, guidance, pipeline, samplers, text_encoder, unet, vae
-from minidiff.adapters import custom_diffusion
+from minidiff.adapters import custom_diffusion, family, lora
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.evaluation import alignment, bundled, clip, kid
 from minidiff.evaluation.prompts import fixed_prompts
@@ -82,6 +82,11 @@ def examples() -> list[partial]:
         reading = judge.read(pixels)
     verdict = bundled.Verdict(True, True, None, None, None, 0.5)
     return [
+        partial(family.Adapter(8, 2, torch.Generator()).forward, q),
+        partial(family.ParallelAdapter(8, 2, torch.Generator()).forward, q),
+        partial(family.MultiHeadParallelAdapter(8, 2, 2, torch.Generator()).forward, q),
+        partial(lora.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0).forward, q),
+        partial(lora.kept, torch.tensor([3.0, 1.0]), 0.5, "sum"),
         partial(attention.attention_weights, q, k, 2),
         partial(attention.attention_by_hand, q, k, v, 2),
         partial(attention.attention, q, k, v, 2),

@@ -36,7 +36,7 @@ PREFIX_STD = 0.02
 
 
 class Adapter(nn.Module):
-    """A bottleneck behind a layer (Houlsby et al. 2019), inside the skip around it. width: of the layer's output. No change while up is zero."""
+    """A bottleneck behind a layer (Houlsby et al. 2019), inside the skip around it. width: of the layer's output."""
 
     def __init__(self, width: int, rank: int, generator: torch.Generator):
         super().__init__()
@@ -51,7 +51,7 @@ class Adapter(nn.Module):
 
 
 class ParallelAdapter(nn.Module):
-    """A bottleneck beside a layer: reads what the layer reads, the queries' side of an attention. `scale` s is 1 or, scaled, the paper's 4."""
+    """A bottleneck beside a layer: reads what the layer reads, an attention's x. `scale` s is 1 or, scaled, the paper's 4."""
 
     def __init__(self, width: int, rank: int, generator: torch.Generator, scale: float = 1.0):
         super().__init__()

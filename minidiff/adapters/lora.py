@@ -40,8 +40,8 @@ SHARES = ("sum", "frobenius", "ratio")
 class LowRank(nn.Module):
     """The change (alpha / r) up down of one layer.
 
-    down: [r, in], or [r, in, kh, kw] of a convolution; up: [out, r], or [out, r, 1, 1]. A convolution is given its stride and padding by the
-    layer it is attached to. dropout: probability, on the input, while in training mode; drawn from PyTorch's global generator.
+    down: [r, in], or [r, in, kh, kw] of a convolution; up: [out, r], or [out, r, 1, 1]; both are copied. A convolution is given its stride
+    and padding by the layer it is attached to. dropout: probability, on the input, in training mode; drawn from PyTorch's global generator.
     """
 
     def __init__(self, down: Float[Tensor, "r ..."], up: Float[Tensor, "out r ..."], alpha: float, dropout: float = 0.0):
@@ -67,7 +67,7 @@ def _bare_layer(weight: Tensor) -> nn.Linear | nn.Conv2d:
         layer = nn.Conv2d(c_in, c_out, tuple(kernel), bias=False, device="meta")
     else:
         layer = nn.Linear(c_in, c_out, bias=False, device="meta")
-    layer.weight = nn.Parameter(weight)
+    layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
     return layer
 
 
@@ -256,8 +256,9 @@ def extract_lora(
         "sum"        the fewest that make up this share of the sum of s
         "frobenius"  the fewest whose norm is this share of the norm of s, the change's Frobenius norm
         "ratio"      those above this share of the largest one (kohya's sv_ratio is 1 / share)
-    s goes into up. clamp: both factors are cut off at this quantile of all their values, as kohya does to keep single large ones from
-    cutting the accuracy of half precision; 1 keeps the closest matrix of the rank (Eckart and Young). Layers that are equal are left out.
+    s goes into up. clamp: both factors are cut off at this quantile of all their values, as kohya does; 1 keeps the closest matrix of the
+    rank (Eckart and Young). The cut costs accuracy: a change of rank 16 and 2 % noise is met at rank 32 within 9 % instead of 2 %.
+    Layers that are equal are left out.
     Raises ValueError for models of different shapes, models without a difference, numbers out of range, and as `choose` does.
     """
     if rank is None and share is None:
@@ -292,7 +293,7 @@ def _factors(delta: Tensor, rank: int | None, share: float | None, of: str, clam
         # NumPy's: PyTorch's quantile takes no more than 2^24 values.
         limit = float(np.quantile(torch.cat([down.flatten(), up.flatten()]).cpu().numpy(), clamp))
         down, up = down.clamp(-limit, limit), up.clamp(-limit, limit)
-    return down.reshape(r, *delta.shape[1:]).contiguous(), up.reshape(-1, r, *(1,) * (delta.dim() - 2)).contiguous()
+    return down.reshape(r, *delta.shape[1:]), up.reshape(-1, r, *(1,) * (delta.dim() - 2))
 
 
 def kept(s: Float[Tensor, " n"], share: float, of: str) -> int:
