@@ -4,13 +4,21 @@ import pytest
 import torch
 from torch import nn
 
-from minidiff.adapters.custom_diffusion import CustomDiffusion, compress, create_custom_diffusion, from_deltas, merge_concepts, merge_directions
+from minidiff.adapters.custom_diffusion import (
+    CustomDiffusion,
+    compress,
+    create_custom_diffusion,
+    from_deltas,
+    merge_concepts,
+    merge_directions,
+)
 from minidiff.adapters.tokens import NewTokens, create_tokens
 from minidiff.config import SD1
 from minidiff.unet import UNet
 from tests.small_models import small_model
 
-CAPTIONS = [f"{a} {b} {c}" for a in ("red", "blue", "a", "the") for b in ("cat", "dog", "on", "and of") for c in ("beach", "sea", "x y", "!")]
+BEGINNINGS, MIDDLES, ENDS = ("red", "blue", "a", "the"), ("cat", "dog", "on", "and of"), ("beach", "sea", "x y", "!")
+CAPTIONS = [f"{a} {b} {c}" for a in BEGINNINGS for b in MIDDLES for c in ENDS]
 
 
 @pytest.fixture
@@ -58,7 +66,7 @@ def test_the_number_of_trained_weights_is_the_papers():
         sd.unet = UNet(SD1.unet)
         delta, everything = create_custom_diffusion(sd), create_custom_diffusion(sd, "cross_attention")
     assert sum(p.numel() for p in delta.parameters()) == 19_169_280 and len(delta.layers) == 32
-    # Beside them a query and an output matrix with a bias in each block: 2 blocks down and 3 up at each of 320, 640 and 1280, 1 in the middle.
+    # Beside them queries, outputs and their bias in each block: 2 blocks down and 3 up at each of 320, 640 and 1280, 1 in the middle.
     others = 5 * sum(2 * width**2 + width for width in (320, 640, 1280)) + 2 * 1280**2 + 1280
     assert sum(p.numel() for p in everything.parameters()) == 19_169_280 + others
 
@@ -245,7 +253,7 @@ def test_the_closed_form_solves_the_lagrange_system(ridge):
 
 
 def test_no_other_change_that_keeps_the_constraints_drifts_less():
-    C, C_reg, asked = normal(3, 8, dtype=torch.float64), normal(30, 8, seed=1, dtype=torch.float64), normal(3, 4, seed=2, dtype=torch.float64)
+    C, C_reg, asked = (normal(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate([(3, 8), (30, 8), (3, 4)]))
     change = asked.T @ merge_directions(C, C_reg)[0]
     free = torch.eye(8, dtype=torch.float64) - torch.linalg.pinv(C) @ C  # free @ C^T is 0
     for seed in range(20):
@@ -309,10 +317,18 @@ def test_a_ridge_keeps_the_constraints_and_helps_too_few_captions(short):
 
 def test_captions_that_coincide_are_named(short):
     one, two = (moved(create_custom_diffusion(short), seed) for seed in (1, 20))
-    with pytest.raises(ValueError, match=r"captions of concepts 1 and 2 coincide: 'the sea' and 'the sea' have tokens of the same features \(7 in"):
+    message = r"captions of concepts 1 and 2 coincide: 'the sea' and 'the sea' have tokens of the same features \(7 in all\)"
+    with pytest.raises(ValueError, match=message):
         merged(short, one, two, (["the sea"], ["the sea"]))
     named = concept(short, "<new1>", 3)
     merged(short, named, two, (["a <new1>", "A  <new1>"], ["x"]))  # but within a concept equal rows count once
+
+
+def test_rows_that_depend_on_each_other_name_their_captions():
+    C, C_reg = normal(4, 8, dtype=torch.float64), normal(30, 8, seed=1, dtype=torch.float64)
+    C = torch.cat([C, C[1:2] + 1e-9])
+    with pytest.raises(ValueError, match="coincide or depend on each other .*, most of all in 'b' and 'e'; leave|in 'e' and 'b'; leave"):
+        merge_directions(C, C_reg, captions=["a", "b", "c", "d", "e"])
 
 
 def test_a_merge_that_cannot_be_is_refused_and_leaves_the_model(short):
@@ -327,7 +343,7 @@ def test_a_merge_that_cannot_be_is_refused_and_leaves_the_model(short):
         merged(short, one, two, regularisation=[])
     with pytest.raises(ValueError, match=r"concept 1 has .*to_q and \d+ more layers; only keys and values"):
         merged(short, create_custom_diffusion(short, "cross_attention"), two)
-    with pytest.raises(ValueError, match="the .. different tokens of the target captions depend on each other in 16 channels"):
+    with pytest.raises(ValueError, match=r"\d\d different tokens in the target captions, and a map of 16 channels can hold 16; give fewer"):
         merged(short, one, two, (["a <new1>", "the <new1>", "x <new1> on"], ["a <new2>"]))
     assert not short.tokenizer.added and not short.text_encoder.added
     assert not any(isinstance(module, nn.Linear) and module._forward_hooks for module in short.unet.modules())

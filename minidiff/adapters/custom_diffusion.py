@@ -246,7 +246,7 @@ def merge_concepts(
             tokens.detach()
     _check_captions(rows)
     C = torch.cat([features for features, _ in rows])
-    directions, condition, condition_reg = merge_directions(C, C_reg, ridge)
+    directions, condition, condition_reg = merge_directions(C, C_reg, ridge, [caption for _, captions in rows for caption in captions])
 
     layers, residual, drift = {}, torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for name in dict.fromkeys(name for concept in concepts for name in concept.names):
@@ -262,13 +262,13 @@ def merge_concepts(
 
 
 def merge_directions(
-    C: Float[Tensor, "s D"], C_reg: Float[Tensor, "n D"], ridge: float = 0.0
+    C: Float[Tensor, "s D"], C_reg: Float[Tensor, "n D"], ridge: float = 0.0, captions: Sequence[str] = ()
 ) -> tuple[Float[Tensor, "s D"], float, float]:
     """(d C^T)^-1 d with d = C (C_reg^T C_reg + ridge)^-1: asked^T times it is the change W - W0 with (W - W0) C^T = asked^T.
 
     It has the smallest |(W - W0) C_reg^T|^2 + ridge |W - W0|^2 of all changes with that. Also returns the condition numbers of d C^T and of
     C_reg^T C_reg + ridge. By two QR decompositions, so that neither matrix is formed and its condition enters by its square root.
-    Raises ValueError where either is singular to the precision of float32.
+    Raises ValueError where either is singular to the precision of float32; captions, one a row of C, are named in it.
     """
     D = C.shape[1]
     ridge_rows = ridge**0.5 * torch.eye(D, dtype=C.dtype, device=C.device)
@@ -280,11 +280,16 @@ def merge_directions(
             f"(condition {worst_reg**2:.1e}); give more captions, or a ridge such as 1e-3"
         )
     A = torch.linalg.solve_triangular(R_reg.T, C.T, upper=False)  # A^T A = d C^T
-    worst = float(torch.linalg.cond(A)) if len(C) <= D else float("inf")
+    if len(C) > D:
+        raise ValueError(f"{len(C)} different tokens in the target captions, and a map of {D} channels can hold {D}; give fewer captions")
+    worst = float(torch.linalg.cond(A))
     if not worst < WORST_CONDITION:
+        # The smallest singular value's direction is the sum of rows that is nearly nothing: the largest of it are the rows to blame.
+        blamed = torch.linalg.svd(A, full_matrices=False).Vh[-1].abs().topk(min(2, len(C))).indices.tolist()
+        names = " and ".join(dict.fromkeys(repr(captions[i]) for i in blamed)) if captions else "of C"
         raise ValueError(
-            f"the {len(C)} different tokens of the target captions depend on each other in {D} channels (condition {worst**2:.1e}); "
-            "give fewer captions"
+            f"tokens of the target captions coincide or depend on each other (condition {worst**2:.1e}), most of all in {names}; "
+            "leave one out"
         )
     Q, R = torch.linalg.qr(A)
     return torch.linalg.solve_triangular(R, torch.linalg.solve_triangular(R_reg, Q, upper=True).T, upper=True), worst**2, worst_reg**2
