@@ -2,10 +2,15 @@ import pytest
 import torch
 
 import weights_loader
+from minidiff.adapters.tokens import NewTokens
 from tests.checkpoints import extras, family_configs, family_model, ldm_tensors
+from tests.small_files import compressed, random_delta, random_lora
 from tests.small_models import small_model
 from weights_loader import detect
+from weights_loader.custom_diffusion import write_custom_diffusion
 from weights_loader.dialects import UNET_PREFIX, ema_name, to_file
+from weights_loader.embedding import write_embedding
+from weights_loader.lora import write_lora
 from weights_loader.write import write_safetensors
 
 
@@ -42,3 +47,47 @@ def test_what_cannot_be_loaded_cannot_be_summed_up_either(tmp_path):
     write_safetensors(tmp_path / "vae.safetensors", to_file(small_model().vae, "ldm"))
     with pytest.raises(ValueError, match="a VAE alone; load a whole model and give this as vae=FILE"):
         weights_loader.inspect(tmp_path / "vae.safetensors")
+
+
+# -------------------------------------------------------------------------------------------------------- small files
+
+
+def test_a_lora_is_summed_up(tmp_path):
+    sd = small_model()
+    lora = random_lora(sd, r"attention\.to_[kv]", (4,), (2.0,))
+    write_lora(tmp_path / "x.safetensors", lora, sd, "kohya", {"steps": 300})
+    summary = weights_loader.inspect(tmp_path / "x.safetensors")
+    text_layers = sum(name.startswith("text_encoder.") for name in lora.layers)
+    assert summary.parts == {"unet": len(lora.layers) - text_layers, "text encoder": text_layers} and text_layers == 4
+    assert summary.kind == "LoRA, names of kohya" and summary.ranks == {4: len(lora.layers)} and summary.alphas == {2.0: len(lora.layers)}
+    assert summary.size == (tmp_path / "x.safetensors").stat().st_size and summary.words == {}
+    text = str(summary)
+    assert "rank        4\n" in text and "alpha       2\n" in text and 'minidiff.settings: {"steps": 300}' in text
+
+
+def test_a_folder_with_a_lora_of_many_ranks_is_summed_up(tmp_path):
+    sd = small_model()
+    write_lora(tmp_path / "pytorch_lora_weights.safetensors", random_lora(sd, "", (1, 2, 3, 4, 5), (1.0, 2.0)), sd)
+    text = str(weights_loader.inspect(tmp_path))
+    assert "LoRA, names of diffusers" in text and "rank        1 to 5\n" in text and "1 (" in text and "lora_adapter_metadata: {" in text
+
+
+def test_words_and_custom_diffusion_are_summed_up(tmp_path):
+    sd = small_model()
+    delta = random_delta(sd, words=3)
+    write_embedding(tmp_path / "x.safetensors", NewTokens({"<new1>": torch.zeros(1, 16), "<new2>": torch.zeros(3, 16)}))
+    torch.save({"sks": torch.zeros(16)}, tmp_path / "sks.bin")
+    write_custom_diffusion(tmp_path / "delta.safetensors", delta, sd, compressed=compressed(delta, sd))
+    write_custom_diffusion(tmp_path / "folder", delta, sd)
+    summaries = {name: weights_loader.inspect(tmp_path / name) for name in ("x.safetensors", "sks.bin", "delta.safetensors", "folder")}
+    assert summaries["delta.safetensors"].words == summaries["folder"].words == {"<new1>": 3, "<new2>": 3}
+    assert "words       <new1> (1 vector), <new2> (3 vectors), 16 wide" in str(summaries["x.safetensors"])
+    assert summaries["sks.bin"].words == {"sks": 1} and summaries["sks.bin"].kind == "Textual Inversion embedding"
+    assert summaries["delta.safetensors"].kind == "Custom Diffusion, compressed" and summaries["delta.safetensors"].ranks == {2: 14}
+    assert summaries["folder"].kind == "Custom Diffusion" and summaries["folder"].parts == {"unet cross-attention": 14}
+
+
+def test_a_small_file_that_is_damaged_is_named(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match="x.safetensors: a LoRA for Stable Diffusion XL"):
+        weights_loader.inspect(tmp_path / "x.safetensors")

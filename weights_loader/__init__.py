@@ -4,10 +4,31 @@
     weights_loader.save(sd, "folder", layout="diffusers")
     print(weights_loader.inspect("model.ckpt"))
     weights_loader.convert("model.ckpt", "model.safetensors")
+
+    sd = weights_loader.load("tiny", embeddings=("cat.safetensors",), lora=(("style.safetensors", 0.7),))
+    weights_loader.write_lora("style.safetensors", lora, sd, names="kohya")
 """
 
+from weights_loader.attach import attach
+from weights_loader.custom_diffusion import read_custom_diffusion, write_custom_diffusion
+from weights_loader.embedding import read_embedding, write_embedding
 from weights_loader.load import load
+from weights_loader.lora import read_lora, write_lora
 from weights_loader.save import convert, save
-from weights_loader.summary import Summary, inspect
+from weights_loader.summary import SmallSummary, Summary, inspect
 
-__all__ = ["Summary", "convert", "inspect", "load", "save"]
+__all__ = [
+    "SmallSummary",
+    "Summary",
+    "attach",
+    "convert",
+    "inspect",
+    "load",
+    "read_custom_diffusion",
+    "read_embedding",
+    "read_lora",
+    "save",
+    "write_custom_diffusion",
+    "write_embedding",
+    "write_lora",
+]

@@ -28,23 +28,24 @@ OPEN_CLIP_LAYERS = 24  # of ViT-H, in the files; Stable Diffusion 2.x runs all b
 CHANGES = (
     (
         "lora",
-        r"lora_(unet|te|down|up|mid)|[._]lora(_linear_layer)?\.|\.lora_[AB]\.|lora_magnitude|\.hada_w|\.lokr_w|^(unet|text_encoder):\d+:",
-        "a LoRA: changes to a model, not a model itself; load a model and give this as lora=FILE (--lora)",
+        r"lora_(unet|te|down|up|mid|magnitude)|[._]lora(_linear_layer)?\.|\.lora_[AB]\.|\.hada_w|\.lokr_w|^(unet|text_encoder):\d+:",
+        "a LoRA: changes to a model, not a model itself; give it as lora=FILE (--lora) beside one",
     ),
     (
         "custom_diffusion",
         r"custom_diffusion|^modifier_token",
-        "a Custom Diffusion file: changes to a model, not a model; load a model and give this as custom_diffusion=FILE (--custom-diffusion)",
+        "a Custom Diffusion file: changes to a model, not a model; give it as custom_diffusion=FILE (--custom-diffusion) beside one",
     ),
     (
         "embedding",
         r"^string_to_param|^emb_params$|^clip_[lg]$|^<[^<>]+>$",
-        "a Textual Inversion embedding: a learned word, not a model; load a model and give this as embeddings=FILE (--embedding)",
+        "a Textual Inversion embedding: a learned word, not a model; give it as embeddings=FILE (--embedding) beside one",
     ),
 )
 WHAT = {kind: what for kind, _, what in CHANGES}
 CROSS_ATTENTION = r"attn2\.|^modifier_token\.|^embed$"  # of a Custom Diffusion file in a whole model's names
-UNET_ITSELF = r"(^|\.)(input_blocks\.0\.0|time_embed\.0|conv_in|time_embedding\.linear_1)\.weight$"  # the tensors of every U-Net, whatever its names
+# Tensors of every U-Net, in either naming.
+UNET_ITSELF = r"(^|\.)(input_blocks\.0\.0|time_embed\.0|conv_in|time_embedding\.linear_1)\.weight$"
 
 # The same for other models. The first that is found decides.
 FOREIGN = (

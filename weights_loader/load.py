@@ -6,9 +6,11 @@
          -> account of every name   or one error, before anything is built
          -> weights assigned        views of the mapped file, converted only if another dtype or device is asked for
          -> eps or v                if nothing has said it yet, the model is asked
+         -> small files             learned words, Custom Diffusion and LoRA, attached beside the weights (attach.py)
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -24,6 +26,7 @@ from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 from weights_loader import detect, dialects, folder, metadata
+from weights_loader.attach import File, attach
 from weights_loader.contents import Contents, check_parts, find, open_checkpoint, take_averages, take_vae
 from weights_loader.dialects import Part
 from weights_loader.report import Report
@@ -61,6 +64,9 @@ def load(
     vae: str | Path | None = None,
     config: ModelConfig | None = None,
     prediction: str | None = None,
+    lora: File | Sequence[File | tuple[File, float]] = (),
+    embeddings: File | Sequence[File | tuple[File, str]] = (),
+    custom_diffusion: File | Sequence[File | tuple[File, tuple[str, ...]]] = (),
 ) -> StableDiffusion:
     """Load a Stable Diffusion: a .safetensors or .ckpt file in LDM names, a diffusers folder, or "tiny", which ships with minidiff.
 
@@ -71,12 +77,15 @@ def load(
     vae: a file or folder whose VAE is used instead of the model's.
     config: the numbers of a model that is of no known family and does not name them itself.
     prediction: what the U-Net predicts, if the file is wrong about it.
+    lora, embeddings, custom_diffusion: small files to attach, such as lora=("a.safetensors", ("b.safetensors", 0.7)); see `attach`.
 
     The modules are in eval mode and need no gradient: most callers draw pictures, and a trainer says itself what it trains.
     Raises FileNotFoundError for what is not there, and ValueError, naming the likely cause, for everything that is not a whole model: a
     model is never loaded in part.
     """
-    return load_with_report(path_or_name, dtype=dtype, device=device, ema=ema, vae=vae, config=config, prediction=prediction).sd
+    sd = load_with_report(path_or_name, dtype=dtype, device=device, ema=ema, vae=vae, config=config, prediction=prediction).sd
+    attach(sd, lora=lora, embeddings=embeddings, custom_diffusion=custom_diffusion)
+    return sd
 
 
 def load_with_report(

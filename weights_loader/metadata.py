@@ -38,7 +38,7 @@ def prediction_from_metadata(metadata: dict[str, str]) -> Literal["eps", "v"] | 
 
 
 def settings_to_metadata(settings: dict[str, object]) -> dict[str, str]:
-    """What a LoRA, embedding or Custom Diffusion was made with, under names of the caller's, as JSON. Raises ValueError for what JSON has no place for."""
+    """What a small file was made with, under names of the caller's, as JSON. Raises ValueError for what JSON has no place for."""
     if not settings:
         return {}
     try:

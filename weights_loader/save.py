@@ -37,10 +37,8 @@ def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm"):
     else:
         _save_folder(sd, path)
     if sd.adapters:
-        warnings.warn(
-            f"{path}: the model without what is attached to it ({', '.join(map(str, sd.adapters))}); merge that into the weights to save it",
-            stacklevel=2,
-        )
+        attached = ", ".join(map(str, sd.adapters))
+        warnings.warn(f"{path}: the model without what is attached to it ({attached}); merge that into the weights to save it", stacklevel=2)
 
 
 def _save_ldm(sd: StableDiffusion, path: Path):

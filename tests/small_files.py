@@ -1,0 +1,44 @@
+"""Made-up LoRAs and Custom Diffusions for a small model, for the tests of their files."""
+
+import re
+
+import torch
+
+from minidiff.adapters.custom_diffusion import CustomDiffusion, compress
+from minidiff.adapters.tokens import NewTokens
+from weights_loader.lora import Factors, layer_places, lora_from_factors
+
+KEYS_AND_VALUES = r"cross_attention\.to_[kv]$"
+ALL = r"cross_attention\.to_\w+$"
+
+
+def random_lora(sd, pattern="", ranks=(2, 3, 4), alphas=(0.1, 1.0, 2.5)):
+    """Of every layer with the pattern in its name; ranks and alphas in turn, by default so that no two neighbours are scaled alike."""
+    generator = torch.Generator().manual_seed(0)
+    factors = {}
+    for name in layer_places(sd, "diffusers"):
+        if re.search(pattern, name):
+            weight, rank = weight_of(sd, name), ranks[len(factors) % len(ranks)]
+            down = 0.2 * torch.randn(rank, *weight.shape[1:], generator=generator)
+            up = torch.randn(weight.shape[0], rank, *(1,) * (weight.dim() - 2), generator=generator)
+            factors[name] = Factors(down, up, alphas[len(factors) // 2 % len(alphas)])
+    return lora_from_factors(factors)
+
+
+def weight_of(sd, name):
+    part, layer = name.split(".", 1)
+    return getattr(sd, part).get_submodule(layer).weight
+
+
+def random_delta(sd, pattern=KEYS_AND_VALUES, words=1):
+    """New weights (and biases) in cross-attention, and two new words; words: vectors each, 0 for no words."""
+    generator = torch.Generator().manual_seed(0)
+    layers = {f"unet.{name}": layer for name, layer in sd.unet.named_modules() if re.search(pattern, name)}
+    weights = {name: one.weight.detach() + 0.3 * torch.randn(one.weight.shape, generator=generator) for name, one in layers.items()}
+    biases = {name: torch.randn(one.bias.shape, generator=generator) for name, one in layers.items() if one.bias is not None}
+    rows = {f"<new{i}>": torch.randn(words, sd.config.text_encoder.width, generator=generator) for i in (1, 2)}
+    return CustomDiffusion(weights, NewTokens(rows) if words else None, biases)
+
+
+def compressed(delta, sd, rank=2):
+    return compress(delta.deltas(sd), rank=rank)
