@@ -266,62 +266,72 @@ def merged(sd, one, two, targets=(["a <new1> cat"], ["a <new2> dog on the"]), re
     return merge_concepts(sd, [one, two], targets, regularisation, **settings)
 
 
-@pytest.fixture
-def short(sd):
-    """A context of 8 tokens: two captions of 6 rows stay below the 16 channels."""
-    config = sd.config.tokenizer
-    object.__setattr__(sd.tokenizer, "config", type(config)(config.merges, config.cleaning, config.padding, 8))
-    return sd
+def words(sd, caption):
+    """The context's rows from the first word to the end token."""
+    return sd.encode_prompts([caption])[0, 1 : len(sd.tokenizer.encode(caption)) + 2]
 
 
-def test_merged_concepts_give_their_own_keys_and_values_and_the_rest_drifts_little(short):
-    one, two = concept(short, "<new1>", 3), concept(short, "<new2>", 30)
-    before = state(short)
-    both, report = merged(short, one, two)
-    assert same(state(short), before) and not short.tokenizer.added
+def test_merged_concepts_give_their_own_keys_and_values_and_the_rest_drifts_little(sd):
+    one, two = concept(sd, "<new1>", 3), concept(sd, "<new2>", 30)
+    before = state(sd)
+    both, report = merged(sd, one, two)
+    assert same(state(sd), before) and not sd.tokenizer.added
     assert both.tokens.names == ("<new1>", "<new2>") and both.names == one.names
-    assert report.rows == 12 and 16 < report.regularisation_rows < 8 * len(CAPTIONS)
+    letters = len(sd.tokenizer.encode("cat")) + len(sd.tokenizer.encode("dog on the"))
+    assert report.rows == 4 + letters  # two new words, what stands after them, and two end tokens
     assert report.residual < 1e-9 and report.condition > 1 and report.seconds > 0  # float64, condition 1e4
-    tokens = torch.cat([short.encode_prompts([caption])[0, 1:] for caption in CAPTIONS]).unique(dim=0)
-    old, new = ([tokens @ W.detach().T for W in delta.layers.values()] for delta in (create_custom_diffusion(short), both))
+    tokens = torch.cat([words(sd, caption) for caption in CAPTIONS]).unique(dim=0)
+    old, new = ([tokens @ W.detach().T for W in delta.layers.values()] for delta in (create_custom_diffusion(sd), both))
     drift = sum((b - a).square().sum() for a, b in zip(old, new)).sqrt() / sum(a.square().sum() for a in old).sqrt()
     assert report.regularisation_rows == len(tokens) and report.drift == pytest.approx(float(drift), rel=1e-3)  # fp32
     outputs = {}
     for caption, delta in (("a <new1> cat", one), ("a <new1> cat", both), ("a <new2> dog on the", two), ("a <new2> dog on the", both)):
-        delta.attach(short)
-        context = short.encode_prompts([caption])
-        outputs[caption, delta is both] = [
-            layer(context)[:, 2:] for name, layer in short.unet.named_modules() if f"unet.{name}" in delta.names  # from the new word on
-        ]
+        delta.attach(sd)
+        rows = words(sd, caption)[None, 1:]  # from the new word on
+        outputs[caption, delta is both] = [layer(rows) for name, layer in sd.unet.named_modules() if f"unet.{name}" in delta.names]
         delta.detach()
     for caption in ("a <new1> cat", "a <new2> dog on the"):
         for ours, expected in zip(outputs[caption, True], outputs[caption, False], strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)  # fp32 products of weights that grew in the merge
 
 
-def test_nothing_changed_is_nothing_merged(short):
-    one, two = (create_custom_diffusion(short, tokens=NewTokens({w: normal(1, 16, seed=i)})) for i, w in enumerate(["<new1>", "<new2>"]))
-    both, report = merged(short, one, two)
+def test_one_concept_alone_keeps_its_own_keys_and_values(sd):
+    one, captions = concept(sd, "<new1>", 3), ["<new1> cat", "a photo of a <new1>"]
+    alone, report = merge_concepts(sd, [one], [captions], CAPTIONS)
+    assert report.residual < 1e-9  # float64, condition 1e5 at most
+    one.tokens.attach(sd)
+    rows = torch.cat([words(sd, captions[0]), words(sd, captions[1])[-2:]])
+    one.tokens.detach()
+    for name, W in one.layers.items():
+        torch.testing.assert_close(rows @ alone.layers[name].T, rows @ W.T, rtol=1e-4, atol=1e-4)  # fp32 products
+    assert any((alone.layers[name] - W).abs().max() > 0.1 for name, W in one.layers.items())  # other words kept the model's
+    with_padding = sd.encode_prompts(["a red cat"])[0, 10:]
+    assert (with_padding @ alone.layers[name].T - with_padding @ W.T).abs().max() > 1e-3  # which is asked of no row
+
+
+def test_nothing_changed_is_nothing_merged(sd):
+    one, two = (create_custom_diffusion(sd, tokens=NewTokens({w: normal(1, 16, seed=i)})) for i, w in enumerate(["<new1>", "<new2>"]))
+    both, report = merged(sd, one, two)
     assert report.residual == report.drift == 0
     assert all(torch.equal(both.layers[name], W) for name, W in one.layers.items())
 
 
-def test_a_ridge_keeps_the_constraints_and_helps_too_few_captions(short):
-    one, two = concept(short, "<new1>", 3), concept(short, "<new2>", 30)
+def test_a_ridge_keeps_the_constraints_and_helps_too_few_captions(sd):
+    one, two = concept(sd, "<new1>", 3), concept(sd, "<new2>", 30)
     few = ["a cat"]
     with pytest.raises(ValueError, match=r"\d+ different tokens of the regularisation captions do not fix a map of 16 channels .*ridge"):
-        merged(short, one, two, regularisation=few)
-    _, report = merged(short, one, two, regularisation=few, ridge=0.01)
+        merged(sd, one, two, regularisation=few)
+    _, report = merged(sd, one, two, regularisation=few, ridge=0.01)
     assert report.residual < 1e-8 and report.regularisation_rows < 16
 
 
-def test_captions_that_coincide_are_named(short):
-    one, two = (moved(create_custom_diffusion(short), seed) for seed in (1, 20))
-    message = r"captions of concepts 1 and 2 coincide: 'the sea' and 'the sea' have tokens of the same features \(7 in all\)"
+def test_captions_that_coincide_are_named(sd):
+    one, two = (moved(create_custom_diffusion(sd), seed) for seed in (1, 20))
+    message = r"captions of concepts 1 and 2 coincide: 'the sea' and 'the sea' have tokens of the same features \(\d in all\)"
     with pytest.raises(ValueError, match=message):
-        merged(short, one, two, (["the sea"], ["the sea"]))
-    named = concept(short, "<new1>", 3)
-    merged(short, named, two, (["a <new1>", "A  <new1>"], ["x"]))  # but within a concept equal rows count once
+        merged(sd, one, two, (["the sea"], ["the sea"]))
+    named = concept(sd, "<new1>", 3)
+    merged(sd, named, two, (["a <new1>", "A  <new1>"], ["x"]))  # but within a concept equal rows count once
 
 
 def test_rows_that_depend_on_each_other_name_their_captions():
@@ -331,19 +341,19 @@ def test_rows_that_depend_on_each_other_name_their_captions():
         merge_directions(C, C_reg, captions=["a", "b", "c", "d", "e"])
 
 
-def test_a_merge_that_cannot_be_is_refused_and_leaves_the_model(short):
-    one, two = concept(short, "<new1>", 3), concept(short, "<new2>", 30)
+def test_a_merge_that_cannot_be_is_refused_and_leaves_the_model(sd):
+    one, two = concept(sd, "<new1>", 3), concept(sd, "<new2>", 30)
     with pytest.raises(ValueError, match="2 concepts and 1 lists of target captions"):
-        merged(short, one, two, (["a <new1>"],))
+        merged(sd, one, two, (["a <new1>"],))
     with pytest.raises(ValueError, match="two concepts have a word '<new1>'; rename one"):
-        merged(short, one, concept(short, "<new1>", 5))
+        merged(sd, one, concept(sd, "<new1>", 5))
     with pytest.raises(ValueError, match="target caption 'a dog' has none of its concept's words <new2>"):
-        merged(short, one, two, (["a <new1>"], ["a dog"]))
+        merged(sd, one, two, (["a <new1>"], ["a dog"]))
     with pytest.raises(ValueError, match="0 regularisation captions, ridge 0.0"):
-        merged(short, one, two, regularisation=[])
+        merged(sd, one, two, regularisation=[])
     with pytest.raises(ValueError, match=r"concept 1 has .*to_q and \d+ more layers; only keys and values"):
-        merged(short, create_custom_diffusion(short, "cross_attention"), two)
+        merged(sd, create_custom_diffusion(sd, "cross_attention"), two)
     with pytest.raises(ValueError, match=r"\d\d different tokens in the target captions, and a map of 16 channels can hold 16; give fewer"):
-        merged(short, one, two, (["a <new1>", "the <new1>", "x <new1> on"], ["a <new2>"]))
-    assert not short.tokenizer.added and not short.text_encoder.added
-    assert not any(isinstance(module, nn.Linear) and module._forward_hooks for module in short.unet.modules())
+        merged(sd, one, two, (["a <new1> cat on the red beach , and of the blue sea"], ["a <new2>"]))
+    assert not sd.tokenizer.added and not sd.text_encoder.added
+    assert not any(isinstance(module, nn.Linear) and module._forward_hooks for module in sd.unet.modules())

@@ -225,9 +225,10 @@ def merge_concepts(
     """One Custom Diffusion with the words of all, by eq. 4 and 5 of the paper, in float64.
 
     targets: for each concept its captions, such as ["photo of a <new1> cat"]. Their tokens get the keys and values that the concept gives
-    them: from the new word on, since what stands before it does not know of it (the encoder is causal), and to the end of the row.
-    regularisation: captions, about 1000, whose tokens shall keep the model's keys and values as far as possible. The start token is in
-    neither; equal rows count once. ridge: added to the diagonal of C_reg^T C_reg. The concepts must not be attached.
+    them, from the new word on: what stands before it does not know of it (the encoder is causal).
+    regularisation: captions, about 1000, whose tokens shall keep the model's keys and values as far as possible. As in the original, the
+    start token and the padding are in neither, the end token is; equal rows count once.
+    ridge: added to the diagonal of C_reg^T C_reg. The concepts must not be attached.
     Raises ValueError for concepts with other layers than keys and values, two with the same word, captions of two concepts that coincide,
     and too few regularisation captions.
     """
@@ -239,8 +240,7 @@ def merge_concepts(
         tokens.to(sd.device).attach(sd)
     try:
         rows = [_target_rows(sd, concept, captions) for concept, captions in zip(concepts, targets)]
-        C_reg = torch.cat([_features(sd, regularisation[i : i + BATCH])[:, 1:].flatten(0, 1) for i in range(0, len(regularisation), BATCH)])
-        C_reg = torch.unique(C_reg, dim=0)
+        C_reg = torch.unique(torch.cat(_features(sd, regularisation)), dim=0)
     finally:
         if tokens:
             tokens.detach()
@@ -310,19 +310,24 @@ def _check_concepts(concepts: Sequence[CustomDiffusion], targets: Sequence[Seque
             seen.append(word)
 
 
-def _features(sd: StableDiffusion, captions: Sequence[str]) -> Tensor:
-    return sd.encode_prompts(captions).double()
+def _features(sd: StableDiffusion, captions: Sequence[str]) -> list[Tensor]:
+    """Of each caption the rows of its words and of the end token.
+
+    Not of the padding: its rows are many and nearly alike, and as constraints they would take up most directions that there are.
+    """
+    contexts = torch.cat([sd.encode_prompts(captions[i : i + BATCH]) for i in range(0, len(captions), BATCH)]).double()
+    return [rows[1 : len(sd.tokenizer.encode(caption)) + 2] for rows, caption in zip(contexts, captions)]  # a cut caption has no padding
 
 
 def _target_rows(sd: StableDiffusion, concept: CustomDiffusion, captions: Sequence[str]) -> tuple[Tensor, list[str]]:
     """The rows that are asked for, [s, D], and for each its caption."""
     own = {sd.tokenizer.clean(name) for name in (concept.tokens.names if concept.tokens else ())}
     features, sources = [], []
-    for caption in captions:
+    for caption, rows in zip(captions, _features(sd, captions)):
         new = [positions[0] for word, positions in sd.tokenizer.words(caption) if word in own]
         if own and not new:
             raise ValueError(f"target caption {caption!r} has none of its concept's words {', '.join(sorted(own))}; put one in")
-        rows = _features(sd, [caption])[0, min(new, default=1) :]
+        rows = rows[min(new, default=1) - 1 :]
         features.append(rows)
         sources += [caption] * len(rows)
     features = torch.cat(features)
