@@ -9,7 +9,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from minidiff.adapters.lora import PATTERNS, LoRA, LowRank, choose, create_lora, extract_lora, kept, layers_of, merge_lora
+from minidiff.config import SD1
 from minidiff.pipeline import StableDiffusion
+from minidiff.text_encoder import TextEncoder
+from minidiff.unet import UNet
 from tests.small_models import small_config, small_model
 
 ALL = (r"^(unet|text_encoder)\.",)
@@ -269,6 +272,18 @@ def test_the_named_sets_choose_what_the_public_trainers_do(sd):
     assert {name for name in layers if layers[name].weight.shape[2:] == (3, 3)} - set(chosen["conv"]) == {"unet.conv_in", "unet.conv_out"}
     assert set(chosen["transformer"]) < set(chosen["conv"]) and set(chosen["attention"]) < set(chosen["transformer"])
     assert chosen["text_encoder"] == [f"text_encoder.blocks.{i}.attention.to_{x}" for i in range(2) for x in ("q", "k", "v", "out")]
+
+
+def test_on_stable_diffusion_1_the_sets_are_as_large_as_the_public_trainers_say():
+    sd = object.__new__(StableDiffusion)
+    with torch.device("meta"):
+        sd.unet, sd.text_encoder = UNet(SD1.unet), TextEncoder(SD1.text_encoder)
+    layers = layers_of(sd)
+    # kohya prints 192 modules for the U-Net, 278 with convolutions; diffusers has 16 transformers with two attentions, CLIP 12 blocks.
+    counts = {"attention": 128, "transformer": 192, "conv": 278, "text_encoder": 48}
+    assert {name: len(choose(list(layers), patterns)) for name, patterns in PATTERNS.items()} == counts
+    lora = create_lora(sd, PATTERNS["attention"], rank=4, alpha=4.0, generator=generator())
+    assert sum(p.numel() for p in lora.parameters()) == 797_184  # diffusers' default, a file of 3.2 MB
 
 
 def test_a_rank_beyond_the_layer_is_taken_and_reaches_any_change(sd):
