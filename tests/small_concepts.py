@@ -39,7 +39,7 @@ def small_concept(folder: Path, name="a", token="<cat>", class_word="cat", **wor
     """Three pictures, and two of the class."""
     seed = sum(name.encode())
     images, class_images = picture_folder(folder / name, seed=seed), picture_folder(folder / f"{name}-class", count=2, seed=seed + 1)
-    return Concept(images=images, token=token, class_word=class_word, class_images=class_images, **words)
+    return Concept(**{"images": images, "token": token, "class_word": class_word, "class_images": class_images} | words)
 
 
 def quick(**changes) -> Settings:

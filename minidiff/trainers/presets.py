@@ -210,7 +210,7 @@ def family_of(config: ModelConfig) -> Family:
     return {768: "sd1", 1024: "sd2"}.get(config.unet.context_width, "bundled")
 
 
-def preset(method: str, family: Family) -> Options:
+def preset(method: str, family: str) -> Options:
     """The numbers of a method for a family of models. Raises ValueError for an unknown one of either."""
     presets = {"sd1": STABLE_DIFFUSION, "sd2": STABLE_DIFFUSION, "bundled": BUNDLED}
     if family not in presets:
