@@ -16,12 +16,15 @@ class TokenizerConfig:
     cleaning: how text is normalised before it is split. "clip" is what transformers' CLIPTokenizer does (used with SD 1.x),
         "open_clip" what open_clip does (used with SD 2.x): Unicode repair by ftfy, HTML entities, lower case.
     padding: "end" repeats the end-of-text token (SD 1.x), "zero" uses token 0 (SD 2.x).
+    added: words of the checkpoint's own behind the vocabulary of the merges, one id each, in the order of their ids: a personalised model's
+        "<cat>", whose row is in the text encoder's table.
     """
 
     merges: tuple[str, ...] | None = None
     cleaning: Literal["clip", "open_clip"] = "clip"
     padding: Literal["end", "zero"] = "end"
     context_length: int = 77
+    added: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

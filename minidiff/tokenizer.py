@@ -40,7 +40,7 @@ MOST_MERGES = 49152 - 256 - 2  # open_clip reads no more of a file
 class Tokenizer:
     """Words to integers and back; bpe is open_clip's tokenizer underneath.
 
-    Ids: 512 bytes (inside and at the end of a word), one per merge, start, end.
+    Ids: 512 bytes (inside and at the end of a word), one per merge, start, end, and one for each of config.added; vocab_size counts these.
     added: placeholders and their ids, one id a vector; kept as they are after cleaning, so in lower case. A placeholder is found wherever
     it stands in a prompt, the longest first; one that begins or ends with a letter or digit only as a whole word ("sks" is not in "tasks").
     Raises ValueError for a config with unknown choices, malformed merges or no room for a token, and for a placeholder that is empty, has
@@ -56,11 +56,15 @@ class Tokenizer:
             raise ValueError(f"TokenizerConfig: context_length {config.context_length}; start, one token and end need 3")
         self.config = config
         self.bpe = _simple_tokenizer(config.merges)
-        self.vocab_size: int = self.bpe.vocab_size
+        self.vocab_size: int = self.bpe.vocab_size + len(config.added)
         self.start_id: int = self.bpe.sot_token_id
         self.end_id: int = self.bpe.eot_token_id
         self.added: dict[str, tuple[int, ...]] = {}
-        self._placeholder = None
+        # The checkpoint's own words, and beside them those of added.
+        self._spelled = {self.clean(name): (self.bpe.vocab_size + i,) for i, name in enumerate(config.added)}
+        if len(self._spelled) < len(config.added) or "" in self._spelled:
+            raise ValueError(f"TokenizerConfig: added {config.added}; expected words that are not empty and differ by more than case")
+        self._placeholder = _any_of(self._spelled) if self._spelled else None
         for name, ids in (added or {}).items():
             self._add(name, ids)
 
@@ -85,8 +89,8 @@ class Tokenizer:
         pieces = self.encode(name)
         if len(pieces) == 1:
             raise ValueError(f"placeholder {name!r} is a word of the vocabulary already (token {pieces[0]}); choose another, such as <cat>")
-        self.added[cleaned] = tuple(ids)
-        self._placeholder = _any_of(self.added)
+        self.added[cleaned] = self._spelled[cleaned] = tuple(ids)
+        self._placeholder = _any_of(self._spelled)
         if self.encode(name) != list(ids):
             raise ValueError(f"placeholder {name!r} would be split where {CLIP_SPECIAL.pattern} stands in it; choose another word")
 
@@ -113,14 +117,14 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of tokens, as it was after cleaning; start and end are left out. Raises ValueError for an unknown id."""
-        placeholders = {i: name for name, its in self.added.items() for i in its}
+        placeholders = {i: name for name, its in self._spelled.items() for i in its}
         parts, plain = [], []
         for n, i in enumerate(ids):
             if not 0 <= i < self.vocab_size and i not in placeholders:
                 raise ValueError(f"token id {i} is outside 0..{self.vocab_size - 1}")
             if i not in placeholders:
                 plain += [i] if i not in (self.start_id, self.end_id) else []
-            elif n == 0 or i == self.added[placeholders[i]][0]:  # once for all its ids, also where the first were cut off
+            elif n == 0 or i == self._spelled[placeholders[i]][0]:  # once for all its ids, also where the first were cut off
                 parts += [self.bpe.decode(plain).strip(), placeholders[i]]
                 plain = []
         return " ".join(part for part in [*parts, self.bpe.decode(plain).strip()] if part)
@@ -154,8 +158,8 @@ class Tokenizer:
         """Placeholders, and between them the words."""
         words = []
         for part in self._placeholder.split(text) if self._placeholder else [text]:
-            if part in self.added:
-                words.append((part, list(self.added[part])))
+            if part in self._spelled:
+                words.append((part, list(self._spelled[part])))
             else:
                 words += [(word, self._spell(word)) for word in pattern.findall(part)]
         return words

@@ -141,6 +141,51 @@ def test_transformers_reads_the_tokenizer_files_and_gives_the_same_tokens(family
     assert torch.equal(ours(texts), expected)
 
 
+def with_words(sd, words):
+    """The model with these words and a row for each at the end of its table."""
+    config = sd.config
+    text = dataclasses.replace(config.text_encoder, vocab_size=config.text_encoder.vocab_size + len(words))
+    sd.config = dataclasses.replace(config, text_encoder=text, tokenizer=dataclasses.replace(config.tokenizer, added=words))
+    rows = torch.randn(len(words), text.width, generator=torch.Generator().manual_seed(4))
+    sd.text_encoder.token_embedding = torch.nn.Embedding.from_pretrained(torch.cat([sd.text_encoder.token_embedding.weight.detach(), rows]))
+    sd.tokenizer = Tokenizer(sd.config.tokenizer)
+    return sd
+
+
+@pytest.mark.parametrize("family", ["SD 1", "SD 2"])
+def test_words_that_were_added_to_a_model_are_written_read_and_known_to_diffusers(family, tmp_path):
+    sd = with_words(family_model(family), ("<Cat>", "sks-1"))
+    pipeline = diffusers_folder(sd, tmp_path / "theirs")
+    prompt = "a <cat> on SKS-1, red"
+    ids = pipeline.tokenizer(prompt, padding="max_length", max_length=pipeline.tokenizer.model_max_length, return_tensors="pt").input_ids
+    assert torch.equal(sd.tokenizer([prompt]), ids) and ids.max() == sd.config.text_encoder.vocab_size - 1
+    pipeline.save_pretrained(tmp_path / "theirs")  # transformers has other files for them
+    weights_loader.save(sd, tmp_path / "model.safetensors")
+    for path in (tmp_path / "ours", tmp_path / "theirs", tmp_path / "model.safetensors"):
+        loaded = weights_loader.load(path)
+        assert loaded.config.tokenizer.added == ("<Cat>", "sks-1")
+        assert torch.equal(loaded.tokenizer([prompt]), ids) and torch.equal(loaded.encode_prompts([prompt]), sd.encode_prompts([prompt]))
+
+
+def test_words_in_the_file_of_older_folders_are_read(tmp_path):
+    config = family_configs()["SD 1"]
+    write_folder_config(tmp_path, config, Tokenizer(config.tokenizer))
+    size = config.text_encoder.vocab_size
+    for words, expected in (({"<b>": size + 1, "<a>": size, "old": 3}, ("<a>", "<b>")), ({}, ())):
+        (tmp_path / "tokenizer" / "added_tokens.json").write_text(json.dumps(words))
+        assert folder_config(tmp_path)[0].tokenizer.added == expected
+    (tmp_path / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<a>": size + 1}))
+    with pytest.raises(ValueError, match=rf"tokenizer: added words have the ids {size + 1} '<a>'; expected {size}, {size + 1}, ..."):
+        folder_config(tmp_path)
+
+
+def test_words_without_rows_are_an_error(tmp_path):
+    weights_loader.save(family_model("SD 1"), tmp_path / "model", layout="diffusers")
+    (tmp_path / "model/tokenizer/added_tokens.json").write_text(json.dumps({"<a>": 1126}))
+    with pytest.raises(ValueError, match="the tokenizer knows 1127 tokens, the text encoder 1126"):
+        weights_loader.load(tmp_path / "model")
+
+
 def test_shapes_of_another_size_than_the_json_says_are_an_error(tmp_path):
     weights_loader.save(family_model("SD 1"), tmp_path / "model", layout="diffusers")
     config = tmp_path / "model/unet/config.json"

@@ -243,6 +243,8 @@ def test_a_missing_open_clip_says_what_to_install(monkeypatch):
         (dict(cleaning="bert"), "cleaning 'bert' unknown; choose clip, open_clip"),
         (dict(padding="right"), "padding 'right' unknown; choose end, zero"),
         (dict(context_length=2), "context_length 2"),
+        (dict(added=("<a>", "<A>")), "added .*expected words that are not empty and differ by more than case"),
+        (dict(added=("",)), "added .*expected words that are not empty"),
         (dict(merges=("a b", "ab")), "merge 1 is 'ab'; expected two pieces"),
         (dict(merges=("a b", "")), "merge 1 is ''; expected two pieces"),
         (dict(merges=("a b", "b c", "ab c", "a bc")), "two merges give the same piece"),
@@ -304,6 +306,18 @@ def test_single_token_placeholders_are_read_as_by_transformers(clips):
     ours = Tokenizer(SD1.tokenizer, {"<cat>": (49408,), "<cat>2": (49409,), "<style-x>": (49410,)})
     for text in ("a photo of <cat>", "x<cat>y<cat>2", "<cat>'s <cat>3, in the <style-x>'s style", "<cat", "<<cat>>"):
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_a_checkpoints_own_words_are_behind_its_merges_and_beside_added_ones(few_merges):
+    plain = Tokenizer(TokenizerConfig(merges=few_merges))
+    own = Tokenizer(TokenizerConfig(merges=few_merges, added=("<Cat>", "a")), {"<cat>2": (5000,)})
+    size = plain.vocab_size
+    assert own.vocab_size == size + 2 and list(own.added) == ["<cat>2"]
+    assert own.encode("<CAT> <cat>2 a x") == [size, 5000, size + 1, *plain.encode("x")]
+    assert own.decode([size, 5000, size + 1]) == "<cat> <cat>2 a"
+    assert own.without(["<cat>2"]).encode("<cat>2") == [size, *plain.encode("2")]
+    with pytest.raises(ValueError, match="placeholder '<CAT>' is a word of the vocabulary already"):
+        own.with_added({"<CAT>": (5001,)})
 
 
 def test_decode_and_words_know_placeholders():

@@ -191,11 +191,25 @@ def _tokenizer_config(folder: Path, text_encoder: TextEncoderConfig) -> Tokenize
         pad = read_json(folder / "special_tokens_map.json").get("pad_token", pad)
     pad = pad["content"] if isinstance(pad, dict) else pad
     return TokenizerConfig(
+        added=_added_words(folder, settings, first=512 + len(merges) + 2),
         merges=None if _sha256(merges) == CLIP_MERGES_SHA256 else merges,
         cleaning="open_clip" if text_encoder.activation == "gelu" else "clip",
         padding="zero" if pad == "!" else "end",  # "!" is token 0
         context_length=min(settings.get("model_max_length", 77), text_encoder.context_length),
     )
+
+
+def _added_words(folder: Path, settings: dict, first: int) -> tuple[str, ...]:
+    """The words behind the vocabulary of the merges, `first` being the first id there, from any of the three files that name them."""
+    ids = {int(i): token["content"] for i, token in settings.get("added_tokens_decoder", {}).items()}
+    if (folder / "added_tokens.json").is_file():
+        ids |= {i: word for word, i in read_json(folder / "added_tokens.json").items()}
+    if (folder / "tokenizer.json").is_file():
+        ids |= {token["id"]: token["content"] for token in read_json(folder / "tokenizer.json").get("added_tokens", [])}
+    added = sorted((i, word) for i, word in ids.items() if i >= first)
+    if [i for i, _ in added] != list(range(first, first + len(added))):
+        raise ValueError(f"{folder}: added words have the ids {', '.join(f'{i} {word!r}' for i, word in added)}; expected {first}, {first + 1}, ...")
+    return tuple(word for _, word in added)
 
 
 def _sha256(merges: tuple[str, ...]) -> str:
@@ -319,4 +333,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer):
     (folder / "merges.txt").write_text(merges, encoding="utf-8")
     write_json(folder / "special_tokens_map.json", special)
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.config.context_length, "do_lower_case": True}
+    if tokenizer.config.added:
+        kind = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": False}
+        settings["added_tokens_decoder"] = {str(bpe.vocab_size + i): {"content": word} | kind for i, word in enumerate(tokenizer.config.added)}
     write_json(folder / "tokenizer_config.json", special | settings)
