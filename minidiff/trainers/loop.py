@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minidiff.trainers import processes
-from minidiff.trainers.checkpointing import checkpointed
+from minidiff.trainers.checkpointing import checkpointed, thrifty_malloc
 from minidiff.trainers.optimizer import ExponentialAverage, learning_rate
 from minidiff.trainers.recipe import Settings
 from minidiff.trainers.state import check_same, read_state, write_state
@@ -89,7 +89,8 @@ class Training:
     def run(self) -> Iterator[TrainStep]:
         """Takes the steps that are left, one an iteration. Stopped between two steps or in one, it saves the last whole step."""
         settings = self.settings
-        with compiled(networks_of(self.task), self.device, settings.compile):
+        thrifty = settings.checkpointing and self.device.type == "cpu"
+        with compiled(networks_of(self.task), self.device, settings.compile), thrifty_malloc(thrifty):
             try:
                 while self.i < settings.steps:
                     rate = learning_rate(self.i, settings)
