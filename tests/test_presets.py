@@ -9,7 +9,9 @@ import pytest
 
 from minidiff.config import SD1, SD2
 from minidiff.trainers.from_scratch import bundled_config
-from minidiff.trainers.presets import BUNDLED, STABLE_DIFFUSION, Concept, Prior, Samples, family_of, preset
+from minidiff.trainers.presets import BUNDLED, STABLE_DIFFUSION, Concept, DreamBoothOptions, LowRankOptions, Prior, Samples, family_of, preset
+
+SETTINGS = preset("dreambooth", "sd1").settings
 
 
 def test_importing_the_presets_does_not_import_torch():
@@ -52,6 +54,7 @@ def test_a_learning_rate_of_nothing_is_refused():
         (Samples, {"min_snr": 0}, "min_snr 0: gamma must be above 0"),
         (Prior, {"weight": 0}, "prior weight 0: it must be above 0"),
         (Prior, {"count": 0}, "prior count 0"),
+        (DreamBoothOptions, {"settings": SETTINGS, "low_rank": LowRankOptions(), "text_encoder": True}, "say it in low_rank"),
         (Concept, {"images": Path("x"), "captions": True, "prompt": "a cat"}, "give one of the two"),
         (Concept, {"images": Path("x"), "token": "<cat> "}, "has spaces around it"),
     ],

@@ -133,7 +133,10 @@ class LoRAOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBoothOptions:
-    """DreamBooth: the whole U-Net, or with low_rank a LoRA instead. text_encoder: train it too, at text_scale times the learning rate."""
+    """DreamBooth: the whole U-Net, or with low_rank a LoRA instead.
+
+    text_encoder: train all of it too, at text_scale times the learning rate; with low_rank, say it there.
+    """
 
     settings: Settings
     samples: Samples = Samples()
@@ -142,6 +145,10 @@ class DreamBoothOptions:
     text_encoder: bool = False
     text_scale: float = 1.0
     prompt: str = "a photo of a {}"
+
+    def __post_init__(self):
+        if self.low_rank is not None and self.text_encoder:
+            raise ValueError("text_encoder with low_rank: say it in low_rank, whose LoRA then changes the text encoder too")
 
 
 @dataclass(frozen=True, kw_only=True)
