@@ -226,7 +226,11 @@ def test_dreambooth_says_the_rare_word_and_the_class_alone(tmp_path):
 
 def test_a_concept_brings_its_own_prompt_or_captions(tmp_path):
     options = LoRAOptions(settings=quick(), low_rank=LowRankOptions())
-    concept = small_concept(tmp_path, token="sks", prompt="my {} at home")
+    concept = small_concept(tmp_path, token="sks", prompt="my sks thing")
+    method = lora(small_model(), [concept], dataclasses.replace(options, prior=FOLDER))
+    assert captions_of(method) == {"my sks thing"}
+    assert {example.caption for example in method.phases[0].subjects[0].prior.examples} == {"a photo of a cat"}
+    concept = small_concept(tmp_path, "b", token="sks", prompt="my {} at home")
     assert captions_of(lora(small_model(), [concept], options)) == {"my sks cat at home"}
     folder = picture_folder(tmp_path / "captioned", captions=("a {} on a red background", "the sks thing"))
     concept = Concept(images=folder, token="sks", class_word="cat", captions=True)
@@ -368,3 +372,5 @@ def test_pivotal_with_several_concepts_has_a_word_for_each(tmp_path):
     assert method.tokens.names == ("<cat>", "<dog>")
     assert [phase.name for phase in method.phases] == ["tokens", "lora"]
     assert method.phases[1].subjects[1].templates[0] == "a <dog>"
+    method = pivotal(small_model(), concepts, dataclasses.replace(options, lora=dataclasses.replace(options.lora, prior=FOLDER)))
+    assert {example.caption for example in method.phases[1].subjects[1].prior.examples} == {"a photo of a dog"}

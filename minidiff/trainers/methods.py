@@ -119,7 +119,7 @@ def dreambooth(sd: StableDiffusion, concepts: Sequence[Concept], options: DreamB
 def textual_inversion(sd: StableDiffusion, concepts: Sequence[Concept], options: TextualInversionOptions, cache: Cache | None = None) -> Method:
     """New words alone; the result is .tokens."""
     tokens = words_from_classes(sd, concepts, options)
-    subjects = [templated(sd, one, options, Prior(), cache) for one in distinct(concepts)]
+    subjects = [templated(sd, one, options, cache) for one in distinct(concepts)]
     return Method((word_phase(sd, tokens, subjects, options, cache),), tokens=tokens)
 
 
@@ -127,9 +127,9 @@ def pivotal(sd: StableDiffusion, concepts: Sequence[Concept], options: PivotalOp
     """New words first, then a LoRA around them; the result is .tokens and .lora, to be used together."""
     tokens = words_from_classes(sd, concepts, options.tokens)
     adapter, groups = new_lora(sd, options.lora.low_rank, options.lora.settings.seed)
-    first = [templated(sd, one, options.tokens, Prior(), cache) for one in distinct(concepts)]
+    first = [templated(sd, one, options.tokens, cache) for one in distinct(concepts)]
     around = replace(options.tokens, samples=options.lora.samples)
-    second = [templated(sd, one, around, options.lora.prior, cache) for one in concepts]
+    second = [templated(sd, one, around, cache, options.lora.prior, options.lora.prompt) for one in concepts]
     phase = Personalisation(
         sd, "lora", second, modules={"lora": adapter}, adapters=[tokens, adapter], groups=groups,
         settings=options.lora.settings, samples=options.lora.samples, prior_weight=options.lora.prior.weight, cache=cache,
@@ -227,6 +227,7 @@ def rare_words(
     if again := [name for name in names if name in before]:
         raise ValueError(f"{again[0]} was learnt before; choose another token")
     start = RARE_TOKENS if start is None else start
+    # Those that the words of before began with are passed over, as long as there are enough.
     first = len(before) if len(start) >= len(before) + len(names) else 0
     if len(names) > len(start):
         raise ValueError(f"{len(names)} concepts and {len(start)} words to start from ({', '.join(map(str, start))}); give one a concept")
@@ -286,29 +287,31 @@ def subject_of(
 ) -> Subject:
     """The concept's pictures with their captions, and its class pictures. words: for the holes of captions; the concept's own by default."""
     words, size = concept.words if words is None else words, samples.size or sd.config.image_size
+    own_prompt = concept.prompt or prompt
+    templates = () if concept.captions or concept.prompt else tuple(fill_in(template, words) for template in templates)
     if concept.captions:
         examples = [Example(one.path, fill_in(one.caption, words)) for one in read_folder(concept.images, size=size)]
+    elif "{}" in own_prompt and not words:
+        raise ValueError(f"{concept.images}: nothing for the hole of {own_prompt!r}; give a token or a class word, a prompt of your own, or captions")
     else:
-        prompt = concept.prompt or prompt
-        if "{}" in prompt and not words:
-            raise ValueError(f"{concept.images}: nothing for the hole of {prompt!r}; give a token or a class word, a prompt of your own, or captions")
-        examples = read_folder(concept.images, size=size, caption=fill_in(prompt, words))
-        templates = () if concept.prompt else tuple(fill_in(template, words) for template in templates)
-    for example in examples:
-        if concept.token and concept.token not in (templates[0] if templates and not concept.captions else example.caption):
-            raise ValueError(f"{example.path}: its caption {example.caption!r} does not name {concept.token}; write {{}} where it belongs")
+        examples = read_folder(concept.images, size=size, caption=fill_in(own_prompt, words))
+    for caption in templates or [example.caption for example in examples]:
+        if concept.token not in caption:
+            raise ValueError(f"{concept.images}: the caption {caption!r} does not name {concept.token}; write {{}} where it belongs")
     cache = cache or Cache()
     pictures = Pictures(sd, examples, cache, size=size, crop=samples.crop, flip=samples.flip, sizes=sizes)
     class_examples = prior_examples(sd, concept, prior, prompt, size)
     beside = Pictures(sd, class_examples, cache, size=size, crop=samples.crop, flip=samples.flip) if class_examples else None
-    return Subject(pictures, () if concept.captions else tuple(templates), beside)
+    return Subject(pictures, templates, beside)
 
 
-def templated(sd: StableDiffusion, concept: Concept, options: TextualInversionOptions, prior: Prior, cache: Cache | None) -> Subject:
-    """The concept with templates around its token alone, unless it brings captions or a prompt."""
+def templated(
+    sd: StableDiffusion, concept: Concept, options: TextualInversionOptions, cache: Cache | None, prior: Prior = Prior(), prompt: str = "{}"
+) -> Subject:
+    """The concept with templates around its token alone, unless it brings captions or a prompt. prompt: of its class pictures."""
     photo = options.words == "photo"
     templates = {"object": OBJECT if photo else scene_templates(), "style": STYLE if photo else SCENE_STYLE}[options.kind]
-    return subject_of(sd, concept, options.samples, prior, templates[0], cache, templates=templates, words=concept.token)
+    return subject_of(sd, concept, options.samples, prior, prompt, cache, templates=templates, words=concept.token)
 
 
 def sizes_for(concept: Concept, options: CustomDiffusionOptions) -> SizeAugmentation | None:
