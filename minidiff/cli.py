@@ -1,51 +1,71 @@
-"""The command line: `minidiff generate`, `inspect`, `convert`, `compare`, `train from-scratch`, `bench load`.
+"""The command line: `minidiff generate`, `inspect`, `convert`, `compare`, `train METHOD`, `merge`, `compress`, `extract`, `bench load`.
 
 Each function is a command; its arguments and docstring are what `--help` shows. What a user can get wrong ends in one line and exit
-code 2. This and bench/ are the only places here that know of weights_loader. Imports that take long stand inside the commands that need them.
+code 2. The commands of training stand in cli_train.py, those that make small files of others in cli_merge.py; with bench/ these are the
+only places here that know of weights_loader. Imports that take long stand inside the commands that need them.
 """
 
-import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import tyro
 
-from minidiff.trainers.recipe import Recipe
+from minidiff import cli_merge, cli_train
+from minidiff.cli_flags import DTypes, Several, numbers_of
+from minidiff.cli_model import load, say, slug, weighted
 
-if TYPE_CHECKING:
-    import torch
-
-DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
+CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
 def main() -> None:
     """Entry point of the `minidiff` command."""
-    commands = {
-        "generate": generate,
-        "inspect": inspect,
-        "convert": convert,
-        "compare": compare,
-        "train from-scratch": train_from_scratch,
-        "bench load": bench_load,
-    }
-    args = sys.argv[1:]
-    if args[:1] in (["train"], ["bench"]):
-        args = [" ".join(args[:2]), *args[2:]]  # to tyro, a command of two words is one argument
-        if args[0] not in commands:
-            names = [name for name in commands if name.startswith(sys.argv[1])]
-            print(f"minidiff: command {args[0]!r} unknown; choose {', '.join(names)}", file=sys.stderr)
-            sys.exit(2)
     warnings.showwarning = lambda message, *rest: print(f"minidiff: {message}", file=sys.stderr)
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="minidiff", description="Stable Diffusion, every part written out.", args=args)
+        run(sys.argv[1:])
     except (ValueError, OSError, ImportError) as error:
         print(f"minidiff: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def run(args: list[str]) -> None:
+    """Runs the command that the arguments name: one word, or two as `train lora`."""
+    alone = {
+        "generate": generate, "inspect": inspect, "convert": convert, "compare": compare,
+        "compress": cli_merge.compress, "extract": cli_merge.extract,
+    }  # fmt: skip
+    groups = {
+        "train": cli_train.COMMANDS,
+        "merge": {"lora": cli_merge.merge_lora, "concepts": cli_merge.merge_concepts},
+        "bench": {"load": bench_load},
+    }
+    if args[:1] and args[0] in groups:
+        group, (name, *rest) = groups[args[0]], [*args[1:], ""][:1] + args[2:]
+        if name in group:
+            description = group[name].__doc__.split("\n\n    Args:")[0].replace("\n    ", "\n")
+            if args[0] == "train" and name != "from-scratch":
+                description += f"\n\n{numbers_of(name)}"
+            tyro.cli(group[name], prog=f"minidiff {args[0]} {name}", description=description, args=rest, config=CONFIG)
+            return
+        if name not in ("", "-h", "--help"):
+            raise ValueError(f"command {args[0] + ' ' + name!r} unknown; choose {', '.join(f'{args[0]} {known}' for known in group)}")
+        out = sys.stdout if name else sys.stderr
+        print(f"usage: minidiff {args[0]} {{{','.join(group)}}} ...\n\n{listed(group)}", file=out)
+        sys.exit(0 if name else 2)
+    # To tyro a command of two words is one argument: these are only listed.
+    listing = {f"{first} {second}": function for first, group in groups.items() for second, function in group.items()}
+    tyro.extras.subcommand_cli_from_dict(
+        alone | listing, prog="minidiff", description="Stable Diffusion, every part written out.", args=args, config=CONFIG
+    )
+
+
+def listed(commands: dict[str, Callable]) -> str:
+    """Their names, and the first line of what they do."""
+    return "\n".join(f"  {name:18}  {command.__doc__.splitlines()[0]}" for name, command in commands.items())
 
 
 def generate(
@@ -64,8 +84,11 @@ def generate(
     vae: str | None = None,
     ema: bool = False,
     prediction: Literal["eps", "v"] | None = None,
-    dtype: DTYPES = "auto",
+    dtype: DTypes = "auto",
     device: str = "auto",
+    lora: Several = (),
+    embedding: Several = (),
+    custom_diffusion: Several = (),
     out: Path | None = None,
 ) -> None:
     """Make pictures from words.
@@ -87,6 +110,9 @@ def generate(
         prediction: what the model predicts, eps or v, where its file is wrong about it
         dtype: of the weights; float32 on a CPU and the file's own on a GPU by default
         device: auto, cpu, cuda, cuda:1, mps
+        lora: a LoRA file, or FILE:0.7 for a part of its change
+        embedding: a file of learnt words, for the prompts to use
+        custom_diffusion: a Custom Diffusion file or folder
         out: a .png file, named after the prompt by default; several pictures make a grid, and stand beside it one by one
     """
     from tqdm import tqdm
@@ -98,7 +124,8 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts and --batch {batch} make no picture; give at least one of each")
     out = out or free_name(f"{slug(prompts[0])}-{seed}")
     check_png(out)
-    sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction)
+    small = {"lora": weighted(lora), "embeddings": embedding, "custom_diffusion": custom_diffusion}
+    sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction, **small)
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
     guidance = sd.config.guidance_scale if guidance is None else guidance
     walk = sd.denoise(
@@ -114,7 +141,8 @@ def generate(
     settings = {
         "Steps": steps, "Sampler": sampler, "Schedule type": schedule_type, "CFG scale": guidance, "Seed": seed, "Batch": batch,
         "Size": f"{width}x{height}", "Model": model, "VAE": vae, "EMA": ema, "Prediction": prediction, "Eta": eta,
-        "dtype": str(sd.dtype).removeprefix("torch."),
+        "dtype": str(sd.dtype).removeprefix("torch."), "LoRA": " + ".join(lora) or None, "Embedding": " + ".join(embedding) or None,
+        "Custom Diffusion": " + ".join(custom_diffusion) or None,
     }  # fmt: skip
     save_png(grid(images), out, parameters(" | ".join(prompts), negative, settings))
     if len(pairs) > 1:
@@ -137,10 +165,10 @@ def parameters(prompt: str, negative: str, settings: dict[str, object]) -> str:
 
 
 def inspect(file: tyro.conf.Positional[Path], /) -> None:
-    """Say what a checkpoint is, what is in it and what would be ignored.
+    """Say what a checkpoint is, what is in it and what would be ignored; or what a LoRA, learnt words or a Custom Diffusion are.
 
     Args:
-        file: "tiny", a .safetensors or .ckpt file, or a diffusers folder
+        file: "tiny", a .safetensors or .ckpt file, a diffusers folder, or a small file that was learnt
     """
     import weights_loader
 
@@ -151,7 +179,7 @@ def convert(
     source: tyro.conf.Positional[str],
     target: tyro.conf.Positional[Path],
     /,
-    dtype: DTYPES = "auto",
+    dtype: DTypes = "auto",
     ema: bool = False,
     vae: str | None = None,
     prediction: Literal["eps", "v"] | None = None,
@@ -182,8 +210,8 @@ def compare(
     prompt: str = "a cat",
     t: int = 500,
     seed: int = 0,
-    dtype_a: DTYPES = "auto",
-    dtype_b: DTYPES = "auto",
+    dtype_a: DTypes = "auto",
+    dtype_b: DTypes = "auto",
     tolerance: float = 1e-5,
     every: bool = False,
 ) -> None:
@@ -214,52 +242,6 @@ def compare(
     print(f"first layer that differs: {differing.layer}" if differing else f"all {len(differences)} layers agree to {tolerance:g}")
 
 
-def train_from_scratch(
-    out: Path,
-    /,
-    recipe: tyro.conf.OmitArgPrefixes[Recipe] = Recipe(),
-    init: str | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-) -> None:
-    """Train a small Stable Diffusion from nothing on composed scenes: the VAE, then text encoder and U-Net together.
-
-    Stopped at any time and started again with the same arguments, it goes on from its last state.
-
-    Args:
-        out: folder of the run; the model ends there as model.safetensors
-        recipe: how long, and how
-        init: a checkpoint of the bundled model's shape to train on from; its VAE is kept
-        device: auto, cpu, cuda, cuda:1, mps
-        threads: CPU threads to use; all cores by default
-    """
-    import torch
-    from tqdm import tqdm
-
-    import weights_loader
-    from minidiff.trainers.from_scratch import bundled_config
-    from minidiff.trainers.run import run_from_scratch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    base = load(init, "float32", device) if init else None
-    model = out / "model.safetensors"
-    bar, stage = None, None
-    for step in run_from_scratch(
-        base.config if base else bundled_config(), recipe, out, choose_device(device), lambda sd: weights_loader.save(sd, model), base
-    ):
-        if step.stage != stage:
-            if bar is not None:
-                bar.close()
-            stage, bar = step.stage, tqdm(desc=step.stage, total=step.steps, initial=step.i - 1, file=sys.stderr)
-        bar.update(step.i - bar.n)
-        if step.loss is not None:
-            bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
-    if bar is not None:
-        bar.close()
-    print(model)
-
-
 def bench_load(against: bool = True, out: Path | None = None, rounds: int = 3) -> None:
     """Time and memory of loading a full-size Stable Diffusion 1.x made of made-up weights, beside diffusers on the same tensors.
 
@@ -276,38 +258,6 @@ def bench_load(against: bool = True, out: Path | None = None, rounds: int = 3) -
         print(line, flush=True)
 
 
-def load(model: str, dtype: str, device: str, **options):
-    """The model, on the device asked for; what the loader decided is said."""
-    import torch
-
-    import weights_loader
-
-    sd = weights_loader.load(model, dtype=None if dtype == "auto" else getattr(torch, dtype), device=choose_device(device), **options)
-    say(sd.notes)
-    return sd
-
-
-def say(notes: Iterable[str]) -> None:
-    for note in notes:
-        print(f"minidiff: {note}", file=sys.stderr)
-
-
-def choose_device(name: str) -> "torch.device":
-    """`auto` takes CUDA, else MPS, else the CPU."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
-        raise ValueError(f"device {name!r} unknown; choose auto, cpu, cuda, cuda:1, mps")
-    device = torch.device(name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; take --device auto")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device 'mps' is not available on this machine; take --device auto")
-    return device
-
-
 def parse_size(size: str | None) -> int | tuple[int, int] | None:
     """'512' or '768x512' (width x height)."""
     if size is None:
@@ -316,9 +266,3 @@ def parse_size(size: str | None) -> int | tuple[int, int] | None:
     if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
         raise ValueError(f"--size {size}: give pixels as 512, or width x height as 768x512")
     return int(numbers[0]) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
-
-
-def slug(prompt: str) -> str:
-    """The prompt as a file name."""
-    words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
-    return "-".join(words)[:60] or "picture"

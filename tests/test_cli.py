@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minidiff.cli import choose_device, main, parse_size, slug
+from minidiff.cli import main, parse_size
+from minidiff.cli_model import choose_device, slug
 
 
 @pytest.fixture
