@@ -3,7 +3,8 @@
 import torch
 from torch.testing import assert_close
 
-from minidiff.evaluation.alignment import image_alignment, text_alignment
+from minidiff.evaluation.alignment import Encoder, image_alignment, text_alignment
+from minidiff.evaluation.clip import Judge
 
 
 def test_text_alignment_is_each_pictures_cosine_with_its_own_text():
@@ -20,3 +21,7 @@ def test_the_length_of_features_does_not_matter():
     x, y = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
     assert_close(text_alignment(5 * x, 0.2 * y), text_alignment(x, y))
     assert_close(image_alignment(5 * x, 0.2 * y), image_alignment(x, y))
+
+
+def test_the_judge_is_an_encoder():
+    assert issubclass(Judge, Encoder)

@@ -146,7 +146,6 @@ def examples() -> list[partial]:
         partial(kid.kid, features, features + 1, blocks=2),
         partial(alignment.text_alignment, features, features + 1),
         partial(alignment.image_alignment, features, features + 1),
-        partial(alignment.Encoder.encode_pictures, judge, pixels),
         partial(clip.scaled, features),
         partial(clip.contrastive_loss, features, features + 1, torch.tensor(1.0)),
         partial(clip.AttentionPool(8, 4, 2).forward, x),

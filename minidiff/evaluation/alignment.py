@@ -12,13 +12,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+Pixels = Float[Tensor, "B 3 H W"]  # in [-1, 1]
+Features = Float[Tensor, "B D"]
+
+
 @runtime_checkable
 class Encoder(Protocol):
-    """What turns pictures, with pixels in [-1, 1], and texts into features of the same width: the judge, or another CLIP."""
+    """What turns pictures and texts into features of the same width: the judge, or another CLIP."""
 
-    def encode_pictures(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]: ...
+    def encode_pictures(self, pixels: Pixels) -> Features: ...
 
-    def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "B D"]: ...
+    def encode_texts(self, texts: Sequence[str]) -> Features: ...
 
 
 def text_alignment(pictures: Float[Tensor, "B D"], texts: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
