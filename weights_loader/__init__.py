@@ -12,6 +12,7 @@
 from weights_loader.attach import attach
 from weights_loader.custom_diffusion import read_custom_diffusion, write_custom_diffusion
 from weights_loader.embedding import read_embedding, write_embedding
+from weights_loader.judge import load_judge, save_judge
 from weights_loader.load import load
 from weights_loader.lora import read_lora, write_lora
 from weights_loader.save import convert, save
@@ -24,10 +25,12 @@ __all__ = [
     "convert",
     "inspect",
     "load",
+    "load_judge",
     "read_custom_diffusion",
     "read_embedding",
     "read_lora",
     "save",
+    "save_judge",
     "write_custom_diffusion",
     "write_embedding",
     "write_lora",
