@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 
@@ -76,6 +78,10 @@ def test_a_model_is_saved_without_what_is_attached_and_that_is_said(folder, tmp_
     with pytest.warns(UserWarning, match="the model without what is attached to it .LoRA at 0.5 .*a.safetensors.; merge that"):
         weights_loader.save(sd, tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    sd.adapters[0].adapter.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is attached any more
+        weights_loader.save(sd, tmp_path / "model.safetensors")
 
 
 def test_if_one_file_does_not_fit_none_is_attached(folder, tmp_path):

@@ -106,6 +106,14 @@ def test_a_concept_attaches_its_words_too_and_detaches_both(sd):
     assert not any(module._forward_hooks for module in sd.unet.modules())
 
 
+def test_one_without_layers_takes_its_words_off_too(sd):
+    words_alone = CustomDiffusion({}, NewTokens({"<new1>": normal(1, 16)}))
+    words_alone.attach(sd)
+    assert words_alone.attached and sd.tokenizer.added
+    words_alone.detach()
+    assert not words_alone.attached and not sd.tokenizer.added
+
+
 def test_training_moves_these_weights_and_this_word_alone(sd):
     delta = create_custom_diffusion(sd, tokens=create_tokens(sd, {"<new1>": 1}, {"<new1>": "a"}))
     for part in (sd.text_encoder, sd.unet):
@@ -171,6 +179,16 @@ def test_deltas_are_differences_to_the_model(sd):
     other.detach()
     again = from_deltas(sd, changes)
     assert all(torch.allclose(again.layers[name], W, rtol=0, atol=1e-6) for name, W in other.layers.items())  # fp32: W0 + (W - W0)
+
+
+def test_what_a_compressed_one_stands_for_keeps_its_biases(sd):
+    delta = moved(create_custom_diffusion(sd, "cross_attention"))
+    again = from_deltas(sd, compress(delta.deltas(sd), share=1.0).deltas(), delta.tokens, delta.biases)
+    delta.attach(sd)
+    wanted = denoised(sd)
+    delta.detach()
+    again.attach(sd)
+    torch.testing.assert_close(denoised(sd), wanted, rtol=1e-4, atol=1e-5)  # fp32 parity
 
 
 def test_what_does_not_fit_the_model_is_named_and_changes_nothing(sd):

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -211,6 +213,19 @@ def test_they_go_together_with_a_lora_and_with_each_other(sd):
     assert together.isfinite().all() and torch.equal(answer(sd), before)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_deep_copy_of_a_model_has_a_copy_of_them_on_it(method, sd):
+    adapters = learned(sd, method)
+    adapters.attach(sd)
+    live, copied = answer(sd), copy.deepcopy(sd)
+    with torch.no_grad():
+        for p in adapters.parameters():
+            p.zero_()
+    changed = answer(sd)
+    adapters.detach()
+    assert torch.equal(answer(copied), live) and not torch.equal(changed, live)
+
+
 def test_a_state_dict_goes_into_others_of_the_same_layers(sd):
     for method in METHODS:
         one, other = learned(sd, method), new(sd, method)
@@ -237,6 +252,16 @@ def test_what_cannot_be_is_named(changed, message, sd):
     given = {"patterns": BOTH, "method": "adapter", "rank": 2, "generator": generator()} | changed
     with pytest.raises(ValueError, match=message):
         create_adapters(sd, **given)
+
+
+def test_a_lora_that_comes_after_a_prefix_says_so(sd):
+    prefix = new(sd, "prefix", (CROSS,))
+    lora = create_lora(sd, (CROSS + r"\.to_k",), rank=2, alpha=2.0, generator=generator())
+    prefix.attach(sd)
+    lora.attach(sd)
+    with pytest.raises(ValueError, match=r"change has shape \(2, 7, 32\), but \(2, 10, 32\) is .* as prefix tuning does; attach the LoRA before"):
+        answer(sd)
+    lora.detach(), prefix.detach()
 
 
 def test_twice_or_on_another_model_is_an_error(sd):

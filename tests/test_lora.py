@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from minidiff.adapters.custom_diffusion import create_custom_diffusion
 from minidiff.adapters.lora import PATTERNS, LoRA, LowRank, choose, create_lora, extract_lora, kept, layers_of, merge_lora
 from minidiff.config import SD1
 from minidiff.pipeline import StableDiffusion
@@ -223,6 +224,24 @@ def test_pictures_are_the_same_live_and_merged_with_guidance(sd):
     torch.testing.assert_close(live, merged, rtol=1e-3, atol=1e-4)  # two steps, guidance multiplies the rounding by 3
 
 
+def test_a_deep_copy_of_a_model_has_a_copy_of_the_lora_on_it(sd):
+    lora = random_lora(sd)
+    lora.attach(sd)
+    live, copied = answers(sd), copy.deepcopy(sd)
+    lora.weight = 0.0
+    assert_equal(answers(copied), live)
+    lora.detach()
+    assert_equal(answers(copied), live)
+
+
+def test_attaching_moves_a_lora_to_the_models_device():
+    sd = small_model()
+    lora = random_lora(sd, KEYS)
+    sd.unet.to("meta")  # the one other device that every machine has
+    lora.attach(sd)
+    assert {p.device.type for p in lora.parameters()} == {"meta"}
+
+
 def test_dropout_acts_in_training_only(sd):
     lora = create_lora(sd, KEYS, rank=2, alpha=1.0, dropout=0.5, generator=generator())
     low, x = next(iter(lora.layers.values())), torch.ones(1, 4, 16)
@@ -302,7 +321,7 @@ def tuned_by(lora):
 
 def test_a_lora_is_got_back_from_the_two_checkpoints(sd):
     lora = random_lora(sd, rank=3)
-    found = extract_lora(sd, tuned_by(lora), ALL, rank=3, clamp=1)
+    found = extract_lora(sd, tuned_by(lora), ALL, rank=3)
     assert found.layers.keys() == lora.layers.keys()
     for name, low in found.layers.items():
         assert low.rank <= 3 and low.alpha == low.rank
@@ -315,7 +334,7 @@ def test_only_layers_that_differ_are_extracted(sd):
 
 def test_the_error_of_an_extraction_is_the_norm_of_the_singular_values_left_out(sd):
     lora = random_lora(sd, KEYS, rank=8)
-    for name, low in extract_lora(sd, tuned_by(lora), KEYS, rank=3, clamp=1).layers.items():
+    for name, low in extract_lora(sd, tuned_by(lora), KEYS, rank=3).layers.items():
         wanted = lora.layers[name].delta()
         left = torch.linalg.svdvals(wanted)[3:].norm()  # Eckart and Young 1936
         torch.testing.assert_close((wanted - low.delta()).norm(), left, rtol=1e-3, atol=1e-5)
@@ -403,6 +422,19 @@ def test_a_lora_of_another_model_names_layers_and_widths_and_attaches_nowhere(sd
     assert not any(module._forward_hooks for module in chain(other.unet.modules(), other.text_encoder.modules()))
     with pytest.raises(ValueError, match="no layer unet.middle.x; "):
         merge_lora(sd, LoRA({"unet.middle.x": LowRank(torch.zeros(1, 2), torch.zeros(2, 1), 1.0)}))
+
+
+def test_a_change_that_would_be_hidden_is_not_merged():
+    sd = small_model()
+    lora, delta = random_lora(sd, (r"attention\.to_k$",)), create_custom_diffusion(sd)
+    weights = {name: layer.weight for name, layer in layers_of(sd).items()}
+    before = {name: weight.clone() for name, weight in weights.items()}
+    delta.attach(sd)
+    with pytest.raises(ValueError, match=r"stands in the place of \d+ of the weights to be changed, unet.*cross_attention.to_k for one; detach it"):
+        merge_lora(sd, lora)
+    assert all(torch.equal(weights[name], before[name]) for name in weights)
+    delta.detach()
+    merge_lora(sd, lora)
 
 
 def test_twice_is_once_too_often(sd):

@@ -55,7 +55,7 @@ def attach(
         read.append(Attached(Path(path), "LoRA" if weight == 1 else f"LoRA at {weight:g}", one))
     for i, one in enumerate(read):
         try:
-            one.adapter.to(sd.device).requires_grad_(False)
+            one.adapter.requires_grad_(False)
             one.adapter.attach(sd)
         except ValueError as error:
             for done in reversed(read[:i]):

@@ -36,8 +36,7 @@ def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm"):
         _save_ldm(sd, path)
     else:
         _save_folder(sd, path)
-    if sd.adapters:
-        attached = ", ".join(map(str, sd.adapters))
+    if attached := ", ".join(str(one) for one in sd.adapters if one.adapter.attached):
         warnings.warn(f"{path}: the model without what is attached to it ({attached}); merge that into the weights to save it", stacklevel=2)
 
 

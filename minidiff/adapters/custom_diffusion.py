@@ -57,19 +57,24 @@ class CustomDiffusion(nn.Module):
     def biases(self) -> dict[str, nn.Parameter]:
         return dict(zip(self.bias_names, self.bias_vectors))
 
+    @property
+    def attached(self) -> bool:
+        return self._sd is not None
+
     def attach(self, sd: StableDiffusion):
-        """From now on sd's layers compute with these weights; a LoRA on the same layer adds to that, whichever came first.
+        """Move to sd's device; from now on its layers compute with these weights, and a LoRA on one adds to that, whichever came first.
 
         Raises ValueError, and changes nothing, where this or another Custom Diffusion is on a layer already, where a layer is absent or of
         another shape, and as NewTokens does.
         """
-        if self._handles:
+        if self.attached:
             raise ValueError("this Custom Diffusion is attached already; detach() it first")
         bases = _base_layers(self, sd)
-        if taken := [name for name, base in bases.items() if any(_is_ours(hook) for hook in base._forward_hooks.values())]:
+        if taken := [name for name, base in bases.items() if is_replaced(base)]:
             raise ValueError(f"another Custom Diffusion is on {_some(taken)}; detach it first, or merge the two with merge_concepts")
         if self.tokens is not None:
             self.tokens.attach(sd)
+        self.to(sd.device)
         biases = self.biases
         for name, base in bases.items():
             hook = partial(_replaced_output, self.layers[name], biases.get(name), name.endswith((".to_k", ".to_v")))
@@ -80,7 +85,7 @@ class CustomDiffusion(nn.Module):
         """The model is as it was before `attach`; without effect where this is not attached."""
         for handle in self._handles:
             handle.remove()
-        if self._handles and self.tokens is not None:
+        if self.attached and self.tokens is not None:
             self.tokens.detach()
         self._handles, self._sd = [], None
 
@@ -89,7 +94,8 @@ class CustomDiffusion(nn.Module):
         sd = sd or self._sd
         if sd is None:
             raise ValueError("no model to take the difference to: attach the Custom Diffusion, or give the model")
-        return {name: self.layers[name].detach() - base.weight.detach().float() for name, base in _base_layers(self, sd).items()}
+        layers = {name: W.detach() for name, W in self.layers.items()}
+        return {name: layers[name] - base.weight.detach().to(layers[name]) for name, base in _base_layers(self, sd).items()}
 
 
 def _replaced_output(
@@ -104,8 +110,9 @@ def _replaced_output(
     return y.to(output.dtype)
 
 
-def _is_ours(hook: object) -> bool:
-    return isinstance(hook, partial) and hook.func is _replaced_output
+def is_replaced(layer: nn.Module) -> bool:
+    """Whether a Custom Diffusion that is attached gives the layer's output, so that the layer's own weight has no effect."""
+    return any(isinstance(hook, partial) and hook.func is _replaced_output for hook in layer._forward_hooks.values())
 
 
 def _some(names: Sequence[str]) -> str:
@@ -186,11 +193,16 @@ def compress(deltas: Mapping[str, Tensor], share: float = 0.6, rank: int | None 
     return Compressed(layers, (lost / total) ** 0.5 if total else 0.0, size, sum(4 * delta.numel() for delta in deltas.values()))
 
 
-def from_deltas(sd: StableDiffusion, deltas: Mapping[str, Tensor], tokens: NewTokens | None = None) -> CustomDiffusion:
-    """W0 + change for each layer, as of Compressed.deltas(). Raises ValueError for layers that the model lacks or has in another shape."""
+def from_deltas(
+    sd: StableDiffusion, deltas: Mapping[str, Tensor], tokens: NewTokens | None = None, biases: Mapping[str, Tensor] | None = None
+) -> CustomDiffusion:
+    """W0 + change for each layer, as of Compressed.deltas(); tokens and biases are those of the Custom Diffusion that it came from.
+
+    Raises ValueError for layers that the model lacks or has in another shape.
+    """
     bases = _base_layers(CustomDiffusion(deltas), sd)
     weights = {name: base.weight.detach().float() for name, base in bases.items()}
-    return CustomDiffusion({name: W0 + deltas[name].to(W0.device) for name, W0 in weights.items()}, tokens)
+    return CustomDiffusion({name: W0 + deltas[name].to(W0.device) for name, W0 in weights.items()}, tokens, biases)
 
 
 # ----------------------------------------------------------------------------------------------------------------- merge

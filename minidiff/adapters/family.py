@@ -14,6 +14,8 @@ Left out: the network that prefix tuning makes its vectors with while training, 
 module of its own and whose causal attention would hide a prefix.
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -47,7 +49,10 @@ class Adapter(nn.Module):
         return self.up(torch.relu(self.down(h.to(self.down.weight.dtype))))
 
     def hook(self, layer: nn.Module) -> list[RemovableHandle]:
-        return [layer.register_forward_hook(lambda layer, args, h: (h + self(h)).to(h.dtype))]
+        return [layer.register_forward_hook(self._add)]
+
+    def _add(self, layer: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> Tensor:
+        return (h + self(h)).to(h.dtype)
 
 
 class ParallelAdapter(nn.Module):
@@ -63,7 +68,10 @@ class ParallelAdapter(nn.Module):
         return self.scale * self.up(torch.relu(self.down(x.to(self.down.weight.dtype))))
 
     def hook(self, layer: nn.Module) -> list[RemovableHandle]:
-        return [layer.register_forward_hook(lambda layer, args, h: (h + self(args[0])).to(h.dtype))]
+        return [layer.register_forward_hook(self._add)]
+
+    def _add(self, layer: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> Tensor:
+        return (h + self(args[0])).to(h.dtype)
 
 
 class MultiHeadParallelAdapter(nn.Module):
@@ -74,6 +82,7 @@ class MultiHeadParallelAdapter(nn.Module):
         self.heads = heads
         self.down = new_down(width, heads * rank, generator)
         self.up = nn.Parameter(torch.zeros(heads, rank, width // heads))
+        self._given: list[Tensor] = []  # the attention's input, between its start and to_out
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """What is added to the heads, which stand side by side: relu(x down_i) up_i for head i."""
@@ -81,15 +90,13 @@ class MultiHeadParallelAdapter(nn.Module):
         return torch.einsum("bnhr, hrd -> bnhd", z, self.up).flatten(-2)
 
     def hook(self, layer: Attention) -> list[RemovableHandle]:
-        given = []  # the attention's input, between its start and to_out
+        return [layer.register_forward_pre_hook(self._note), layer.to_out.register_forward_pre_hook(self._change)]
 
-        def note(attention: Attention, args: tuple):
-            given[:] = [args[0]]
+    def _note(self, layer: Attention, args: tuple[Tensor, ...]):
+        self._given = [args[0]]
 
-        def change(to_out: nn.Linear, args: tuple) -> tuple[Tensor]:
-            return ((args[0] + self(given.pop())).to(args[0].dtype),)
-
-        return [layer.register_forward_pre_hook(note), layer.to_out.register_forward_pre_hook(change)]
+    def _change(self, to_out: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return ((args[0] + self(self._given.pop())).to(args[0].dtype),)
 
 
 class Prefix(nn.Module):
@@ -105,11 +112,12 @@ class Prefix(nn.Module):
         self.keys, self.values = (nn.Parameter(PREFIX_STD * normal((length, width), generator)) for _ in range(2))
 
     def hook(self, layer: Attention) -> list[RemovableHandle]:
-        return [layer.to_k.register_forward_hook(_append(self.keys)), layer.to_v.register_forward_hook(_append(self.values))]
+        pairs = (layer.to_k, self.keys), (layer.to_v, self.values)
+        return [projection.register_forward_hook(partial(_append, rows)) for projection, rows in pairs]
 
 
-def _append(rows: nn.Parameter):
-    return lambda layer, args, output: torch.cat([output, rows.to(output.dtype).expand(len(output), -1, -1)], dim=1)
+def _append(rows: nn.Parameter, projection: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return torch.cat([output, rows.to(output.dtype).expand(len(output), -1, -1)], dim=1)
 
 
 Small = Adapter | ParallelAdapter | MultiHeadParallelAdapter | Prefix
@@ -129,7 +137,7 @@ class Adapters(nn.Module):
         return {name.replace("/", "."): small for name, small in self.by_name.items()}
 
     def attach(self, sd: StableDiffusion):
-        """From now on the model's layers give what they give with the small modules, in the dtype that they had.
+        """Move to the model's device; from now on its layers give what they give with the small modules, in the dtype that they had.
 
         Raises ValueError if they are attached already, or a layer is absent.
         """
@@ -138,6 +146,7 @@ class Adapters(nn.Module):
         layers = layers_of(sd, (Attention, FeedForward))
         if absent := [name for name in self.layers if name not in layers]:
             raise ValueError(f"these adapters do not fit the model, which has no {', '.join(absent[:5])}")
+        self.to(sd.device)
         self._handles = [handle for name, small in self.layers.items() for handle in small.hook(layers[name])]
 
     def detach(self):

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minidiff.adapters.custom_diffusion import is_replaced
 from minidiff.pipeline import StableDiffusion
 
 PARTS = ("unet", "text_encoder")
@@ -88,22 +90,34 @@ class LoRA(nn.Module):
     def layers(self) -> dict[str, LowRank]:
         return {name.replace("/", "."): layer for name, layer in self.by_name.items()}
 
+    @property
+    def attached(self) -> bool:
+        return bool(self._handles)
+
     def attach(self, sd: StableDiffusion):
-        """From now on the model's layers give W0 x + weight (alpha / r) up down x, in the dtype that they had.
+        """Move to the model's device; from now on its layers give W0 x + weight (alpha / r) up down x, in the dtype that they had.
 
         Raises ValueError if it is attached already, or does not fit the model, with the layers that are absent or of other widths.
         """
-        if self._handles:
+        if self.attached:
             raise ValueError("this LoRA is attached already; detach() it first")
         pairs = _fit(self, sd)
         for low, layer in pairs:
+            low.to(layer.weight.device)
             if isinstance(layer, nn.Conv2d):
                 low.down.stride, low.down.padding = layer.stride, layer.padding
-        self._handles = [layer.register_forward_hook(self._adder(low)) for low, layer in pairs]
+        # Not a lambda: a deep copy of the model shall have a copy of the LoRA on it.
+        self._handles = [layer.register_forward_hook(partial(self._add, low)) for low, layer in pairs]
 
-    def _adder(self, low: LowRank) -> Callable:
+    def _add(self, low: LowRank, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        change = self.weight * low(args[0])
+        if change.shape != output.shape:
+            raise ValueError(
+                f"a LoRA's change has shape {tuple(change.shape)}, but {tuple(output.shape)} is what another adapter makes of the layer's "
+                "output, as prefix tuning does; attach the LoRA before it"
+            )
         # The sum of a layer's half precision and the change's float32 is float32, and is rounded once.
-        return lambda layer, args, output: (output + self.weight * low(args[0])).to(output.dtype)
+        return (output + change).to(output.dtype)
 
     def detach(self):
         """The model is as it was before `attach`; without effect on a LoRA that is not attached."""
@@ -216,12 +230,19 @@ def merge_lora(sd: StableDiffusion, lora: LoRA) -> Callable[[], None]:
     """Put the change into the model's weights: W0 + weight delta, summed in float32, in the weights' dtype.
 
     Returns a function that puts the very same base weights back; who drops it frees their memory. Several merges are undone last first.
-    Raises ValueError for a LoRA that is attached, which would count twice, and for one that does not fit.
+    Raises ValueError for a LoRA that is attached, which would count twice, for one that does not fit, and where a Custom Diffusion is
+    attached to one of its layers, which would hide the change.
     """
-    if lora._handles:
+    if lora.attached:
         raise ValueError("this LoRA is attached, so merging would apply it twice; detach() it first")
+    pairs = _fit(lora, sd)
+    if hidden := [name for name, (_, layer) in zip(lora.layers, pairs) if is_replaced(layer)]:
+        raise ValueError(
+            f"a Custom Diffusion stands in the place of {len(hidden)} of the weights to be changed, {hidden[0]} for one; "
+            "detach it first, or attach the LoRA instead of merging it"
+        )
     changed = []
-    for low, layer in _fit(lora, sd):
+    for low, layer in pairs:
         base = layer.weight.data
         with torch.no_grad():
             layer.weight.data = (base.float() + lora.weight * low.delta().to(base.device)).to(base.dtype)
@@ -248,7 +269,7 @@ def extract_lora(
     rank: int | None = None,
     share: float | None = None,
     of: str = "sum",
-    clamp: float = 0.99,
+    clamp: float = 1.0,
 ) -> LoRA:
     """The LoRA that turns one model into the other, by the singular values s of each layer's tuned - base. alpha = rank; not attached.
 
@@ -256,8 +277,8 @@ def extract_lora(
         "sum"        the fewest that make up this share of the sum of s
         "frobenius"  the fewest whose norm is this share of the norm of s, the change's Frobenius norm
         "ratio"      those above this share of the largest one (kohya's sv_ratio is 1 / share)
-    s goes into up. clamp: both factors are cut off at this quantile of all their values, as kohya does; 1 keeps the closest matrix of the
-    rank (Eckart and Young). The cut costs accuracy: a change of rank 16 and 2 % noise is met at rank 32 within 9 % instead of 2 %.
+    s goes into up. clamp: both factors are cut off at this quantile of all their values; 1 does not, and keeps the closest matrix of the
+    rank (Eckart and Young). kohya's 0.99 costs accuracy: a change of rank 16 and 2 % noise is met at rank 32 within 9 % instead of 2 %.
     Layers that are equal are left out.
     Raises ValueError for models of different shapes, models without a difference, numbers out of range, and as `choose` does.
     """

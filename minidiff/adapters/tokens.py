@@ -40,9 +40,16 @@ class NewTokens(nn.Module):
     def rows(self) -> dict[str, nn.Parameter]:
         return dict(zip(self.names, self.vectors))
 
+    @property
+    def attached(self) -> bool:
+        return self._attached is not None
+
     def attach(self, sd: StableDiffusion):
-        """From now on sd's prompts may use the placeholders. Raises ValueError, and changes nothing, where one cannot be added."""
-        if self._attached:
+        """Move to sd's device; from now on its prompts may use the placeholders.
+
+        Raises ValueError, and changes nothing, where one cannot be added.
+        """
+        if self.attached:
             raise ValueError(f"{', '.join(self.names)}: attached already; detach first")
         width = sd.config.text_encoder.width
         for name, vectors in self.rows.items():
@@ -55,6 +62,7 @@ class NewTokens(nn.Module):
             added[name] = tuple(range(first, first + len(vectors)))
             first += len(vectors)
         sd.tokenizer = sd.tokenizer.with_added(added)
+        self.to(sd.device)
         sd.text_encoder.added |= {ids[0]: self.rows[name] for name, ids in added.items()}
         self._attached = sd, added
 
