@@ -182,6 +182,7 @@ PLACE = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
         ({f"{PLACE}.u": torch.zeros(2, 2)}, "needs one weight, or u and v; found u"),
         ({f"{PLACE}.u": torch.zeros(2, 2), f"{PLACE}.v": torch.zeros(2, 2), PLACE: torch.zeros(2, 2)}, "found u, v and a weight"),
         ({f"{PLACE}.u": torch.zeros(32, 2), f"{PLACE}.v": torch.zeros(3, 16)}, r"has shape \(\(32, 2\), \(3, 16\)\); .* is \(32, 16\)"),
+        ({PLACE.replace("to_k.weight", "to_out.0.bias"): torch.zeros(32)}, "x.safetensors: a bias without a weight for unet.middle"),
         ({"<cat>": torch.zeros(1, 16)}, "given as a Custom Diffusion, but it is a Textual Inversion embedding"),
     ],
 )  # fmt: skip

@@ -50,14 +50,13 @@ def read_custom_diffusion(path: str | Path, sd: StableDiffusion, names: tuple[st
     try:
         changes, rows = parse_folder(path, names) if path.is_dir() else parse(read(path).tensors, names)
         embedding.check_width(rows, sd)
-        values = fit(changes, sd)
+        by_kind = {"weight": {}, "bias": {}}
+        for name, value in fit(changes, sd).items():
+            layer, kind = name.rsplit(".", 1)
+            by_kind[kind][layer] = value
+        return CustomDiffusion(by_kind["weight"], NewTokens(rows) if rows else None, by_kind["bias"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    by_kind = {"weight": {}, "bias": {}}
-    for name, value in values.items():
-        layer, kind = name.rsplit(".", 1)
-        by_kind[kind][layer] = value
-    return CustomDiffusion(by_kind["weight"], NewTokens(rows) if rows else None, by_kind["bias"])
 
 
 def parse_folder(path: Path, names: tuple[str, ...] = ()) -> tuple[dict[str, Change], dict[str, Tensor]]:
@@ -223,7 +222,8 @@ def _write_folder(
         raise ValueError(f"{path}: diffusers' folders hold whole weights; write a compressed one as .safetensors, .bin or .ckpt")
     if unfit := [word for word in rows if Path(f"{word}.safetensors").name != f"{word}.safetensors"]:
         raise ValueError(f"{path}: the word {unfit[0]!r} cannot name a file in the folder; write .safetensors")
-    base = {place.name: sd.unet.state_dict()[ours] for ours, place in table(sd.unet, "diffusers").items()}
+    parameters = sd.unet.state_dict()
+    base = {place.name: parameters[ours] for ours, place in table(sd.unet, "diffusers").items()}
     tensors = {}
     for attention in sorted({re.match(r".+attn[12]", name)[0] for name in base if re.search(r"\.attn[12]\.", name)}):
         changed = {name.removeprefix(f"{attention}.") for name in changes if name.startswith(f"{attention}.")}
