@@ -58,6 +58,13 @@ def test_captions_of_every_source_are_the_same(folder, kind):
     captions = {"c.webp": "a café", "a.jpg": "an apple", "b.png": "a bird"}
     write_captions(folder, kind, captions)
     assert {example.path.name: example.caption for example in read_folder(folder, size=32)} == captions
+
+
+def test_a_line_of_json_may_have_any_letter_in_it(folder):
+    """Python's splitlines also parts a text at Unicode's own line ends, which JSON allows inside a string."""
+    rows = [{"file_name": name, "text": "an\u2028apple"} for name in ("a.jpg", "b.png", "c.webp")]
+    (folder / "metadata.jsonl").write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert read_folder(folder, size=32)[0].caption == "an apple"
     assert {example.caption for example in read_folder(folder, size=32, caption="a thing")} == {"a thing"}
 
 

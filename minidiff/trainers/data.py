@@ -125,7 +125,7 @@ def captions_beside(paths: Sequence[Path], texts: Sequence[Path]) -> dict[str, s
 
 def captions_of_lines(path: Path) -> dict[str, str]:
     captions = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         row = parsed(line, f"{path}, line {number}")
