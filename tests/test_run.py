@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -97,6 +98,16 @@ def test_a_run_that_is_stopped_and_started_again_makes_the_same_file(whole, tmp_
     progress, _ = finished(tmp_path)
     assert len(progress) < len(whole[1])  # it went on, it did not begin again
     assert (tmp_path / "model.safetensors").read_bytes() == (whole[0] / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("init", [False, True])
+def test_how_long_it_will_take_is_told_from_the_first_steps(monkeypatch, init):
+    now = itertools.count()
+    monkeypatch.setattr(run.time, "monotonic", lambda: float(next(now)))  # whatever is measured takes a second
+    recipe = dataclasses.replace(RECIPE, scenes=1200, vae_steps=50, steps=70)
+    seconds = run.foretold(CONFIG, recipe, CPU, small_model(CONFIG) if init else None)
+    assert seconds == {"scenes": 12, "latents": 12, "diffusion": 70} | ({} if init else {"autoencoder": 50})
+    assert list(seconds)[-2:] == ["latents", "diffusion"]
 
 
 def test_a_run_that_is_killed_goes_on_from_its_last_states(whole, tmp_path):

@@ -110,6 +110,8 @@ class Training:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         for samples in parts(settings):
+            if settings.compile:
+                torch.compiler.cudagraph_mark_step_begin()  # what the graphs gave out before may be overwritten
             with checkpointed(networks_of(self.task), settings.checkpointing):
                 part = loss_of(self.task, self.i, samples, settings, self.device) / settings.accumulate
                 self.scaler.scale(part).backward()

@@ -11,10 +11,12 @@
 import copy
 import dataclasses
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +30,8 @@ from minidiff.tokenizer import Tokenizer
 from minidiff.trainers import processes
 from minidiff.trainers.from_scratch import AutoencoderTask, DiffusionTask, Latents, Scenes, encoded, make_scenes
 from minidiff.trainers.log import Log
-from minidiff.trainers.loop import Training
-from minidiff.trainers.recipe import Recipe
+from minidiff.trainers.loop import Task, Training, train
+from minidiff.trainers.recipe import Recipe, Settings
 from minidiff.trainers.state import check_same, read_state, write_state
 from minidiff.vae import VAE
 from minidiff.viz import grid, save_png
@@ -73,6 +75,34 @@ def run_from_scratch(
             save_samples(assembled(config, training, vae), folder / f"samples-{progress.i:06d}.png")
     if processes.number() == 0:
         save(assembled(config, training, vae))
+
+
+def foretold(config: ModelConfig, recipe: Recipe, device: torch.device, init: StableDiffusion | None = None) -> dict[str, float]:
+    """Seconds that each stage will take on this device, from the time of its first steps; itself it takes a few."""
+    scenes, composing = timed(make_scenes(dataclasses.replace(recipe, scenes=100), config))
+    vae_task = AutoencoderTask(config, recipe, scenes.images, device)
+    mean, encoding = timed(encoded(scenes.images, vae_task.vae, device))
+    seconds = {"scenes": composing * recipe.scenes / 100}
+    if init is None:
+        seconds["autoencoder"] = recipe.vae_steps * seconds_a_step(vae_task, recipe.autoencoder(), device)
+    seconds["latents"] = encoding * recipe.scenes / 100
+    task = DiffusionTask(config, recipe, Latents(mean, scenes.tokens, scenes.mask), device, init)
+    return seconds | {"diffusion": recipe.steps * seconds_a_step(task, recipe.diffusion(), device)}
+
+
+def timed(chunks: Iterator) -> tuple[Any, float]:
+    """The first of the chunks, and the seconds it took."""
+    start = time.monotonic()
+    return next(chunks), time.monotonic() - start
+
+
+def seconds_a_step(task: Task, settings: Settings, device: torch.device) -> float:
+    """Of five steps, the later four, which are one round of the sizes that the VAE decodes; without compiling."""
+    ends = []
+    for step in train(task, dataclasses.replace(settings, steps=5, compile=False), device):
+        float(step.loss)  # waits for the device
+        ends.append(time.monotonic())
+    return (ends[-1] - ends[0]) / 4
 
 
 def vae_and_latents(
