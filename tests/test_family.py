@@ -259,7 +259,7 @@ def test_a_lora_that_comes_after_a_prefix_says_so(sd):
     lora = create_lora(sd, (CROSS + r"\.to_k",), rank=2, alpha=2.0, generator=generator())
     prefix.attach(sd)
     lora.attach(sd)
-    with pytest.raises(ValueError, match=r"change has shape \(2, 7, 32\), but \(2, 10, 32\) is .* as prefix tuning does; attach the LoRA before"):
+    with pytest.raises(ValueError, match=r"shape \(2, 7, 32\), but \(2, 10, 32\) is .* as prefix tuning does; attach the LoRA before"):
         answer(sd)
     lora.detach(), prefix.detach()
 

@@ -4,10 +4,6 @@ Gal et al. 2023, "An image is worth one word", section 4.1 and appendix D; the o
 tried with on ImageNet (Radford et al. 2021). The bundled model knows few of these words: it has prompts of its own.
 """
 
-from collections.abc import Sequence
-
-import numpy as np
-
 from minidiff.scenes.art import COLOURS, known
 from minidiff.scenes.scenes import MEDIA, with_article
 
@@ -75,17 +71,3 @@ def scene_templates(*, background: str | None = None, size: str | None = None) -
     if background is not None:
         noun += f" on {with_article(known('background', background, COLOURS))} background"
     return (noun, *(f"{with_article(medium)} of {noun}" for medium in MEDIA))
-
-
-def check_templates(templates: Sequence[str]) -> None:
-    """Raises ValueError for no template, and for one without its hole."""
-    if not templates:
-        raise ValueError("no templates; give at least one, with {} where the new word goes")
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ValueError(f"template {template!r}: expected {{}} once, where the new word goes")
-
-
-def draw_prompt(rng: np.random.Generator, templates: Sequence[str], words: str) -> str:
-    """One of the templates, each as likely, with the words in its hole."""
-    return templates[int(rng.integers(len(templates)))].replace("{}", words)
