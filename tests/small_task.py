@@ -18,7 +18,8 @@ CPU = torch.device("cpu")
 
 def small_settings(**changes) -> Settings:
     """A run in which everything that a state must hold takes part."""
-    return Settings(**{"steps": 10, "batch": 4, "learning_rate": 0.03, "warm_up": 3, "schedule": "cosine", "average": 0.9, "save_every": 3} | changes)
+    usual = {"steps": 10, "batch": 4, "learning_rate": 0.03, "warm_up": 3, "schedule": "cosine", "average": 0.9, "save_every": 3}
+    return Settings(**usual | changes)
 
 
 class SmallTask:

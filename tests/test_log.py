@@ -55,7 +55,8 @@ def test_a_run_that_is_taken_up_again_writes_on_from_its_step(tmp_path):
     with Log(tmp_path, "lora", CPU) as again:
         again.add(step(4, loss=7.0))  # its last save was that of step 3
         again.add(step(5, loss=8.0))
-    assert [(i, loss) for i, loss, _ in read_rows(tmp_path / "lora.csv")] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3)), (4, 7.0), (5, 8.0)]
+    rows = read_rows(tmp_path / "lora.csv")
+    assert [(i, loss) for i, loss, _ in rows] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3)), (4, 7.0), (5, 8.0)]
 
 
 def test_the_text_tells_loss_memory_and_time_left(tmp_path, clock):
@@ -123,7 +124,9 @@ def test_pace_leaves_the_first_step_out_and_says_how_long_the_rest_takes(clock):
     assert pace.forecast() == "87 steps of 2 s: about 3 min"
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (99, "99 s"), (101, "2 min"), (3500, "58 min"), (3900, "1 h 5 min"), (90_000, "25 h 0 min")])
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (99, "99 s"), (101, "2 min"), (3500, "58 min"), (3900, "1 h 5 min"), (90_000, "25 h 0 min")]
+)
 def test_durations_in_words(seconds, words):
     assert duration(seconds) == words
 

@@ -212,7 +212,8 @@ def test_frozen_weights_stay_and_stand_in_no_state():
     training = Training(task, small_settings(), CPU)
     list(training.run())
     assert torch.equal(task.net[0].weight, before)
-    assert training.state_dict()["weights"].keys() == {"net.3.weight", "net.3.bias"} and training.averages["net"].mean.keys() == {"3.weight", "3.bias"}
+    assert training.state_dict()["weights"].keys() == {"net.3.weight", "net.3.bias"}
+    assert training.averages["net"].mean.keys() == {"3.weight", "3.bias"}
 
 
 def test_precision_is_autocast_and_trained_weights_stay_float32():

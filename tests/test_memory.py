@@ -112,8 +112,10 @@ def test_a_task_that_fails_keeps_no_gradient_and_no_mode():
 
 def test_it_is_told_in_words():
     assert (readable(0), readable(1_234_000), readable(1_250_000_000)) == ("0 MB", "1 MB", "1.2 GB")
-    words = str(Memory(frozen=3_000_000_000, trained=1_000_000, gradients=1_000_000, optimizer=2_000_000, average=0, activations=2_000_000_000))
-    assert words == (
+    memory = Memory(
+        frozen=3_000_000_000, trained=1_000_000, gradients=1_000_000, optimizer=2_000_000, average=0, activations=2_000_000_000
+    )
+    assert str(memory) == (
         "about 5.0 GB of memory: weights 3.0 GB, of which 1 MB are trained; "
         "training adds 2.0 GB (gradients 1 MB, optimizer 2 MB, average 0 MB, activations 2.0 GB)"
     )

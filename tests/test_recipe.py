@@ -30,7 +30,9 @@ def test_settings_that_cannot_be_followed_are_refused(change, said):
         small_settings(**change)
 
 
-@pytest.mark.parametrize(("name", "choices"), [("schedule", "constant, linear, cosine, flat_then_linear"), ("precision", "auto, float32, bfloat16, float16")])
+@pytest.mark.parametrize(
+    ("name", "choices"), [("schedule", "constant, linear, cosine, flat_then_linear"), ("precision", "auto, float32, bfloat16, float16")]
+)
 def test_an_unknown_choice_is_refused_with_the_choices(name, choices):
     settings = small_settings()
     object.__setattr__(settings, name, "odd")  # where annotations are not checked, as they are in these tests

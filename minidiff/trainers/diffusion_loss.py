@@ -28,7 +28,9 @@ class Draws:
     eps: Float[Tensor, "B C h w"]
 
 
-def draw(rngs: Sequence[np.random.Generator], shape: Sequence[int], timesteps: int, device: torch.device, offset_noise: float = 0.0) -> Draws:
+def draw(
+    rngs: Sequence[np.random.Generator], shape: Sequence[int], timesteps: int, device: torch.device, offset_noise: float = 0.0
+) -> Draws:
     """A timestep, each of 0..timesteps-1 as likely, and unit normal noise of shape (C, h, w), from each sample's own generator.
 
     offset_noise adds so much times one normal value a channel, which teaches a model to make all of a picture darker or brighter.

@@ -65,10 +65,9 @@ class Log:
         if not self.rows:
             return ""
         last = [loss for _, loss, _ in self.rows[-10:]]
+        text = f"loss {sum(last) / len(last):.4f}, {memory_taken(self.device) / 1e9:.1f} GB"
         left = self.pace.left()
-        return ", ".join(
-            [f"loss {sum(last) / len(last):.4f}", f"{memory_taken(self.device) / 1e9:.1f} GB", *([f"{duration(left)} left"] if left is not None else [])]
-        )
+        return text if left is None else f"{text}, {duration(left)} left"
 
     def _look(self) -> None:
         for step in self.waiting:

@@ -138,7 +138,8 @@ class Training:
             return
         for name, p in self.weights.items():
             if not p.isfinite().all():
-                raise ValueError(f"{name} is not finite after step {self.i}, the state of step {self.saved} is kept: lower the learning rate")
+                kept = f"the state of step {self.saved} is kept"
+                raise ValueError(f"{name} is not finite after step {self.i}, {kept}: lower the learning rate")
         with uninterrupted():
             self.saved = self.i  # also if writing fails: it is not tried again on the way out
             write_state(self.state, self.state_dict())
