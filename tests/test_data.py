@@ -120,6 +120,12 @@ def test_sub_folders_are_passed_over_with_a_warning(folder):
         assert len(read_folder(folder, size=32, caption="x")) == 3
 
 
+def test_pictures_of_other_formats_are_passed_over_with_a_warning(folder):
+    (folder / "phone.HEIC").write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"of formats that are not read: phone\.HEIC; save them as \.png"):
+        assert len(read_folder(folder, size=32, caption="x")) == 3
+
+
 def test_two_concepts_in_one_folder_are_refused(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "dog").mkdir()

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+OTHER_PICTURES = (".heic", ".heif", ".avif", ".gif", ".tif", ".tiff")  # not read, which should not happen in silence
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what Pillow raises for broken files
 
 
@@ -40,7 +41,7 @@ def read_folder(folder: Path, *, size: int, caption: str | Callable[[Path], str]
 
     size: pixels of the model, to tell a picture that is too small. caption: one for all, or a function of the path; with None they
     are read from the folder: NAME.txt beside each picture, or metadata.jsonl ({"file_name": ..., "text": ...} a line), or
-    captions.json ({file name: caption}). Sub-folders and hidden files are passed over, the former with a warning.
+    captions.json ({file name: caption}). Hidden files are passed over, sub-folders and pictures of other formats with a warning.
     Raises FileNotFoundError or NotADirectoryError for the folder, ValueError for what is in it; each names the file.
     """
     paths = picture_paths(folder)
@@ -66,6 +67,8 @@ def picture_paths(folder: Path) -> list[Path]:
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     if inner := [path.name for path in entries if path.is_dir()]:
         warnings.warn(f"{folder}: its sub-folders are not read: {', '.join(inner)}", stacklevel=3)
+    if others := [path.name for path in entries if path.suffix.lower() in OTHER_PICTURES]:
+        warnings.warn(f"{folder}: of formats that are not read: {', '.join(others)}; save them as .png or .jpg", stacklevel=3)
     return [path for path in entries if path.suffix.lower() in PICTURES and path.is_file()]
 
 
