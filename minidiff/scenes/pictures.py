@@ -1,0 +1,65 @@
+"""Pictures of one subject to personalise a model with, as a person would take them: the same thing at several sizes and places.
+
+    python -m minidiff.scenes.pictures tiger tiger-pictures --style fluent
+
+The 20 held-out subjects are meant for this, which no training of the bundled model has shown; `--help` lists them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from minidiff.scenes.art import COLOURS, STYLES, known, scaled_size, subject_names, subjects, visible_backgrounds
+from minidiff.scenes.scenes import SIZE, Item, Scene, compose
+from minidiff.viz import save_png
+
+SIZES = (58, 46, 52, 40, 55)  # pixels of the longer side, in turn
+
+
+def subject_scenes(subject: str, style: str, count: int, rng: np.random.Generator) -> list[Scene]:
+    """Scenes of the subject alone, each on another background from which it stands out, until the backgrounds are used up.
+
+    Raises ValueError for an unknown subject or style, and for a count below 1.
+    """
+    known("subject", subject, subjects())
+    known("style", style, STYLES)
+    if count < 1:
+        raise ValueError(f"{count} pictures asked for; give at least 1")
+    backgrounds = [name for name in COLOURS if name in visible_backgrounds(subject, style, None)]
+    order = rng.permutation(len(backgrounds))
+    scenes = []
+    for i in range(count):
+        px = SIZES[i % len(SIZES)]
+        x, y = 32 + (rng.random(2) - 0.5) * (SIZE - np.array(scaled_size(subject, style, px)))
+        scenes.append(compose([Item(subject, px, (float(x), float(y)))], background=backgrounds[order[i % len(order)]], style=style))
+    return scenes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m minidiff.scenes.pictures",
+        description="Write pictures of one subject, to personalise a model with.",
+        epilog=f"held out of the bundled model's training: {', '.join(subject_names(held_out=True))}",
+    )
+    parser.add_argument("subject")
+    parser.add_argument("folder", type=Path, help="made if it is not there; pictures in it of the same names are written over")
+    parser.add_argument("--style", default="fluent", choices=STYLES)
+    parser.add_argument("--count", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        scenes = subject_scenes(args.subject, args.style, args.count, np.random.default_rng(args.seed))
+        args.folder.mkdir(parents=True, exist_ok=True)
+        for i, scene in enumerate(scenes):
+            save_png(Image.fromarray(scene.image), args.folder / f"{i}.png")
+    except (ValueError, OSError) as error:
+        print(f"minidiff: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(args.folder)
+
+
+if __name__ == "__main__":
+    main()
