@@ -117,7 +117,8 @@ class Run:
     sample_prompt: Several = ()
     samples: int = 4
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raises ValueError for a number out of range."""
         for name, least in (("sample_every", 0), ("samples", 1), ("threads", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -26,13 +26,16 @@ def merge_lora(files: Files, /, out: Path, model: str = "tiny", dtype: DTypes = 
         model: the checkpoint, as for generate
         dtype: of the weights that are written; the model's own by default
     """
+    import torch
+
     import weights_loader
     from minidiff.adapters import lora
 
     if not files:
         raise ValueError("no LoRA to merge; give at least one file")
     check_out(out, (".safetensors", ""))
-    sd = load(model, "auto", "cpu") if dtype == "auto" else load(model, dtype, "cpu")
+    sd = weights_loader.load(model, dtype="file" if dtype == "auto" else getattr(torch, dtype))
+    say(sd.notes)
     for path, weight in weighted(files):
         one = weights_loader.read_lora(path, sd)
         one.weight = weight
@@ -51,6 +54,8 @@ def merge_concepts(
     ridge: float = 0.0,
 ) -> None:
     """Make one Custom Diffusion of several, in closed form (Kumari et al. 2023, eq. 4): each keeps what its captions ask for.
+
+    Their words should have been learnt from different rare words (--start): two that began alike may still be too near to be told apart.
 
     Args:
         files: Custom Diffusion files of one concept or more each

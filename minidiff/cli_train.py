@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
     from minidiff.pipeline import StableDiffusion
     from minidiff.trainers.methods import Method
+    from minidiff.trainers.personalise import Personalisation, Subject
 
 SAMPLE_STEPS = 20
+FILLED = ("generated", "scenes")  # kinds of prior whose class pictures are made
 LoRANames = Literal["diffusers", "kohya"]
 Words = Literal["photo", "scenes"]
 
@@ -247,11 +249,12 @@ def from_scratch(
     from minidiff.trainers.from_scratch import bundled_config
     from minidiff.trainers.run import run_from_scratch
 
-    with training_on(device, threads) as device, ExitStack() as bars:
+    with training_on(device, threads) as device, ExitStack() as outer, ExitStack() as bars:
         base = load(init, "float32", device) if init else None
         model, stage = out / "model.safetensors", None
         config = base.config if base else bundled_config()
-        for step in run_from_scratch(config, recipe, out, device, lambda sd: weights_loader.save(sd, model), base):
+        run = run_from_scratch(config, recipe, out, device, lambda sd: weights_loader.save(sd, model), base)
+        for step in outer.enter_context(closing(run)):
             if step.stage != stage:
                 bars.close()
                 stage, bar = step.stage, bars.enter_context(tqdm(desc=step.stage, total=step.steps, initial=step.i - 1, file=sys.stderr))
@@ -283,29 +286,39 @@ def learn(
     from minidiff.trainers.cache import Cache
     from minidiff.trainers.processes import number, wait_for_all
 
+    run.check()
     concepts = what.concepts()
     with training_on(run.device, run.threads) as device:
         sd = load(run.model, "float32" if run.dtype == "auto" else run.dtype, device, prediction=run.prediction)
         options = options(family_of(sd.config))
         concepts = [with_class_folder(concept, i, run.out, prior_of(options)) for i, concept in enumerate(concepts, start=1)]
-        check(method, sd, concepts, options, start_from)
-        if number() == 0:
-            claim(run.out, {"method": method, "model": run.model, "names": names})
-            fill_class_folders(sd, concepts, options)
-        wait_for_all()
+        asked = {"method": method, "model": run.model, "names": names}
+        if prior_of(options).kind in FILLED:
+            check(method, sd, concepts, options, start_from)
+            if number() == 0:
+                claim(run.out, asked)
+                fill_class_folders(sd, concepts, options)
+            wait_for_all()
         made = build(method, sd, concepts, options, Cache(run.out / "cache"), start_from)
-        settings = settings_of(method, run.model, concepts, options)
-        prompts = list(run.sample_prompt) or [(subject.templates or (subject.pictures.examples[0].caption,))[0] for subject in made.phases[0].subjects]
+        if number() == 0:
+            claim(run.out, asked)
+        wait_for_all()
         forecast(made, device)
+        prompts = list(run.sample_prompt) or [first_caption(subject) for subject in made.phases[0].subjects]
         try:
             steps(made, run, prompts, device)
         except KeyboardInterrupt:
             say([f"stopped; the same command goes on from what is saved in {run.out}"])
             raise
         if number() == 0:
+            settings = settings_of(method, run.model, concepts, options)
             flags = [text for flag, path in write(made, sd, run.out, names, settings) for text in (flag, str(path))]
             model = [] if "--model" in flags or run.model == "tiny" else ["--model", run.model]
             print(shlex.join(["minidiff", "generate", prompts[0], *model, *flags]))
+
+
+def first_caption(subject: "Subject") -> str:
+    return (subject.templates or (subject.pictures.examples[0].caption,))[0]
 
 
 def build(
@@ -331,7 +344,7 @@ def prior_of(options: Options) -> Prior:
 
 def with_class_folder(concept: Concept, number: int, out: Path, prior: Prior) -> Concept:
     """Class pictures that are made need a folder: one in the run's, unless another is given."""
-    if concept.class_images is None and prior.kind in ("generated", "scenes"):
+    if concept.class_images is None and prior.kind in FILLED:
         return replace(concept, class_images=out / f"class-{number}")
     return concept
 
@@ -342,9 +355,6 @@ def check(method: str, sd: "StableDiffusion", concepts: list[Concept], options: 
 
     from minidiff.trainers.methods import class_caption
 
-    prior = prior_of(options)
-    if prior.kind not in ("generated", "scenes"):
-        return  # then nothing long comes before the method is put together
     bare = replace(options, lora=replace(options.lora, prior=Prior())) if isinstance(options, PivotalOptions) else replace(options, prior=Prior())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again
@@ -361,10 +371,13 @@ def claim(out: Path, asked: dict[str, str]) -> None:
     """Makes the folder, or makes sure that what stands in it is the same run; raises ValueError for another's, OSError for a file."""
     from minidiff.trainers.state import check_same
 
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "run.json"
-    if not path.exists():
-        path.write_text(json.dumps(asked, indent=1))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / "run.json"
+        if not path.exists():
+            path.write_text(json.dumps(asked, indent=1))
+    except OSError as error:
+        raise OSError(f"--out {out}: no folder to write to ({error.strerror}); choose another place") from error
     check_same(out, json.loads(path.read_text()), asked)
 
 
@@ -374,8 +387,6 @@ def fill_class_folders(sd: "StableDiffusion", concepts: list[Concept], options: 
     from minidiff.trainers.methods import fill_class_images
 
     prior = prior_of(options)
-    if prior.kind not in ("generated", "scenes"):
-        return
     phase = options.lora if isinstance(options, PivotalOptions) else options
     for concept in concepts:
         with tqdm(desc=f"class pictures in {concept.class_images}", total=prior.count, unit="picture", file=sys.stderr) as bar:
@@ -387,22 +398,22 @@ def forecast(method: "Method", device: "torch.device") -> None:
     """What is trained, and how much memory it will take; the latents are made on the way."""
     from tqdm import tqdm
 
-    from minidiff.trainers.memory import estimate_memory
+    from minidiff.trainers.log import memory_taken
+    from minidiff.trainers.memory import estimate_memory, readable
+    from minidiff.trainers.processes import count
 
     for phase in method.phases:
         for _ in tqdm(phase.prepare(), desc="pictures to latents", unit="picture", file=sys.stderr, leave=False):
             pass
+        taken = f"; this process has taken {readable(memory_taken(device))} so far, the model among it" if device.type == "cpu" else ""
         with phase:
             memory = estimate_memory(phase, phase.settings, device)
-        s = phase.settings
+        settings = phase.settings
         trained = sum(p.numel() for group in phase.groups for p in group.params)
         pictures = sum(len(subject.pictures) for subject in phase.subjects)
-        say(
-            [
-                f"{phase.name}: {trained:,} numbers are trained on {pictures} pictures, {s.steps} steps of {s.batch * s.accumulate} samples, learning rate {s.learning_rate:g}",
-                str(memory),
-            ]
-        )
+        samples = settings.batch * settings.accumulate * count()
+        how = f"{settings.steps} steps of {samples} samples, learning rate {settings.learning_rate:g}"
+        say([f"{phase.name}: {trained:,} numbers are trained on {pictures} pictures, {how}", f"{memory}{taken}"])
 
 
 def steps(method: "Method", run: Run, prompts: list[str], device: "torch.device") -> None:
@@ -429,9 +440,11 @@ def steps(method: "Method", run: Run, prompts: list[str], device: "torch.device"
             due = step.i == step.steps or run.sample_every and step.i % run.sample_every == 0
             if due and number() == 0:
                 save_sheet(phase, prompts, run.samples, run.out / f"{phase.name}-{step.i:06d}.png")
+    if shown is None:
+        say(["all steps were taken before; the files are written again"])
 
 
-def save_sheet(phase, prompts: list[str], count: int, path: Path) -> None:
+def save_sheet(phase: "Personalisation", prompts: list[str], count: int, path: Path) -> None:
     """A row for each prompt, the same seeds every time."""
     from minidiff.viz import grid, save_png
 

@@ -8,26 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minidiff.cli import main, parse_size
+from minidiff.cli import parse_size
 from minidiff.cli_model import choose_device, slug
+from tests.command import runner
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Runs a command in an empty folder; gives its exit code, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def run_command(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["minidiff", *args])
-        try:
-            main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_command
+    return runner(monkeypatch, tmp_path, capsys)
 
 
 def test_generate_writes_the_picture_that_the_library_makes(run, tmp_path):
@@ -97,6 +85,10 @@ def test_without_out_the_picture_is_named_after_its_prompt(run, tmp_path):
         (["--out", "picture.jpg"], "picture.jpg: pictures are written as PNG"),
         (["--out", "nowhere/picture.png"], "nowhere: no such folder"),
         (["--vae", "no-such-vae.pt"], "no-such-vae.pt"),
+        (["--lora", "no-such.safetensors:0.5"], "no-such.safetensors"),
+        (["--lora", "style.safetensors:much"], "weight 'much' of style.safetensors is no number"),
+        (["--embedding", "no-such.pt"], "no-such.pt"),
+        (["--custom-diffusion", "no-such.bin"], "no-such.bin"),
     ],
 )
 def test_bad_input_gets_one_clear_line_and_exit_code_2(run, tmp_path, args, said):
@@ -155,6 +147,20 @@ def test_a_prompt_of_symbols_alone_still_names_a_file():
     assert len(slug("word " * 100)) <= 60
 
 
-def test_help_needs_no_torch():
-    code = "import sys; sys.argv = ['minidiff', 'generate', '--help']\nfrom minidiff.cli import main\ntry: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+@pytest.mark.parametrize("command", ["generate", "train lora", "merge concepts"])
+def test_help_needs_no_torch(command):
+    code = (
+        f"import sys; sys.argv = ['minidiff', *{command.split()!r}, '--help']\nfrom minidiff.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("group", ["train", "merge", "bench"])
+def test_the_commands_of_a_group_are_listed(run, group):
+    code, out, _ = run(group, "--help")
+    assert code == 0 and out.startswith(f"usage: minidiff {group} {{")
+    code, out, err = run(group)
+    assert (code, out) == (2, "") and f"usage: minidiff {group} {{" in err
+    code, _, err = run(group, "nothing")
+    assert code == 2 and f"command '{group} nothing' unknown; choose {group} " in err
