@@ -159,9 +159,10 @@ def free_name(stem: str) -> Path:
 
 
 def parameters(prompt: str, negative: str, settings: dict[str, object]) -> str:
-    """The settings of a picture as the web interfaces write them: the prompt, the negative prompt, then names and values that were set."""
+    """The settings of a picture as the web interfaces write them: prompt, negative prompt, then names and values that were set."""
     lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None and value is not False)])
+    given = [f"{name}: {value}" for name, value in settings.items() if value is not None and value is not False]
+    return "\n".join([*lines, ", ".join(given)])
 
 
 def inspect(file: tyro.conf.Positional[Path], /) -> None:

@@ -1,6 +1,7 @@
 """The flags of `minidiff train METHOD`: groups of them that several methods share, and how they change a preset.
 
-A flag that is not given leaves the preset's number, which depends on the model and is not known when --help is shown. Importing this is cheap.
+A flag that is not given leaves the preset's number, which depends on the model and is not known when --help is shown. Importing this
+takes no time.
 """
 
 import re

@@ -82,7 +82,7 @@ def merge_concepts(
         [
             f"constraints  {report.rows} tokens of {sum(map(len, targets))} captions, met to {report.residual:.1e} of their size",
             f"drift        {report.drift:.2%} of the keys and values of {report.regularisation_rows} tokens that should stay",
-            f"condition    {report.condition:.1e} of the constraints, {report.regularisation_condition:.1e} of the captions that should stay",
+            f"condition    {report.condition:.1e} of the constraints, {report.regularisation_condition:.1e} of what should stay",
             f"time         {report.seconds:.2f} s",
         ]
     )
@@ -153,7 +153,8 @@ def extract(
     first, second = load(base, "float32", "cpu"), load(tuned, "float32", "cpu")
     patterns = tuple(pattern for name in layers or ("conv", "text_encoder") for pattern in lora.PATTERNS.get(name, (name,)))
     made = lora.extract_lora(first, second, patterns, rank=rank, share=share, of=of, clamp=clamp)
-    settings = {"method": "extract", "base": Path(base).name, "tuned": Path(tuned).name, "rank": rank, "share": share, "of": of, "clamp": clamp}
+    settings = {"method": "extract", "base": Path(base).name, "tuned": Path(tuned).name, "rank": rank, "share": share, "of": of}
+    settings |= {"clamp": clamp}
     weights_loader.write_lora(out, made, first, names, settings)
     ranks = sorted(layer.rank for layer in made.layers.values())
     say([f"{len(ranks)} layers that differ, ranks {ranks[0]} to {ranks[-1]}: {out.stat().st_size / 1e6:.2f} MB"])

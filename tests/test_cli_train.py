@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import weights_loader
-from minidiff import cli_flags, cli_train
+from minidiff import cli_flags, cli_learn, cli_train
 from minidiff.cli_flags import parse_concept
 from minidiff.trainers import memory, presets
 from minidiff.trainers.recipe import Settings
@@ -32,7 +32,7 @@ ESTIMATE = memory.estimate_memory
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """Runs a command in a folder with a small model and pictures of two things."""
-    monkeypatch.setattr(cli_train, "SAMPLE_STEPS", 1)
+    monkeypatch.setattr(cli_learn, "SAMPLE_STEPS", 1)
     monkeypatch.setattr(memory, "estimate_memory", lambda *_: memory.Memory(1, 2, 3, 4, 5, 6))  # seconds each time; one test has the real one
     weights_loader.save(small_model(), tmp_path / "model.safetensors")
     picture_folder(tmp_path / "cat", seed=1)
@@ -112,7 +112,7 @@ def test_stopped_by_ctrl_c_and_started_again_it_ends_the_same(run, tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli_train, "save_sheet", interrupted)
+        patch.setattr(cli_learn, "save_sheet", interrupted)
         code, out, err = run(*args, "--out", "parts", "--sample-every", "2")
     assert (code, out) == (130, "") and "stopped; the same command goes on from what is saved in parts" in err and "Traceback" not in err
     code, _, err = run(*args, "--out", "parts", "--sample-every", "2")
