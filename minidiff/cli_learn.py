@@ -237,7 +237,7 @@ def write(method: "Method", sd: "StableDiffusion", out: Path, names: str, settin
             weights_loader.write_custom_diffusion(path, method.custom_diffusion, sd, None if names == "original" else settings)
         yield "--custom-diffusion", path
     if method.lora is method.tokens is method.custom_diffusion is None:
-        weights_loader.save(sd, out / "model.safetensors")
+        weights_loader.save(sd, out / "model.safetensors", settings=settings)
         yield "--model", out / "model.safetensors"
 
 

@@ -75,6 +75,14 @@ def test_saving_does_not_change_the_model(tmp_path):
     assert_same_model(sd, family_model("SD 2"))
 
 
+@pytest.mark.parametrize("layout, path, file", [("ldm", "a.safetensors", ""), ("diffusers", "a", "unet/diffusion_pytorch_model.safetensors")])
+def test_settings_stand_in_the_metadata_and_change_nothing_else(layout, path, file, tmp_path):
+    sd = family_model("SD 2")
+    weights_loader.save(sd, tmp_path / path, layout, settings={"method": "dreambooth", "steps": 3})
+    assert json.loads(read(tmp_path / path / file).metadata["minidiff.settings"]) == {"method": "dreambooth", "steps": 3}
+    assert_same_model(weights_loader.load(tmp_path / path), sd)
+
+
 def test_a_file_may_be_saved_over_itself(tmp_path):
     sd = family_model("SD 2")
     weights_loader.save(sd, tmp_path / "model.safetensors")

@@ -12,7 +12,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from minidiff.config import ModelConfig
 
 KEY = "minidiff.config"
-SETTINGS_KEY = "minidiff.settings"  # in the small files: what they were made with
+SETTINGS_KEY = "minidiff.settings"  # what a file was made with
 FORMAT = {"format": "pt"}  # diffusers and transformers ask for it
 PREDICTION_KEY = "modelspec.prediction_type"  # of Stability AI's ModelSpec, which several programs write
 PREDICTIONS = {"epsilon": "eps", "v": "v"}
@@ -38,7 +38,7 @@ def prediction_from_metadata(metadata: dict[str, str]) -> Literal["eps", "v"] | 
 
 
 def settings_to_metadata(settings: dict[str, object]) -> dict[str, str]:
-    """What a small file was made with, under names of the caller's, as JSON. Raises ValueError for what JSON has no place for."""
+    """What a file was made with, under names of the caller's, as JSON. Raises ValueError for what JSON has no place for."""
     if not settings:
         return {}
     try:

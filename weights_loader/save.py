@@ -17,43 +17,44 @@ from weights_loader.contents import CARRIED_FILE
 from weights_loader.dialects import LAYOUTS, to_file
 from weights_loader.folder import write_folder_config
 from weights_loader.load import load
-from weights_loader.metadata import FORMAT, KEY, config_to_json
+from weights_loader.metadata import FORMAT, KEY, config_to_json, settings_to_metadata
 from weights_loader.write import new_folder, write_safetensors
 
 SUFFIX = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".bin")  # read, never written
 
 
-def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm"):
+def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm", settings: dict[str, object] | None = None):
     """Write a model in the dtype it has: all of it, or nothing. What is attached to it stays outside, with a warning.
+
+    settings: what it was made with, as JSON in the metadata.
 
     Raises ValueError for an unknown layout and for a name that does not fit the layout, FileNotFoundError without the folder above.
     """
-    path = Path(path)
+    path, metadata = Path(path), FORMAT | {KEY: config_to_json(sd.config)} | settings_to_metadata(settings or {})
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} unknown; choose {' or '.join(LAYOUTS)}")
     if layout == "ldm":
-        _save_ldm(sd, path)
+        _save_ldm(sd, path, metadata)
     else:
-        _save_folder(sd, path)
+        _save_folder(sd, path, metadata)
     if attached := ", ".join(str(one) for one in sd.adapters if one.adapter.attached):
         warnings.warn(f"{path}: the model without what is attached to it ({attached}); merge that into the weights to save it", stacklevel=2)
 
 
-def _save_ldm(sd: StableDiffusion, path: Path):
+def _save_ldm(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
     if path.suffix != SUFFIX:
         raise ValueError(f"{path}: a model in the ldm layout is one {SUFFIX} file; give it a name that ends so, or take layout='diffusers'")
     tensors = to_file(sd.text_encoder, "ldm") | to_file(sd.unet, "ldm") | to_file(sd.vae, "ldm") | sd.carried
-    write_safetensors(path, tensors, FORMAT | {KEY: config_to_json(sd.config)})
+    write_safetensors(path, tensors, metadata)
 
 
-def _save_folder(sd: StableDiffusion, path: Path):
+def _save_folder(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
     if path.suffix in (SUFFIX, *PICKLES):
         raise ValueError(f"{path}: a model in the diffusers layout is a folder; give a name without {path.suffix}, or take layout='ldm'")
     with new_folder(path) as folder:
         write_folder_config(folder, sd.config, sd.tokenizer)
-        config = FORMAT | {KEY: config_to_json(sd.config)}
-        write_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors", to_file(sd.unet, "diffusers"), config)
+        write_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors", to_file(sd.unet, "diffusers"), metadata)
         write_safetensors(folder / "vae" / "diffusion_pytorch_model.safetensors", to_file(sd.vae, "diffusers"), FORMAT)
         write_safetensors(folder / "text_encoder" / "model.safetensors", to_file(sd.text_encoder, "diffusers"), FORMAT)
         if sd.carried:
