@@ -26,7 +26,7 @@ from minidiff.trainers.loop import Training, TrainStep, normals, rng_for, seeded
 from minidiff.trainers.optimizer import optimizers
 from minidiff.trainers.recipe import Settings
 
-CONTEXT_LENGTH = 32  # the longest caption of a scene has 24 tokens
+CONTEXT_LENGTH = 32  # the longest caption of a scene has 22 tokens
 
 
 # 40 minutes on one core that does nothing else.
