@@ -31,7 +31,7 @@ def load_judge(path: str | Path = BUNDLED, *, device: torch.device | str = "cpu"
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: metadata {KEY}: no JSON ({error}); the file is damaged") from error
     try:
-        judge = Judge(metadata._build(JudgeConfig, values, KEY))
+        judge = Judge(metadata.build(JudgeConfig, values, KEY))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     own = judge.state_dict()

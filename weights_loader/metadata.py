@@ -29,7 +29,7 @@ def config_from_json(text: str) -> ModelConfig:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"metadata {KEY}: no JSON ({error}); was the file written by another program?") from error
-    return _build(ModelConfig, values, KEY)
+    return build(ModelConfig, values, KEY)
 
 
 def prediction_from_metadata(metadata: dict[str, str]) -> Literal["eps", "v"] | None:
@@ -47,7 +47,8 @@ def settings_to_metadata(settings: dict[str, object]) -> dict[str, str]:
         raise ValueError(f"settings: {error}; give text, numbers, lists and dicts") from error
 
 
-def _build(cls: type, values: object, where: str) -> object:
+def build(cls: type, values: object, where: str) -> object:
+    """A config dataclass from what stands under the metadata's key `where`. Raises ValueError for what is no such thing."""
     if not isinstance(values, dict):
         raise ValueError(f"metadata {where}: {values!r}; expected an object with {', '.join(field.name for field in fields(cls))}")
     hints = get_type_hints(cls)
@@ -58,7 +59,7 @@ def _build(cls: type, values: object, where: str) -> object:
 
 def _value(hint: object, value: object, where: str) -> object:
     if is_dataclass(hint):
-        return _build(hint, value, where)
+        return build(hint, value, where)
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(value, int) and hint is float:

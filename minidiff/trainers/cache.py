@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from minidiff.pipeline import StableDiffusion
 from minidiff.trainers.augment import SizeAugmentation, View, sized_view
 from minidiff.trainers.data import Example, fit, load_picture
+from minidiff.trainers.loop import normals
 
 Make = Callable[[], Float[Tensor, "*shape"]]
 KEPT_PICTURES = 16  # decoded ones, where every step needs the picture again; a photograph of 12 megapixels takes 36 MB
@@ -190,8 +191,7 @@ class Pictures:
             captions = tuple(self.sizes.say(caption, word) for caption, word in zip(captions, words))
         latents, std = moments.to(self.sd.device).unbind(1)
         if self.posterior == "sample":
-            noise = np.stack([rng.standard_normal(latents.shape[1:], np.float32) for rng in rngs])
-            latents = latents + std * torch.from_numpy(noise).to(self.sd.device)
+            latents = latents + std * normals(rngs, latents.shape[1:]).to(self.sd.device)
         return Batch(latents * self.sd.config.vae.scaling_factor, mask.to(self.sd.device), captions, words)
 
     def _view(self, i: int, flip: bool, rng: np.random.Generator) -> View:

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CAPTION_SOURCES = ("NAME.txt", "metadata.jsonl", "captions.json")
 OTHER_PICTURES = (".heic", ".heif", ".avif", ".gif", ".tif", ".tiff")  # not read, which should not happen in silence
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what Pillow raises for broken files
 
@@ -93,17 +94,24 @@ def check_distinct(folders: Sequence[Path]) -> None:
 # --- captions ---------------------------------------------------------------------------------------------------------
 
 
+def caption_texts(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
+
+
+def caption_sources(folder: Path) -> list[str]:
+    """Which of CAPTION_SOURCES the folder has."""
+    return [name for name in CAPTION_SOURCES if (caption_texts(folder) if name == "NAME.txt" else (folder / name).is_file())]
+
+
 def read_captions(folder: Path, paths: Sequence[Path]) -> dict[str, str]:
     """{file name: caption} for every picture. Raises ValueError for a picture without caption and a caption without picture."""
-    texts = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
-    sources = {"NAME.txt": bool(texts)} | {name: (folder / name).is_file() for name in ("metadata.jsonl", "captions.json")}
-    found = [name for name, there in sources.items() if there]
+    found = caption_sources(folder)
     if not found:
-        raise ValueError(f"{folder}: no captions; give one for all pictures, or write {', '.join(sources)}")
+        raise ValueError(f"{folder}: no captions; give one for all pictures, or write {', '.join(CAPTION_SOURCES)}")
     if len(found) > 1:
         raise ValueError(f"{folder}: captions in {' and in '.join(found)}; keep one of them")
-    if texts:
-        captions = captions_beside(paths, texts)
+    if found == ["NAME.txt"]:
+        captions = captions_beside(paths, caption_texts(folder))
     elif found == ["metadata.jsonl"]:
         captions = captions_of_lines(folder / "metadata.jsonl")
     else:

@@ -33,7 +33,7 @@ from minidiff.unet import UNet
 from minidiff.vae import VAE
 
 WITHOUT_MERGES = 512 + 2  # vocabulary: the bytes, alone and at a word's end, and the start and end tokens; each merge adds one
-CONTEXT_LENGTH = 32  # the longest caption of a scene has 20 tokens
+CONTEXT_LENGTH = 32  # the longest caption of a scene has 22 tokens
 
 
 def bundled_config() -> ModelConfig:

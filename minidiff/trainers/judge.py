@@ -8,7 +8,7 @@ little, so that the judge looks at what stands there and not at how crisply it w
 """
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +17,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minidiff.config import TextEncoderConfig, TokenizerConfig
 from minidiff.evaluation.clip import Judge, JudgeConfig, Reading, contrastive_loss
-from minidiff.scenes.scenes import COLOURS, STYLES, Item, Scene, bpe_merges, choose, compose, sample_scene, subjects, visible_backgrounds
-from minidiff.tokenizer import Tokenizer
-from minidiff.trainers.from_scratch import pixels_of
+from minidiff.scenes.scenes import COLOURS, STYLES, Item, Scene, choose, compose, sample_scene, subjects, visible_backgrounds
+from minidiff.trainers.from_scratch import bundled_config, pixels_of
 from minidiff.trainers.loop import Training, TrainStep, normals, rng_for, seeded
 from minidiff.trainers.optimizer import optimizers
 from minidiff.trainers.recipe import Settings
-
-CONTEXT_LENGTH = 32  # the longest caption of a scene has 22 tokens
-
 
 # 40 minutes on one core that does nothing else.
 JUDGE_SETTINGS = Settings(
@@ -37,10 +32,9 @@ JUDGE_SETTINGS = Settings(
 
 def judge_config() -> JudgeConfig:
     """The numbers of the judge that ships."""
-    tokenizer = TokenizerConfig(merges=bpe_merges(), context_length=CONTEXT_LENGTH)
-    vocab_size = Tokenizer(tokenizer).vocab_size
-    text_encoder = TextEncoderConfig(vocab_size, CONTEXT_LENGTH, width=64, layers=2, heads=4)
-    return JudgeConfig(tokenizer, text_encoder, tuple(subjects()), tuple(COLOURS), STYLES)
+    bundled = bundled_config()  # the words are the bundled model's, the network is smaller
+    text_encoder = replace(bundled.text_encoder, width=64, layers=2, heads=4)
+    return JudgeConfig(bundled.tokenizer, text_encoder, tuple(subjects()), tuple(COLOURS), STYLES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,5 +150,5 @@ def train_judge(settings: Settings, device: torch.device, state: Path | None = N
     training = Training(task, settings, device, state)
     yield from training.run()
     for average in training.averages.values():
-        task.judge.load_state_dict(average.mean)
+        average.copy_to(task.judge)
     return task.judge.eval().requires_grad_(False)

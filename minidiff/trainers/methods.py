@@ -34,7 +34,7 @@ from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.scenes import with_article
 from minidiff.trainers.augment import CODE_SIZES, PAPER_SIZES, SCENE_SIZES, SizeAugmentation
 from minidiff.trainers.cache import Cache, Pictures
-from minidiff.trainers.data import Example, check_distinct, read_folder
+from minidiff.trainers.data import Example, caption_sources, check_distinct, read_folder
 from minidiff.trainers.loop import Training, TrainStep
 from minidiff.trainers.personalise import Group, Personalisation, Subject
 from minidiff.trainers.presets import (
@@ -51,8 +51,6 @@ from minidiff.trainers.presets import (
 )
 from minidiff.trainers.regularisation import Filled, class_pictures, near_examples, pooled_text, scene_pictures
 from minidiff.trainers.templates import OBJECT, SCENE_STYLE, STYLE, scene_templates
-
-CAPTION_FILES = ("*.txt", "metadata.jsonl", "captions.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +70,7 @@ class Method:
                 for step in training.run():
                     yield phase, step
                 for name, average in training.averages.items():
-                    phase.modules[name].load_state_dict(average.mean, strict=False)
+                    average.copy_to(phase.modules[name])
 
 
 # --- the methods ------------------------------------------------------------------------------------------------------
@@ -81,11 +79,8 @@ class Method:
 def lora(sd: StableDiffusion, concepts: Sequence[Concept], options: LoRAOptions, cache: Cache | None = None) -> Method:
     """Low-rank changes beside the model's layers; the result is .lora."""
     adapter, groups = new_lora(sd, options.low_rank, options.settings.seed)
-    subjects = [subject_of(sd, one, options.samples, options.prior, options.prompt, cache) for one in distinct(concepts)]
-    phase = Personalisation(
-        sd, "lora", subjects, modules={"lora": adapter}, adapters=[adapter], groups=groups,
-        settings=options.settings, samples=options.samples, prior_weight=options.prior.weight, cache=cache,
-    )  # fmt: skip
+    subjects = captioned(sd, concepts, options, cache)
+    phase = phase_of(sd, "lora", subjects, options, cache, modules={"lora": adapter}, adapters=[adapter], groups=groups)
     return Method((phase,), lora=adapter)
 
 
@@ -108,11 +103,8 @@ def dreambooth(sd: StableDiffusion, concepts: Sequence[Concept], options: DreamB
         adapter, adapters = None, []
         patterns = (r"^unet\.", r"^text_encoder\.") if options.text_encoder else (r"^unet\.",)
         modules, groups = own_weights(sd, patterns, options.text_scale)
-    subjects = [subject_of(sd, one, options.samples, options.prior, options.prompt, cache) for one in distinct(concepts)]
-    phase = Personalisation(
-        sd, "dreambooth", subjects, modules=modules, adapters=adapters, groups=groups,
-        settings=options.settings, samples=options.samples, prior_weight=options.prior.weight, cache=cache,
-    )  # fmt: skip
+    subjects = captioned(sd, concepts, options, cache)
+    phase = phase_of(sd, "dreambooth", subjects, options, cache, modules=modules, adapters=adapters, groups=groups)
     return Method((phase,), lora=adapter)
 
 
@@ -130,10 +122,7 @@ def pivotal(sd: StableDiffusion, concepts: Sequence[Concept], options: PivotalOp
     first = [templated(sd, one, options.tokens, cache) for one in distinct(concepts)]
     around = replace(options.tokens, samples=options.lora.samples)
     second = [templated(sd, one, around, cache, options.lora.prior, options.lora.prompt) for one in concepts]
-    phase = Personalisation(
-        sd, "lora", second, modules={"lora": adapter}, adapters=[tokens, adapter], groups=groups,
-        settings=options.lora.settings, samples=options.lora.samples, prior_weight=options.lora.prior.weight, cache=cache,
-    )  # fmt: skip
+    phase = phase_of(sd, "lora", second, options.lora, cache, modules={"lora": adapter}, adapters=[tokens, adapter], groups=groups)
     return Method((word_phase(sd, tokens, first, options.tokens, cache), phase), lora=adapter, tokens=tokens)
 
 
@@ -159,22 +148,34 @@ def custom_diffusion(
     subjects = [
         subject_of(sd, one, options.samples, options.prior, options.prompt, cache, sizes=sizes_for(one, options)) for one in distinct(concepts)
     ]
-    phase = Personalisation(
-        sd, "custom-diffusion", subjects, modules={"custom_diffusion": adapter}, adapters=[adapter], groups=groups,
-        settings=options.settings, samples=options.samples, prior_weight=options.prior.weight, cache=cache,
-    )  # fmt: skip
+    modules = {"custom_diffusion": adapter}
+    phase = phase_of(sd, "custom-diffusion", subjects, options, cache, modules=modules, adapters=[adapter], groups=groups)
     return Method((phase,), custom_diffusion=adapter)
 
 
 def fine_tune(sd: StableDiffusion, concepts: Sequence[Concept], options: FineTuneOptions, cache: Cache | None = None) -> Method:
     """The model's own weights, or those of chosen names; the result is sd."""
     modules, groups = own_weights(sd, options.weights, options.text_scale)
-    subjects = [subject_of(sd, one, options.samples, options.prior, options.prompt, cache) for one in distinct(concepts)]
-    phase = Personalisation(
-        sd, "fine-tune", subjects, modules=modules, adapters=[], groups=groups,
+    subjects = captioned(sd, concepts, options, cache)
+    return Method((phase_of(sd, "fine-tune", subjects, options, cache, modules=modules, adapters=[], groups=groups),))
+
+
+def phase_of(
+    sd: StableDiffusion,
+    name: str,
+    subjects: Sequence[Subject],
+    options: LoRAOptions | DreamBoothOptions | CustomDiffusionOptions | FineTuneOptions,
+    cache: Cache | None,
+    *,
+    modules: dict[str, nn.Module],
+    adapters: Sequence[LoRA | NewTokens | CustomDiffusion],
+    groups: Sequence[Group],
+) -> Personalisation:
+    """A training with the options' settings, samples and prior."""
+    return Personalisation(
+        sd, name, subjects, modules=modules, adapters=adapters, groups=groups,
         settings=options.settings, samples=options.samples, prior_weight=options.prior.weight, cache=cache,
     )  # fmt: skip
-    return Method((phase,))
 
 
 # --- what is trained --------------------------------------------------------------------------------------------------
@@ -273,6 +274,13 @@ def fill_in(template: str, words: str) -> str:
     return re.sub(r"\ba \{\}", lambda _: with_article(words), template).replace("{}", words)
 
 
+def captioned(
+    sd: StableDiffusion, concepts: Sequence[Concept], options: LoRAOptions | DreamBoothOptions | FineTuneOptions, cache: Cache | None
+) -> list[Subject]:
+    """Each concept with one caption for all its pictures, or its own captions."""
+    return [subject_of(sd, one, options.samples, options.prior, options.prompt, cache) for one in distinct(concepts)]
+
+
 def subject_of(
     sd: StableDiffusion,
     concept: Concept,
@@ -359,9 +367,5 @@ def prior_examples(sd: StableDiffusion, concept: Concept, prior: Prior, prompt: 
     if prior.kind == "near":
         features: Callable = partial(pooled_text, sd)
         return near_examples(read_folder(concept.class_images, size=size), caption, features, least=prior.least, most=prior.count)
-    captioned = prior.kind == "scenes" or concept.class_prompt is None and has_captions(concept.class_images)
+    captioned = prior.kind == "scenes" or concept.class_prompt is None and bool(caption_sources(concept.class_images))
     return read_folder(concept.class_images, size=size, caption=None if captioned else caption)
-
-
-def has_captions(folder: Path) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in CAPTION_FILES)

@@ -115,12 +115,16 @@ class ExponentialAverage:
         self.steps += 1
         torch._foreach_lerp_(list(self.mean.values()), [p for _, p in _trained(module)], 1 - d)
 
+    def copy_to(self, module: nn.Module) -> None:
+        """The module's trained weights become the averaged ones."""
+        _copy(self.mean, module)
+
     @contextmanager
     def put_in(self, module: nn.Module) -> Iterator[None]:
         """The module holds the averaged weights for the time of the block, to be looked at, saved or copied."""
         own = {name: p.detach().clone() for name, p in _trained(module)}
         try:
-            _copy(self.mean, module)
+            self.copy_to(module)
             yield
         finally:
             _copy(own, module)
