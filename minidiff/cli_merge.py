@@ -128,7 +128,7 @@ def extract(
     rank: Whole = None,
     share: Number = None,
     of: Literal["sum", "frobenius", "ratio"] = "sum",
-    clamp: float = 0.99,
+    clamp: float = 1.0,
     layers: Several = (),
     names: Literal["diffusers", "kohya"] = "diffusers",
 ) -> None:
@@ -141,7 +141,7 @@ def extract(
         rank: how many singular values are kept, or with --share at most; 32 without either
         share: keep as many as make up this share
         of: share of their sum, of the norm of the change (frobenius), or of the largest one (ratio)
-        clamp: cut the factors off at this quantile, as kohya; 1 does not, and is nearer
+        clamp: cut the factors off at this quantile, as kohya at 0.99; 1 does not, and is nearer
         layers: attention, transformer, conv, text_encoder, or regular expressions over layer names; conv and text_encoder by default
         names: of the layers in the file
     """
