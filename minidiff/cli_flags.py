@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from minidiff.trainers.presets import Concept, LowRankOptions, Options, PivotalOptions, Prior, Samples, preset
+from minidiff.trainers.presets import Concept, LowRankOptions, Options, PivotalOptions, Prior, Samples, TextualInversionOptions, Words, preset
 from minidiff.trainers.recipe import Precision, Schedule, Settings
 
 UNSET = ""  # shown behind a flag's help, in place of a default
@@ -233,6 +233,26 @@ class TextEncoderFlags:
 
     def values(self) -> dict[str, object]:
         return {"text_encoder": None if self.text_encoder is None else self.text_encoder == "yes", "text_scale": self.text_scale}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordFlags:
+    """The new word, and how it is shown.
+
+    Args:
+        vectors: how many vectors a word
+        start: the word that it starts from; the class word by default, random without one
+        kind: templates around the word for an object, or for a style
+        words: templates of photographs, or of the bundled model's scenes
+    """
+
+    vectors: Whole = None
+    start: Text = None
+    kind: choices(Literal["object", "style"]) = None
+    words: choices(Words) = None
+
+    def over(self, options: TextualInversionOptions) -> TextualInversionOptions:
+        return changed(options, **asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,14 @@ from typing import Literal
 import tyro
 
 from minidiff.cli_flags import (
-    File, LowRank, Number, Pictures, PriorFlags, Run, Several, Text, TextEncoderFlags, Training, What, Whole, changed, choices,
+    File, LowRank, Number, Pictures, PriorFlags, Run, Several, Text, TextEncoderFlags, Training, What, Whole, WordFlags, changed, choices,
 )  # fmt: skip
 from minidiff.cli_learn import learn
 from minidiff.cli_model import load, training_on
-from minidiff.trainers.presets import Family, FineTuneOptions, LowRankOptions, Options, PivotalOptions, preset
+from minidiff.trainers.presets import Family, FineTuneOptions, LowRankOptions, Options, PivotalOptions, Words, preset
 from minidiff.trainers.recipe import Recipe
 
 LoRANames = Literal["diffusers", "kohya"]
-Words = Literal["photo", "scenes"]
 
 
 def lora(
@@ -82,25 +81,17 @@ def textual_inversion(
     run: Run,
     training: Training = Training(),
     pictures: Pictures = Pictures(),
-    vectors: Whole = None,
-    start: Text = None,
-    kind: choices(Literal["object", "style"]) = None,
-    words: choices(Words) = None,
+    words: WordFlags = WordFlags(),
     names: Literal["diffusers", "a1111"] = "diffusers",
 ) -> None:
     """Textual Inversion: a new word alone; the model stays as it is, and the file has a few kilobytes.
 
     Args:
-        vectors: how many vectors a word
-        start: the word that it starts from; the class word by default, random without one
-        kind: templates around the word for an object, or for a style
-        words: templates of photographs, or of the bundled model's scenes
         names: of the file's tensors: diffusers', or a1111's for the web interfaces
     """
 
     def options(family: Family) -> Options:
-        base = preset("textual-inversion", family)
-        base = changed(base, vectors=vectors, start=start, kind=kind, words=words)
+        base = words.over(preset("textual-inversion", family))
         return replace(base, settings=training.over(base.settings), samples=pictures.over(base.samples))
 
     learn("textual-inversion", what, run, options, names)
@@ -116,10 +107,7 @@ def pivotal_tuning(
     prior: PriorFlags = PriorFlags(),
     token_steps: Whole = None,
     token_learning_rate: Number = None,
-    vectors: Whole = None,
-    start: Text = None,
-    kind: choices(Literal["object", "style"]) = None,
-    words: choices(Words) = None,
+    words: WordFlags = WordFlags(),
     names: LoRANames = "diffusers",
 ) -> None:
     """Pivotal tuning: first a new word, then a LoRA around it; two files, to be used together.
@@ -127,17 +115,13 @@ def pivotal_tuning(
     Args:
         token_steps: steps of the new word; --steps are the LoRA's
         token_learning_rate: of the new word; --learning-rate is the LoRA's
-        vectors: how many vectors a word
-        start: the word that it starts from; the class word by default, random without one
-        kind: templates around the word for an object, or for a style
-        words: templates of photographs, or of the bundled model's scenes
         names: of the LoRA's layers: diffusers', or kohya's for the web interfaces
     """
 
     def options(family: Family) -> PivotalOptions:
         base = preset("pivotal-tuning", family)
         first = replace(training, steps=token_steps, learning_rate=token_learning_rate, warm_up=None, schedule=None)
-        tokens = changed(base.tokens, vectors=vectors, start=start, kind=kind, words=words)
+        tokens = words.over(base.tokens)
         tokens = replace(tokens, settings=first.over(tokens.settings), samples=pictures.over(tokens.samples))
         around = replace(
             base.lora, settings=training.over(base.lora.settings), samples=pictures.over(base.lora.samples),
