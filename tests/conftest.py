@@ -9,8 +9,13 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pytest
 import torch
+
+# Without a GPU, Triton's kernels run in its interpreter. Triton asks for this when it is imported, so nothing above may import it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
 
 import tests.typecheck  # noqa: F401  the option names it, but only this imports it
 from tests.parity.check import markdown

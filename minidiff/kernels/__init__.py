@@ -1,0 +1,8 @@
+"""GPU kernels in Triton, each beside the plain maths that it must equal. To be read in this order:
+
+    tiles.py            what they share: tiles of a head that is no power of two wide, one matrix product, what no kernel takes
+    self_attention.py   latent cells (or words) look at each other: the online softmax, and its gradients
+    cross_attention.py  latent cells look at the words: all keys at once, and their gradients in one pass
+
+None of them is needed: on machines without Triton or without an NVIDIA GPU everything runs on PyTorch's own operations.
+"""

@@ -1,0 +1,84 @@
+"""What the attention kernels share: tiles of a head that is no power of two wide, a matrix product, what no kernel takes.
+
+Triton's blocks have sides that are powers of two, and its matrix products want at least 16 in each direction. Stable Diffusion 1.x
+has heads 40, 80 and 160 wide; padded to 64, 128 and 256, a third of the work would be multiplication by zero. So a head stands in two
+blocks side by side, and a product over its width is the sum of two:
+
+    40 = 32 + 8 (padded to 16)    80 = 64 + 16    160 = 128 + 32    q k^T = q_1 k_1^T + q_2 k_2^T
+
+Without Triton (macOS, Windows) this file and the kernels' are still imported; `refusal` then says so for every tensor.
+"""
+
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the kernels are then defined as the plain functions they are written as, and never run
+    triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
+
+# Triton's interpreter runs kernels on the CPU, for the tests. It is on if TRITON_INTERPRET=1 stood before Triton was imported.
+INTERPRETED = tl.constexpr(triton is not None and bool(triton.knobs.runtime.interpret))
+LOG2_E = tl.constexpr(1.4426950408889634)  # e^x = 2^(x log2 e): the hardware's own exponential has base 2
+WIDEST_HEAD = 160
+
+
+def jit(kernel: Callable) -> Callable:
+    """triton.jit of the function as it stands in the file, also where a test has wrapped it to check the shapes."""
+    return kernel if triton is None else triton.jit(inspect.unwrap(kernel))
+
+
+def head_tiles(d: int) -> tuple[int, int]:
+    """A head width as two powers of two, each at least 16, with the smallest sum that holds it: 40 -> (32, 16), 64 -> (64, 0).
+
+    d: a multiple of 8 up to 160. The first holds the first columns; the rest's tile is 0 where there is no rest.
+    """
+    assert 0 < d <= WIDEST_HEAD and d % 8 == 0, d
+    above = max(16, 1 << (d - 1).bit_length())  # the power of two that holds all
+    below = above // 2
+    rest = max(16, 1 << max(d - below - 1, 0).bit_length())
+    return (below, rest) if below >= 16 and below + rest < above else (above, 0)
+
+
+@jit
+def dot(a, b, c):
+    """c + a b. float32 stays float32, where Triton would take TF32, with 10 bits of mantissa, for speed."""
+    if INTERPRETED:  # it keeps bfloat16 as integers; products of 16-bit numbers are exact in float32
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, c, input_precision="ieee")
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
+    """Why no attention kernel takes these tensors, as the end of a sentence; None if they are fine.
+
+    q [B, N, h d], k and v [B, L, h d]; strides of batch and tokens are free, as in a view of a fused projection.
+    """
+    if triton is None:
+        return "Triton is not installed"
+    if not (q.device == k.device == v.device and q.dtype == k.dtype == v.dtype):
+        return f"q, k and v differ: {q.dtype} on {q.device}, {k.dtype} on {k.device}, {v.dtype} on {v.device}"
+    if q.device.type != ("cpu" if INTERPRETED.value else "cuda"):
+        return f"the tensors are on {q.device}; kernels run on CUDA devices" + (", but Triton's interpreter is on" if INTERPRETED.value else "")
+    if q.device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_properties(q.device).major < 8):
+        return f"{torch.cuda.get_device_name(q.device)} is not an NVIDIA GPU of compute capability 8.0 or above"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {q.dtype}; kernels take float16, bfloat16 and float32"
+    B, N, D = q.shape
+    if D % heads or D // heads % 8 or D // heads > WIDEST_HEAD:
+        return f"{heads} heads in a width of {D}; kernels take heads of a multiple of 8 up to {WIDEST_HEAD}"
+    if k.shape != v.shape or k.shape[0] != B or k.shape[2] != D:
+        return f"shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; kernels take [B, N, D], [B, L, D] and [B, L, D]"
+    if 0 in (*q.shape, *k.shape):
+        return "there is nothing to attend to: a side is 0"
+    if any(x.stride(-1) != 1 for x in (q, k, v)):
+        return f"strides {q.stride()}, {k.stride()}, {v.stride()}; kernels take channels side by side (last stride 1)"
+    if any(x.shape[1] * x.stride(1) >= 2**31 for x in (q, k, v)):
+        return "one row of the batch has 2^31 elements or more; kernels count in 32 bits"
+    if B > 65535 or heads > 65535:
+        return f"batch {B} and {heads} heads; a kernel's grid ends at 65535 of either"
+    return None
