@@ -16,7 +16,13 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from minidiff.attention import Attention
+from minidiff.attention import Attention, backend
+
+try:
+    from minidiff.kernels import geglu as geglu_kernel
+    from minidiff.kernels import group_norm_silu
+except ImportError:
+    geglu_kernel = group_norm_silu = None
 
 
 def timestep_embedding(t: Shaped[Tensor, " B"], width: int) -> Float[Tensor, "B {width}"]:
@@ -45,6 +51,13 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 
+def norm_silu(norm: nn.GroupNorm, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    """SiLU(GroupNorm(x)), before every 3x3 convolution of a ResBlock; by one kernel where kernels are asked for and x is channels-last."""
+    if backend() == "triton" and group_norm_silu.unsupported(x, norm.num_groups, norm.weight, norm.bias) is None:
+        return group_norm_silu.fused_group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return F.silu(norm(x))
+
+
 class ResBlock(nn.Module):
     """norm, SiLU, convolution; add the time; norm, SiLU, convolution; add the input.
 
@@ -61,11 +74,19 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B D_time"] | None = None) -> Float[Tensor, "B C_out H W"]:
-        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = self.conv_1(norm_silu(self.norm_1, x))
         if self.time_projection is not None:
             h = h + self.time_projection(F.silu(time))[:, :, None, None]
-        h = self.conv_2(F.silu(self.norm_2(h)))
+        h = self.conv_2(norm_silu(self.norm_2, h))
         return self.skip(x) + h
+
+
+def geglu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
+    """The first half of x times the GELU of its second half, by erf; by one kernel where kernels are asked for."""
+    if backend() == "triton" and geglu_kernel.unsupported(x) is None:
+        return geglu_kernel.fused_geglu(x)
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
@@ -80,8 +101,7 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(4 * width, width)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        value, gate = self.proj_in(x).chunk(2, dim=-1)
-        return self.proj_out(value * F.gelu(gate))
+        return self.proj_out(geglu(self.proj_in(x)))
 
 
 class TransformerBlock(nn.Module):

@@ -14,7 +14,7 @@ from typing import Literal
 import tyro
 
 from minidiff import cli_merge, cli_train
-from minidiff.cli_flags import DTypes, Several, numbers_of
+from minidiff.cli_flags import Attentions, DTypes, Several, numbers_of
 from minidiff.cli_model import load, say, slug, weighted
 
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
@@ -86,6 +86,7 @@ def generate(
     prediction: Literal["eps", "v"] | None = None,
     dtype: DTypes = "auto",
     device: str = "auto",
+    attention: Attentions = "auto",
     lora: Several = (),
     embedding: Several = (),
     custom_diffusion: Several = (),
@@ -110,6 +111,7 @@ def generate(
         prediction: what the model predicts, eps or v, where its file is wrong about it
         dtype: of the weights; float32 on a CPU and the file's own on a GPU by default
         device: auto, cpu, cuda, cuda:1, mps
+        attention: how it is worked out: auto takes what is fastest; triton is this package's kernels, on a GPU
         lora: a LoRA file, or FILE:0.7 for a part of its change
         embedding: a file of learnt words, for the prompts to use
         custom_diffusion: a Custom Diffusion file or folder
@@ -117,6 +119,7 @@ def generate(
     """
     from tqdm import tqdm
 
+    from minidiff.attention import attention_backend
     from minidiff.pipeline import to_images
     from minidiff.viz import check_png, grid, save_png
 
@@ -128,13 +131,14 @@ def generate(
     sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction, **small)
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
     guidance = sd.config.guidance_scale if guidance is None else guidance
-    walk = sd.denoise(
-        [prompt for prompt, _ in pairs], seeds=[seed for _, seed in pairs], steps=steps, sampler=sampler, guidance_scale=guidance,
-        negative_prompt=negative, size=parse_size(size), spacing=spacing, eta=eta,
-    )  # fmt: skip
-    for last in tqdm(walk, total=steps, unit="step", file=sys.stderr):
-        pass
-    images = to_images(sd.decode(last.x_t))
+    with attention_backend(attention):
+        walk = sd.denoise(
+            [prompt for prompt, _ in pairs], seeds=[seed for _, seed in pairs], steps=steps, sampler=sampler, guidance_scale=guidance,
+            negative_prompt=negative, size=parse_size(size), spacing=spacing, eta=eta,
+        )  # fmt: skip
+        for last in tqdm(walk, total=steps, unit="step", file=sys.stderr):
+            pass
+        images = to_images(sd.decode(last.x_t))
 
     width, height = images[0].size
     schedule_type = "Karras" if sampler == "dpmpp_2m_karras" else spacing or sd.config.schedule.spacing

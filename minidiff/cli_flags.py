@@ -22,6 +22,7 @@ Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint=
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=UNSET)]
 Several = tyro.conf.UseAppendAction[tuple[str, ...]]
 DTypes = Literal["auto", "float32", "bfloat16", "float16"]
+Attentions = Literal["auto", "by_hand", "pytorch", "triton"]
 CONCEPT = ("images", "token", "class", "prompt", "captions", "class-images", "class-prompt")
 EXAMPLE = 'images=DIR,token="<cat>",class=cat'
 
@@ -102,6 +103,7 @@ class Run:
         prediction: what the model predicts, eps or v, where its file is wrong about it
         dtype: of the weights that stand still; float32 by default, float16 or bfloat16 halve them on a GPU
         device: auto, cpu, cuda, cuda:1, mps
+        attention: how it is worked out: auto takes what is fastest; triton is this package's kernels, on a GPU
         threads: CPU threads to use; all cores by default
         sample_every: steps between two sheets of validation pictures, always on the same seeds; 0 for none but at the end
         sample_prompt: what they show; the first caption of each concept by default
@@ -113,6 +115,7 @@ class Run:
     prediction: choices(Literal["eps", "v"]) = None
     dtype: DTypes = "auto"
     device: str = "auto"
+    attention: Attentions = "auto"
     threads: Whole = None
     sample_every: int = 100
     sample_prompt: Several = ()

@@ -41,7 +41,7 @@ def learn(
 
     run.check()
     concepts = what.concepts()
-    with training_on(run.device, run.threads) as device:
+    with training_on(run.device, run.threads, run.attention) as device:
         sd = load(run.model, "float32" if run.dtype == "auto" else run.dtype, device, prediction=run.prediction)
         options = options(family_of(sd.config))
         concepts = [with_class_folder(concept, i, run.out, prior_of(options)) for i, concept in enumerate(concepts, start=1)]

@@ -52,17 +52,18 @@ def choose_device(name: str) -> "torch.device":
 
 
 @contextmanager
-def training_on(device: str, threads: int | None):
-    """The device to train on, with the threads; of several processes that torchrun started, the first alone is heard."""
+def training_on(device: str, threads: int | None, attention: str = "auto"):
+    """The device to train on, with the threads and the attention; of several processes that torchrun started, the first alone is heard."""
     import torch
 
+    from minidiff.attention import attention_backend
     from minidiff.trainers import processes
 
     if threads is not None:
         torch.set_num_threads(threads)
     joined = processes.join_processes(choose_device(device))
     try:
-        with ExitStack() as stack:
+        with attention_backend(attention), ExitStack() as stack:
             if processes.number() > 0:
                 nowhere = stack.enter_context(open(devnull, "w"))
                 stack.enter_context(redirect_stdout(nowhere))

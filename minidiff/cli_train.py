@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from minidiff.cli_flags import (
-    File, LowRank, Number, Pictures, PriorFlags, Run, Several, Text, TextEncoderFlags, Training, What, Whole, WordFlags, changed, choices,
+    Attentions, File, LowRank, Number, Pictures, PriorFlags, Run, Several, Text, TextEncoderFlags, Training, What, Whole, WordFlags, changed, choices,
 )  # fmt: skip
 from minidiff.cli_learn import learn
 from minidiff.cli_model import load, training_on
@@ -196,6 +196,7 @@ def from_scratch(
     recipe: Recipe = Recipe(),
     init: Text = None,
     device: str = "auto",
+    attention: Attentions = "auto",
     threads: Whole = None,
 ) -> None:
     """Train a small Stable Diffusion from nothing on composed scenes: the VAE, then text encoder and U-Net together.
@@ -207,6 +208,7 @@ def from_scratch(
         recipe: how long, and how
         init: a checkpoint of the bundled model's shape to train on from; its VAE is kept
         device: auto, cpu, cuda, cuda:1, mps
+        attention: how it is worked out: auto takes what is fastest; triton is this package's kernels, on a GPU
         threads: CPU threads to use; all cores by default
     """
     from tqdm import tqdm
@@ -215,7 +217,7 @@ def from_scratch(
     from minidiff.trainers.from_scratch import bundled_config
     from minidiff.trainers.run import run_from_scratch
 
-    with training_on(device, threads) as device, ExitStack() as outer, ExitStack() as bars:
+    with training_on(device, threads, attention) as device, ExitStack() as outer, ExitStack() as bars:
         base = load(init, "float32", device) if init else None
         model, stage = out / "model.safetensors", None
         config = base.config if base else bundled_config()

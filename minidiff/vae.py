@@ -15,8 +15,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minidiff.attention import Attention
-from minidiff.blocks import ResBlock
+from minidiff.attention import Attention, attention_backend, backend
+from minidiff.blocks import ResBlock, norm_silu
 from minidiff.config import VAEConfig
 
 EPS = 1e-6
@@ -50,7 +50,9 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         H = x.shape[2]
-        h = self.attention(rearrange(self.norm(x), "B C H W -> B (H W) C"))
+        # "triton" does not insist here: Stable Diffusion's one head, 512 wide, is wider than our kernels take.
+        with attention_backend("auto" if backend() == "triton" else backend()):
+            h = self.attention(rearrange(self.norm(x), "B C H W -> B (H W) C"))
         return x + rearrange(h, "B (H W) C -> B C H W", H=H)
 
 
@@ -117,7 +119,7 @@ class Encoder(nn.Module):
         x = self.conv_in(pixels)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+        return self.conv_out(norm_silu(self.norm_out, self.middle(x)))
 
 
 class Decoder(nn.Module):
@@ -136,7 +138,7 @@ class Decoder(nn.Module):
         x = self.middle(self.conv_in(z))
         for level in self.up:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(norm_silu(self.norm_out, x))
 
 
 class VAE(nn.Module):
