@@ -47,7 +47,7 @@ def head_tiles(d: int) -> tuple[int, int]:
 
 @jit
 def dot(a, b, c):
-    """c + a b. float32 stays float32, where Triton would take TF32, with 10 bits of mantissa, for speed."""
+    """c + a b, or a b if c is None. float32 stays float32, where Triton would take TF32, with 10 bits of mantissa, for speed."""
     if INTERPRETED:  # it keeps bfloat16 as integers; products of 16-bit numbers are exact in float32
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, c, input_precision="ieee")

@@ -1,0 +1,368 @@
+"""Self-attention in Triton: softmax(q k^T / sqrt(d)) v of any number of tokens, and its gradients, without the N x L matrix in memory.
+
+In Stable Diffusion: latent cells look at each other (U-Net, 4096 tokens at 512 x 512 pixels, the largest share of all attention) and words look
+at the words before them (text encoder, causal). Equal to `minidiff.attention.attention_by_hand`, which the tests hold it to.
+
+Dao 2023, "FlashAttention-2", algorithms 1 and 2, in its names. Rows of S are queries (N of them), columns are keys (L):
+
+    S = q k^T / sqrt(d)      P = exp(S - LSE)      O = P v      LSE_n = log(sum_j exp(S_nj))
+
+Forward, the online softmax. A program has BLOCK_N queries in its registers and walks over the keys, BLOCK_L at a time. For each row it keeps
+
+    m   the largest logit so far
+    l   the sum so far of exp(S - m)
+    O   the sum so far of exp(S - m) v
+
+When a block of keys raises m to m', what was summed before is too large by exp(m' - m): l and O are multiplied by alpha = exp(m - m').
+At the end O / l is the answer, and LSE = m + log(l) is kept: with it P can be computed again, block by block.
+
+Backward. From dO, with delta_n = sum_c dO_nc O_nc (which is sum_j P_nj dP_nj, what the softmax takes off):
+
+    dV = P^T dO      dP = dO v^T      dS = P * (dP - delta)      dQ = dS k / sqrt(d)      dK = dS^T q / sqrt(d)
+
+dV and dK are sums over queries: a program has BLOCK_L keys and walks over the queries. dQ is a sum over keys: a program has BLOCK_N queries and walks
+over the keys. Two kernels that each compute P and dP, rather than one whose programs add to each other's dQ: that order, and so the
+rounding, would differ from run to run. Where nobody needs dQ, or dK and dV, its kernel does not run.
+
+Logits are kept in base 2, S log2(e), as the hardware's exponential is 2^x; LSE is in that base too. Sums are float32; P and dS are rounded to the dtype of the
+inputs for their products, as tensor cores want. A head stands in two tiles of columns (tiles.py): x_1, and x_2 = nothing where D_2 = 0.
+Left out: dropout, other masks, sequences of different lengths, and dividing one head's keys among programs, which pays for very few queries only.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minidiff.kernels.tiles import LOG2_E, dot, head_tiles, jit, refusal, tl, triton
+
+
+@jit
+def load_head(x, rows, end, stride, d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, EVEN: tl.constexpr):
+    """The rows of one head as its two tiles; 0 in rows from `end` on (EVEN: there are none) and in columns from d on."""
+    x += rows[:, None] * stride
+    inside = tl.full([1, 1], True, tl.int1) if EVEN else (rows < end)[:, None]
+    columns = tl.arange(0, D_1)[None, :]
+    x_1 = tl.load(x + columns, mask=inside & (columns < d), other=0.0)
+    x_2 = x_1  # never used if there is no second tile
+    if D_2 > 0:
+        columns = D_1 + tl.arange(0, D_2)[None, :]
+        x_2 = tl.load(x + columns, mask=inside & (columns < d), other=0.0)
+    return x_1, x_2
+
+
+@jit
+def store_head(x, x_1, x_2, rows, end, stride, d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
+    x += rows[:, None] * stride
+    inside = (rows < end)[:, None]
+    columns = tl.arange(0, D_1)[None, :]
+    tl.store(x + columns, x_1.to(x.dtype.element_ty), mask=inside & (columns < d))
+    if D_2 > 0:
+        columns = D_1 + tl.arange(0, D_2)[None, :]
+        tl.store(x + columns, x_2.to(x.dtype.element_ty), mask=inside & (columns < d))
+
+
+@jit
+def dot_heads(a_1, a_2, b_1, b_2, D_2: tl.constexpr):
+    """a b^T over the head's width: [rows of a, rows of b]."""
+    c = dot(a_1, tl.trans(b_1), None)
+    if D_2 > 0:
+        c = dot(a_2, tl.trans(b_2), c)
+    return c
+
+
+@jit
+def dot_add(weights, x_1, x_2, sum_1, sum_2, D_2: tl.constexpr):
+    """sum + weights x, for both tiles of x."""
+    sum_1 = dot(weights, x_1, sum_1)
+    if D_2 > 0:
+        sum_2 = dot(weights, x_2, sum_2)
+    return sum_1, sum_2
+
+
+@jit
+def zeros_head(rows: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
+    return tl.zeros([rows, D_1], tl.float32), tl.zeros([rows, max(D_2, 16)], tl.float32)
+
+
+@jit
+def head_of(x, batch_stride, d: tl.constexpr):
+    """The first token of this program's head: the grid is (blocks, heads, batch)."""
+    return x + tl.program_id(2).to(tl.int64) * batch_stride + tl.program_id(1) * d
+
+
+@jit
+def numbers_of(x, N):
+    """This program's head in a float32 [B, h, N]: one number a token."""
+    return x + (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * N
+
+
+@jit
+def forward_kernel(
+    q, k, v, out, lse, N, L, q_batch, q_token, k_batch, k_token, v_batch, v_token, scale: tl.constexpr, d: tl.constexpr,
+    D_1: tl.constexpr, D_2: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
+):  # fmt: skip
+    """O and LSE of BLOCK_N queries. EVEN: L is a multiple of BLOCK_L; scale: log2(e) / sqrt(d)."""
+    width = tl.num_programs(1) * d  # of all heads: the token stride of what is contiguous
+    q, k, v, out = head_of(q, q_batch, d), head_of(k, k_batch, d), head_of(v, v_batch, d), head_of(out, N * width, d)
+    start = tl.program_id(0) * BLOCK_N
+    rows = start + tl.arange(0, BLOCK_N)
+    q_1, q_2 = load_head(q, rows, N, q_token, d, D_1, D_2, False)
+
+    m = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_N], tl.float32)  # noqa: E741  the paper's name
+    o_1, o_2 = zeros_head(BLOCK_N, D_1, D_2)
+    end = L
+    if CAUSAL:
+        end = tl.minimum(L, start + BLOCK_N)  # no query of this block sees further
+    for first in range(0, end, BLOCK_L):
+        keys = first + tl.arange(0, BLOCK_L)
+        k_1, k_2 = load_head(k, keys, L, k_token, d, D_1, D_2, EVEN)
+        # S = q k^T / sqrt(d)
+        s = dot_heads(q_1, q_2, k_1, k_2, D_2) * scale
+        if CAUSAL:
+            s = tl.where((keys[None, :] <= rows[:, None]) & (keys[None, :] < L), s, float("-inf"))
+        elif not EVEN:
+            s = tl.where(keys[None, :] < L, s, float("-inf"))
+        # m' = max(m, max_j S_j)    p = exp(S - m')    alpha = exp(m - m')
+        m_new = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        # l' = alpha l + sum_j p_j    O' = alpha O + p v
+        l = l * alpha + tl.sum(p, 1)  # noqa: E741
+        v_1, v_2 = load_head(v, keys, L, v_token, d, D_1, D_2, EVEN)
+        o_1, o_2 = dot_add(p.to(v_1.dtype), v_1, v_2, o_1 * alpha[:, None], o_2 * alpha[:, None], D_2)
+        m = m_new
+
+    # O / l    LSE = m + log(l)
+    store_head(out, o_1 / l[:, None], o_2 / l[:, None], rows, N, width, d, D_1, D_2)
+    tl.store(numbers_of(lse, N) + rows, m + tl.log2(l), mask=rows < N)
+
+
+@jit
+def delta_kernel(
+    out, dout, delta, N, d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """delta_n = sum_c dO_nc O_nc of BLOCK_N queries."""
+    width = tl.num_programs(1) * d
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_1, o_2 = load_head(head_of(out, N * width, d), rows, N, width, d, D_1, D_2, False)
+    do_1, do_2 = load_head(head_of(dout, N * width, d), rows, N, width, d, D_1, D_2, False)
+    total = tl.sum(o_1.to(tl.float32) * do_1.to(tl.float32), 1)
+    if D_2 > 0:
+        total += tl.sum(o_2.to(tl.float32) * do_2.to(tl.float32), 1)
+    tl.store(numbers_of(delta, N) + rows, total, mask=rows < N)
+
+
+@jit
+def dk_dv_kernel(
+    q, k, v, dout, lse, delta, dk, dv, N, L, q_batch, q_token, k_batch, k_token, v_batch, v_token, scale: tl.constexpr,
+    d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
+):  # fmt: skip
+    """dK and dV of BLOCK_L keys, from all queries, BLOCK_N at a time. EVEN: N is a multiple of BLOCK_N.
+
+    S and dP are computed transposed, [keys, queries], as their products with dO and q want them. Queries beyond N and keys beyond L
+    are 0: the former add nothing, the latter's sums are not stored.
+    """
+    width = tl.num_programs(1) * d
+    q, k, v, dout = head_of(q, q_batch, d), head_of(k, k_batch, d), head_of(v, v_batch, d), head_of(dout, N * width, d)
+    lse, delta = numbers_of(lse, N), numbers_of(delta, N)
+    start = tl.program_id(0) * BLOCK_L
+    keys = start + tl.arange(0, BLOCK_L)
+    k_1, k_2 = load_head(k, keys, L, k_token, d, D_1, D_2, False)
+    v_1, v_2 = load_head(v, keys, L, v_token, d, D_1, D_2, False)
+
+    dk_1, dk_2 = zeros_head(BLOCK_L, D_1, D_2)
+    dv_1, dv_2 = zeros_head(BLOCK_L, D_1, D_2)
+    begin = 0
+    if CAUSAL:
+        begin = start // BLOCK_N * BLOCK_N  # earlier queries do not see these keys
+    for first in range(begin, N, BLOCK_N):
+        rows = first + tl.arange(0, BLOCK_N)
+        q_1, q_2 = load_head(q, rows, N, q_token, d, D_1, D_2, EVEN)
+        do_1, do_2 = load_head(dout, rows, N, width, d, D_1, D_2, EVEN)
+        lse_n = tl.load(lse + rows, mask=rows < N, other=0.0)
+        delta_n = tl.load(delta + rows, mask=rows < N, other=0.0)
+        # P^T = exp(S^T - LSE)
+        p = tl.exp2(dot_heads(k_1, k_2, q_1, q_2, D_2) * scale - lse_n[None, :])
+        if CAUSAL:
+            p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
+        # dV = P^T dO
+        dv_1, dv_2 = dot_add(p.to(do_1.dtype), do_1, do_2, dv_1, dv_2, D_2)
+        # dP^T = v dO^T    dS^T = P^T * (dP^T - delta)
+        ds = p * (dot_heads(v_1, v_2, do_1, do_2, D_2) - delta_n[None, :])
+        # dK = dS^T q, still without its 1 / sqrt(d)
+        dk_1, dk_2 = dot_add(ds.to(q_1.dtype), q_1, q_2, dk_1, dk_2, D_2)
+
+    to_e = scale / LOG2_E  # 1 / sqrt(d)
+    store_head(head_of(dk, L * width, d), dk_1 * to_e, dk_2 * to_e, keys, L, width, d, D_1, D_2)
+    store_head(head_of(dv, L * width, d), dv_1, dv_2, keys, L, width, d, D_1, D_2)
+
+
+@jit
+def dq_kernel(
+    q, k, v, dout, lse, delta, dq, N, L, q_batch, q_token, k_batch, k_token, v_batch, v_token, scale: tl.constexpr,
+    d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
+):  # fmt: skip
+    """dQ of BLOCK_N queries, from all keys, BLOCK_L at a time. EVEN: L is a multiple of BLOCK_L."""
+    width = tl.num_programs(1) * d
+    q, k, v, dout = head_of(q, q_batch, d), head_of(k, k_batch, d), head_of(v, v_batch, d), head_of(dout, N * width, d)
+    start = tl.program_id(0) * BLOCK_N
+    rows = start + tl.arange(0, BLOCK_N)
+    q_1, q_2 = load_head(q, rows, N, q_token, d, D_1, D_2, False)
+    do_1, do_2 = load_head(dout, rows, N, width, d, D_1, D_2, False)
+    lse_n = tl.load(numbers_of(lse, N) + rows, mask=rows < N, other=0.0)
+    delta_n = tl.load(numbers_of(delta, N) + rows, mask=rows < N, other=0.0)
+
+    dq_1, dq_2 = zeros_head(BLOCK_N, D_1, D_2)
+    end = L
+    if CAUSAL:
+        end = tl.minimum(L, start + BLOCK_N)
+    for first in range(0, end, BLOCK_L):
+        keys = first + tl.arange(0, BLOCK_L)
+        k_1, k_2 = load_head(k, keys, L, k_token, d, D_1, D_2, EVEN)
+        v_1, v_2 = load_head(v, keys, L, v_token, d, D_1, D_2, EVEN)
+        # P = exp(S - LSE); keys beyond L have S = 0, which may be far above LSE, so they are taken out and not left to be multiplied by 0
+        p = tl.exp2(dot_heads(q_1, q_2, k_1, k_2, D_2) * scale - lse_n[:, None])
+        if CAUSAL:
+            p = tl.where((keys[None, :] <= rows[:, None]) & (keys[None, :] < L), p, 0.0)
+        elif not EVEN:
+            p = tl.where(keys[None, :] < L, p, 0.0)
+        # dP = dO v^T    dS = P * (dP - delta)    dQ = dS k, still without its 1 / sqrt(d)
+        ds = p * (dot_heads(do_1, do_2, v_1, v_2, D_2) - delta_n[:, None])
+        dq_1, dq_2 = dot_add(ds.to(k_1.dtype), k_1, k_2, dq_1, dq_2, D_2)
+
+    to_e = scale / LOG2_E
+    store_head(head_of(dq, N * width, d), dq_1 * to_e, dq_2 * to_e, rows, N, width, d, D_1, D_2)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel's work is divided. queries, keys: rows and columns of the block of S that a program has at a time.
+
+    More of the side that a program keeps (queries forward and in dQ, keys in dK and dV) means fewer times that the other side is read; less
+    means more programs, for the 132 multiprocessors of an H200 (108 of an A100), and fewer registers. 16 rows a warp keep a block of S and the sums
+    in at most 255 registers a thread. stages: how many blocks of the side that is walked over are on their way from memory at once.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def blocks_of(kernel: str, N: int, d: int, dtype: torch.dtype) -> Blocks:
+    """The division of "forward", "dk_dv" or "dq" for N tokens on the side that a program keeps."""
+    wide = d > 96
+    if dtype == torch.float32:  # no tensor cores
+        return Blocks(32, 32, 4, 1)
+    if kernel == "forward":
+        return Blocks(64, 64, 4, 3) if wide or N < 1024 else Blocks(128, 64, 8, 3)
+    return Blocks(64, 64, 4, 2)
+
+
+def fused_self_attention(
+    q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
+) -> Float[Tensor, "B N D"]:
+    """softmax(q k^T / sqrt(d)) v in one kernel; `heads` heads of d = D / heads side by side, as in `attention_by_hand`.
+
+    q, k and v may be views of one fused projection: the strides of batch and tokens are free. The answer is contiguous. float16, bfloat16
+    or float32. Twice the same inputs, twice the same bits, forward and backward. Raises ValueError for what `unsupported` names.
+    """
+    return torch.ops.minidiff.self_attention(q, k, v, heads, causal)[0]
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> str | None:
+    """Why `fused_self_attention` does not take these tensors, as the end of a sentence; None if it does."""
+    return refusal(q, k, v, heads)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """O [B, N, D] and LSE [B, h, N]."""
+    if reason := unsupported(q, k, v, heads, causal):
+        raise ValueError(f"fused self-attention: {reason}")
+    out, lse = _forward_shapes(q, k, v, heads, causal)
+    N, L, d = q.shape[1], k.shape[1], q.shape[2] // heads
+    blocks = blocks_of("forward", N, d, q.dtype)
+    with _device_of(q):
+        forward_kernel[triton.cdiv(N, blocks.queries), heads, len(q)](
+            q, k, v, out, lse, N, L, *_strides(q, k, v), *_constants(d, causal), L % blocks.keys == 0, blocks.queries, blocks.keys, **_launch(blocks)
+        )  # fmt: skip
+    return out, lse
+
+
+def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], heads, q.shape[1]), dtype=torch.float32)
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, heads: int, causal: bool, need_dq: bool, need_dk_dv: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK and dV; empty where they are not needed."""
+    dq, dk, dv = _backward_shapes(dout, q, k, v, out, lse, heads, causal, need_dq, need_dk_dv)
+    N, L, d = q.shape[1], k.shape[1], q.shape[2] // heads
+    delta, dout = torch.empty_like(lse), dout.contiguous()
+    with _device_of(q):
+        delta_kernel[triton.cdiv(N, 64), heads, len(q)](out, dout, delta, N, d, *head_tiles(d), 64)
+        if need_dk_dv:
+            blocks = blocks_of("dk_dv", L, d, q.dtype)
+            dk_dv_kernel[triton.cdiv(L, blocks.keys), heads, len(q)](
+                q, k, v, dout, lse, delta, dk, dv, N, L, *_strides(q, k, v), *_constants(d, causal), N % blocks.queries == 0, blocks.queries, blocks.keys,
+                **_launch(blocks)
+            )  # fmt: skip
+        if need_dq:
+            blocks = blocks_of("dq", N, d, q.dtype)
+            dq_kernel[triton.cdiv(N, blocks.queries), heads, len(q)](
+                q, k, v, dout, lse, delta, dq, N, L, *_strides(q, k, v), *_constants(d, causal), L % blocks.keys == 0, blocks.queries, blocks.keys,
+                **_launch(blocks)
+            )  # fmt: skip
+    return dq, dk, dv
+
+
+def _backward_shapes(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, heads: int, causal: bool, need_dq: bool, need_dk_dv: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = q.shape if need_dq else (0,), k.shape if need_dk_dv else (0,), v.shape if need_dk_dv else (0,)
+    return q.new_empty(shapes[0]), k.new_empty(shapes[1]), v.new_empty(shapes[2])
+
+
+def _strides(*inputs: Tensor) -> list[int]:
+    """Elements from one row of the batch to the next, and from one token to the next, of each."""
+    return [stride for x in inputs for stride in x.stride()[:2]]
+
+
+def _constants(d: int, causal: bool) -> tuple[float, int, int, int, bool]:
+    return math.log2(math.e) / math.sqrt(d), d, *head_tiles(d), causal
+
+
+def _launch(blocks: Blocks) -> dict[str, int]:
+    return dict(num_warps=blocks.warps, num_stages=blocks.stages)
+
+
+def _device_of(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+# As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs. The gradient of the gradient is not defined.
+_operation = torch.library.custom_op("minidiff::self_attention", _forward, mutates_args=())
+_operation.register_fake(_forward_shapes)
+_gradients = torch.library.custom_op("minidiff::self_attention_backward", _backward, mutates_args=())
+_gradients.register_fake(_backward_shapes)
+
+
+def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]):
+    *tensors, ctx.heads, ctx.causal = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx, dout: Tensor, dlse: Tensor | None):
+    need_q, need_k, need_v = ctx.needs_input_grad[:3]
+    dq, dk, dv = torch.ops.minidiff.self_attention_backward(dout, *ctx.saved_tensors, ctx.heads, ctx.causal, need_q, need_k or need_v)
+    return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None
+
+
+_operation.register_autograd(_differentiate, setup_context=_save)
