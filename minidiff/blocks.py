@@ -38,7 +38,10 @@ def timestep_embedding(t: Shaped[Tensor, " B"], width: int) -> Float[Tensor, "B 
 
 
 class TimeEmbedding(nn.Module):
-    """Timestep -> the vector that every ResBlock of the U-Net is given, four times as wide as the first level."""
+    """Timestep -> the vector that every ResBlock of the U-Net is given, four times as wide as the first level.
+
+    The SiLU that the original's ResBlocks begin with, each for itself, is taken here, once.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -48,12 +51,17 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Shaped[Tensor, " B"]) -> Float[Tensor, "B D_time"]:
         waves = timestep_embedding(t, self.width).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(waves)))
+        return F.silu(self.linear_2(F.silu(self.linear_1(waves))))
+
+
+def as_many_rows(x: Float[Tensor, "B *dims"], rows: int) -> Float[Tensor, "{rows} *dims"]:
+    """x's rows again and again, 0 1 0 1 ..., until there are `rows`, a multiple of its own. See UNet."""
+    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))
 
 
 def norm_silu(norm: nn.GroupNorm, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     """SiLU(GroupNorm(x)), before every 3x3 convolution of a ResBlock; by one kernel where kernels are asked for and x is channels-last."""
-    if backend() == "triton" and group_norm_silu.unsupported(x, norm.num_groups, norm.weight, norm.bias) is None:
+    if group_norm_silu and backend() == "triton" and group_norm_silu.unsupported(x, norm.num_groups, norm.weight, norm.bias) is None:
         return group_norm_silu.fused_group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.silu(norm(x))
 
@@ -73,17 +81,17 @@ class ResBlock(nn.Module):
         self.conv_2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B D_time"] | None = None) -> Float[Tensor, "B C_out H W"]:
+    def forward(self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B_t D_time"] | None = None) -> Float[Tensor, "B C_out H W"]:
         h = self.conv_1(norm_silu(self.norm_1, x))
         if self.time_projection is not None:
-            h = h + self.time_projection(F.silu(time))[:, :, None, None]
+            h = h + as_many_rows(self.time_projection(time), len(h))[:, :, None, None]
         h = self.conv_2(norm_silu(self.norm_2, h))
         return self.skip(x) + h
 
 
 def geglu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
     """The first half of x times the GELU of its second half, by erf; by one kernel where kernels are asked for."""
-    if backend() == "triton" and geglu_kernel.unsupported(x) is None:
+    if geglu_kernel and backend() == "triton" and geglu_kernel.unsupported(x) is None:
         return geglu_kernel.fused_geglu(x)
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
@@ -105,7 +113,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each on a LayerNorm of x and added to x."""
+    """Self-attention, cross-attention to the text, feed-forward; each on a LayerNorm of x and added to x.
+
+    The context may have a multiple R of x's rows B: each row of x meets several texts, from the cross-attention on.
+    """
 
     def __init__(self, width: int, heads: int, context_width: int):
         super().__init__()
@@ -116,8 +127,9 @@ class TransformerBlock(nn.Module):
         self.norm_3 = nn.LayerNorm(width, eps=1e-5)
         self.feed_forward = FeedForward(width)
 
-    def forward(self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B L D_context"]) -> Float[Tensor, "B N D"]:
+    def forward(self, x: Float[Tensor, "B N D"], context: Float[Tensor, "R L D_context"]) -> Float[Tensor, "R N D"]:
         x = x + self.self_attention(self.norm_1(x))
+        x = as_many_rows(x, len(context))
         x = x + self.cross_attention(self.norm_2(x), context)
         return x + self.feed_forward(self.norm_3(x))
 
@@ -136,8 +148,8 @@ class SpatialTransformer(nn.Module):
         self.block = TransformerBlock(width, heads, context_width)
         self.proj_out = nn.Linear(width, width)
 
-    def forward(self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "B L D_context"]) -> Float[Tensor, "B C H W"]:
+    def forward(self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "R L D_context"]) -> Float[Tensor, "R C H W"]:
         H = x.shape[2]
         h = rearrange(self.norm(x), "B C H W -> B (H W) C")
         h = self.proj_out(self.block(self.proj_in(h), context))
-        return x + rearrange(h, "B (H W) C -> B C H W", H=H)
+        return as_many_rows(x, len(context)) + rearrange(h, "R (H W) C -> R C H W", H=H)

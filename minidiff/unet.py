@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from minidiff.blocks import ResBlock, SpatialTransformer, TimeEmbedding
+from minidiff.blocks import ResBlock, SpatialTransformer, TimeEmbedding, as_many_rows
 from minidiff.config import UNetConfig
 
 EPS = 1e-5  # of every GroupNorm here but the SpatialTransformers'
@@ -33,7 +33,7 @@ class DownLevel(nn.Module):
         )
         self.downsample = None if last else nn.Conv2d(c_out, c_out, 3, stride=2, padding=1)
 
-    def forward(self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B D_time"], context: Float[Tensor, "B L D_context"]) -> list[Tensor]:
+    def forward(self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B_t D_time"], context: Float[Tensor, "R L D_context"]) -> list[Tensor]:
         """All outputs of the level, each a skip for the way up; the last one goes on down."""
         outputs = []
         for j, block in enumerate(self.blocks):
@@ -61,11 +61,11 @@ class UpLevel(nn.Module):
         self.upsample = None if last else nn.Conv2d(c_out, c_out, 3, padding=1)
 
     def forward(
-        self, x: Float[Tensor, "B C H W"], skips: list[Tensor], time: Float[Tensor, "B D_time"], context: Float[Tensor, "B L D_context"]
-    ) -> Float[Tensor, "B C_out H_out W_out"]:
+        self, x: Float[Tensor, "R C H W"], skips: list[Tensor], time: Float[Tensor, "B_t D_time"], context: Float[Tensor, "R L D_context"]
+    ) -> Float[Tensor, "R C_out H_out W_out"]:
         """skips: all that are left, this level's at the end of the list, its first block's last."""
         for j, block in enumerate(self.blocks):
-            x = block(torch.cat([x, skips[-1 - j]], dim=1), time)
+            x = block(torch.cat([x, as_many_rows(skips[-1 - j], len(x))], dim=1), time)
             if self.transformers:
                 x = self.transformers[j](x, context)
         if self.upsample is not None:
@@ -84,8 +84,8 @@ class Middle(nn.Module):
         self.block_2 = ResBlock(width, width, config.groups, EPS, 4 * config.widths[0])
 
     def forward(
-        self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B D_time"], context: Float[Tensor, "B L D_context"]
-    ) -> Float[Tensor, "B C H W"]:
+        self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B_t D_time"], context: Float[Tensor, "R L D_context"]
+    ) -> Float[Tensor, "R C H W"]:
         return self.block_2(self.transformer(self.block_1(x, time), context), time)
 
 
@@ -95,6 +95,9 @@ class UNet(nn.Module):
     x_t: latents, scaled to unit variance before noise was added; (for the inpainting model 9 channels: x_t, mask, masked picture).
     t: timesteps 0..999, integers or, between them, floats. context: what the text encoder gives.
     Returns the prediction in out_channels channels: eps or v, as the schedule's config says.
+
+    The context may have R rows, a multiple of x_t's B: row r of it is for row r % B of x_t. Guidance asks about the same x_t twice, and all
+    that comes before the first cross-attention is then computed once. Raises ValueError where R is no multiple of B.
     """
 
     def __init__(self, config: UNetConfig):
@@ -123,8 +126,10 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
 
     def forward(
-        self, x_t: Float[Tensor, "B C H W"], t: Shaped[Tensor, " B"], context: Float[Tensor, "B L D_context"]
-    ) -> Float[Tensor, "B C_out H W"]:
+        self, x_t: Float[Tensor, "B C H W"], t: Shaped[Tensor, " B"], context: Float[Tensor, "R L D_context"]
+    ) -> Float[Tensor, "R C_out H W"]:
+        if len(context) % len(x_t):
+            raise ValueError(f"a context of {len(context)} rows for an x_t of {len(x_t)}; expected as many, or a multiple")
         time = self.time_embedding(t)
         x = self.conv_in(x_t)
         skips = [x]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minidiff.blocks import FeedForward, ResBlock, SpatialTransformer, TimeEmbedding, TransformerBlock, timestep_embedding
+from minidiff.blocks import FeedForward, ResBlock, SpatialTransformer, TimeEmbedding, TransformerBlock, as_many_rows, timestep_embedding
 
 CLOSE = dict(rtol=1e-11, atol=1e-11)  # float64, over a few hundred additions a value
 
@@ -58,6 +58,20 @@ def test_the_time_vector_has_the_weights_dtype_and_four_times_the_width(dtype):
     assert time.shape == (1, 64) and time.dtype == dtype
 
 
+def test_the_time_vector_is_two_layers_of_the_waves_each_with_a_silu():
+    module, t = TimeEmbedding(16), torch.tensor([5, 700])
+    expected = module.linear_2(F.silu(module.linear_1(timestep_embedding(t, 16))))
+    assert torch.equal(module(t), F.silu(expected))
+
+
+def test_rows_are_repeated_in_turn_and_left_alone_where_there_are_enough():
+    x = noise(2, 3)
+    assert as_many_rows(x, 2) is x
+    assert torch.equal(as_many_rows(x, 6), x.repeat(3, 1))
+    pictures = noise(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert as_many_rows(pictures, 4).is_contiguous(memory_format=torch.channels_last)
+
+
 # ---------------------------------------------------------------------------------------------------------- ResBlock
 
 
@@ -84,7 +98,7 @@ def test_a_resblock_is_its_formula(c_out, eps):
     block = with_random_norms(ResBlock(8, c_out, 4, eps, time_width=10))
     x, time = 2e-3 * noise(2, 8, 5, 6), noise(2, 10, seed=1)  # faint, so that eps matters
     h = block.conv_1(F.silu(group_norm(x, block.norm_1)))
-    h = h + block.time_projection(F.silu(time)).reshape(2, c_out, 1, 1)
+    h = h + block.time_projection(time).reshape(2, c_out, 1, 1)
     h = block.conv_2(F.silu(group_norm(h, block.norm_2)))
     skip = x if c_out == 8 else torch.einsum("oc,bchw->bohw", block.skip.weight[:, :, 0, 0], x) + block.skip.bias[:, None, None]
     assert block.norm_1.eps == block.norm_2.eps == eps

@@ -101,6 +101,7 @@ def examples() -> list[partial]:
         partial(blocks.TimeEmbedding(8).forward, t),
         partial(blocks.norm_silu, nn.GroupNorm(4, 8), x),
         partial(blocks.geglu, q),
+        partial(blocks.as_many_rows, x, 4),
         partial(blocks.ResBlock(8, 16, 4, 1e-5, 32).forward, x, time),
         partial(blocks.FeedForward(8).forward, q),
         partial(blocks.TransformerBlock(8, 2, 6).forward, q, context),

@@ -69,6 +69,34 @@ def test_a_row_of_the_batch_knows_nothing_of_the_others():
         torch.testing.assert_close(alone, together[row : row + 1], **CLOSE)
 
 
+@pytest.mark.parametrize("attention", [(True, True, False), (False, True, False), (False, False, False)])
+def test_several_texts_for_each_latent_are_as_many_calls(attention):
+    """Where the first cross-attention stands differs; the middle always has one."""
+    unet, (x, t, _), (_, _, words) = small(attention=attention), inputs(), inputs(B=6)
+    together = unet(x, t, words)
+    assert together.shape == (6, *x.shape[1:])
+    for row in range(0, 6, 2):
+        torch.testing.assert_close(together[row : row + 2], unet(x, t, words[row : row + 2]), **CLOSE)
+    torch.testing.assert_close(together, unet(x.repeat(3, 1, 1, 1), t.repeat(3), words), **CLOSE)
+
+
+def test_what_comes_before_the_first_cross_attention_runs_once_for_all_texts():
+    unet, (x, t, _), (_, _, words) = small(), inputs(), inputs(B=6)
+    rows = {}
+    for name, module in unet.named_modules():
+        module.register_forward_pre_hook(lambda module, args, name=name: rows.update({name: len(args[0])}))
+    unet(x, t, words)
+    block = "down.0.transformers.0.block"
+    assert {rows[name] for name in ("conv_in", "down.0.blocks.0", f"{block}.self_attention", "up.2.blocks.1.time_projection")} == {2}
+    assert {rows[name] for name in (f"{block}.cross_attention", f"{block}.feed_forward", "down.1.blocks.0", "up.2.blocks.1", "conv_out")} == {6}
+
+
+def test_texts_that_are_no_multiple_of_the_latents_are_refused():
+    unet, (x, t, _), (_, _, words) = small(), inputs(), inputs(B=3)
+    with pytest.raises(ValueError, match="a context of 3 rows for an x_t of 2; expected as many, or a multiple"):
+        unet(x, t, words)
+
+
 def test_the_same_inputs_give_the_same_bits():
     unet, given = small().float(), inputs()
     x, t, words = given[0].float(), given[1], given[2].float()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.config import UNetConfig
@@ -46,7 +47,7 @@ def context(config: UNetConfig, dtype: torch.dtype) -> Tensor:
 def time_embedding(shape: Shape, dtype: torch.dtype) -> Outputs:
     ours, theirs = unets(shape, dtype)
     t = torch.tensor([0, 1, 500, 999])
-    yield ours.time_embedding(t), theirs.time_embedding(theirs.time_proj(t).to(dtype))
+    yield ours.time_embedding(t), F.silu(theirs.time_embedding(theirs.time_proj(t).to(dtype)))  # theirs takes the SiLU in every ResBlock
 
 
 def res_block(shape: Shape, dtype: torch.dtype) -> Outputs:
@@ -58,7 +59,7 @@ def res_block(shape: Shape, dtype: torch.dtype) -> Outputs:
     ]
     for a, b in pairs:
         x, temb = features(a, shape, dtype), time(shape.unet, dtype)
-        yield a(x, temb), b(x, temb)
+        yield a(x, F.silu(temb)), b(x, temb)
 
 
 def spatial_transformer(shape: Shape, dtype: torch.dtype) -> Outputs:
@@ -96,16 +97,16 @@ def levels(shape: Shape, dtype: torch.dtype) -> Outputs:
     skips = [x]
     for a, b, attends in zip(ours.down, theirs.down_blocks, shape.unet.attention):
         x, outputs = b(x, temb, words) if attends else b(x, temb)
-        yield from zip(a(skips[-1], temb, words), outputs, strict=True)
+        yield from zip(a(skips[-1], F.silu(temb), words), outputs, strict=True)
         skips += outputs
     x = theirs.mid_block(skips[-1], temb, encoder_hidden_states=words)
-    yield ours.middle(skips[-1], temb, words), x
+    yield ours.middle(skips[-1], F.silu(temb), words), x
     for a, b, attends in zip(ours.up, theirs.up_blocks, reversed(shape.unet.attention)):
         own, skips, taken = list(skips), skips[: -len(b.resnets)], tuple(skips[-len(b.resnets) :])
         size = skips[-1].shape[2:] if skips else None
         extra = dict(encoder_hidden_states=words) if attends else {}
         y = b(x, res_hidden_states_tuple=taken, temb=temb, upsample_size=size, **extra)
-        yield a(x, own, temb, words), y
+        yield a(x, own, F.silu(temb), words), y
         x = y
 
 
