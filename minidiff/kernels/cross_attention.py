@@ -1,0 +1,277 @@
+"""Cross-attention in Triton: softmax(q k^T / sqrt(d)) v of many queries and at most 256 keys, and its gradients, each in one pass.
+
+In Stable Diffusion: latent cells look at the words of the prompt, 4096 queries at 77 keys at 512 x 512 pixels. Equal to
+`minidiff.attention.attention_by_hand`, which the tests hold it to. The names are those of self_attention.py: N queries, L keys,
+
+    S = q k^T / sqrt(d)      m_n = max_j S_nj      l_n = sum_j exp(S_nj - m_n)      P = exp(S - m) / l      O = P v
+
+What differs is that all keys and values of a head fit into one multiprocessor (77 x 40 numbers of each). Whole rows of S are at hand, so
+the softmax is the textbook's (Vaswani et al. 2017, eq. 1): m and l are known at once, and nothing is rescaled as blocks of keys come in.
+The backward pass has whole rows, too: it computes them once more, which costs less than to keep anything but q, k and v. From dO:
+
+    dV = P^T dO      dP = dO v^T      delta_n = sum_j P_nj dP_nj      dS = P (dP - delta)      dQ = dS k / sqrt(d)      dK = dS^T q / sqrt(d)
+
+Forward, a program has BLOCK_N queries. There are enough of them to fill a GPU.
+Backward, a program has a strip of queries, BLOCK_N at a time: it writes their dQ and sums what they add to dK and dV. There are at most
+MOST_STRIPS strips of a head, each a program; what each summed goes through memory, and a second kernel adds the strips in one order.
+(Kernels made for as many keys as queries divide the keys among programs in the backward pass: 77 keys are one program a head.)
+
+Left out: masks of keys (the text encoder pads with tokens that are looked at as all others are) and dropout.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minidiff.kernels.self_attention import dot_add, dot_heads, head_of, load_head, store_head, zeros_head
+from minidiff.kernels.tiles import LOG2_E, head_tiles, jit, refusal, tl, triton
+
+MOST_KEYS = 256
+MOST_BYTES = 64 * 1024  # of a head's keys, padded; with as much for its values, what a multiprocessor of an A100 can share among threads (163 KiB)
+MOST_STRIPS = 16  # times 8 heads: a program for each of the 132 multiprocessors of an H200, even at batch 1
+ADDED = 1024  # numbers of dK and dV that a program adds up
+
+
+@jit
+def forward_kernel(
+    q, k, v, out, N, L, q_batch, q_token, k_batch, k_token, v_batch, v_token, scale: tl.constexpr, d: tl.constexpr,
+    D_1: tl.constexpr, D_2: tl.constexpr, L_1: tl.constexpr, L_2: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """O of BLOCK_N queries. The keys stand in two tiles, L_1 and L_2 (see `key_tiles`); scale: log2(e) / sqrt(d)."""
+    width = tl.num_programs(1) * d  # of all heads: the token stride of what is contiguous
+    q, k, v, out = head_of(q, q_batch, d), head_of(k, k_batch, d), head_of(v, v_batch, d), head_of(out, N * width, d)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    keys_1, keys_2 = tl.arange(0, L_1), L_1 + tl.arange(0, L_2)
+    q = load_head(q, rows, N, q_token, d, D_1, D_2, False)  # a pair: two tiles of columns
+    k_1, k_2 = load_head(k, keys_1, L, k_token, d, D_1, D_2, False), load_head(k, keys_2, L, k_token, d, D_1, D_2, False)
+    v_1, v_2 = load_head(v, keys_1, L, v_token, d, D_1, D_2, False), load_head(v, keys_2, L, v_token, d, D_1, D_2, False)
+
+    # S = q k^T / sqrt(d), in base 2
+    s_1 = tl.where(keys_1[None, :] < L, dot_heads(*q, *k_1, D_2) * scale, float("-inf"))
+    s_2 = tl.where(keys_2[None, :] < L, dot_heads(*q, *k_2, D_2) * scale, float("-inf"))
+    # m = max_j S_j    p = exp(S - m)    l = sum_j p_j
+    m = tl.maximum(tl.max(s_1, 1), tl.max(s_2, 1))
+    p_1, p_2 = tl.exp2(s_1 - m[:, None]), tl.exp2(s_2 - m[:, None])
+    l = tl.sum(p_1, 1) + tl.sum(p_2, 1)  # noqa: E741  the paper's name
+    # O = p v / l
+    pv = dot_add(p_1.to(q[0].dtype), *v_1, *zeros_head(BLOCK_N, D_1, D_2), D_2)
+    pv = dot_add(p_2.to(q[0].dtype), *v_2, *pv, D_2)
+    store_head(out, pv[0] / l[:, None], pv[1] / l[:, None], rows, N, width, d, D_1, D_2)
+
+
+@jit
+def backward_kernel(
+    q, k, v, dout, dq, dk_strips, dv_strips, N, L, q_batch, q_token, k_batch, k_token, v_batch, v_token, scale: tl.constexpr, d: tl.constexpr,
+    D_1: tl.constexpr, D_2: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, STRIP: tl.constexpr,
+    NEED_DQ: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr
+):  # fmt: skip
+    """dQ of a strip of STRIP queries, BLOCK_N at a time, and what they add to dK and dV of all keys (BLOCK_L: L, padded).
+
+    Everything is computed transposed, [keys, queries], as the products with dO and q want it. Queries beyond N are 0, and so is their dO:
+    they add nothing. dk_strips and dv_strips: float32 [strips, B, L, h d].
+    """
+    width = tl.num_programs(1) * d
+    q, k, v = head_of(q, q_batch, d), head_of(k, k_batch, d), head_of(v, v_batch, d)
+    dout, dq = head_of(dout, N * width, d), head_of(dq, N * width, d)
+    keys = tl.arange(0, BLOCK_L)
+    k = load_head(k, keys, L, k_token, d, D_1, D_2, False)
+    v = load_head(v, keys, L, v_token, d, D_1, D_2, False)
+
+    to_e = scale / LOG2_E  # 1 / sqrt(d)
+    dk, dv = zeros_head(BLOCK_L, D_1, D_2), zeros_head(BLOCK_L, D_1, D_2)
+    for first in range(0, STRIP, BLOCK_N):
+        rows = tl.program_id(0) * STRIP + first + tl.arange(0, BLOCK_N)
+        q_n = load_head(q, rows, N, q_token, d, D_1, D_2, False)
+        dout_n = load_head(dout, rows, N, width, d, D_1, D_2, False)
+        # S = q k^T / sqrt(d)    P = exp(S - m) / l: the forward pass once more
+        s = tl.where(keys[:, None] < L, dot_heads(*k, *q_n, D_2) * scale, float("-inf"))
+        p = tl.exp2(s - tl.max(s, 0)[None, :])
+        p = p / tl.sum(p, 0)[None, :]
+        # dV = P^T dO
+        if NEED_DV:
+            dv = dot_add(p.to(q_n[0].dtype), *dout_n, *dv, D_2)
+        # dP = dO v^T    delta = sum_j P_j dP_j    dS = P (dP - delta)
+        if NEED_DQ or NEED_DK:
+            dp = dot_heads(*v, *dout_n, D_2)
+            ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q_n[0].dtype)
+            # dQ = dS k / sqrt(d)
+            if NEED_DQ:
+                dq_n = dot_add(tl.trans(ds), *k, *zeros_head(BLOCK_N, D_1, D_2), D_2)
+                store_head(dq, dq_n[0] * to_e, dq_n[1] * to_e, rows, N, width, d, D_1, D_2)
+            # dK = dS^T q, still without its 1 / sqrt(d)
+            if NEED_DK:
+                dk = dot_add(ds, *q_n, *dk, D_2)
+
+    strip = tl.program_id(0).to(tl.int64) * tl.num_programs(2) * L * width
+    if NEED_DK:
+        store_head(head_of(dk_strips + strip, L * width, d), dk[0] * to_e, dk[1] * to_e, keys, L, width, d, D_1, D_2)
+    if NEED_DV:
+        store_head(head_of(dv_strips + strip, L * width, d), *dv, keys, L, width, d, D_1, D_2)
+
+
+@jit
+def add_strips_kernel(strips, total, size, STRIPS: tl.constexpr, ADDED: tl.constexpr):
+    """total_i = strips_0i + strips_1i + ..., from left to right: the same bits in every run, which atomic additions would not give."""
+    i = tl.program_id(0) * ADDED + tl.arange(0, ADDED)
+    added = tl.zeros([ADDED], tl.float32)
+    for strip in tl.static_range(STRIPS):
+        added += tl.load(strips + strip * size.to(tl.int64) + i, mask=i < size, other=0.0)
+    tl.store(total + i, added.to(total.dtype.element_ty), mask=i < size)
+
+
+def key_tiles(L: int) -> tuple[int, int]:
+    """A number of keys as two powers of two, each at least 16, with the smallest sum that holds it: 77 -> (64, 16), not 128.
+
+    In the forward pass keys are columns of S, of which any multiple of 8 is as good; the work is that of 80 keys. In the backward pass
+    they are the rows of dK and dV: 16 a warp, which is why there a last 16 rows would cost all warps as much as 128 do.
+    """
+    below = max(16, 1 << (L - 1).bit_length() >> 1)
+    return below, max(16, 1 << max(L - below - 1, 0).bit_length())
+
+
+def padded_keys(L: int) -> int:
+    """The power of two, at least 16, that holds so many keys: 77 -> 128."""
+    return max(16, 1 << (L - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel's work is divided: queries that a program has at a time, warps, and how many blocks are on their way from memory at once.
+
+    More queries mean fewer times that keys are read, fewer mean more programs and fewer registers: 16 rows a warp (queries forward, keys
+    backward) keep S, P and the sums in at most 255 registers a thread. one_pass: whether dK and dV fit both; if not, dV is a launch of its own.
+    """
+
+    queries: int
+    warps: int
+    stages: int
+    one_pass: bool = True
+
+
+def forward_blocks(d: int, dtype: torch.dtype) -> Blocks:
+    wide = d > 96
+    if dtype == torch.float32:  # no tensor cores
+        return Blocks(32, 8 if wide else 4, 1)
+    return Blocks(64, 8 if wide else 4, 1)
+
+
+def backward_blocks(L: int, d: int, dtype: torch.dtype) -> Blocks:
+    size = padded_keys(L) * sum(head_tiles(d))  # numbers of dK, and of dV
+    if dtype == torch.float32:
+        return Blocks(16, 8, 1, size <= 128 * 64)
+    if size <= 64 * 64:
+        return Blocks(32, 4, 2)
+    if size <= 128 * 64:
+        return Blocks(32, 8, 2)
+    return Blocks(32, 8, 1) if size <= 128 * 80 else Blocks(16, 8, 1, False)
+
+
+def fused_cross_attention(q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int) -> Float[Tensor, "B N D"]:
+    """softmax(q k^T / sqrt(d)) v in one kernel; `heads` heads of d = D / heads side by side, as in `attention_by_hand`; L at most 256.
+
+    q, k and v may be views of a fused projection: the strides of batch and tokens are free. The answer is contiguous. float16, bfloat16
+    or float32. Twice the same inputs, twice the same bits, forward and backward. Raises ValueError for what `unsupported` names.
+    """
+    return torch.ops.minidiff.cross_attention(q, k, v, heads)
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> str | None:
+    """Why `fused_cross_attention` does not take these tensors, as the end of a sentence; None if it does."""
+    if causal:
+        return "causal; a prompt has no order among latent cells, use self-attention"
+    if reason := refusal(q, k, v, heads):
+        return reason
+    L, d = k.shape[1], k.shape[2] // heads
+    if L > MOST_KEYS:
+        return f"{L} keys; this kernel has all keys of a head at once, at most {MOST_KEYS}"
+    size = padded_keys(L) * sum(head_tiles(d)) * k.element_size()
+    if size > MOST_BYTES:
+        return f"{L} keys of heads {d} wide take {size // 1024} KiB in {k.dtype}, padded; this kernel has all keys of a head at once, {MOST_BYTES // 1024} KiB"
+    return None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    if reason := unsupported(q, k, v, heads):
+        raise ValueError(f"fused cross-attention: {reason}")
+    out, (B, N, D), L = _forward_shape(q, k, v, heads), q.shape, k.shape[1]
+    blocks = forward_blocks(D // heads, q.dtype)
+    with _device_of(q):
+        forward_kernel[triton.cdiv(N, blocks.queries), heads, B](
+            q, k, v, out, N, L, *_strides(q, k, v), *_constants(D // heads), *key_tiles(L), blocks.queries, num_warps=blocks.warps, num_stages=blocks.stages
+        )  # fmt: skip
+    return out
+
+
+def _forward_shape(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, heads: int, need_dq: bool, need_dk: bool, need_dv: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK and dV; empty where they are not needed."""
+    dq, dk, dv = _backward_shapes(dout, q, k, v, heads, need_dq, need_dk, need_dv)
+    (B, N, D), L = q.shape, k.shape[1]
+    blocks = backward_blocks(L, D // heads, q.dtype)
+    strip = triton.cdiv(triton.cdiv(N, blocks.queries), MOST_STRIPS) * blocks.queries
+    strips = triton.cdiv(N, strip)
+    dout = dout.contiguous()
+    dk_strips, dv_strips = (x.new_empty((strips, *x.shape), dtype=torch.float32) for x in (dk, dv))
+    passes = [(need_dq, need_dk, need_dv)] if blocks.one_pass else [(need_dq, need_dk, False), (False, False, need_dv)]
+    with _device_of(q):
+        for needed in passes:
+            if any(needed):
+                backward_kernel[strips, heads, B](
+                    q, k, v, dout, dq, dk_strips, dv_strips, N, L, *_strides(q, k, v), *_constants(D // heads), padded_keys(L), blocks.queries, strip,
+                    *needed, num_warps=blocks.warps, num_stages=blocks.stages
+                )  # fmt: skip
+        for partial, total in ((dk_strips, dk), (dv_strips, dv)):
+            if total.numel():
+                add_strips_kernel[(triton.cdiv(total.numel(), ADDED),)](partial, total, total.numel(), strips, ADDED)
+    return dq, dk, dv
+
+
+def _backward_shapes(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, heads: int, need_dq: bool, need_dk: bool, need_dv: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape if needed else (0,)) for x, needed in ((q, need_dq), (k, need_dk), (v, need_dv)))
+    return dq, dk, dv
+
+
+def _strides(*inputs: Tensor) -> list[int]:
+    """Elements from one row of the batch to the next, and from one token to the next, of each."""
+    return [stride for x in inputs for stride in x.stride()[:2]]
+
+
+def _constants(d: int) -> tuple[float, int, int, int]:
+    return math.log2(math.e) / math.sqrt(d), d, *head_tiles(d)
+
+
+def _device_of(x: Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+# As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs. The gradient of the gradient is not defined.
+_operation = torch.library.custom_op("minidiff::cross_attention", _forward, mutates_args=())
+_operation.register_fake(_forward_shape)
+_gradients = torch.library.custom_op("minidiff::cross_attention_backward", _backward, mutates_args=())
+_gradients.register_fake(_backward_shapes)
+
+
+def _save(ctx, inputs: tuple, output: Tensor):
+    *tensors, ctx.heads = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, dout: Tensor):
+    needed = ctx.needs_input_grad[:3]
+    gradients = torch.ops.minidiff.cross_attention_backward(dout, *ctx.saved_tensors, ctx.heads, *needed)
+    return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None
+
+
+_operation.register_autograd(_differentiate, setup_context=_save)
