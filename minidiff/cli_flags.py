@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from minidiff.trainers.presets import Concept, LowRankOptions, Options, PivotalOptions, Prior, Samples, TextualInversionOptions, Words, preset
-from minidiff.trainers.recipe import Precision, Schedule, Settings
+from minidiff.trainers.recipe import RECIPES, Precision, Recipe, Schedule, Settings
 
 UNSET = ""  # shown behind a flag's help, in place of a default
 Whole = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=UNSET)]
@@ -168,6 +168,48 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecipeFlags:
+    """How long, and how; what is left out is the recipe's.
+
+    Args:
+        seed: of everything that is drawn by chance
+        widths: of the U-Net's three levels, multiples of 32; 64 128 160 by default
+        vae_steps: steps of the VAE
+        vae_batch: pictures at once
+        vae_learning_rate: of the VAE
+        kl_weight: what the latents' distance from unit normals counts in the VAE's loss
+        scenes: how many are composed ahead
+        steps: of the text encoder and the U-Net
+        batch: latents at once
+        learning_rate: of the text encoder and the U-Net
+        schedule: of that rate, after it has risen
+        object_weight: what a latent cell of an object counts, beyond the 0.4 of the background
+        caption_dropout: share of captions that are left empty, for guidance
+        average: decay of the running mean of the weights, which is the result
+        compile: run the networks through torch.compile; on a CUDA device alone by default
+    """
+
+    seed: Whole = None
+    widths: Annotated[tuple[int, int, int] | None, tyro.conf.arg(metavar="INT INT INT", help_behavior_hint=UNSET)] = None
+    vae_steps: Whole = None
+    vae_batch: Whole = None
+    vae_learning_rate: Number = None
+    kl_weight: Number = None
+    scenes: Whole = None
+    steps: Whole = None
+    batch: Whole = None
+    learning_rate: Number = None
+    schedule: choices(Schedule) = None
+    object_weight: Number = None
+    caption_dropout: Number = None
+    average: Number = None
+    compile: choices(Literal["yes", "no"]) = None
+
+    def over(self, recipe: Recipe) -> Recipe:
+        return changed(recipe, **asdict(self) | {"compile": None if self.compile is None else self.compile == "yes"})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pictures:
     """How the pictures are shown, and how a sample's loss counts.
 
@@ -287,6 +329,11 @@ def changed(base: Any, **values: object) -> Any:
 
 def numbers_of(method: str) -> str:
     """The presets of a method in a line each, for its --help."""
+    if method == "from-scratch":
+        bundled, half = (asdict(RECIPES[name]) for name in ("bundled", "half"))
+        other = {number: value for number, value in half.items() if value != bundled[number]}
+        said = [", ".join(f"{name} {value}" for name, value in one.items() if value is not None) for one in (bundled, other)]
+        return f"Numbers of bundled: {said[0]}.\n\nNumbers of half, where they are others: {said[1]}."
     lines = []
     for name, family in (("the bundled model", "bundled"), ("Stable Diffusion", "sd1")):
         options = preset(method, family)

@@ -9,12 +9,13 @@ from typing import Literal
 import tyro
 
 from minidiff.cli_flags import (
-    Attentions, File, LowRank, Number, Pictures, PriorFlags, Run, Several, Text, TextEncoderFlags, Training, What, Whole, WordFlags, changed, choices,
+    Attentions, File, LowRank, Number, Pictures, PriorFlags, RecipeFlags, Run, Several, Text, TextEncoderFlags, Training, What, Whole, WordFlags,
+    changed, choices,
 )  # fmt: skip
 from minidiff.cli_learn import learn
-from minidiff.cli_model import load, training_on
+from minidiff.cli_model import load, say, training_on
 from minidiff.trainers.presets import Family, FineTuneOptions, LowRankOptions, Options, PivotalOptions, Words, preset
-from minidiff.trainers.recipe import Recipe
+from minidiff.trainers.recipe import RECIPES, Recipe
 
 LoRANames = Literal["diffusers", "kohya"]
 
@@ -193,8 +194,10 @@ def fine_tune(
 def from_scratch(
     out: tyro.conf.Positional[Path],
     /,
-    recipe: Recipe = Recipe(),
+    recipe: choices(Literal["bundled", "half"]) = None,
+    numbers: RecipeFlags = RecipeFlags(),
     init: Text = None,
+    vae: Text = None,
     device: str = "auto",
     attention: Attentions = "auto",
     threads: Whole = None,
@@ -204,9 +207,10 @@ def from_scratch(
     Stopped at any time and started again with the same arguments, it goes on from its last state.
 
     Args:
-        out: folder of the run; the model ends there as model.safetensors
-        recipe: how long, and how
-        init: a checkpoint of the bundled model's shape to train on from; its VAE is kept
+        out: folder of the run; the model ends there as model.safetensors, and its parts, in half precision, beside it
+        recipe: bundled makes a judge, its figures and a card as well; half is a smaller, half-trained model; without it the model alone
+        init: a checkpoint of the bundled model's kind to train on from; its VAE is kept
+        vae: a checkpoint whose VAE is taken as it is; text encoder and U-Net begin from nothing
         device: auto, cpu, cuda, cuda:1, mps
         attention: how it is worked out: auto takes what is fastest; triton is this package's kernels, on a GPU
         threads: CPU threads to use; all cores by default
@@ -214,14 +218,32 @@ def from_scratch(
     from tqdm import tqdm
 
     import weights_loader
+    from minidiff.trainers.bundled import foretold_bundled, run_bundled
     from minidiff.trainers.from_scratch import bundled_config
-    from minidiff.trainers.run import run_from_scratch
+    from minidiff.trainers.run import claim, foretold, run_from_scratch
+
+    def save(sd) -> None:
+        weights_loader.save(sd, out / "model.safetensors")
+        weights_loader.save_parts(sd, out)
+
+    def save_judge(judge) -> None:
+        weights_loader.save_judge(judge, out / "judge.safetensors")
 
     with training_on(device, threads, attention) as device, ExitStack() as outer, ExitStack() as bars:
-        base = load(init, "float32", device) if init else None
-        model, stage = out / "model.safetensors", None
-        config = base.config if base else bundled_config()
-        run = run_from_scratch(config, recipe, out, device, lambda sd: weights_loader.save(sd, model), base)
+        asked = numbers.over(RECIPES[recipe or "bundled"])
+        base, other = (load(file, "float32", device) if file else None for file in (init, vae))
+        config = base.config if base else bundled_config(asked.widths)
+        if other:
+            config = replace(config, vae=other.config.vae)
+        given = base, other and other.vae
+        claim(out, config, asked, *given)
+        if recipe == "bundled":
+            say_how_long(foretold_bundled, config, asked, device, given, out)
+            run = run_bundled(config, asked, out, device, save, save_judge, *given)
+        else:
+            say_how_long(foretold, config, asked, device, given, out)
+            run = run_from_scratch(config, asked, out, device, save, *given)
+        stage = None
         for step in outer.enter_context(closing(run)):
             if step.stage != stage:
                 bars.close()
@@ -230,7 +252,21 @@ def from_scratch(
             if step.text:
                 bar.set_postfix_str(step.text, refresh=False)
         bars.close()
-        print(model)
+        print(out / "model.safetensors")
+
+
+def say_how_long(foretell, config, recipe: Recipe, device, given: tuple, out: Path) -> None:
+    """Says how long each stage that has left no result yet will take, before the first one."""
+    from minidiff.trainers.bundled import device_name
+    from minidiff.trainers.log import duration
+
+    results = {"diffusion": "model.safetensors", "judge": "judge.safetensors", "evaluation": "figures.json"}
+    if all((out / name).exists() for name in results.values()):
+        return
+    seconds = {stage: s for stage, s in foretell(config, recipe, device, *given).items() if not (out / results.get(stage, "latents.pt")).exists()}
+    if seconds:
+        stages = ", ".join(f"{stage} {duration(s)}" for stage, s in seconds.items())
+        say([f"on {device_name(device)}, about: {stages}; {duration(sum(seconds.values()))} in all"])
 
 
 COMMANDS = {

@@ -3,13 +3,16 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from minidiff.evaluation import bundled
-from minidiff.evaluation.bundled import Figures, Measure, Verdict, evaluate, figures_of, judged, mean_of, reconstructed, spread, table
+from minidiff.evaluation.bundled import evaluate, figures_of, judged, mean_of, reconstructed, spread
 from minidiff.evaluation.clip import Judge, Reading
+from minidiff.evaluation.figures import Figures, Measure, Verdict, table
 from minidiff.evaluation.prompts import FixedPrompt, fixed_prompts
+from minidiff.scenes.scenes import sample_scene
 from minidiff.trainers.from_scratch import seeded
 from minidiff.trainers.judge import judge_config
 from tests.small_models import small_config, small_model, training_config
@@ -131,6 +134,36 @@ def test_the_whole_evaluation_gives_the_same_figures_twice(judge):
     # Another number of pictures at once gives other pictures by rounding only.
     *_, other = evaluate(sd, judge, steps=2, seeds=(0, 1), limit=5, batch=10)
     assert other.figures.text_alignment.model.value == pytest.approx(figures.text_alignment.model.value, abs=1e-4)
+
+
+def test_an_evaluation_that_is_stopped_goes_on_and_ends_the_same(judge, tmp_path, monkeypatch):
+    sd, options = small_model(training_config()), {"steps": 2, "seeds": (0, 1), "limit": 5, "batch": 4}
+    *_, whole = evaluate(sd, judge, **options)
+    state = tmp_path / "evaluation.pt"
+    assert next(evaluate(sd, judge, **options, state=state)).done == 4
+    rest = list(evaluate(sd, judge, **options, state=state))
+    assert [p.done for p in rest] == [8, 10] and rest[-1].record == whole.record
+    monkeypatch.setattr(sd, "denoise", None)  # not one more picture
+    (again,) = evaluate(sd, judge, **options, state=state)
+    assert again.record == whole.record
+    assert list(again.record.verdicts) == [(prompt.text, seed) for seed in (0, 1) for prompt in spread(fixed_prompts(), 5)]
+    with pytest.raises(ValueError, match="holds another run .*steps 2, now 3"):
+        next(evaluate(sd, judge, **options | {"steps": 3}, state=state))
+    with pytest.raises(ValueError, match="holds another run .*model "):
+        next(evaluate(small_model(training_config(), seed=1), judge, **options, state=state))
+
+
+def test_psnr_is_that_of_the_definition():
+    sd = small_model(training_config())
+    fresh, held_out = bundled.held_out_psnr(sd, count=3)
+    rng = np.random.default_rng(5)
+    psnr = []
+    for _ in range(3):
+        image = sample_scene(rng).image
+        decoded = reconstructed(sd, bundled.pixels_of(image[None]))[0].permute(1, 2, 0).numpy() * 127.5 + 127.5
+        psnr.append(20 * math.log10(255) - 10 * math.log10(np.mean((decoded - image) ** 2)))
+    assert fresh == pytest.approx(np.mean(psnr), abs=1e-4)  # dB; fp32
+    assert held_out != fresh and 0 < held_out < 30
 
 
 def test_the_real_scenes_and_their_reference_are_different_draws():

@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 
 import weights_loader
 from minidiff import cli_flags, cli_learn, cli_train
+from minidiff.attention import backend
 from minidiff.cli_flags import parse_concept
-from minidiff.trainers import memory, presets
-from minidiff.trainers.recipe import Settings
+from minidiff.trainers import bundled, memory, presets
+from minidiff.trainers import run as trainers_run
+from minidiff.trainers.recipe import RECIPES, Recipe, Settings
 from tests.command import runner
 from tests.small_concepts import picture_folder
 from tests.small_models import small_model, training_config
@@ -217,6 +219,18 @@ def test_bad_input_gets_one_clear_line_before_anything_is_made(run, tmp_path, ar
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("args", [("lora", "--images", "cat", "--prompt", "a cat", "--out", "run"), ("from-scratch", "run")])
+def test_attention_by_name_holds_for_the_whole_run(run, monkeypatch, args):
+    def begun(*_):
+        raise ValueError(f"begun with attention {backend()}")
+
+    monkeypatch.setattr(memory, "estimate_memory", begun)
+    monkeypatch.setattr("minidiff.trainers.run.foretold", lambda *_: {})
+    monkeypatch.setattr("minidiff.trainers.run.run_from_scratch", begun)
+    assert "begun with attention by_hand" in run("train", *args, "--attention", "by_hand")[2]
+    assert backend() == "auto"
+
+
 def test_a_folder_of_another_run_is_left_as_it_is(run, tmp_path):
     assert run("train", *LORA, "--images", "cat", "--out", "run", *QUICK)[0] == 0
     state = (tmp_path / "run" / "lora.state").read_bytes()
@@ -243,15 +257,53 @@ def test_concepts_are_added_to_those_learnt_before(run, tmp_path):
     assert torch.equal(first["modifier_token.<it>"], second["modifier_token.<it>"]) and "modifier_token.<that>" in second
 
 
+FROM_SCRATCH = ("train", "from-scratch", "run", "--scenes", "4", "--steps", "2", "--batch", "2", "--threads", "1")
+
+
 def test_from_scratch_trains_on_and_goes_on(run, tmp_path):
     weights_loader.save(small_model(training_config()), tmp_path / "base.safetensors")
-    args = ("train", "from-scratch", "run", "--init", "base.safetensors", "--scenes", "4", "--steps", "2", "--batch", "2", "--threads", "1")
+    args = (*FROM_SCRATCH, "--init", "base.safetensors")
     code, out, err = run(*args)
     assert (code, out.strip()) == (0, "run/model.safetensors"), err
+    assert re.search(r"minidiff: on CPU, 1 thread, about: scenes \d+ s, latents \d+ s, diffusion \d+ s; \d+ s in all", err)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"text_encoder.safetensors", "unet.safetensors", "vae.safetensors", "parts.safetensors.index.json"} <= names
+    assert "judge.safetensors" not in names
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
-    assert run(*args)[0] == 0 and (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    code, _, err = run(*args)
+    assert code == 0 and (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    assert "in all" not in err  # nothing is left to be told of
     code, _, err = run(*args, "--seed", "1")
     assert code == 2 and "holds another run (seed 0, now 1)" in err
+    code, _, err = run(*args, "--vae", "base.safetensors")
+    assert code == 2 and "give one of the two" in err
+
+
+def test_the_recipes_are_told_apart(run, tmp_path, monkeypatch):
+    """What they do is tested where it is done."""
+    asked = {}
+
+    def spy(name):
+        def started(config, recipe, folder, device, *rest):
+            asked[name] = (config, recipe, rest)
+            yield from ()
+
+        return started
+
+    monkeypatch.setattr(trainers_run, "run_from_scratch", spy("alone"))
+    monkeypatch.setattr(bundled, "run_bundled", spy("whole"))
+    monkeypatch.setattr(trainers_run, "foretold", lambda *_: {"scenes": 1.0})
+    monkeypatch.setattr(bundled, "foretold_bundled", lambda *_: {"judge": 3000.0, "evaluation": 1000.0})
+    code, _, err = run("train", "from-scratch", "a", "--recipe", "bundled", "--steps", "7")
+    assert code == 0 and "judge 50 min, evaluation 17 min; 1 h 7 min in all" in err, err
+    code, _, err = run("train", "from-scratch", "b", "--recipe", "half", "--vae", "tiny", "--compile", "no")
+    assert code == 0 and "scenes 1 s; 1 s in all" in err, err
+    assert asked["whole"][1] == dataclasses.replace(RECIPES["bundled"], steps=7) and asked["whole"][2][2:] == (None, None)
+    config, recipe, (_, init, vae) = asked["alone"]
+    tiny = weights_loader.load("tiny")
+    assert recipe == dataclasses.replace(RECIPES["half"], compile=False) and init is None
+    assert config.unet.widths == (32, 64, 96) and config.vae == tiny.config.vae and torch.equal(vae.encoder.conv_in.weight, tiny.vae.encoder.conv_in.weight)
+    assert run("train", "from-scratch", "c", "--widths", "32", "64", "64")[0] == 0 and asked["alone"][0].unet.widths == (32, 64, 64)
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -274,6 +326,7 @@ def test_every_number_of_a_run_has_a_flag():
         return {field.name for field in dataclasses.fields(cls)}
 
     assert names(cli_flags.Training) == names(Settings)
+    assert names(cli_flags.RecipeFlags) == names(Recipe)
     assert names(cli_flags.Pictures) == names(presets.Samples)
     assert names(cli_flags.LowRank) | names(cli_flags.TextEncoderFlags) == names(presets.LowRankOptions)
     assert len(names(cli_flags.PriorFlags)) == len(names(presets.Prior))

@@ -1,11 +1,14 @@
 """Settings and recipes: what cannot be followed is refused, by name."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
-from minidiff.trainers.recipe import Recipe, Settings
+from minidiff.trainers.from_scratch import bundled_config
+from minidiff.trainers.optimizer import learning_rate
+from minidiff.trainers.recipe import RECIPES, Recipe, Settings
 from tests.small_task import small_settings
 
 
@@ -50,6 +53,8 @@ def test_an_unknown_choice_is_refused_with_the_choices(name, choices):
         ({"kl_weight": -1.0}, "kl_weight -1.0"),
         ({"caption_dropout": 1.5}, "caption_dropout 1.5 is outside 0..1"),
         ({"average": -0.1}, "average -0.1"),
+        ({"widths": (32, 64)}, r"widths \(32, 64\): the U-Net has three levels"),
+        ({"widths": (32, 48, 96)}, "each a multiple of 32"),
     ],
 )
 def test_a_recipe_that_cannot_be_followed_is_refused(change, said):
@@ -62,6 +67,17 @@ def test_a_recipe_has_the_settings_of_both_stages():
     vae, diffusion = recipe.autoencoder(), recipe.diffusion()
     assert (vae.steps, vae.batch, vae.learning_rate, vae.seed, vae.average) == (5, 6, 0.7, 3, 0.5)
     assert (diffusion.steps, diffusion.batch, diffusion.learning_rate, diffusion.seed, diffusion.average) == (8, 9, 0.1, 3, 0.5)
+
+
+def test_the_half_trained_model_is_narrower_and_its_rate_does_not_fall():
+    half = RECIPES["half"]
+    config = bundled_config(half.widths)
+    assert config.unet.widths == (32, 64, 96) and [w // h for w, h in zip(config.unet.widths, config.unet.heads)] == [32, 32, 32]
+    assert dataclasses.replace(config, unet=bundled_config().unet) == bundled_config()
+    rates = [learning_rate(step, half.diffusion()) for step in range(half.steps)]
+    assert rates[60:] == [half.learning_rate] * (half.steps - 60)
+    assert half.autoencoder().schedule == "flat_then_linear"
+    assert bundled_config((64, 128, 160)) == bundled_config() and RECIPES["bundled"] == Recipe()
 
 
 def test_the_numbers_alone_need_no_torch():

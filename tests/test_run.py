@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from minidiff.trainers import run
+from minidiff.trainers.log import read_rows
 from minidiff.trainers.recipe import Recipe
 from minidiff.trainers.run import run_from_scratch
 from tests.small_models import small_config, small_model, training_config
@@ -35,7 +37,7 @@ def save_every(patch, steps):
     patch.setattr(Recipe, "_settings", lambda *args, **named: dataclasses.replace(plain(*args, **named), save_every=steps))
 
 
-def start(folder, recipe=RECIPE, init=None, config=CONFIG):
+def start(folder, recipe=RECIPE, init=None, config=CONFIG, vae=None):
     """The run's Progress; the model it makes is written to model.safetensors and put into the list."""
     made = []
 
@@ -45,7 +47,7 @@ def start(folder, recipe=RECIPE, init=None, config=CONFIG):
         tensors = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.state_dict().items()}
         save_file(tensors, folder / "model.safetensors")
 
-    return run_from_scratch(config, recipe, folder, CPU, save, init), made
+    return run_from_scratch(config, recipe, folder, CPU, save, init, vae), made
 
 
 def finished(folder, **options):
@@ -100,13 +102,13 @@ def test_a_run_that_is_stopped_and_started_again_makes_the_same_file(whole, tmp_
     assert (tmp_path / "model.safetensors").read_bytes() == (whole[0] / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("init", [False, True])
-def test_how_long_it_will_take_is_told_from_the_first_steps(monkeypatch, init):
+@pytest.mark.parametrize("given", ["nothing", "init", "vae"])
+def test_how_long_it_will_take_is_told_from_the_first_steps(monkeypatch, given):
     now = itertools.count()
     monkeypatch.setattr(run.time, "monotonic", lambda: float(next(now)))  # whatever is measured takes a second
     recipe = dataclasses.replace(RECIPE, scenes=1200, vae_steps=50, steps=70)
-    seconds = run.foretold(CONFIG, recipe, CPU, small_model(CONFIG) if init else None)
-    assert seconds == {"scenes": 12, "latents": 12, "diffusion": 70} | ({} if init else {"autoencoder": 50})
+    seconds = run.foretold(CONFIG, recipe, CPU, small_model(CONFIG) if given == "init" else None, small_model(CONFIG).vae if given == "vae" else None)
+    assert seconds == {"scenes": 12, "latents": 12, "diffusion": 70} | ({"autoencoder": 50} if given == "nothing" else {})
     assert list(seconds)[-2:] == ["latents", "diffusion"]
 
 
@@ -163,7 +165,58 @@ def test_another_recipe_in_the_same_folder_is_refused_and_the_field_named(whole)
     with pytest.raises(ValueError, match="init False, now "):
         next(walk)
     assert (folder / "recipe.json").read_text() == before
-    assert json.loads(before) == dataclasses.asdict(RECIPE) | {"init": False}
+    assert json.loads(before) == dataclasses.asdict(RECIPE) | {"init": False, "vae": False}
+
+
+def test_a_run_that_does_not_name_a_newer_number_had_its_default_and_compiling_may_change_on_the_way(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    said = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    del said["widths"], said["schedule"], said["vae"]
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(said | {"compile": True}))
+    assert finished(tmp_path / "run")[0] == []
+    walk, _ = start(tmp_path / "run", dataclasses.replace(RECIPE, schedule="constant"))
+    with pytest.raises(ValueError, match="schedule 'flat_then_linear', now 'constant'"):
+        next(walk)
+
+
+def test_the_recipe_in_small_learns_and_two_runs_are_equal_to_the_bit(tmp_path):
+    recipe = dataclasses.replace(RECIPE, vae_steps=24, vae_batch=4, vae_learning_rate=2e-2, scenes=60, steps=24, batch=8, learning_rate=2e-2)
+    for name in ("a", "b"):
+        torch.manual_seed(ord(name))  # what the global generator holds is nobody's business
+        finished(tmp_path / name, recipe=recipe)
+    for stage in ("autoencoder", "diffusion"):
+        losses = [loss for _, loss, _ in read_rows(tmp_path / "a" / f"{stage}.csv")]
+        # The last third's mean is about 0.7 of the first's for the VAE and 0.5 for v; weights that do not move keep it at 1, to a tenth.
+        assert sum(losses[-8:]) < 0.8 * sum(losses[:8]), stage
+    for file in ("model.safetensors", "autoencoder.csv", "diffusion.csv"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_vae_that_is_given_is_kept_and_the_rest_begins_from_nothing(tmp_path):
+    base = small_model(CONFIG)
+    progress, sd = finished(tmp_path, vae=base.vae, recipe=dataclasses.replace(RECIPE, steps=1, learning_rate=1e-9))
+    assert {p.stage for p in progress} == {"scenes", "latents", "diffusion"}
+    assert sd.config == CONFIG and all(torch.equal(p, base.vae.state_dict()[name]) for name, p in sd.vae.state_dict().items())
+    assert not torch.equal(sd.unet.conv_in.weight, base.unet.conv_in.weight)
+    walk, _ = start(tmp_path, vae=small_model(CONFIG, seed=1).vae)
+    with pytest.raises(ValueError, match="holds another run .*vae "):
+        next(walk)
+    walk, _ = start(tmp_path, vae=base.vae, init=base)
+    with pytest.raises(ValueError, match="give one of the two"):
+        next(walk)
+
+
+def test_widths_that_are_not_the_models_are_refused(tmp_path):
+    walk, _ = start(tmp_path / "new", dataclasses.replace(RECIPE, widths=(32, 64, 96)))
+    with pytest.raises(ValueError, match=r"widths \(32, 64, 96\) asked for a U-Net of \(16, 16\)"):
+        next(walk)
+    assert not (tmp_path / "new").exists()
+
+
+def test_only_a_gpu_compiles_unless_the_recipe_says():
+    cuda = torch.device("cuda")
+    assert [run.compiling_on(device, RECIPE).compile for device in (CPU, cuda)] == [False, True]
+    assert [run.compiling_on(cuda, dataclasses.replace(RECIPE, compile=say)).compile for say in (True, False)] == [True, False]
 
 
 def test_init_trains_on_and_leaves_the_model_given_as_it_was(tmp_path):

@@ -83,6 +83,24 @@ def test_settings_stand_in_the_metadata_and_change_nothing_else(layout, path, fi
     assert_same_model(weights_loader.load(tmp_path / path), sd)
 
 
+def test_the_parts_are_whole_each_and_together_the_model(tmp_path):
+    sd = family_model("SD 1")
+    weights_loader.save_parts(sd, tmp_path)
+    for part in ("text_encoder", "unet", "vae"):
+        checkpoint = read(tmp_path / f"{part}.safetensors")
+        assert checkpoint.metadata[KEY] == config_to_json(sd.config)
+        assert {tensor.dtype for tensor in checkpoint.tensors.values()} == {torch.float16}
+        assert sum(t.numel() for t in checkpoint.tensors.values()) == sum(p.numel() for p in getattr(sd, part).parameters())
+    back = weights_loader.load(tmp_path / "parts.safetensors.index.json")
+    assert back.config == sd.config
+    for part in ("text_encoder", "unet", "vae"):
+        for name, p in getattr(sd, part).state_dict().items():
+            assert torch.equal(getattr(back, part).state_dict()[name], p.half().float()), name
+    weights_loader.save(sd, tmp_path / "model.safetensors")
+    other = weights_loader.load(tmp_path / "model.safetensors", vae=tmp_path / "vae.safetensors")
+    assert torch.equal(other.vae.encoder.conv_in.weight, sd.vae.encoder.conv_in.weight.half().float())
+
+
 def test_a_file_may_be_saved_over_itself(tmp_path):
     sd = family_model("SD 2")
     weights_loader.save(sd, tmp_path / "model.safetensors")

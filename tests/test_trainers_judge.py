@@ -12,8 +12,8 @@ from minidiff.scenes.scenes import sample_scene, visible_backgrounds
 from minidiff.trainers import judge
 from minidiff.trainers.from_scratch import pixels_of
 from minidiff.trainers.judge import JUDGE_SETTINGS, JudgeTask, Labels, augmented, judge_config, judge_scene, labels_of, reading_loss
-from minidiff.trainers.judge import retinted, train_judge
-from minidiff.trainers.loop import rng_for
+from minidiff.trainers.judge import retinted
+from minidiff.trainers.loop import rng_for, train
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(
@@ -122,28 +122,7 @@ def test_it_learns(monkeypatch):
     # Always the same scenes: they can be learnt by heart.
     once = rng_for
     monkeypatch.setattr(judge, "rng_for", lambda seed, step, sample: once(seed, 0, sample))
-    monkeypatch.setattr(judge, "judge_config", lambda: SMALL)
     settings = dataclasses.replace(JUDGE_SETTINGS, steps=8, batch=8, warm_up=0)
-    losses, trained = walk(train_judge(settings, CPU))
+    losses = [step.loss.item() for step in train(JudgeTask(SMALL, settings.seed, CPU), settings, CPU)]
     # A small network falls by more than 1 from 14 in eight steps; what does not follow the gradient stays where it is, to a tenth.
     assert losses[-1] < losses[0] - 0.7
-    assert not trained.training and not any(p.requires_grad for p in trained.parameters())
-
-
-def test_the_averaged_weights_are_what_is_kept(monkeypatch):
-    monkeypatch.setattr(judge, "judge_config", lambda: SMALL)
-    settings = dataclasses.replace(JUDGE_SETTINGS, steps=2, batch=4, precision="float32")
-    (_, averaged), (_, last) = (walk(train_judge(dataclasses.replace(settings, average=decay), CPU)) for decay in (0.998, None))
-    start = JudgeTask(SMALL, settings.seed, CPU).judge.subjects.weight
-    moved, behind = (last.subjects.weight - start).norm(), (averaged.subjects.weight - start).norm()
-    assert 0 < behind < moved
-
-
-def walk(run):
-    """A generator's losses and its value."""
-    losses = []
-    while True:
-        try:
-            losses.append(next(run).loss.item())
-        except StopIteration as end:
-            return losses, end.value

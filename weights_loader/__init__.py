@@ -15,7 +15,7 @@ from weights_loader.embedding import read_embedding, write_embedding
 from weights_loader.judge import load_judge, save_judge
 from weights_loader.load import load
 from weights_loader.lora import read_lora, write_lora
-from weights_loader.save import convert, save
+from weights_loader.save import convert, save, save_parts
 from weights_loader.summary import SmallSummary, Summary, inspect
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "read_lora",
     "save",
     "save_judge",
+    "save_parts",
     "write_custom_diffusion",
     "write_embedding",
     "write_lora",

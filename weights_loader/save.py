@@ -7,13 +7,14 @@ Either way the config is in the metadata of the file with the U-Net, so that `lo
 without being computed with is written back, in a diffusers folder as a file of its own that diffusers does not look at.
 """
 
+import json
 import warnings
 from pathlib import Path
 
 import torch
 
 from minidiff.pipeline import StableDiffusion
-from weights_loader.contents import CARRIED_FILE
+from weights_loader.contents import CARRIED_FILE, PARTS
 from weights_loader.dialects import LAYOUTS, to_file
 from weights_loader.folder import write_folder_config
 from weights_loader.load import load
@@ -21,6 +22,7 @@ from weights_loader.metadata import FORMAT, KEY, config_to_json, settings_to_met
 from weights_loader.write import new_folder, write_safetensors
 
 SUFFIX = ".safetensors"
+PARTS_INDEX = "parts.safetensors.index.json"
 PICKLES = (".ckpt", ".pt", ".bin")  # read, never written
 
 
@@ -59,6 +61,19 @@ def _save_folder(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
         write_safetensors(folder / "text_encoder" / "model.safetensors", to_file(sd.text_encoder, "diffusers"), FORMAT)
         if sd.carried:
             write_safetensors(folder / CARRIED_FILE, sd.carried, FORMAT)
+
+
+def save_parts(sd: StableDiffusion, folder: str | Path, dtype: torch.dtype = torch.float16):
+    """Text encoder, U-Net and VAE in a file each, in the original's names, each with the config; and an index that makes a whole of them.
+
+    What the model carries besides is left out. Raises FileNotFoundError without the folder.
+    """
+    folder, metadata, index = Path(folder), FORMAT | {KEY: config_to_json(sd.config)}, {}
+    for part in PARTS:
+        tensors = {name: tensor.to(dtype) for name, tensor in to_file(getattr(sd, part), "ldm").items()}
+        write_safetensors(folder / f"{part}.safetensors", tensors, metadata)
+        index |= dict.fromkeys(tensors, f"{part}.safetensors")
+    (folder / PARTS_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1), encoding="utf-8")
 
 
 def convert(

@@ -10,7 +10,8 @@ these after the VAE's encoder and decoder, which no U-Net can improve on. A figu
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,69 +20,28 @@ from torch import Tensor
 
 from minidiff.evaluation.alignment import text_alignment
 from minidiff.evaluation.clip import Judge
+from minidiff.evaluation.figures import Figure, Figures, Measure, Record, Verdict
 from minidiff.evaluation.kid import kid
 from minidiff.evaluation.prompts import FixedPrompt, fixed_prompts, real_scene
 from minidiff.pipeline import StableDiffusion
+from minidiff.scenes.scenes import sample_scene
 from minidiff.trainers.from_scratch import pixels_of
+from minidiff.trainers.state import check_same, checksum, read_state, write_state
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the judge says of one picture; None where the prompt does not ask, or the question makes no sense.
-
-    subjects: the subject is the likeliest of all, or the two subjects are the likeliest two. background, style, tint: the word's choice is the likeliest.
-    place: both subjects are right, and the first one's centre is to the left (or above) by more than it is up or down (or aside).
-    """
-
-    subjects: bool
-    background: bool
-    place: bool | None
-    style: bool | None
-    tint: bool | None
-    alignment: float
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A mean over `count` pictures and its standard error, as if the pictures were independent draws."""
-
-    value: float
-    error: float
-    count: int
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One question, asked of the model's pictures, of real scenes of the same prompts, and of these after the VAE."""
-
-    model: Measure
-    real: Measure
-    reconstructed: Measure
-
-
-@dataclass(frozen=True)
-class Figures:
-    """All figures of a model; shares are 0..1. A figure is None when no picture was asked its question."""
-
-    one_subject: Figure | None
-    two_subjects: Figure | None
-    two_subjects_held_out_pairs: Figure | None  # among two_subjects
-    background: Figure | None
-    place: Figure | None
-    style: Figure | None
-    colour: Figure | None
-    colour_and_subject: Figure | None
-    text_alignment: Figure | None
-    kid: Figure | None
+JUDGED = ("model", "real", "reconstructed")  # kinds of pictures with a verdict
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Pictures done, of how many; with the last one, the figures."""
+    """Pictures done, of how many; with the last one, the record."""
 
     done: int
     total: int
-    figures: Figures | None = None
+    record: Record | None = None
+
+    @property
+    def figures(self) -> Figures | None:
+        return self.record and self.record.figures
 
 
 def evaluate(
@@ -93,17 +53,21 @@ def evaluate(
     seeds: Sequence[int] = (0, 1, 2),
     limit: int | None = None,
     batch: int = 16,
+    state: Path | None = None,
 ) -> Iterator[Progress]:
-    """Draws each fixed prompt on each seed with ddim, and judges; yields after every batch, the figures with the last one.
+    """Draws each fixed prompt on each seed with ddim, and judges; yields after every batch, the record with the last one.
 
-    limit: so many prompts, spread evenly over the list, for a quick look. Raises ValueError for a model of another picture size than the judge's,
-    no seeds, or a limit below 1.
+    limit: so many prompts, spread evenly over the list, for a quick look. state: a file to go on from, if it is there, and to save to after
+    every batch. Raises ValueError for a model of another picture size than the judge's, no seeds, a limit below 1, or a state of another
+    evaluation.
     """
     if sd.config.image_size != judge.config.image_size:
         raise ValueError(f"the model draws {sd.config.image_size} pixels, the judge reads {judge.config.image_size}; this judge knows the scenes only")
     if not seeds or (limit is not None and limit < 1) or batch < 1:
         raise ValueError(f"seeds {tuple(seeds)}, limit {limit}, batch {batch}: no picture to judge; each needs at least 1")
-    return _evaluate(sd, judge, steps, guidance_scale, [(prompt, seed) for seed in seeds for prompt in spread(fixed_prompts(), limit)], batch)
+    guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
+    pairs = [(prompt, seed) for seed in seeds for prompt in spread(fixed_prompts(), limit)]
+    return _evaluate(sd, judge, steps, guidance_scale, pairs, batch, state)
 
 
 def spread(prompts: Sequence[FixedPrompt], limit: int | None) -> Sequence[FixedPrompt]:
@@ -114,31 +78,49 @@ def spread(prompts: Sequence[FixedPrompt], limit: int | None) -> Sequence[FixedP
 
 
 def _evaluate(
-    sd: StableDiffusion, judge: Judge, steps: int, guidance_scale: float | None, pairs: list[tuple[FixedPrompt, int]], batch: int
+    sd: StableDiffusion,
+    judge: Judge,
+    steps: int,
+    guidance_scale: float,
+    pairs: list[tuple[FixedPrompt, int]],
+    batch: int,
+    state: Path | None,
 ) -> Iterator[Progress]:
-    verdicts = {name: [] for name in ("model", "real", "reconstructed")}
-    features = {name: [] for name in (*verdicts, "reference")}
-    for start in range(0, len(pairs), batch):
+    asked = {
+        "model": checksum(sd.text_encoder, sd.unet, sd.vae), "judge": checksum(judge), "steps": steps, "guidance_scale": guidance_scale,
+        "prompts": len({prompt for prompt, _ in pairs}), "seeds": sorted({seed for _, seed in pairs}),
+    }  # fmt: skip
+    found = read_state(state) if state is not None and state.exists() else None
+    if found is not None:
+        check_same(state, found["asked"], asked)
+    verdicts = {name: [Verdict(*row) for row in found["verdicts"][name]] if found else [] for name in JUDGED}
+    features = {name: [found["features"][name]] if found else [] for name in (*JUDGED, "reference")}
+    for start in range(len(verdicts["model"]), len(pairs), batch):
         part = pairs[start : start + batch]
-        prompts = [prompt for prompt, _ in part]
-        *_, last = sd.denoise([p.text for p in prompts], steps=steps, guidance_scale=guidance_scale, seeds=[seed for _, seed in part])
-        real = real_pixels(part, 0).to(sd.device)
-        pixels = {
-            "model": sd.decode(last.x_t),
-            "real": real,
-            "reconstructed": reconstructed(sd, real),
-            "reference": real_pixels(part, 1),  # other scenes of the same prompts, for KID
-        }
-        for name, pictures in pixels.items():
-            found, vectors = judged(judge, pictures, prompts)
-            features[name].append(vectors)
-            if name in verdicts:
-                verdicts[name] += found
+        for name, (said, vectors) in judged_pictures(sd, judge, steps, guidance_scale, part).items():
+            features[name].append(vectors.cpu())
+            if name in JUDGED:
+                verdicts[name] += said
         done = start + len(part)
+        if state is not None:
+            rows = {name: [list(astuple(verdict)) for verdict in said] for name, said in verdicts.items()}
+            write_state(state, {"asked": asked, "verdicts": rows, "features": {name: torch.cat(parts) for name, parts in features.items()}})
         if done < len(pairs):
             yield Progress(done, len(pairs))
-    joined = {name: torch.cat(parts) for name, parts in features.items()}
-    yield Progress(len(pairs), len(pairs), figures_of([prompt for prompt, _ in pairs], verdicts, joined))
+    figures = figures_of([prompt for prompt, _ in pairs], verdicts, {name: torch.cat(parts) for name, parts in features.items()})
+    by_picture = {(prompt.text, seed): verdict for (prompt, seed), verdict in zip(pairs, verdicts["model"], strict=True)}
+    yield Progress(len(pairs), len(pairs), Record(steps, guidance_scale, figures, by_picture))
+
+
+def judged_pictures(
+    sd: StableDiffusion, judge: Judge, steps: int, guidance_scale: float, part: Sequence[tuple[FixedPrompt, int]]
+) -> dict[str, tuple[list[Verdict], Float[Tensor, "B D"]]]:
+    """The judge's word on the model's pictures, on real scenes, on these after the VAE, and on other scenes of the same prompts, for KID."""
+    prompts = [prompt for prompt, _ in part]
+    *_, last = sd.denoise([p.text for p in prompts], steps=steps, guidance_scale=guidance_scale, seeds=[seed for _, seed in part])
+    real = real_pixels(part, 0).to(sd.device)
+    pixels = {"model": sd.decode(last.x_t), "real": real, "reconstructed": reconstructed(sd, real), "reference": real_pixels(part, 1)}
+    return {name: judged(judge, pictures, prompts) for name, pictures in pixels.items()}
 
 
 def real_pixels(pairs: Sequence[tuple[FixedPrompt, int]], draw: int) -> Float[Tensor, "B 3 H W"]:
@@ -151,6 +133,17 @@ def real_pixels(pairs: Sequence[tuple[FixedPrompt, int]], draw: int) -> Float[Te
 def reconstructed(sd: StableDiffusion, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
     """Pixels in [-1, 1] through the VAE and back."""
     return sd.decode(sd.vae.encode(pixels.to(sd.dtype)).mean.float() * sd.config.vae.scaling_factor)
+
+
+def held_out_psnr(sd: StableDiffusion, count: int = 48) -> tuple[float, float]:
+    """Mean PSNR of reconstructions in dB, 10 log10(range^2 / mse) a picture: of fresh scenes, and of scenes with held-out subjects."""
+    means = []
+    for split in ("train", "held_out_subjects"):
+        rng = np.random.default_rng(5)
+        pixels = pixels_of(np.stack([sample_scene(rng, split=split).image for _ in range(count)])).to(sd.device)
+        error = (reconstructed(sd, pixels) - pixels).square().mean(dim=(1, 2, 3))
+        means.append((10 * (4 / error).log10()).mean().item())  # pixels are in [-1, 1]
+    return means[0], means[1]
 
 
 @torch.no_grad()
@@ -217,15 +210,3 @@ def mean_of(values: Sequence[float]) -> Measure:
         return Measure(math.nan, math.nan, 0)
     mean = sum(values) / count
     return Measure(mean, math.sqrt(sum((value - mean) ** 2 for value in values)) / count, count)
-
-
-def table(figures: Figures) -> str:
-    """The figures as a Markdown table, shares in per cent."""
-    rows = ["| figure | model | real scenes | after the VAE | pictures |", "|---|---|---|---|---|"]
-    for field in fields(figures):
-        figure = getattr(figures, field.name)
-        if figure is not None:
-            show = "{:.4f} ± {:.4f}".format if field.name in ("text_alignment", "kid") else lambda v, e: f"{100 * v:.1f} ± {100 * e:.1f} %"
-            cells = [show(m.value, m.error) for m in (figure.model, figure.real, figure.reconstructed)]
-            rows.append(f"| {field.name.replace('_', ' ')} | {' | '.join(cells)} | {figure.model.count} |")
-    return "\n".join(rows)

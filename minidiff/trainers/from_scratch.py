@@ -12,11 +12,12 @@ Left out: the adversarial and perceptual losses of the original's VAE.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from minidiff.config import ModelConfig, ScheduleConfig, TextEncoderConfig, TokenizerConfig, UNetConfig, VAEConfig
@@ -25,6 +26,7 @@ from minidiff.scenes.scenes import bpe_merges, sample_scene
 from minidiff.schedule import NoiseSchedule
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
+from minidiff.trainers.ahead import ahead
 from minidiff.trainers.diffusion_loss import Draws, squared_error
 from minidiff.trainers.loop import normals, on, rng_for, seeded
 from minidiff.trainers.optimizer import optimizers
@@ -36,13 +38,15 @@ WITHOUT_MERGES = 512 + 2  # vocabulary: the bytes, alone and at a word's end, an
 CONTEXT_LENGTH = 32  # the longest caption of a scene has 22 tokens
 
 
-def bundled_config() -> ModelConfig:
-    """The bundled model's numbers: Stable Diffusion's shape for 64 x 64 pictures, 16 x 16 latents."""
-    merges = bpe_merges()
+def bundled_config(widths: tuple[int, ...] | None = None) -> ModelConfig:
+    """The bundled model's numbers: Stable Diffusion's shape for 64 x 64 pictures, 16 x 16 latents; widths: of the U-Net, if others."""
+    merges, widths = bpe_merges(), widths or (64, 128, 160)
     return ModelConfig(
         tokenizer=TokenizerConfig(merges=merges, context_length=CONTEXT_LENGTH),
         text_encoder=TextEncoderConfig(WITHOUT_MERGES + len(merges), CONTEXT_LENGTH, width=128, layers=3, heads=4),
-        unet=UNetConfig(widths=(64, 128, 160), blocks_per_level=1, attention=(True, True, False), heads=(2, 4, 5), context_width=128),
+        unet=UNetConfig(
+            widths=widths, blocks_per_level=1, attention=(True, True, False), heads=tuple(width // 32 for width in widths), context_width=128
+        ),
         vae=VAEConfig(widths=(24, 48, 96), blocks_per_level=1, groups=8),
         schedule=ScheduleConfig(prediction="v", zero_terminal_snr=True, spacing="trailing"),
         image_size=64,
@@ -95,22 +99,30 @@ class AutoencoderTask:
             self.vae = VAE(config.vae).to(device)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
         self.networks = (self.vae.encoder, self.vae.decoder)
+        cells = images.shape[1] // config.vae.factor, images.shape[2] // config.vae.factor
+        self.draws = ahead(partial(autoencoder_draws, recipe.seed, len(images), (config.vae.latent_channels, *cells)), device)
 
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
         return optimizers([self.vae], settings.learning_rate)
 
     def loss(self, step: int, samples: range) -> Float[Tensor, ""]:
-        rngs = [rng_for(self.recipe.seed, step, sample) for sample in samples]
-        chosen = on(self.device, torch.tensor([int(rng.integers(len(self.images))) for rng in rngs]))
+        chosen, noise = (on(self.device, part) for part in self.draws(step, samples))
         pixels = pixels_of(self.images[chosen])
         posterior = self.vae.encode(pixels)
-        noise = on(self.device, normals(rngs, posterior.mean.shape[1:]))
         z, target = posterior.mean + (0.5 * posterior.logvar).exp() * noise, pixels
         if step % 2 == 1:
             cells, side = z.shape[-1], z.shape[-1] // 2 if step % 4 == 1 else 3 * z.shape[-1] // 4
             z, target = resized(z.float(), side), resized(pixels, side * pixels.shape[-1] // cells)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return reconstruction_loss(self.vae.decode(z).float(), target) + self.recipe.kl_weight * kl
+
+
+def autoencoder_draws(
+    seed: int, count: int, shape: tuple[int, ...], step: int, samples: range
+) -> tuple[Int[Tensor, " B"], Float[Tensor, "B C h w"]]:
+    """By chance, which of `count` pictures each sample is, and the noise of its latent."""
+    rngs = [rng_for(seed, step, sample) for sample in samples]
+    return torch.tensor([int(rng.integers(count)) for rng in rngs]), normals(rngs, shape)
 
 
 def resized(x: Float[Tensor, "B C H W"], side: int) -> Float[Tensor, "B C side side"]:
@@ -157,19 +169,26 @@ class DiffusionTask:
             self.text_encoder.load_state_dict(init.text_encoder.state_dict())
             self.unet.load_state_dict(init.unet.state_dict())
         self.modules: dict[str, nn.Module] = {"text_encoder": self.text_encoder, "unet": self.unet}
+        self.draws = ahead(partial(diffusion_draws, recipe, config.schedule.timesteps, tuple(self.x_0.shape)), device)
 
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
         return optimizers(self.modules.values(), settings.learning_rate)
 
     def loss(self, step: int, samples: range) -> Float[Tensor, ""]:
-        rngs = [rng_for(self.recipe.seed, step, sample) for sample in samples]
-        chosen = on(self.device, torch.tensor([int(rng.integers(len(self.x_0))) for rng in rngs]))
-        dropped = on(self.device, torch.tensor([rng.random() < self.recipe.caption_dropout for rng in rngs]))
-        t = on(self.device, sample_timesteps(rngs, self.config.schedule.timesteps))
-        eps = on(self.device, normals(rngs, self.x_0.shape[1:]))
+        chosen, dropped, t, eps = (on(self.device, part) for part in self.draws(step, samples))
         context = self.text_encoder(torch.where(dropped[:, None], self.empty, self.tokens[chosen]))
         error = squared_error(self.unet, self.schedule, self.x_0[chosen], context, Draws(t, eps))
         return (self.weight[chosen] * error).mean()
+
+
+def diffusion_draws(
+    recipe: Recipe, timesteps: int, shape: tuple[int, ...], step: int, samples: range
+) -> tuple[Int[Tensor, " B"], Bool[Tensor, " B"], Int[Tensor, " B"], Float[Tensor, "B C h w"]]:
+    """By chance: which latent of all, of this shape, a sample is; whether its caption is left empty; t; eps."""
+    rngs = [rng_for(recipe.seed, step, sample) for sample in samples]
+    chosen = torch.tensor([int(rng.integers(shape[0])) for rng in rngs])
+    dropped = torch.tensor([rng.random() < recipe.caption_dropout for rng in rngs])
+    return chosen, dropped, sample_timesteps(rngs, timesteps), normals(rngs, shape[1:])
 
 
 def sample_timesteps(rngs: Sequence[np.random.Generator], timesteps: int) -> Int[Tensor, " B"]:

@@ -3,13 +3,13 @@
     scene, lightly spoilt -> read -> cross-entropies of subject and tint by cell, background, style
                         caption  -> contrastive loss within the batch
 
-Every scene is new: composing them takes a fifth of a step. Pictures are blurred or sharpened, made noisy and their colours moved a
+Every scene is new: on a CPU composing them takes a fifth of a step, for a GPU other processes do it ahead. Pictures are blurred or sharpened, made noisy and their colours moved a
 little, so that the judge looks at what stands there and not at how crisply it was drawn.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minidiff.config import TokenizerConfig
 from minidiff.evaluation.clip import Judge, JudgeConfig, Reading, contrastive_loss
 from minidiff.scenes.scenes import COLOURS, STYLES, Item, Scene, choose, compose, sample_scene, subjects, visible_backgrounds
+from minidiff.tokenizer import Tokenizer
+from minidiff.trainers.ahead import ahead
 from minidiff.trainers.from_scratch import bundled_config, pixels_of
-from minidiff.trainers.loop import Training, TrainStep, normals, rng_for, seeded
+from minidiff.trainers.loop import normals, on, rng_for, seeded
 from minidiff.trainers.optimizer import optimizers
 from minidiff.trainers.recipe import Settings
 
@@ -49,7 +52,7 @@ class Labels:
     style: Int[Tensor, " B"]
 
     def to(self, device: torch.device) -> "Labels":
-        return Labels(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return Labels(*(on(device, getattr(self, field.name)) for field in fields(self)))
 
 
 def labels_of(scenes: Sequence[Scene], config: JudgeConfig) -> Labels:
@@ -129,26 +132,28 @@ class JudgeTask:
             self.judge = Judge(config).to(device)
         self.modules: dict[str, nn.Module] = {"judge": self.judge}
         self.networks = (self.judge.pictures, self.judge.texts)
+        self.draws = ahead(partial(judge_draws, config, seed), device)
 
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
         return optimizers([self.judge], settings.learning_rate)
 
     def loss(self, step: int, samples: range) -> Float[Tensor, ""]:
-        rngs = [rng_for(self.seed, step, sample) for sample in samples]
-        scenes = [judge_scene(rng) for rng in rngs]
-        pixels = augmented(pixels_of(np.stack([scene.image for scene in scenes])), rngs).to(self.device)
-        labels = labels_of(scenes, self.judge.config).to(self.device)
-        reading = self.judge.read(pixels)
-        texts = self.judge.encode_texts([scene.caption for scene in scenes])
+        pixels, tokens, labels = self.draws(step, samples)
+        reading = self.judge.read(on(self.device, pixels))
+        texts = self.judge.encode_tokens(on(self.device, tokens))
+        labels = labels.to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             return reading_loss(reading, labels) + contrastive_loss(reading.features, texts, self.judge.log_scale)
 
 
-def train_judge(settings: Settings, device: torch.device, state: Path | None = None) -> Generator[TrainStep, None, Judge]:
-    """The steps of the run (see loop.train); the generator's value is the judge, in eval mode, with the averaged weights if there is an average."""
-    task = JudgeTask(judge_config(), settings.seed, device)
-    training = Training(task, settings, device, state)
-    yield from training.run()
-    for average in training.averages.values():
-        average.copy_to(task.judge)
-    return task.judge.eval().requires_grad_(False)
+def judge_draws(config: JudgeConfig, seed: int, step: int, samples: range) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, "B L"], Labels]:
+    """By chance: scenes, lightly spoilt, the tokens of their captions, and what is in them."""
+    rngs = [rng_for(seed, step, sample) for sample in samples]
+    scenes = [judge_scene(rng) for rng in rngs]
+    pixels = augmented(pixels_of(np.stack([scene.image for scene in scenes])), rngs)
+    return pixels, tokenizer_of(config.tokenizer)([scene.caption for scene in scenes]), labels_of(scenes, config)
+
+
+@cache
+def tokenizer_of(config: TokenizerConfig) -> Tokenizer:
+    return Tokenizer(config)

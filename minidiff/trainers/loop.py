@@ -229,7 +229,8 @@ def normals(rngs: Sequence[np.random.Generator], shape: Sequence[int]) -> Float[
 
 def on(device: torch.device, tensor: Tensor) -> Tensor:
     """The tensor on the device; a GPU gets it in its turn, and nobody waits for that."""
-    return tensor.to(device, non_blocking=True)
+    pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor  # else the copy waits for the steps before
+    return pinned.to(device, non_blocking=True)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import json
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiff.config import ModelConfig
 from minidiff.pipeline import StableDiffusion, to_images
@@ -32,7 +31,7 @@ from minidiff.trainers.from_scratch import AutoencoderTask, DiffusionTask, Laten
 from minidiff.trainers.log import Log
 from minidiff.trainers.loop import Task, Training, train
 from minidiff.trainers.recipe import Recipe, Settings
-from minidiff.trainers.state import check_same, read_state, write_state
+from minidiff.trainers.state import check_same, checksum, read_state, write_state, write_text
 from minidiff.vae import VAE
 from minidiff.viz import grid, save_png
 
@@ -57,16 +56,19 @@ def run_from_scratch(
     device: torch.device,
     save: Callable[[StableDiffusion], None],
     init: StableDiffusion | None = None,
+    vae: VAE | None = None,
 ) -> Iterator[Progress]:
     """Trains a model in `folder`, or goes on with what stands there; at the end calls `save` with it.
 
     init: a model to train on from: its VAE is kept, its text encoder and U-Net go on learning. It must have `config`'s shape.
+    vae: one to take as it is, of `config`'s shape and scaling factor, for a text encoder and a U-Net from nothing.
     Of several processes all train, and the first alone writes and calls `save`. Raises ValueError if the folder holds a run of another
     recipe.
     """
-    claim(folder, config, recipe, init)
-    vae, latents = yield from vae_and_latents(config, recipe, folder, device, init)
-    if init is None:
+    claim(folder, config, recipe, init, vae)
+    recipe, given = compiling_on(device, recipe), init.vae if init is not None else vae
+    vae, latents = yield from vae_and_latents(config, recipe, folder, device, given)
+    if given is None:
         config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling_factor=latents.scaling_factor()))
     training = Training(DiffusionTask(config, recipe, latents, device, init), recipe.diffusion(), device, folder / "diffusion.pt")
     for progress in logged("diffusion", training, folder):
@@ -77,13 +79,20 @@ def run_from_scratch(
         save(assembled(config, training, vae))
 
 
-def foretold(config: ModelConfig, recipe: Recipe, device: torch.device, init: StableDiffusion | None = None) -> dict[str, float]:
+def compiling_on(device: torch.device, recipe: Recipe) -> Recipe:
+    """The recipe, with what it leaves to the device decided."""
+    return recipe if recipe.compile is not None else dataclasses.replace(recipe, compile=device.type == "cuda")
+
+
+def foretold(
+    config: ModelConfig, recipe: Recipe, device: torch.device, init: StableDiffusion | None = None, vae: VAE | None = None
+) -> dict[str, float]:
     """Seconds that each stage will take on this device, from the time of its first steps; itself it takes a few."""
     scenes, composing = timed(make_scenes(dataclasses.replace(recipe, scenes=100), config))
     vae_task = AutoencoderTask(config, recipe, scenes.images, device)
     mean, encoding = timed(encoded(scenes.images, vae_task.vae, device))
     seconds = {"scenes": composing * recipe.scenes / 100}
-    if init is None:
+    if init is None and vae is None:
         seconds["autoencoder"] = recipe.vae_steps * seconds_a_step(vae_task, recipe.autoencoder(), device)
     seconds["latents"] = encoding * recipe.scenes / 100
     task = DiffusionTask(config, recipe, Latents(mean, scenes.tokens, scenes.mask), device, init)
@@ -106,29 +115,29 @@ def seconds_a_step(task: Task, settings: Settings, device: torch.device) -> floa
 
 
 def vae_and_latents(
-    config: ModelConfig, recipe: Recipe, folder: Path, device: torch.device, init: StableDiffusion | None
+    config: ModelConfig, recipe: Recipe, folder: Path, device: torch.device, given: VAE | None
 ) -> Iterator[Progress]:
     """The VAE, trained or the one given, and the scenes through it."""
     path = folder / "latents.pt"
     if not path.exists():
         scenes = yield from compose_scenes(config, recipe)
-        if init is None:
+        if given is None:
             task = AutoencoderTask(config, recipe, scenes.images, device)
             yield from logged("autoencoder", Training(task, recipe.autoencoder(), device, folder / "vae.pt"), folder)
         if processes.number() == 0:
             parts = []
-            for part in encoded(scenes.images, finished_vae(config, folder, device, init), device):
+            for part in encoded(scenes.images, finished_vae(config, folder, device, given), device):
                 parts.append(part)
                 yield Progress("latents", sum(map(len, parts)), recipe.scenes)
             write_state(path, dataclasses.asdict(Latents(torch.cat(parts), scenes.tokens, scenes.mask)))
     processes.wait_for_all()
-    return finished_vae(config, folder, device, init), Latents(**read_state(path))
+    return finished_vae(config, folder, device, given), Latents(**read_state(path))
 
 
-def finished_vae(config: ModelConfig, folder: Path, device: torch.device, init: StableDiffusion | None) -> VAE:
+def finished_vae(config: ModelConfig, folder: Path, device: torch.device, given: VAE | None) -> VAE:
     """The one given, or the averaged weights of the one that was trained."""
-    if init is not None:
-        return copy.deepcopy(init.vae).to(device).float()
+    if given is not None:
+        return copy.deepcopy(given).to(device).float()
     vae = VAE(config.vae)
     vae.load_state_dict(read_state(folder / "vae.pt")["averages"]["vae"]["mean"])
     return vae.to(device).requires_grad_(False).eval()
@@ -151,7 +160,7 @@ def logged(stage: str, training: Training, folder: Path) -> Iterator[Progress]:
             yield Progress(stage, step.i, step.steps, step.loss, log.text())
 
 
-def averaged(training: Training, name: str) -> torch.nn.Module:
+def averaged(training: Training, name: str) -> nn.Module:
     """A copy of a module, with the averaged weights."""
     module = training.task.modules[name]
     with training.averages[name].put_in(module):
@@ -168,28 +177,26 @@ def save_samples(sd: StableDiffusion, path: Path) -> None:
     save_png(grid(to_images(sd.decode(last.x_t)), columns=4), path)
 
 
-def claim(folder: Path, config: ModelConfig, recipe: Recipe, init: StableDiffusion | None) -> None:
+def claim(folder: Path, config: ModelConfig, recipe: Recipe, init: StableDiffusion | None, vae: VAE | None) -> None:
     """Makes the folder, or makes sure that what stands in it is the same run."""
     if init is not None and init.config != config:
         raise ValueError("the model to train on from has another configuration than the one asked for")
+    if init is not None and vae is not None:
+        raise ValueError("a model to train on from keeps its own VAE; give one of the two, not both")
+    if recipe.widths not in (None, config.unet.widths):
+        raise ValueError(f"widths {recipe.widths} asked for a U-Net of {config.unet.widths}; leave them out where there is a model already")
     if config.image_size != SIZE or config.unet.in_channels != config.vae.latent_channels:
         raise ValueError(
             f"a model for {config.image_size} pixels with {config.unet.in_channels} U-Net channels cannot be trained on the scenes, which "
             f"have {SIZE} pixels; give one of the bundled model's shape"
         )
-    asked = json.loads(json.dumps({**dataclasses.asdict(recipe), "init": init is not None and checksum(init)}))
+    given = {"init": init is not None and checksum(init.text_encoder, init.unet, init.vae), "vae": vae is not None and checksum(vae)}
+    asked = json.loads(json.dumps({**dataclasses.asdict(recipe), **given}))
     path = folder / "recipe.json"
     if not path.exists() and processes.number() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asked, indent=1))
+        write_text(path, json.dumps(asked, indent=1))
     processes.wait_for_all()
-    check_same(folder, json.loads(path.read_text()), asked)
-
-
-def checksum(sd: StableDiffusion) -> int:
-    """CRC-32 of the weights as bytes, to know a model again."""
-    crc = 0
-    for module in (sd.text_encoder, sd.unet, sd.vae):
-        for p in module.parameters():
-            crc = zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
-    return crc
+    # A number that an older run does not name had its default. Whether it is compiled may change on the way.
+    found = json.loads(json.dumps(dataclasses.asdict(Recipe()))) | {"vae": False} | json.loads(path.read_text())
+    check_same(folder, found | {"compile": None}, asked | {"compile": None})

@@ -1,9 +1,11 @@
 """The state of a run in a file: written whole or not at all, read only by the run it belongs to."""
 
 import os
+import zlib
 from pathlib import Path
 
 import torch
+from torch import nn
 
 
 def write_state(path: Path, state: dict) -> None:
@@ -41,3 +43,19 @@ def check_same(path: Path, found: dict, asked: dict) -> None:
     different = [f"{name} {found.get(name)!r}, now {asked.get(name)!r}" for name in names if found.get(name) != asked.get(name)]
     if different:
         raise ValueError(f"{path} holds another run ({'; '.join(different)}); choose another place, or ask for the same")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Written whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def checksum(*modules: nn.Module) -> int:
+    """CRC-32 of the weights as bytes, to know them again."""
+    crc = 0
+    for module in modules:
+        for p in module.parameters():
+            crc = zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return crc
