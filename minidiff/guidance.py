@@ -30,12 +30,13 @@ def guided(
     context: Float[Tensor, "B L D"],
     uncond_context: Float[Tensor, "B L D"] | None,
     guidance_scale: float,
+    shared_prefix: bool = False,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A model(x_t, t, context) made into the model(x_t, t) that a sampler calls.
 
     context, uncond_context: what the text encoder gives for the prompts and for the negative (or empty) prompts. Both halves
     run as one batch, the unconditional one first; at guidance_scale 1 the conditional half runs alone, and uncond_context may
-    be None. Raises ValueError for a guidance_scale that is not finite and for contexts that do not match.
+    be None. shared_prefix: a U-Net may be given x_t and t once for both, and works out what does not depend on the text once. Raises ValueError for a guidance_scale that is not finite and for contexts that do not match.
     """
     if not isfinite(guidance_scale):
         raise ValueError(f"guidance_scale {guidance_scale} is not a finite number; 1 is no guidance, 7.5 is usual")
@@ -51,7 +52,9 @@ def guided(
     both = torch.cat([uncond_context, context])
 
     def guided_model(x_t: Float[Tensor, "B *dims"], t: Tensor) -> Float[Tensor, "B *dims"]:
-        uncond, cond = model(repeat(x_t, "b ... -> (two b) ...", two=2), repeat(t, "b -> (two b)", two=2), both).chunk(2)
+        if not shared_prefix:
+            x_t, t = repeat(x_t, "b ... -> (two b) ...", two=2), repeat(t, "b -> (two b)", two=2)
+        uncond, cond = model(x_t, t, both).chunk(2)
         return guide(uncond, cond, guidance_scale)
 
     return guided_model

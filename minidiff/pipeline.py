@@ -21,7 +21,8 @@ from torch import Tensor
 from minidiff.attention_maps import record_cross_attention
 from minidiff.config import ModelConfig
 from minidiff.guidance import guided
-from minidiff.samplers import Step, sample
+from minidiff.samplers import Step, levels, sample
+from minidiff.savings import Savings, channels_last, saving
 from minidiff.schedule import NoiseSchedule
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
@@ -80,12 +81,14 @@ class StableDiffusion:
         spacing: str | None = None,
         eta: float = 0.0,
         attention_maps: bool = False,
+        savings: Savings = Savings(),
     ) -> Iterator[Step]:
         """From noise to latents; yields one Step a step, the last one's x_t is to be decoded.
 
         prompts and seeds: one picture each; a single one of either is used for all of the other. size: pixels, one number for a square
         or (width, height); None is the model's own. guidance_scale: None is the model's own; 1 follows the prompt alone. attention_maps:
-        each Step carries the cross-attention of its first model call, for the prompt, by layer (see attention_maps.py).
+        each Step carries the cross-attention of its first model call, for the prompt, by layer (see attention_maps.py). savings: what is
+        not worked out twice (see savings.py); all of it by default.
         Everything is checked before the first step: raises ValueError for what the model cannot do.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -105,7 +108,12 @@ class StableDiffusion:
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         cond = self.encode_prompts(prompts)
         uncond = self.encode_prompts([negative_prompt]).expand(count, -1, -1) if guidance_scale != 1 else None
-        model = guided(self.unet, cond, uncond, guidance_scale)
+        if savings.channels_last:
+            channels_last(self.unet)
+            channels_last(self.vae)
+        spacing = self.config.schedule.spacing if spacing is None else spacing
+        model = guided(self.unet, cond, uncond, guidance_scale, savings.shared_prefix)
+        model = saving(model, self.unet, lambda: [level.t for level in levels(self.schedule, sampler, steps, spacing)], savings)
         x = draw()
         walk = sample(
             lambda x_t, t: model(x_t.to(self.dtype), t).to(x_t.dtype), x, self.schedule,
@@ -160,13 +168,14 @@ class StableDiffusion:
         size: int | tuple[int, int] | None = None,
         spacing: str | None = None,
         eta: float = 0.0,
+        savings: Savings = Savings(),
     ) -> list[Image.Image]:
         """Prompts to pictures: `batch` pictures of each prompt, on the seeds seed, seed + 1, ...; the rest as in `denoise`."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         walk = self.denoise(
             [prompt for prompt in prompts for _ in range(batch)],
             steps=steps, sampler=sampler, guidance_scale=guidance_scale, negative_prompt=negative_prompt,
-            seeds=[seed + i for _ in prompts for i in range(batch)], size=size, spacing=spacing, eta=eta,
+            seeds=[seed + i for _ in prompts for i in range(batch)], size=size, spacing=spacing, eta=eta, savings=savings,
         )  # fmt: skip
         *_, last = walk
         return to_images(self.decode(last.x_t))

@@ -111,7 +111,7 @@ def test_the_global_generator_is_neither_used_nor_moved(sd):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 5])
 def test_n_steps_are_n_steps_and_the_samplers_number_of_calls(eps_sd, sampler, steps):
-    with Calls(eps_sd.unet) as rows:
+    with Calls(eps_sd.unet.conv_out) as rows:
         walk = list(eps_sd.denoise([PROMPT, "a cat"], steps=steps, sampler=sampler))
     assert [step.i for step in walk] == list(range(steps))
     assert rows == [4] * {"heun": 2 * steps - 1, "plms": steps + 1}.get(sampler, steps)  # both halves of guidance in one call
