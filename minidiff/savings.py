@@ -226,7 +226,7 @@ class Recorded:
         return self.answer.clone()  # the next call overwrites it, and samplers keep some
 
 
-def cuda_graph(f: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
+def cuda_graph(f: Callable, device: torch.device) -> tuple[Tensor, Callable[[], None]]:
     """Records what f launches, without running it; gives the tensor that f returned, and a function that fills it anew."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(device)  # by itself it would take one of the first device it ever saw

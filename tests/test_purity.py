@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import minidiff
-from minidiff import attention, attention_maps, blocks, compare, guidance, pipeline, samplers, text_encoder, unet, vae
+from minidiff import attention, attention_maps, blocks, compare, guidance, pipeline, samplers, savings, text_encoder, unet, vae
 from minidiff.adapters import custom_diffusion, family, lora
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.evaluation import alignment, bundled, clip, kid
@@ -169,6 +169,10 @@ def examples() -> list[partial]:
         partial(unet.UpLevel(8, [8, 8], 8, 2, True, unet_config).forward, x, [x + 1, x + 2], time, context),
         partial(unet.Middle(8, 2, unet_config).forward, x, time, context),
         partial(unet.UNet(unet_config).forward, x_t, t, context),
+        partial(savings.SameInput(nn.Linear(8, 8)).__call__, q),
+        partial(savings.TimeTable(sd.unet, lambda: [10, 700]).embed, t),
+        partial(savings.TimeTable(sd.unet, lambda: [10, 700]).project, nn.Linear(32, 8), time),
+        partial(savings.Recorded(lambda x_t, t: 0.5 * x_t, sd.unet).__call__, x_t, t),
         partial(gaussian.sample, torch.Generator()),
         partial(gaussian.kl),
         partial(vae.AttentionBlock(8, 4).forward, x),
