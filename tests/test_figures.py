@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from minidiff.evaluation.figures import Figure, Figures, Measure, Record, Verdict, as_json, from_json, table
+from minidiff.evaluation.figures import LABELS, Figure, Figures, Measure, Record, Verdict, as_json, from_json, table
 
 SHARE = Figure(Measure(0.9757, 0.00846, 330), Measure(1.0, 0.0, 330), Measure(0.5, 0.25, 4))
 NOTHING = Figure(Measure(math.nan, math.nan, 0), Measure(1.0, 0.0, 3), Measure(1.0, 0.0, 3))
@@ -47,7 +47,8 @@ def test_what_is_no_record_is_refused(text):
 
 
 def test_the_table_has_a_row_a_figure_that_was_asked():
+    assert list(LABELS) == [field.name for field in dataclasses.fields(Figures)]
     rows = table(FIGURES).splitlines()
     assert len(rows) == 2 + 9
     assert "| one subject | 97.6 ± 0.8 % | 100.0 ± 0.0 % | 50.0 ± 25.0 % | 330 |" in rows
-    assert "| kid | 0.9757 ± 0.0085 | 1.0000 ± 0.0000 | 0.5000 ± 0.2500 | 330 |" in rows
+    assert "| KID | 0.9757 ± 0.0085 | 1.0000 ± 0.0000 | 0.5000 ± 0.2500 | 330 |" in rows

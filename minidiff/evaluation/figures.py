@@ -55,6 +55,20 @@ class Figures:
     kid: Figure | None
 
 
+LABELS = {
+    "one_subject": "one subject",
+    "two_subjects": "two subjects, both right",
+    "two_subjects_held_out_pairs": "of these, pairs that training never showed",
+    "background": "background",
+    "place": "place, where both are right",
+    "style": "style word",
+    "colour": "colour word that the subject never had in training",
+    "colour_and_subject": "the same, and the subject right",
+    "text_alignment": "text alignment",
+    "kid": "KID",
+}
+
+
 @dataclass(frozen=True)
 class Record:
     """An evaluation: how its pictures were made, what came of it, and the judge's verdict on each of the model's pictures, by prompt and seed."""
@@ -68,12 +82,12 @@ class Record:
 def table(figures: Figures) -> str:
     """The figures as a Markdown table, shares in per cent."""
     rows = ["| figure | model | real scenes | after the VAE | pictures |", "|---|---|---|---|---|"]
-    for field in fields(figures):
-        figure = getattr(figures, field.name)
+    for name, label in LABELS.items():
+        figure = getattr(figures, name)
         if figure is not None:
-            show = "{:.4f} ± {:.4f}".format if field.name in ("text_alignment", "kid") else lambda v, e: f"{100 * v:.1f} ± {100 * e:.1f} %"
+            show = "{:.4f} ± {:.4f}".format if name in ("text_alignment", "kid") else lambda v, e: f"{100 * v:.1f} ± {100 * e:.1f} %"
             cells = [show(m.value, m.error) for m in (figure.model, figure.real, figure.reconstructed)]
-            rows.append(f"| {field.name.replace('_', ' ')} | {' | '.join(cells)} | {figure.model.count} |")
+            rows.append(f"| {label} | {' | '.join(cells)} | {figure.model.count} |")
     return "\n".join(rows)
 
 
