@@ -256,12 +256,14 @@ class Blocks:
 
 def blocks_of(kernel: str, N: int, d: int, dtype: torch.dtype) -> Blocks:
     """The division of "forward", "dk_dv" or "dq" for N tokens on the side that a program keeps."""
-    wide = d > 96
-    if dtype == torch.float32:  # no tensor cores
-        return Blocks(32, 32, 4, 1)
+    short = N < 1024
+    if dtype == torch.float32:  # without tensor cores: a thread needs whole rows of q and k in registers
+        return Blocks(16, 32, 8, 1) if d > 64 else Blocks(32, 32, 4, 1)
     if kernel == "forward":
-        return Blocks(64, 64, 4, 3) if wide or N < 1024 else Blocks(128, 64, 8, 3)
-    return Blocks(64, 64, 4, 2)
+        return Blocks(64, 32, 4, 3) if d > 96 else Blocks(64, 64, 4, 3) if short else Blocks(128, 64, 8, 3)
+    if kernel == "dk_dv":  # two sums of d columns in registers
+        return Blocks(16, 64, 8, 2) if d > 96 else Blocks(32, 64, 4, 2) if short or d > 80 else Blocks(64, 64, 4, 2)
+    return Blocks(64, 32 if d > 96 else 64, 4, 2)
 
 
 def fused_self_attention(
@@ -306,7 +308,7 @@ def _backward(
     N, L, d = q.shape[1], k.shape[1], q.shape[2] // heads
     delta, dout = torch.empty_like(lse), dout.contiguous()
     with _device_of(q):
-        delta_kernel[triton.cdiv(N, 64), heads, len(q)](out, dout, delta, N, d, *head_tiles(d), 64)
+        delta_kernel[triton.cdiv(N, 32), heads, len(q)](out, dout, delta, N, d, *head_tiles(d), 32)
         if need_dk_dv:
             blocks = blocks_of("dk_dv", L, d, q.dtype)
             dk_dv_kernel[triton.cdiv(L, blocks.keys), heads, len(q)](
@@ -338,8 +340,8 @@ def _constants(d: int, causal: bool) -> tuple[float, int, int, int, bool]:
     return math.log2(math.e) / math.sqrt(d), d, *head_tiles(d), causal
 
 
-def _launch(blocks: Blocks) -> dict[str, int]:
-    return dict(num_warps=blocks.warps, num_stages=blocks.stages)
+def _launch(blocks: Blocks) -> dict[str, int | bool]:
+    return dict(num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True)  # s scale - m is one instruction
 
 
 def _device_of(x: Tensor) -> AbstractContextManager:

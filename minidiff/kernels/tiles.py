@@ -25,6 +25,7 @@ except ImportError:  # the kernels are then defined as the plain functions they 
 # Triton's interpreter runs kernels on the CPU, for the tests. It is on if TRITON_INTERPRET=1 stood before Triton was imported.
 INTERPRETED = tl.constexpr(triton is not None and bool(triton.knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)  # e^x = 2^(x log2 e): the hardware's own exponential has base 2
+DEVICE = "cpu" if triton is not None and INTERPRETED.value else "cuda"  # where kernels run
 WIDEST_HEAD = 160
 
 
@@ -62,8 +63,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
         return "Triton is not installed"
     if not (q.device == k.device == v.device and q.dtype == k.dtype == v.dtype):
         return f"q, k and v differ: {q.dtype} on {q.device}, {k.dtype} on {k.device}, {v.dtype} on {v.device}"
-    if q.device.type != ("cpu" if INTERPRETED.value else "cuda"):
-        return f"the tensors are on {q.device}; kernels run on CUDA devices" + (", but Triton's interpreter is on" if INTERPRETED.value else "")
+    if q.device.type != DEVICE:
+        return f"the tensors are on {q.device}; kernels run on {DEVICE}" + (", as Triton's interpreter is on" if DEVICE == "cpu" else "")
     if q.device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_properties(q.device).major < 8):
         return f"{torch.cuda.get_device_name(q.device)} is not an NVIDIA GPU of compute capability 8.0 or above"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
