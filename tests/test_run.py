@@ -249,3 +249,14 @@ def test_init_of_another_configuration_is_refused_before_the_folder_is_made(tmp_
     with pytest.raises(ValueError, match="another configuration"):
         next(walk)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_compiled_on_draws_made_ahead_and_its_losses_are_the_cpus(tmp_path):
+    recipe = dataclasses.replace(RECIPE, vae_steps=8, steps=8)
+    losses = {}
+    for device in ("cpu", "cuda"):
+        walk = run_from_scratch(CONFIG, recipe, tmp_path / device, torch.device(device), lambda sd: None)
+        losses[device] = [p.loss.item() for p in walk if p.loss is not None]
+    # bfloat16 has three digits, and its rounding grows from step to step.
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.1)

@@ -3,8 +3,8 @@
     scene, lightly spoilt -> read -> cross-entropies of subject and tint by cell, background, style
                         caption  -> contrastive loss within the batch
 
-Every scene is new: on a CPU composing them takes a fifth of a step, for a GPU other processes do it ahead. Pictures are blurred or sharpened, made noisy and their colours moved a
-little, so that the judge looks at what stands there and not at how crisply it was drawn.
+Every scene is new: on a CPU composing them takes a fifth of a step, for a GPU other processes do it ahead. Pictures are blurred or
+sharpened, made noisy and their colours moved a little, so that the judge looks at what stands there and not at how crisply it was drawn.
 """
 
 from collections.abc import Sequence
