@@ -12,8 +12,6 @@ pages of the file can be given back at any time, and anonymous counts.
 This is a part of the command line, and beside cli.py the one place in minidiff/ that knows weights_loader.
 """
 
-import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -28,20 +26,16 @@ from statistics import median
 import torch
 
 import weights_loader
+from minidiff.bench.common import check, in_a_line, machine, made_up
 from minidiff.bench.one_load import Measurement
 from minidiff.config import SD1, ModelConfig
 from minidiff.pipeline import StableDiffusion
-from minidiff.text_encoder import TextEncoder
-from minidiff.tokenizer import Tokenizer
-from minidiff.unet import UNet
-from minidiff.vae import VAE
 from weights_loader.dialects import to_file
 from weights_loader.folder import write_folder_config
 from weights_loader.metadata import config_to_json
 from weights_loader.write import write_safetensors
 
 CONTENDERS = ("minidiff", "diffusers")
-PACKAGES = ("torch", "safetensors", "diffusers", "transformers", "accelerate")  # whose versions matter
 GOAL_TIME = 0.5  # of diffusers' time, at most
 GOAL_MEMORY = 1.15  # of the model's bytes, at most
 
@@ -72,15 +66,10 @@ def bench(
     """
     if not Path("/proc/self/clear_refs").exists():
         raise ValueError(f"bench load reads the memory of a process from /proc, which {platform.system()} does not have; run it on Linux")
-    if against and not importlib.util.find_spec("diffusers"):
-        raise ValueError("diffusers is not installed: run pip install diffusers transformers accelerate, or measure without: --no-against")
-    if rounds < 1:
-        raise ValueError(f"rounds {rounds}: give 1 or more")
-    if out and not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
+    check(rounds, out, against)
     record = {"command": " ".join(sys.argv), "machine": machine(), "rounds": rounds, "cases": []}
     missed = []
-    yield "{processor}, {usable} of {cores} cores; {versions}\n".format_map(record["machine"])
+    yield in_a_line(record["machine"])
     yield "| file | minidiff | diffusers | ratio | with imports | | ratio | memory | minidiff | diffusers | of the model's size |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for case in cases:
@@ -95,19 +84,6 @@ def bench(
 
 
 # ------------------------------------------------------------------------------------------------------- the results
-
-
-def machine() -> dict[str, object]:
-    """What the numbers depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "processor": next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()),
-        "cores": os.cpu_count(),
-        "usable": len(os.sched_getaffinity(0)),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if importlib.util.find_spec(name)),
-    }
 
 
 def summarize(case: Case, found: dict[str, list[Measurement]]) -> dict[str, object]:
@@ -164,23 +140,6 @@ def measure_case(case: Case, config: ModelConfig, contenders: Sequence[str], rou
     same = all(run.count == runs[0].count and abs(run.total - runs[0].total) <= 1e-4 * abs(runs[0].total) for run in runs)
     assert same, f"{case}: not the same weights: {[(run.count, run.total) for run in runs]}"
     return found
-
-
-def made_up(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
-    """A model whose weights are windows onto one pool of random numbers: it takes the memory of its largest matrix."""
-    with torch.device("meta"):
-        parts = TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae)
-    generator = torch.Generator().manual_seed(0)
-    largest = max(weight.numel() for part in parts for weight in part.parameters())
-    # All positive, so that a weight that is lost is lost in the sum.
-    pool = (torch.rand(largest + 1000, generator=generator) * 0.02).to(dtype)
-    for part in parts:
-        windows = {}
-        for name, weight in part.state_dict().items():
-            start = int(torch.randint(1000, (), generator=generator))
-            windows[name] = pool[start : start + weight.numel()].view(weight.shape)
-        part.load_state_dict(windows, assign=True)
-    return StableDiffusion(config, *parts, Tokenizer(config.tokenizer))
 
 
 def write_case(sd: StableDiffusion, case: Case, folder: Path) -> Path:

@@ -1,0 +1,95 @@
+"""The attentions of a Stable Diffusion: their shapes, inputs that are hard for them, and what is exact."""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from minidiff.config import ModelConfig
+
+KINDS = ("normal", "logits near 60", "one dominant key", "large mean", "equal rows")
+
+
+@dataclass(frozen=True)
+class Case:
+    """An attention of the model. calls: how often a U-Net step has it. backward: whether training goes back through it."""
+
+    where: str
+    tokens: int
+    keys: int
+    heads: int
+    head_dim: int
+    calls: int
+    batch: int
+    dtype: str
+    causal: bool = False
+    backward: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.tokens} x {self.keys}, {self.heads} x {self.head_dim}, {self.dtype}"
+
+
+def directions(case: Case) -> tuple[str, ...]:
+    return ("forward", "both") if case.backward else ("forward",)
+
+
+def cases_of(name: str, config: ModelConfig, size: int, batch: int, dtype: str) -> list[Case]:
+    """All attentions of a model at a size of pixels: the U-Net's with guidance, the text encoder's, and the decoder's one."""
+    unet, cells = config.unet, size // config.vae.factor
+    words, cases = config.text_encoder.context_length, []
+    last = len(unet.widths) - 1
+    for i, (width, heads) in enumerate(zip(unet.widths, unet.heads)):
+        # Each level on the way down, and one more on the way up; the middle has one, at the last level's resolution.
+        calls = (2 * unet.blocks_per_level + 1) * unet.attention[i] + (i == last)
+        side = -(-cells // 2**i)
+        for kind, keys in (("self", side * side), ("cross", words)) if calls else ():
+            cases.append(Case(f"{name} {size} {kind}", side * side, keys, heads, width // heads, calls, batch, dtype))
+    text = config.text_encoder
+    cases.append(Case(f"{name} text", words, words, text.heads, text.width // text.heads, 0, batch, dtype, causal=True))
+    cases.append(Case(f"{name} {size} decoder", cells * cells, cells * cells, 1, config.vae.widths[-1], 0, 1, dtype, backward=False))
+    return list(dict.fromkeys(cases))
+
+
+def inputs(case: Case, kind: str) -> dict[str, Tensor]:
+    """q, k, v and the gradient of the output, float32 on the CPU; what is adversarial about a kind is said at its line."""
+    generator = torch.Generator().manual_seed(0)
+    B, h, d = case.batch, case.heads, case.head_dim
+
+    def normal(tokens: int) -> Tensor:
+        return torch.randn(B, tokens, h * d, generator=generator)
+
+    q, k, v, grad = normal(case.tokens), normal(case.keys), normal(case.keys), normal(case.tokens)
+    if kind == "logits near 60":  # a common part of q and k: all exponentials are e^60 times what they would be
+        common = (60 / d**0.5) ** 0.5
+        q, k = q / d**0.25 + common, k / d**0.25 + common
+    elif kind == "one dominant key":  # the softmax is nearly a choice
+        q = q + 2
+        k[:, case.keys // 2] = 5
+    elif kind == "large mean":  # the differences between values are small beside the values
+        v = v + 100
+    elif kind == "equal rows":  # every query asks the same
+        q = q[:, :1].expand_as(q).contiguous()
+    return {"q": q, "k": k, "v": v, "grad": grad}
+
+
+def exact(case: Case, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The output and the gradients in float64, a head at a time, of inputs as the case's dtype rounds them."""
+    dtype = getattr(torch, case.dtype)
+    rounded = [rearrange(x.to(dtype).to(device), "B N (h d) -> (B h) N d", h=case.heads) for x in tensors.values()]
+    rows = {name: [] for name in ("out", "dq", "dk", "dv")}
+    for head in zip(*rounded):
+        q, k, v = (x.double().requires_grad_(case.backward) for x in head[:3])
+        logits = q @ k.T / case.head_dim**0.5
+        if case.causal:
+            logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
+        out = logits.softmax(-1) @ v
+        rows["out"].append(out.detach())
+        if case.backward:
+            for name, gradient in zip(("dq", "dk", "dv"), torch.autograd.grad(out, (q, k, v), head[3].double())):
+                rows[name].append(gradient)
+    # Half precision is compared in float32, 10,000 times as exact: half the bytes to keep.
+    kept = torch.float64 if case.dtype == "float32" else torch.float32
+    return {
+        name: rearrange(torch.stack(heads), "(B h) N d -> B N (h d)", h=case.heads).to("cpu", kept) for name, heads in rows.items() if heads
+    }

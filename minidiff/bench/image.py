@@ -1,0 +1,102 @@
+"""How long a whole picture takes, from the prompt to pixels: `minidiff bench image`.
+
+    made-up weights -> each library's pipeline, in a process of its own -> the same prompt and noise -> text, N steps of DDIM, decoder
+
+Errors are those of the picture against the one in float32, as a share of its root mean square; memory is what the process takes, from
+loading the weights to the picture.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minidiff.bench.answers import answers
+from minidiff.bench.common import Record, check, in_a_line, model_config
+from minidiff.bench.contender import serve
+from minidiff.bench.race import race
+from minidiff.bench.whole import diffusers_pipeline, minidiff_model, model_folder, model_jobs, started
+from minidiff.config import ModelConfig
+
+PROMPT = "a photo of a cat on a blue background"
+GUIDANCE = 7.5
+
+
+def bench(
+    against: bool = True,
+    out: Path | None = None,
+    rounds: int | None = None,
+    model: str | ModelConfig = "sd1",
+    size: int | None = None,
+    steps: int | None = None,
+    device: str = "cpu",
+    max_autotune: bool = False,
+) -> Iterator[str]:
+    """Measure, and yield the lines of a Markdown table. size: pixels; None is the model's own.
+
+    steps: 4 on a CPU, 50 on a GPU by default; rounds: 2 and 5. On a CPU our own float32 is left out: it takes as long as diffusers'.
+    Raises ValueError for what is unknown, and where diffusers is not there.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    rounds = (2 if on_cpu else 5) if rounds is None else rounds
+    steps = (4 if on_cpu else 50) if steps is None else steps
+    check(rounds, out, against)
+    if steps < 1:
+        raise ValueError(f"steps {steps}: give 1 or more")
+    config = model_config(model) if isinstance(model, str) else model
+    size = size or config.image_size
+    jobs = model_jobs(device, against, max_autotune)
+    if on_cpu and against:
+        del jobs["minidiff float32"]
+    record = Record(out, {"bench": "image", "model": str(config), "size": size, "steps": steps, "rounds": rounds, "device": device})
+    yield in_a_line(record.values["machine"])
+    yield f"A picture of {size} x {size} in {steps} steps\n"
+    with model_folder(config) as folder:
+        more = {"folder": str(folder), "size": size, "steps": steps}
+        yield from race(__name__, {name: job | more for name, job in jobs.items()}, rounds, record)
+    record.finish()
+
+
+# ------------------------------------------------------------------------------------------------------ the contenders
+
+
+def prepare(job: dict) -> Callable[[dict], dict]:
+    """In the contender's process: its pipeline."""
+    peak, device, dtype = started(job)
+    make = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]]
+    return answers(make(job, device, dtype), peak)
+
+
+def _diffusers(job: dict, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """The noise is ours: both libraries draw it on the CPU, but in other shapes."""
+    from diffusers import DDIMScheduler
+
+    from minidiff.pipeline import noise_source
+
+    pipe = diffusers_pipeline(job, device, dtype)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    cells = job["size"] // pipe.vae_scale_factor
+    noise = noise_source([0], (pipe.unet.config.in_channels, cells, cells), device)().to(dtype)
+
+    def run() -> Tensor:
+        return pipe(
+            PROMPT, num_inference_steps=job["steps"], guidance_scale=GUIDANCE, latents=noise,
+            height=job["size"], width=job["size"], output_type="pt",
+        ).images  # fmt: skip
+
+    return run
+
+
+def _minidiff(job: dict, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+    sd, savings = minidiff_model(job, device, dtype)
+
+    def run() -> Tensor:
+        *_, last = sd.denoise(PROMPT, steps=job["steps"], guidance_scale=GUIDANCE, seeds=[0], size=job["size"], savings=savings)
+        return (sd.decode(last.x_t) + 1) / 2  # diffusers' pixels are in 0..1
+
+    return run
+
+
+if __name__ == "__main__":
+    serve(prepare)

@@ -1,0 +1,92 @@
+"""Contenders that take turns: each is checked, then there are rounds in which everyone runs once, in an order drawn anew; then the table.
+
+All are started before the first round and stay, each in its own process (contender.py); only one works at a time.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minidiff.bench.common import Record, header, row, seconds
+from minidiff.bench.contender import Contender, Refused
+from minidiff.bench.ratios import ratio, turns
+
+TURN = 1.0  # seconds that a turn takes at least, in as many repeats as that needs
+MOST_REPEATS = 100
+
+
+def race(module: str, jobs: dict[str, dict], rounds: int, record: Record, part: str = "") -> Iterator[str]:
+    """Every contender's check, then rounds of all that passed; yields lines of Markdown. The first job is the one to compare with.
+
+    part: put before the names in the record. Errors are those of results against the first float32 job's that ran, as root mean square
+    of the difference over that of the result.
+    """
+    with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
+        contenders, found, given = {}, {}, {}
+        try:
+            for name, job in jobs.items():
+                contenders[name] = Contender(module, job)
+                try:
+                    path = Path(folder) / "result.npy"
+                    found[name] = contenders[name].ask(do="check", result=str(path)) | {"job": job, "rounds": []}
+                    given[name] = torch.from_numpy(np.load(path))
+                except Refused as reason:
+                    contenders.pop(name).close()
+                    found[name] = {"job": job, "refused": str(reason)}
+                record.keep(part + name, found[name])
+            exact = next((name for name in given if jobs[name]["dtype"] == "float32"), None)
+            for name in given if exact else ():
+                found[name]["error"] = relative_error(given[name], given[exact])
+            for name in [name for name in contenders if jobs[name]["untimed"]]:
+                contenders.pop(name).close()
+            for _, name in turns(list(contenders), rounds):
+                if "refused" not in found[name]:
+                    take_turn(contenders[name], found[name])
+                    record.write()
+        finally:
+            for contender in contenders.values():
+                contender.close()
+    yield from table(found, next(iter(jobs)))
+
+
+def take_turn(contender: Contender, result: dict) -> None:
+    """Adds its seconds; one that fails now is out."""
+    repeats = min(MOST_REPEATS, max(1, round(TURN / result["seconds"]))) if "seconds" in result else 1
+    try:
+        result["rounds"].append(contender.ask(do="time", repeats=repeats)["seconds"])
+    except Refused as reason:
+        result["refused"] = str(reason)
+
+
+def relative_error(result: Float[Tensor, "*shape"], exact: Float[Tensor, "*other"]) -> float:
+    """RMS of the difference over that of what is exact. Raises ValueError for other shapes."""
+    if result.shape != exact.shape:
+        raise ValueError(f"results of shape {tuple(result.shape)} and {tuple(exact.shape)}: the contenders did not do the same")
+    return float((result.double() - exact.double()).square().mean().sqrt() / exact.double().square().mean().sqrt())
+
+
+def table(results: dict[str, dict], first: str) -> Iterator[str]:
+    """A line for each contender: time, how many times as fast as the first, peak memory and its share of the first's, error."""
+    yield header(["", "time", f"times as fast as {first}", "peak memory", "share", "error", "three runs"])
+    base = results[first]
+    for name, result in results.items():
+        if "refused" in result:
+            yield row([name, f"refused: {result['refused']}", "", "", "", "", ""])
+            continue
+        compared = result["rounds"] and len(result["rounds"]) == len(base.get("rounds", ()))
+        memory, whole = result.get("memory"), base.get("memory")
+        yield row([
+            name,
+            seconds(median(result["rounds"])) if result["rounds"] else "",
+            ratio(base["rounds"], result["rounds"]) if compared else "",
+            f"{memory / 1e9:.2f} GB" if memory else "",
+            f"{memory / whole:.2f}" if memory and whole else "",
+            f"{result['error']:.1e}" if "error" in result else "",
+            {True: "equal", False: "differ"}.get(result.get("bit_equal"), ""),
+        ])  # fmt: skip

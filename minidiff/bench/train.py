@@ -1,0 +1,243 @@
+"""How long a training step of a LoRA, and of Custom Diffusion, takes: `minidiff bench train`.
+
+    made-up weights, one picture -> minidiff's methods, and the loops of diffusers' examples (peft for the LoRA) -> steps in turn
+
+The picture's latents are made ahead for all, and so is the text that no step changes: a LoRA's captions; Custom Diffusion trains a word,
+so its text encoder runs in every step, and each step has a class picture beside the subject's. Errors are those of the loss at the same
+latent, noise, timestep and context, before the first step. Memory is counted from loading the weights, but without the VAE's encoding.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from minidiff.bench.answers import answers
+from minidiff.bench.common import Record, check, in_a_line, model_config
+from minidiff.bench.contender import serve
+from minidiff.bench.race import race
+from minidiff.bench.whole import COMPILED, minidiff_model, model_folder, started
+from minidiff.config import ModelConfig
+
+METHODS = ("lora", "custom-diffusion")
+RANK = 4
+RATE = 1e-5
+T = 501  # of the loss that is compared
+
+
+def bench(
+    against: bool = True,
+    out: Path | None = None,
+    rounds: int | None = None,
+    model: str | ModelConfig = "sd1",
+    size: int | None = None,
+    methods: tuple[str, ...] = METHODS,
+    device: str = "cpu",
+) -> Iterator[str]:
+    """Measure, and yield the lines of Markdown tables. size: pixels; None is the model's own, on a CPU half of it.
+
+    rounds: 2 on a CPU, 10 on a GPU by default. Raises ValueError for what is unknown, and where diffusers or peft is not there.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    rounds = (2 if on_cpu else 10) if rounds is None else rounds
+    check(rounds, out, against, ("diffusers", "peft"))
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise ValueError(f"method {unknown[0]!r} unknown; choose {', '.join(METHODS)}")
+    config = model_config(model) if isinstance(model, str) else model
+    size = size or config.image_size // (2 if on_cpu else 1)
+    record = Record(out, {"bench": "train", "model": str(config), "size": size, "methods": list(methods), "rounds": rounds, "device": device})
+    yield in_a_line(record.values["machine"])
+    with model_folder(config) as folder:
+        for name in ("subject", "class"):
+            (folder / name).mkdir()
+            pixels = np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / "0.png")
+        torch.save(sample(config, size), folder / "sample.pt")
+        for method in methods:
+            more = {"folder": str(folder), "method": method, "size": size}
+            yield f"\nA step of {method}, {size} x {size}\n"
+            jobs = {name: job | more for name, job in train_jobs(device, against).items()}
+            yield from race(__name__, jobs, rounds, record, part=f"{method}: ")
+    record.finish()
+
+
+def train_jobs(device: str, against: bool) -> dict[str, dict]:
+    """The contenders: in bfloat16 by autocast, beside float32 for the errors and, on a CPU, as what everybody does there."""
+
+    def job(library: str, dtype: str, how: str = "eager", untimed: bool = False) -> dict:
+        return {"library": library, "dtype": dtype, "how": how, "savings": True, "untimed": untimed, "device": device}
+
+    half = "bfloat16"
+    if torch.device(device).type == "cpu":
+        theirs = {"diffusers float32": job("diffusers", "float32")}
+        ours = {"minidiff float32": job("minidiff", "float32"), "minidiff bfloat16": job("minidiff", half)}
+    else:
+        theirs = {"diffusers": job("diffusers", half), "diffusers compiled": job("diffusers", half, "compiled")}
+        ours = {
+            "minidiff": job("minidiff", half),
+            "minidiff compiled": job("minidiff", half, "compiled"),
+            "minidiff float32": job("minidiff", "float32", untimed=True),
+        }
+    return (theirs if against else {}) | ours
+
+
+def sample(config: ModelConfig, size: int) -> dict[str, Tensor]:
+    """What the losses are compared at: a scaled latent, noise, a timestep and a context."""
+    generator = torch.Generator().manual_seed(0)
+    cells, text = size // config.vae.factor, config.text_encoder
+    x_0, eps = torch.randn(2, 1, config.vae.latent_channels, cells, cells, generator=generator)
+    return {"x_0": x_0, "eps": eps, "t": torch.tensor([T]), "context": torch.randn(1, text.context_length, text.width, generator=generator)}
+
+
+# ------------------------------------------------------------------------------------------------------------ minidiff
+
+
+def prepare(job: dict) -> Callable[[dict], dict]:
+    """In the contender's process: a step, and the loss to compare."""
+    peak, device, dtype = started(job)
+    given = {name: x.to(device) for name, x in torch.load(f"{job['folder']}/sample.pt").items()}
+    step, loss = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]](job, device, dtype, given)
+    peak.forget()
+    return answers(step, peak, check=loss)
+
+
+def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> tuple[Callable, Callable]:
+    """As `minidiff train` does it."""
+    from minidiff.trainers import methods
+    from minidiff.trainers.diffusion_loss import Draws, diffusion_loss
+    from minidiff.trainers.loop import Training
+    from minidiff.trainers.presets import Concept, Prior, Samples, family_of, preset
+    from minidiff.trainers.recipe import Settings
+
+    sd, _ = minidiff_model(job, device, dtype)
+    folder = Path(job["folder"])
+    settings = Settings(
+        steps=10**6, batch=1, learning_rate=RATE, precision=job["dtype"], compile=job["how"] == "compiled", save_every=10**6
+    )
+    options = preset(job["method"], family_of(sd.config))
+    options = replace(options, settings=settings, samples=Samples(size=job["size"]))
+    if job["method"] == "lora":
+        options = replace(options, low_rank=replace(options.low_rank, rank=RANK, layers=("attention",)))
+        method = methods.lora(sd, [Concept(images=folder / "subject", prompt="a photo of a dog")], options)
+    else:
+        options = replace(options, sizes="none", prior=Prior(kind="folder"))
+        concept = Concept(images=folder / "subject", class_images=folder / "class", token="<new1>", class_word="dog")
+        method = methods.custom_diffusion(sd, [concept], options)
+    phase = method.phases[0].__enter__()
+    walk = Training(phase, settings, device).run()
+
+    def loss() -> Tensor:
+        draws = Draws(given["t"], given["eps"])
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return diffusion_loss(
+                lambda x_t, t, context: sd.unet(x_t.to(dtype), t, context), sd.schedule, given["x_0"], given["context"].to(dtype), draws
+            )
+
+    return lambda: next(walk).loss, loss
+
+
+# ------------------------------------------------------------------------------------------------- diffusers' examples
+
+
+def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> tuple[Callable, Callable]:
+    """The order of steps in diffusers' train_text_to_image_lora.py and train_custom_diffusion.py, on latents made ahead."""
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    folder = f"{job['folder']}/model"
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False).to(device, dtype)
+    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").requires_grad_(False).to(device)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    learn = {"lora": _diffusers_lora, "custom-diffusion": _diffusers_custom_diffusion}[job["method"]]
+    trained, encode, after = learn(unet, text_encoder, tokenizer, device, dtype)
+    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+    batch = 1 if job["method"] == "lora" else 2
+    latents = torch.cat([given["x_0"]] * batch)
+    network = torch.compile(unet, mode=COMPILED["compiled"]) if job["how"] == "compiled" else unet
+
+    def loss_at(x_0: Tensor, eps: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """Of each sample."""
+        x_t = scheduler.add_noise(x_0, eps, t)
+        target = eps if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(x_0, eps, t)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            prediction = network(x_t.to(dtype), t, context.to(dtype), return_dict=False)[0]
+        return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+
+    def step() -> Tensor:
+        eps = torch.randn_like(latents)
+        t = torch.randint(scheduler.config.num_train_timesteps, (batch,), device=device)
+        loss = loss_at(latents, eps, t, encode()).sum()
+        loss.backward()
+        after()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step, lambda: loss_at(**given)
+
+
+def _diffusers_lora(
+    unet: nn.Module, text_encoder: nn.Module, tokenizer: Callable, device: torch.device, dtype: torch.dtype
+) -> tuple[list[nn.Parameter], Callable, Callable]:
+    """Its parameters in float32, the context, and what follows the backward pass."""
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets))
+    cast_training_params(unet, torch.float32)
+    with torch.no_grad():
+        context = text_encoder(_tokens(tokenizer, text_encoder, "a photo of a dog").to(device))[0]
+    return [p for p in unet.parameters() if p.requires_grad], lambda: context, lambda: None
+
+
+def _diffusers_custom_diffusion(
+    unet: nn.Module, text_encoder: nn.Module, tokenizer: Callable, device: torch.device, dtype: torch.dtype
+) -> tuple[list[nn.Parameter], Callable, Callable]:
+    from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
+
+    tokenizer.add_tokens("<new1>")
+    new = tokenizer.convert_tokens_to_ids("<new1>")
+    text_encoder.resize_token_embeddings(len(tokenizer))
+    table = text_encoder.get_input_embeddings().weight.requires_grad_(True)
+    processors = {}
+    for name in unet.attn_processors:
+        module = unet.get_submodule(name.removesuffix(".processor"))
+        of_text = name.endswith("attn2.processor")
+        width, context_width = module.to_q.out_features, module.to_k.in_features if of_text else None
+        processor = CustomDiffusionAttnProcessor2_0(of_text, train_q_out=False, hidden_size=width, cross_attention_dim=context_width).to(device)
+        if of_text:
+            with torch.no_grad():
+                processor.to_k_custom_diffusion.weight.copy_(module.to_k.weight)
+                processor.to_v_custom_diffusion.weight.copy_(module.to_v.weight)
+        processors[name] = processor
+    trained = [table, *chain.from_iterable(processor.parameters() for processor in processors.values())]
+    unet.set_attn_processor(processors)  # empties the dict
+    rows = torch.cat([_tokens(tokenizer, text_encoder, text) for text in ("photo of a <new1> dog", "photo of a dog")]).to(device)
+
+    def encode() -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return text_encoder(rows)[0]
+
+    def after() -> None:  # the whole table gets a gradient; that of the other words is set to nought
+        table.grad[torch.arange(len(table), device=device) != new] = 0
+
+    return trained, encode, after
+
+
+def _tokens(tokenizer: Callable, text_encoder: nn.Module, text: str) -> Tensor:
+    length = text_encoder.config.max_position_embeddings
+    return tokenizer(text, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+
+
+if __name__ == "__main__":
+    serve(prepare)
