@@ -1,8 +1,8 @@
-"""The command line: `minidiff generate`, `inspect`, `convert`, `compare`, `train METHOD`, `merge`, `compress`, `extract`, `bench load`.
+"""The command line: `minidiff generate`, `inspect`, `convert`, `compare`, `train METHOD`, `merge`, `compress`, `extract`, `bench WHAT`.
 
 Each function is a command; its arguments and docstring are what `--help` shows. What a user can get wrong ends in one line and exit
-code 2. The commands of training stand in cli_train.py, those that make small files of others in cli_merge.py; with bench/ these are the
-only places here that know of weights_loader. Imports that take long stand inside the commands that need them.
+code 2. The commands of training stand in cli_train.py, those that make small files of others in cli_merge.py, the benchmarks in cli_bench.py;
+with bench/ these are the only places here that know of weights_loader. Imports that take long stand inside the commands that need them.
 """
 
 import sys
@@ -13,7 +13,7 @@ from typing import Literal
 
 import tyro
 
-from minidiff import cli_merge, cli_train
+from minidiff import cli_bench, cli_merge, cli_train
 from minidiff.cli_flags import Attentions, DTypes, Several, numbers_of
 from minidiff.cli_model import load, say, slug, weighted
 
@@ -41,13 +41,13 @@ def run(args: list[str]) -> None:
     groups = {
         "train": cli_train.COMMANDS,
         "merge": {"lora": cli_merge.merge_lora, "concepts": cli_merge.merge_concepts},
-        "bench": {"load": bench_load},
+        "bench": cli_bench.COMMANDS,
     }
     if args[:1] and args[0] in groups:
         group, (name, *rest) = groups[args[0]], [*args[1:], ""][:1] + args[2:]
         if name in group:
             description = group[name].__doc__.split("\n\n    Args:")[0].replace("\n    ", "\n")
-            if args[0] == "train" and name != "from-scratch":
+            if args[0] == "train":
                 description += f"\n\n{numbers_of(name)}"
             tyro.cli(group[name], prog=f"minidiff {args[0]} {name}", description=description, args=rest, config=CONFIG)
             return
@@ -245,22 +245,6 @@ def compare(
             print(f"{d.absolute:18.3e}  {d.relative:9.2e}  {d.layer}")
     differing = next((d for d in differences if d.relative > tolerance), None)
     print(f"first layer that differs: {differing.layer}" if differing else f"all {len(differences)} layers agree to {tolerance:g}")
-
-
-def bench_load(against: bool = True, out: Path | None = None, rounds: int = 3) -> None:
-    """Time and memory of loading a full-size Stable Diffusion 1.x made of made-up weights, beside diffusers on the same tensors.
-
-    Takes minutes, and up to 4.3 GB of disk at a time in the folder for temporary files.
-
-    Args:
-        against: measure diffusers as well
-        out: a .json file for the results
-        rounds: how often each loads each file
-    """
-    from minidiff.bench.load import bench
-
-    for line in bench(against, out, rounds):
-        print(line, flush=True)
 
 
 def parse_size(size: str | None) -> int | tuple[int, int] | None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import minidiff
 from minidiff import attention, attention_maps, blocks, compare, guidance, pipeline, samplers, savings, text_encoder, unet, vae
 from minidiff.adapters import custom_diffusion, family, lora
+from minidiff.bench import attention_cases
+from minidiff.bench import race as bench_race
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.evaluation import alignment, bundled, clip, kid
 from minidiff.evaluation.prompts import fixed_prompts
@@ -30,6 +32,7 @@ from minidiff.trainers.judge import JudgeTask, judge_config
 from tests.small_models import small_model
 
 SOURCES = ("model", "real", "reconstructed")  # of the evaluation's figures
+TINY = attention_cases.Case("tiny", 6, 5, heads=2, head_dim=8, calls=1, batch=1, dtype="float32")
 PACKAGE = Path(minidiff.__file__).parent
 
 
@@ -92,6 +95,8 @@ def examples() -> list[partial]:
         partial(attention.attention, q, k, v, 2),
         partial(attention.chosen, q, k, v, 2),
         partial(attention.Attention(8, 2).forward, q, k),
+        partial(attention_cases.exact, TINY, attention_cases.inputs(TINY, "normal"), torch.device("cpu")),
+        partial(bench_race.relative_error, q, 2 * q),
         partial(attention_maps.word_map, {"layer": torch.rand(2, 4, 4, 5)}, [1, 2], (8, 8)),
         partial(custom_diffusion.compress, changes),
         partial(custom_diffusion.compress(changes).deltas),
