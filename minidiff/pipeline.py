@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -24,6 +25,7 @@ from minidiff.guidance import guided
 from minidiff.samplers import Step, levels, sample
 from minidiff.savings import Savings, channels_last, saving
 from minidiff.schedule import NoiseSchedule
+from minidiff.strips import decode_in_strips, worth_strips
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
@@ -134,21 +136,23 @@ class StableDiffusion:
             yield step
 
     @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
-        """Scaled latents to pixels, clamped to [-1, 1], in float32.
+    def decode(self, latents: Float[Tensor, "B C h w"], strips: bool = True) -> Float[Tensor, "B 3 H W"]:
+        """Scaled latents to pixels, clamped to [-1, 1], in float32. strips: large pictures a few rows at a time, the same but for rounding.
 
         In half precision the decoder can overflow (the cause of black pictures); then it is run again in float32, with a warning.
         """
         pictures = max(1, 2**18 // (latents[0, 0].numel() * self.config.vae.factor**2))  # at a time: the decoder is the peak of memory
-        return torch.cat([self._decode(z) for z in (latents / self.config.vae.scaling_factor).split(pictures)])
+        return torch.cat([self._decode(z, strips) for z in (latents / self.config.vae.scaling_factor).split(pictures)])
 
-    def _decode(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+    def _decode(self, z: Float[Tensor, "B C h w"], strips: bool) -> Float[Tensor, "B 3 H W"]:
         dtype = self.vae.post_quant_conv.weight.dtype
-        pixels = self.vae.decode(z.to(dtype))
+        decode = partial(decode_in_strips, self.vae) if strips and worth_strips(self.config.vae, z) else self.vae.decode
+        pixels = decode(z.to(dtype))
         if not pixels.isfinite().all() and dtype.itemsize < 4:
             warnings.warn(f"the decoder overflowed in {dtype}: decoded again in float32", stacklevel=4)  # past no_grad's wrapper, to who called decode
             try:
-                pixels = self.vae.float().decode(z.float())
+                self.vae.float()
+                pixels = decode(z.float())
             finally:
                 self.vae.to(dtype)
         if not pixels.isfinite().all():

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -26,24 +27,33 @@ from minidiff.blocks import ResBlock
 from minidiff.config import VAEConfig
 from minidiff.vae import VAE
 
-ROWS = 16  # of a strip of the picture; at 512 pixels of 256 channels a strip has 2^21 values, 8 MB in float32
+# On a CPU a strip of 512 x 16 cells, 256 channels each, is 8 MB in float32, about what its cache holds. A GPU wants more work in each launch,
+# and memory to spare for it. Measured on a CPU only.
+CELLS_OF_A_STRIP = {"cpu": 2**13}
+VALUES_WORTH_IT = {"cpu": 2**25}
+ON_A_GPU = {"cells": 2**16, "values": 2**28}
+
 Activation = Callable[[Tensor], Tensor]
 
 
-def worth_strips(config: VAEConfig, height: int, width: int) -> bool:
-    """Whether decoding a picture of this size whole would take much more memory: from 2^25 values in the largest feature map on.
+def worth_strips(config: VAEConfig, z: Float[Tensor, "B C h w"]) -> bool:
+    """Whether decoding these latents whole takes much memory: 2^25 values in the largest feature map on a CPU, 2^28 on a GPU.
 
-    Stable Diffusion's decoder has those from 512 x 256 pixels on, 134 MB in float32 and a few such maps at once.
+    Stable Diffusion's decoder has 2^26 at 512 x 512 pixels: 268 MB in float32, and three such maps at once.
     """
-    return height * width * max(config.widths[:2]) >= 2**25
+    B, _, h, w = z.shape
+    return B * h * w * config.factor**2 * max(config.widths[:2]) >= VALUES_WORTH_IT.get(z.device.type, ON_A_GPU["values"])
 
 
-def decode_in_strips(vae: VAE, z: Float[Tensor, "B C h w"], rows: int = ROWS) -> Float[Tensor, "B 3 H W"]:
-    """What `vae.decode(z)` returns, within the rounding of z's dtype, `rows` rows of the picture at a time.
+def decode_in_strips(vae: VAE, z: Float[Tensor, "B C h w"], rows: int | None = None) -> Float[Tensor, "B 3 H W"]:
+    """What `vae.decode(z)` returns, within the rounding of z's dtype, `rows` rows of the picture at a time; None is what suits the device.
 
     Lower resolutions take as many times more rows as they have fewer columns: every strip has the same number of cells. Forward hooks
     of the decoder's layers behind the middle do not run. Raises ValueError for rows < 1.
     """
+    if rows is None:
+        cells = CELLS_OF_A_STRIP.get(z.device.type, ON_A_GPU["cells"])
+        rows = max(1, cells // (z.shape[0] * z.shape[3] * vae.config.factor))
     if rows < 1:
         raise ValueError(f"strips of {rows} rows: give at least 1")
     with torch.no_grad():
@@ -88,19 +98,22 @@ def _res_block(block: ResBlock, x: Iterable[Tensor]) -> Iterator[Tensor]:
 def _gathered(strips: Iterable[Tensor], norm: nn.GroupNorm) -> tuple[deque[Tensor], Activation]:
     """The strips of a whole feature map, and SiLU of its GroupNorm as a function of some of its rows."""
     kept = deque()
-    count, mean, M2 = 0, 0.0, 0.0  # M2: sum of squared distances from the mean; one of each a picture and group
+    count, mean, M2 = 0, 0.0, 0.0  # of each channel; M2: sum of squared distances from the mean
     for strip in strips:
         kept.append(strip)
-        values = strip.float().unflatten(1, (norm.num_groups, -1))  # B g c H W
-        n = values[0, 0].numel()
-        strip_var, strip_mean = torch.var_mean(values, dim=(2, 3, 4), correction=0)
-        shift, count = strip_mean - mean, count + n
+        values, n = strip.float(), strip.shape[2] * strip.shape[3]
+        strip_mean = values.mean(dim=(2, 3), keepdim=True)
+        strip_M2 = (values - strip_mean).square_().sum(dim=(2, 3), keepdim=True)
+        count, shift = count + n, strip_mean - mean
         mean = mean + shift * (n / count)
-        M2 = M2 + strip_var * n + shift**2 * (n * (count - n) / count)
-    per_group = norm.num_channels // norm.num_groups
-    mean, rstd = (s.repeat_interleave(per_group, dim=1)[..., None, None] for s in (mean, (M2 / count + norm.eps).rsqrt()))
-    scale = norm.weight.float()[:, None, None] * rstd
-    shift = norm.bias.float()[:, None, None] - mean * scale
+        M2 = M2 + strip_M2 + shift**2 * (n * (count - n) / count)
+    # The channels of a group are joined in the same way, each with as many values.
+    mean, M2 = (rearrange(s, "B (g c) 1 1 -> B g c", g=norm.num_groups) for s in (mean, M2))
+    group_mean = mean.mean(dim=-1, keepdim=True)
+    var = (M2 / count + (mean - group_mean) ** 2).mean(dim=-1, keepdim=True)
+    group_mean, var = (rearrange(s.expand_as(mean), "B g c -> B (g c) 1 1") for s in (group_mean, var))
+    scale = norm.weight.float()[:, None, None] * (var + norm.eps).rsqrt()
+    shift = norm.bias.float()[:, None, None] - group_mean * scale
 
     def silu_of_norm(rows: Tensor) -> Tensor:
         return F.silu(torch.addcmul(shift, rows.float(), scale), inplace=True).to(rows.dtype)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import minidiff
-from minidiff import attention, attention_maps, blocks, compare, guidance, pipeline, samplers, savings, text_encoder, unet, vae
+from minidiff import attention, attention_maps, blocks, compare, guidance, pipeline, samplers, savings, strips, text_encoder, unet, vae
 from minidiff.adapters import custom_diffusion, family, lora
 from minidiff.bench import attention_cases
 from minidiff.bench import race as bench_race
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.evaluation import alignment, bundled, clip, kid
 from minidiff.evaluation.prompts import fixed_prompts
+from minidiff.kernels import geglu, group_norm_silu, tiles, where
 from minidiff.samplers import Denoiser, Level
 from minidiff.scenes import art
 from minidiff.schedule import NoiseSchedule, zero_terminal_snr
@@ -74,6 +75,7 @@ def examples() -> list[partial]:
     denoise, now, then = Denoiser(lambda x_t, t: 0.5 * x_t, "eps", torch.float32), Level(700, 0.1), Level(500, 0.3)
     noise = partial(torch.randn, x_t.shape)
     sd = small_model()
+    cells, ones = x.to(tiles.DEVICE, memory_format=torch.channels_last), torch.ones(8, device=tiles.DEVICE)
     conversions = [schedule.x0_from_eps, schedule.eps_from_x0, schedule.x0_from_v, schedule.eps_from_v]
     weight = nn.Parameter(torch.ones(3))
     changes = {"unet.down.0.transformers.0.block.cross_attention.to_k": torch.randn(16, 16)}
@@ -174,6 +176,14 @@ def examples() -> list[partial]:
         partial(unet.UpLevel(8, [8, 8], 8, 2, True, unet_config).forward, x, [x + 1, x + 2], time, context),
         partial(unet.Middle(8, 2, unet_config).forward, x, time, context),
         partial(unet.UNet(unet_config).forward, x_t, t, context),
+        partial(geglu.fused_geglu, ones),
+        partial(geglu.unsupported, ones),
+        partial(group_norm_silu.fused_group_norm_silu, cells, 4, ones, ones, 1e-5),
+        partial(group_norm_silu.unsupported, cells, 4, ones, ones),
+        partial(where.no_kernel_for, ones),
+        partial(where.device_of, ones),
+        partial(strips.worth_strips, vae_config, x_t),
+        partial(strips.decode_in_strips, vae.VAE(vae_config), x_t),
         partial(savings.SameInput(nn.Linear(8, 8)).__call__, q),
         partial(savings.TimeTable(sd.unet, lambda: [10, 700]).embed, t),
         partial(savings.TimeTable(sd.unet, lambda: [10, 700]).project, nn.Linear(32, 8), time),

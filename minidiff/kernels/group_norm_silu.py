@@ -33,7 +33,7 @@ from minidiff.kernels.tiles import jit, tl, triton
 from minidiff.kernels.where import device_of, no_kernel_for
 
 MOST_CHANNELS = 256  # in a chunk, unless one group has more: 512 bytes of 16-bit numbers side by side, 16 for each thread of a warp
-TILE = 4096  # numbers that a program has at a time: with 4 warps 32 a thread
+TILE = 8192  # bytes that a program has at a time: with 4 warps 4 loads of 16 bytes a thread, the widest there are
 MOST_STRIPS = 64  # more would be read again by every program of the second stage, where they are to stay few beside its strip
 WARPS = 4
 
@@ -265,7 +265,7 @@ def _division(x: Tensor, groups: int) -> tuple[int, int, int, dict[str, int]]:
     while groups % (2 * in_chunk) == 0 and 2 * in_chunk * per_group <= MOST_CHANNELS:
         in_chunk *= 2
     block = triton.next_power_of_2(in_chunk * per_group)
-    rows = max(1, TILE // block)
+    rows = max(1, TILE // (block * x.dtype.itemsize))
     tiles = triton.cdiv(HW, rows * MOST_STRIPS)
     strips = triton.cdiv(HW, rows * tiles)
     constants = dict(C=C, GROUPS=in_chunk, PER_GROUP=per_group, BLOCK_C=block, ROWS=rows, TILES=tiles, num_warps=WARPS)
