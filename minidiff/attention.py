@@ -21,10 +21,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-try:
-    from minidiff.kernels import cross_attention, self_attention
-except ImportError:
-    cross_attention = self_attention = None
+from minidiff.kernels import cross_attention, self_attention
 
 ATTENTION = ("auto", "by_hand", "pytorch", "triton")
 _asked_for = "auto"  # in the whole process: autograd works in threads of its own, and torch.compile guards on it

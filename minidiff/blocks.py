@@ -17,12 +17,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from minidiff.attention import Attention, backend
-
-try:
-    from minidiff.kernels import geglu as geglu_kernel
-    from minidiff.kernels import group_norm_silu
-except ImportError:
-    geglu_kernel = group_norm_silu = None
+from minidiff.kernels import geglu as geglu_kernel
+from minidiff.kernels import group_norm_silu
 
 
 def timestep_embedding(t: Shaped[Tensor, " B"], width: int) -> Float[Tensor, "B {width}"]:
@@ -61,7 +57,7 @@ def as_many_rows(x: Float[Tensor, "B *dims"], rows: int) -> Float[Tensor, "{rows
 
 def norm_silu(norm: nn.GroupNorm, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     """SiLU(GroupNorm(x)), before every 3x3 convolution of a ResBlock; by one kernel where kernels are asked for and x is channels-last."""
-    if group_norm_silu and backend() == "triton" and group_norm_silu.unsupported(x, norm.num_groups, norm.weight, norm.bias) is None:
+    if backend() == "triton" and group_norm_silu.unsupported(x, norm.num_groups, norm.weight, norm.bias) is None:
         return group_norm_silu.fused_group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.silu(norm(x))
 
@@ -91,7 +87,7 @@ class ResBlock(nn.Module):
 
 def geglu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
     """The first half of x times the GELU of its second half, by erf; by one kernel where kernels are asked for."""
-    if geglu_kernel and backend() == "triton" and geglu_kernel.unsupported(x) is None:
+    if backend() == "triton" and geglu_kernel.unsupported(x) is None:
         return geglu_kernel.fused_geglu(x)
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minidiff.blocks import FeedForward, ResBlock, SpatialTransformer, TimeEmbedding, TransformerBlock, as_many_rows, timestep_embedding
+from minidiff.attention import attention_backend
+from minidiff.blocks import (
+    FeedForward, ResBlock, SpatialTransformer, TimeEmbedding, TransformerBlock, as_many_rows, geglu, norm_silu, timestep_embedding,
+)  # fmt: skip
+from minidiff.kernels import geglu as geglu_kernel
+from minidiff.kernels import group_norm_silu
 
 CLOSE = dict(rtol=1e-11, atol=1e-11)  # float64, over a few hundred additions a value
 
@@ -122,6 +127,38 @@ def test_a_resblock_does_not_mix_the_rows_of_a_batch():
     block = ResBlock(8, 12, 4, 1e-5, 10).double()
     x, time = noise(3, 8, 4, 4), noise(3, 10)
     torch.testing.assert_close(block(x, time)[1:2], block(x[1:2], time[1:2]), **CLOSE)
+
+
+CASES = pytest.mark.parametrize(
+    ("name", "as_it_should_be", "by_kernel"), [("auto", True, False), ("pytorch", True, False), ("triton", True, True), ("triton", False, False)]
+)  # fmt: skip
+
+
+def counted(monkeypatch, module, name):
+    """A list that grows with every call of the module's function."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: calls.append(name) or function(*args))
+    return calls
+
+
+@CASES
+def test_norm_and_silu_are_one_kernel_where_kernels_are_asked_for_and_the_input_is_channels_last(monkeypatch, name, as_it_should_be, by_kernel):
+    calls = counted(monkeypatch, group_norm_silu, "fused_group_norm_silu")
+    norm, x = nn.GroupNorm(4, 8), noise(2, 8, 5, 6).float()
+    with attention_backend(name):
+        out = norm_silu(norm, x.to(memory_format=torch.channels_last) if as_it_should_be else x)
+    torch.testing.assert_close(out, F.silu(group_norm(x, norm)), rtol=1e-4, atol=1e-5)  # fp32 parity
+    assert bool(calls) == by_kernel
+
+
+@CASES
+def test_the_geglu_is_one_kernel_where_kernels_are_asked_for_and_the_input_is_contiguous(monkeypatch, name, as_it_should_be, by_kernel):
+    calls = counted(monkeypatch, geglu_kernel, "fused_geglu")
+    x = noise(2, 3, 16).float()
+    with attention_backend(name):
+        out = geglu(x if as_it_should_be else x.transpose(0, 1).contiguous().transpose(0, 1))
+    torch.testing.assert_close(out, x[..., :8] * F.gelu(x[..., 8:]), rtol=1e-4, atol=1e-5)  # fp32 parity
+    assert bool(calls) == by_kernel
 
 
 # ------------------------------------------------------------------------------------------------------ transformers

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import minidiff.attention
 from minidiff.cli import parse_size
 from minidiff.cli_model import choose_device, slug
+from minidiff.kernels import tiles
 from tests.command import runner
+from tests.small_models import small_model
 
 
 @pytest.fixture
@@ -65,6 +68,28 @@ def test_without_out_the_picture_is_named_after_its_prompt(run, tmp_path):
     assert run("generate", "a cat - please", "--steps", "1")[1].strip() == "a-cat-please-0-2.png"  # nothing is overwritten
 
 
+@pytest.mark.parametrize(("name", "expected"), [("by_hand", {"by_hand"}), ("pytorch", {"pytorch"}), ("triton", {"self", "cross", "pytorch"})])
+def test_attention_by_name_is_what_makes_the_picture(run, tmp_path, monkeypatch, name, expected):
+    import weights_loader
+
+    weights_loader.save(small_model(), tmp_path / "model.safetensors")
+    ways, choose = set(), minidiff.attention.chosen
+    run("generate", "a cat", "--model", "model.safetensors", "--steps", "2", "--out", "a.png")
+    monkeypatch.setattr(minidiff.attention, "chosen", lambda *args: ways.add(way := choose(*args)) or way)
+    code, _, err = run("generate", "a cat", "--model", "model.safetensors", "--steps", "2", "--out", "b.png", "--attention", name)
+    assert code == 0, err
+    assert ways == expected  # the VAE's is not for our kernels to insist on
+    usual, other = (np.asarray(Image.open(tmp_path / file)).astype(int) for file in ("a.png", "b.png"))
+    assert np.abs(usual - other).max() <= 1  # of 255: rounding
+
+
+def test_our_kernels_asked_for_where_they_do_not_run_end_in_one_line(run, monkeypatch):
+    monkeypatch.setattr(tiles, "triton", None)
+    code, out, err = run("generate", "a cat", "--steps", "1", "--attention", "triton")
+    assert (code, out) == (2, "")
+    assert "minidiff: attention 'triton' does not take this: Triton is not installed; choose attention 'auto' or 'pytorch'" in err
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -106,7 +131,7 @@ def test_what_cannot_be_written_is_said_before_the_picture_is_made(run):
 
 
 def test_unknown_commands_and_options_exit_with_2(run):
-    for args in (["genrate", "a cat"], ["generate", "a cat", "--stps", "3"], ["train"], ["generate", "a cat", "--steps", "many"], ["generate", "a cat", "--prediction", "x0"]):
+    for args in (["genrate", "a cat"], ["generate", "a cat", "--stps", "3"], ["train"], ["generate", "a cat", "--steps", "many"], ["generate", "a cat", "--prediction", "x0"], ["generate", "a cat", "--attention", "flash"]):
         code, _, err = run(*args)
         assert code == 2 and "Traceback" not in err
 
