@@ -1,0 +1,150 @@
+"""What every lesson calls: its options, a model, pictures in one style, and the check of what the learner writes.
+
+    lesson = start("01_adding_noise")                  # python lessons/01_adding_noise.py [--model FILE] [--device cuda] [--quick]
+    sd = lesson.load()
+    lesson.show(fig, "ladder", "what is to be seen")   # lessons/figures/01-ladder.png; a notebook shows it too
+    q_sample = lesson.check(q_sample, instead=...)     # says what is wrong, and goes on with what works
+
+In a notebook and in an editor's cells there is no command line: there, write the options into the call, start("01_adding_noise", "--quick").
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # pictures are files; a notebook shows the file
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+import weights_loader
+from lessons.exercises import complaint
+from minidiff.cli_model import choose_device
+from minidiff.pipeline import StableDiffusion
+
+HERE = Path(__file__).parent
+LARGEST = 80_000  # bytes of a picture
+
+# Okabe and Ito's colours, which stay apart for colour-blind eyes; their yellow is too pale on white.
+BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+
+# 720 pixels wide; at half the size, on a phone, the letters are still 10 pixels high.
+STYLE = {
+    "figure.figsize": (6.0, 3.6), "figure.dpi": 120, "savefig.dpi": 120, "figure.constrained_layout.use": True,
+    "font.size": 14, "axes.titlesize": 14, "axes.labelsize": 14, "legend.fontsize": 13, "legend.frameon": False,
+    "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, PINK, RED, SKY]), "lines.linewidth": 2.2, "image.cmap": "cividis",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "axes.axisbelow": True,
+}  # fmt: skip
+plt.rcParams.update(STYLE)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One run of a lesson. quick: do less of everything, for tests. figures: the folder its pictures go to."""
+
+    name: str
+    model: str
+    device: torch.device
+    quick: bool
+    figures: Path
+
+    def load(self) -> StableDiffusion:
+        """The model, in float32 on every device, so that a lesson need not think of types."""
+        sd = weights_loader.load(self.model, dtype=torch.float32, device=self.device)
+        for note in sd.notes:
+            print(note)
+        return sd
+
+    def show(self, fig: Figure, name: str, alt: str) -> None:
+        """Writes the figure as NN-name.png and, in a notebook, shows it. alt: what is to be seen, for who cannot see it.
+
+        Raises ValueError for a picture of more than 80 kB.
+        """
+        data = png(fig)
+        plt.close(fig)
+        if len(data) > LARGEST:
+            raise ValueError(f"picture {name!r} has {len(data):,} bytes, at most {LARGEST:,} are wanted; draw fewer or smaller pictures")
+        self.figures.mkdir(parents=True, exist_ok=True)
+        path = self.figures / f"{self.name[:2]}-{name}.png"
+        path.write_bytes(data)
+        if in_notebook():
+            from IPython.display import Image as Shown
+            from IPython.display import display
+
+            display(Shown(data=data, alt=alt))
+        else:
+            print(f"[picture: {path}]")
+
+    def check(self, written: Callable, instead: Callable) -> Callable:
+        """The learner's function if it is right, `instead` if it is not written yet or wrong; what is wrong is printed."""
+        wrong = complaint(self.name, written)
+        print(f"{written.__name__}: {'right' if wrong is None else wrong}")
+        if wrong is not None:
+            print("The lesson goes on with the library's own.")
+        return written if wrong is None else instead
+
+
+def start(name: str, options: str = "") -> Lesson:
+    """The run of the lesson `name`, as the command line says; in a notebook `options` say it, or the variable LESSON_OPTIONS."""
+    parser = argparse.ArgumentParser(prog=f"python lessons/{name}.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default="tiny", help="the bundled model, a .safetensors or .ckpt file, or a diffusers folder")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--quick", action="store_true", help="less of everything: to see that it runs")
+    parser.add_argument("--figures", type=Path, help="folder for the pictures; lessons/figures, or runs/lessons with another model or --quick")
+    is_program = Path(sys.argv[0]).stem == name
+    args = parser.parse_args(sys.argv[1:] if is_program else shlex.split(options or os.environ.get("LESSON_OPTIONS", "")))
+    usual = args.model == "tiny" and not args.quick
+    figures = args.figures or (HERE / "figures" if usual else HERE.parent / "runs" / "lessons")
+    try:
+        return Lesson(name, args.model, choose_device(args.device), args.quick, figures)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def picture_grid(rows: Sequence[Sequence], columns: Sequence[str] = (), labels: Sequence[str] = ()) -> Figure:
+    """Pictures in rows: PIL images, or two-dimensional arrays drawn as maps. columns: words above them; labels: beside the rows.
+
+    A None leaves its place empty.
+    """
+    width = STYLE["figure.figsize"][0]
+    wide, high = max(len(row) for row in rows), len(rows)
+    side = (width - (1.2 if labels else 0)) / wide
+    fig, axes = plt.subplots(high, wide, squeeze=False, figsize=(width, high * side + (0.4 if columns else 0.05)))
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, row in enumerate(rows):
+        for axis, picture in zip(axes[i], row):
+            if picture is not None:
+                axis.imshow(np.asarray(picture))
+    for axis, text in zip(axes[0], columns):
+        axis.set_title(text, fontsize=min(14, 90 / wide))
+    for axis, text in zip(axes[:, 0], labels):
+        axis.text(-0.06, 0.5, text, transform=axis.transAxes, ha="right", va="center", fontsize=13)
+    return fig
+
+
+def png(fig: Figure) -> bytes:
+    """The figure as a PNG, of as many colours as fit into 80 kB: noise has many and cannot be compressed. The same bytes every time."""
+    file = BytesIO()
+    fig.savefig(file, format="png", facecolor="white", metadata={"Software": None})
+    drawn = Image.open(BytesIO(file.getvalue())).convert("RGB")
+    for colours in (256, 128, 64, 32):
+        if file.tell() > LARGEST:
+            file = BytesIO()
+            drawn.quantize(colours, Image.Quantize.FASTOCTREE).save(file, format="PNG", optimize=True)
+    return file.getvalue()
+
+
+def in_notebook() -> bool:
+    return "ipykernel" in sys.modules and sys.modules["ipykernel"].kernelapp.IPKernelApp.initialized()
