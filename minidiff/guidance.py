@@ -36,7 +36,8 @@ def guided(
 
     context, uncond_context: what the text encoder gives for the prompts and for the negative (or empty) prompts. Both halves
     run as one batch, the unconditional one first; at guidance_scale 1 the conditional half runs alone, and uncond_context may
-    be None. shared_prefix: a U-Net may be given x_t and t once for both, and works out what does not depend on the text once. Raises ValueError for a guidance_scale that is not finite and for contexts that do not match.
+    be None. shared_prefix: the model is a U-Net, which is given x_t and t once for both halves and works out once what does not
+    depend on the text. Raises ValueError for a guidance_scale that is not finite and for contexts that do not match.
     """
     if not isfinite(guidance_scale):
         raise ValueError(f"guidance_scale {guidance_scale} is not a finite number; 1 is no guidance, 7.5 is usual")

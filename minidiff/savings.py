@@ -7,8 +7,8 @@
     graph           on CUDA: all kernels of U-Net and guidance recorded once, launched at one go    the same bits
 
 The first two and the last remember something. Nothing of it outlives the walk, and before each use it is made sure that what it was made
-from is as it was: the very same memory, not written to since. So adapters may come, go and be re-weighted and weights may move or be trained
-between two steps. (One thing goes unnoticed: writing into weights through `.data` or by a kernel of one's own, of which PyTorch knows nothing.)
+from is as it was: the very same memory, not written to since. So adapters may come, go and be re-weighted and weights may move or be
+trained between two steps. (Unnoticed goes what PyTorch knows nothing of: writing into weights through `.data` or by a kernel of one's own.)
 
 Left out: the sampler's ten small operations on the latents are not in the graph; they are launched while it still runs.
 """
@@ -119,7 +119,8 @@ class Seen:
     """Some tensors as they were when they were seen.
 
     It keeps their memory, so that nothing else can come to lie at the same address. PyTorch counts in `_version` how often a tensor was
-    written to, all but the writing of its fused optimizers (2.15); tensors of torch.inference_mode have no such count and are never the same.
+    written to, but not what its fused optimizers write (2.15): their steps are counted above. Tensors of torch.inference_mode have no count
+    and are never the same.
     """
 
     def __init__(self, *tensors: Tensor):

@@ -33,7 +33,9 @@ class DownLevel(nn.Module):
         )
         self.downsample = None if last else nn.Conv2d(c_out, c_out, 3, stride=2, padding=1)
 
-    def forward(self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B_t D_time"], context: Float[Tensor, "R L D_context"]) -> list[Tensor]:
+    def forward(
+        self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B_t D_time"], context: Float[Tensor, "R L D_context"]
+    ) -> list[Tensor]:
         """All outputs of the level, each a skip for the way up; the last one goes on down."""
         outputs = []
         for j, block in enumerate(self.blocks):

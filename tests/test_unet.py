@@ -87,8 +87,9 @@ def test_what_comes_before_the_first_cross_attention_runs_once_for_all_texts():
         module.register_forward_pre_hook(lambda module, args, name=name: rows.update({name: len(args[0])}))
     unet(x, t, words)
     block = "down.0.transformers.0.block"
-    assert {rows[name] for name in ("conv_in", "down.0.blocks.0", f"{block}.self_attention", "up.2.blocks.1.time_projection")} == {2}
-    assert {rows[name] for name in (f"{block}.cross_attention", f"{block}.feed_forward", "down.1.blocks.0", "up.2.blocks.1", "conv_out")} == {6}
+    once = "conv_in", "down.0.blocks.0", f"{block}.self_attention", "up.2.blocks.1.time_projection"
+    for_each = f"{block}.cross_attention", f"{block}.feed_forward", "down.1.blocks.0", "up.2.blocks.1", "conv_out"
+    assert {rows[name] for name in once} == {2} and {rows[name] for name in for_each} == {6}
 
 
 def test_texts_that_are_no_multiple_of_the_latents_are_refused():
