@@ -12,7 +12,7 @@ from minidiff.blocks import (
     FeedForward, ResBlock, SpatialTransformer, TimeEmbedding, TransformerBlock, as_many_rows, geglu, norm_silu, timestep_embedding,
 )  # fmt: skip
 from minidiff.kernels import geglu as geglu_kernel
-from minidiff.kernels import group_norm_silu
+from minidiff.kernels import group_norm_silu, tiles
 
 CLOSE = dict(rtol=1e-11, atol=1e-11)  # float64, over a few hundred additions a value
 
@@ -144,7 +144,7 @@ def counted(monkeypatch, module, name):
 @CASES
 def test_norm_and_silu_are_one_kernel_where_kernels_are_asked_for_and_the_input_is_channels_last(monkeypatch, name, as_it_should_be, by_kernel):
     calls = counted(monkeypatch, group_norm_silu, "fused_group_norm_silu")
-    norm, x = nn.GroupNorm(4, 8), noise(2, 8, 5, 6).float()
+    norm, x = nn.GroupNorm(4, 8).to(tiles.DEVICE), noise(2, 8, 5, 6).float().to(tiles.DEVICE)
     with attention_backend(name):
         out = norm_silu(norm, x.to(memory_format=torch.channels_last) if as_it_should_be else x)
     torch.testing.assert_close(out, F.silu(group_norm(x, norm)), rtol=1e-4, atol=1e-5)  # fp32 parity
@@ -154,7 +154,7 @@ def test_norm_and_silu_are_one_kernel_where_kernels_are_asked_for_and_the_input_
 @CASES
 def test_the_geglu_is_one_kernel_where_kernels_are_asked_for_and_the_input_is_contiguous(monkeypatch, name, as_it_should_be, by_kernel):
     calls = counted(monkeypatch, geglu_kernel, "fused_geglu")
-    x = noise(2, 3, 16).float()
+    x = noise(2, 3, 16).float().to(tiles.DEVICE)
     with attention_backend(name):
         out = geglu(x if as_it_should_be else x.transpose(0, 1).contiguous().transpose(0, 1))
     torch.testing.assert_close(out, x[..., :8] * F.gelu(x[..., 8:]), rtol=1e-4, atol=1e-5)  # fp32 parity
