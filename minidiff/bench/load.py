@@ -9,7 +9,7 @@ Memory is what a process has at its highest above the level before the call, as 
 what no file stands behind. Where the file has the asked dtype its pages are the weights, and resident counts; where it is converted the
 pages of the file can be given back at any time, and anonymous counts.
 
-This is a part of the command line, and beside cli.py the one place in minidiff/ that knows weights_loader.
+The benchmarks are a part of the command line, and may know weights_loader.
 """
 
 import json

@@ -186,8 +186,9 @@ class OneWay:
         for kind, known in tensors.items():
             given = self._on_device(case, known)
             found = _results(self.attend, case, given)
-            told["errors"][kind] = {name: _rms(found[name].cpu().double() - known[name].double()) for name in found}
-            told["scales"][kind] = {name: _rms(known[name].double()) for name in found}
+            exactly = {name: known[name].to(self.device).double() for name in found}
+            told["errors"][kind] = {name: _rms(found[name].double() - exactly[name]) for name in found}
+            told["scales"][kind] = {name: _rms(exactly[name]) for name in found}
             if kind == "normal":
                 if self.name == "minidiff":
                     told["picks"] = chosen(*(given[name] for name in "qkv"), case.heads, case.causal)
