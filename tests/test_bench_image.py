@@ -31,4 +31,5 @@ def test_nonsense_is_refused_at_once():
 def test_the_bench_runs_in_processes_of_its_own():
     lines = "\n".join(bench(rounds=1, model=small_config(), steps=1))
     assert "A picture of 32 x 32 in 1 steps" in lines and "refused" not in lines
-    assert [line.split(" | ")[0] for line in lines.splitlines()[-3:]] == ["| diffusers float32", "| diffusers bfloat16", "| minidiff bfloat16"]
+    names = [line.split(" | ")[0] for line in lines.splitlines()[-3:]]
+    assert names == ["| diffusers float32", "| diffusers bfloat16", "| minidiff bfloat16"]

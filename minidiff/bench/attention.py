@@ -66,7 +66,8 @@ def bench(
             case for dtype in dtypes for name in models for size in sizes for case in cases_of(name, model_config(name), size, batch, dtype)
         ]
     cases = list(dict.fromkeys(cases))
-    settings = {"cases": [asdict(case) for case in cases], "rounds": rounds, "device": device, "contenders": list(contenders), "kinds": list(kinds)}
+    settings = {"bench": "attention", "rounds": rounds, "device": device, "contenders": list(contenders), "kinds": list(kinds)}
+    settings["cases"] = [asdict(case) for case in cases]
     record = Record(out, settings)
     yield in_a_line(record.values["machine"])
     yield header(["attention", "calls", "way", *contenders, "best of PyTorch / minidiff", "error / best"])
@@ -78,8 +79,9 @@ def bench(
                 late = perf_counter() - began > TOO_LATE
                 measure(case, running, Path(folder) / "known.pt", rounds, kinds, record, late)
             yield from case_rows(case, record.results[str(case)], contenders)
-    refused = sorted({(name, one["refused"]) for result in record.results.values() for name, one in result["ways"].items() if "refused" in one})
-    yield from (f"\n{name} refused: {reason}" for name, reason in refused)
+    ways = [way for result in record.results.values() for way in result["ways"].items()]
+    for name, reason in sorted({(name, one["refused"]) for name, one in ways if "refused" in one}):
+        yield f"\n{name} refused: {reason}"
     sums = [one for when in ("seconds", "cold") for one in sums_of(cases, record.results, when)]
     yield "\n" + header(["attention of a U-Net step", "minidiff", "best of PyTorch at each shape", "times as fast"])
     for one in sums:

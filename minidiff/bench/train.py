@@ -51,7 +51,8 @@ def bench(
         raise ValueError(f"method {unknown[0]!r} unknown; choose {', '.join(METHODS)}")
     config = model_config(model) if isinstance(model, str) else model
     size = size or config.image_size // (2 if on_cpu else 1)
-    record = Record(out, {"bench": "train", "model": str(config), "size": size, "methods": list(methods), "rounds": rounds, "device": device})
+    settings = {"bench": "train", "model": str(config), "size": size, "methods": list(methods), "rounds": rounds, "device": device}
+    record = Record(out, settings)
     yield in_a_line(record.values["machine"])
     with model_folder(config) as folder:
         for name in ("subject", "class"):
@@ -214,7 +215,8 @@ def _diffusers_custom_diffusion(
         module = unet.get_submodule(name.removesuffix(".processor"))
         of_text = name.endswith("attn2.processor")
         width, context_width = module.to_q.out_features, module.to_k.in_features if of_text else None
-        processor = CustomDiffusionAttnProcessor2_0(of_text, train_q_out=False, hidden_size=width, cross_attention_dim=context_width).to(device)
+        sizes = {"hidden_size": width, "cross_attention_dim": context_width}
+        processor = CustomDiffusionAttnProcessor2_0(of_text, train_q_out=False, **sizes).to(device)
         if of_text:
             with torch.no_grad():
                 processor.to_k_custom_diffusion.weight.copy_(module.to_k.weight)

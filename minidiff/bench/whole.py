@@ -75,7 +75,7 @@ def started(job: dict) -> tuple[Peak, torch.device, torch.dtype]:
 
 
 def diffusers_pipeline(job: dict, device: torch.device, dtype: torch.dtype) -> "StableDiffusionPipeline":
-    """eager: as it comes; channels-last: U-Net and VAE in that layout; compiled: these and torch.compile, as diffusers' page on speed says."""
+    """eager: as it comes; channels-last: U-Net and VAE in that layout; compiled: torch.compile too, as diffusers' page on speed says."""
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(f"{job['folder']}/model", torch_dtype=dtype, local_files_only=True).to(device)
