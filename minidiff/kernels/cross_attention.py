@@ -5,11 +5,11 @@ In Stable Diffusion: latent cells look at the words of the prompt, 4096 queries 
 
     S = q k^T / sqrt(d)      m_n = max_j S_nj      l_n = sum_j exp(S_nj - m_n)      P = exp(S - m) / l      O = P v
 
-What differs is that all keys and values of a head fit into one multiprocessor (77 x 40 numbers of each). Whole rows of S are at hand, so
-the softmax is the textbook's (Vaswani et al. 2017, eq. 1): m and l are known at once, and nothing is rescaled as blocks of keys come in.
-The backward pass has whole rows, too: it computes them once more, which costs less than to keep anything but q, k and v. From dO:
+What differs is that all keys and values of a head fit into one multiprocessor (77 x 40 numbers of each). Whole rows of S are at hand,
+so the softmax is the textbook's (Vaswani et al. 2017, eq. 1): m and l are known at once, and nothing is rescaled as blocks of keys come
+in. The backward pass has whole rows, too: it computes them once more, which costs less than to keep anything but q, k and v. From dO:
 
-    dV = P^T dO      dP = dO v^T      delta_n = sum_j P_nj dP_nj      dS = P (dP - delta)      dQ = dS k / sqrt(d)      dK = dS^T q / sqrt(d)
+    dV = P^T dO     dP = dO v^T     delta_n = sum_j P_nj dP_nj     dS = P (dP - delta)     dQ = dS k / sqrt(d)     dK = dS^T q / sqrt(d)
 
 Forward, a program has BLOCK_N queries. There are enough of them to fill a GPU.
 Backward, a program has a strip of queries, BLOCK_N at a time: it writes their dQ and sums what they add to dK and dV. There are at most
@@ -20,7 +20,6 @@ Left out: masks of keys (the text encoder pads with tokens that are looked at as
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +28,10 @@ from torch import Tensor
 
 from minidiff.kernels.self_attention import dot_add, dot_heads, head_of, load_head, store_head, zeros_head
 from minidiff.kernels.tiles import LOG2_E, head_tiles, jit, refusal, tl, triton
+from minidiff.kernels.where import device_of
 
 MOST_KEYS = 256
-MOST_BYTES = 64 * 1024  # of a head's keys, padded; with as much for its values, what a multiprocessor of an A100 can share among threads (163 KiB)
+MOST_BYTES = 64 * 1024  # of a head's keys, padded; as much again for its values: threads of an A100 can share 163 KiB
 MOST_STRIPS = 16  # times 8 heads: a program for each of the 132 multiprocessors of an H200, even at batch 1
 ADDED = 1024  # numbers of dK and dV that a program adds up
 
@@ -65,9 +65,9 @@ def forward_kernel(
 
 @jit
 def backward_kernel(
-    q, k, v, dout, dq, dk_strips, dv_strips, N, L, q_batch, q_token, k_batch, k_token, v_batch, v_token, scale: tl.constexpr, d: tl.constexpr,
-    D_1: tl.constexpr, D_2: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, STRIP: tl.constexpr,
-    NEED_DQ: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr
+    q, k, v, dout, dq, dk_strips, dv_strips, N, L, q_batch, q_token, k_batch, k_token, v_batch, v_token,
+    scale: tl.constexpr, d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
+    STRIP: tl.constexpr, NEED_DQ: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr
 ):  # fmt: skip
     """dQ of a strip of STRIP queries, BLOCK_N at a time, and what they add to dK and dV of all keys (BLOCK_L: L, padded).
 
@@ -115,7 +115,7 @@ def backward_kernel(
 
 @jit
 def add_strips_kernel(strips, total, size, STRIPS: tl.constexpr, ADDED: tl.constexpr):
-    """total_i = strips_0i + strips_1i + ..., from left to right: the same bits in every run, which atomic additions would not give."""
+    """total_i = strips_0i + strips_1i + ..., from left to right: the same bits in every run, unlike atomic additions."""
     i = tl.program_id(0) * ADDED + tl.arange(0, ADDED)
     added = tl.zeros([ADDED], tl.float32)
     for strip in tl.static_range(STRIPS):
@@ -140,10 +140,11 @@ def padded_keys(L: int) -> int:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a kernel's work is divided: queries that a program has at a time, warps, and how many blocks are on their way from memory at once.
+    """How a kernel's work is divided: queries that a program has at a time, warps, and blocks that are on their way from memory at once.
 
     More queries mean fewer times that keys are read, fewer mean more programs and fewer registers: 16 rows a warp (queries forward, keys
-    backward) keep S, P and the sums in at most 255 registers a thread. one_pass: whether dK and dV fit both; if not, dV is a launch of its own.
+    backward) keep S, P and the sums in at most 255 registers a thread. one_pass: whether both dK and dV fit; if not, dV is a launch
+    of its own.
     """
 
     queries: int
@@ -153,16 +154,15 @@ class Blocks:
 
 
 def forward_blocks(d: int, dtype: torch.dtype) -> Blocks:
-    wide = d > 96
-    if dtype == torch.float32:  # no tensor cores
-        return Blocks(32, 8 if wide else 4, 1)
-    return Blocks(64, 8 if wide else 4, 1)
+    if dtype == torch.float32:  # without tensor cores: a thread needs whole rows of q and k in registers
+        return Blocks(32, 8 if d > 64 else 4, 1)
+    return Blocks(64, 8 if d > 96 else 4, 1)
 
 
 def backward_blocks(L: int, d: int, dtype: torch.dtype) -> Blocks:
     size = padded_keys(L) * sum(head_tiles(d))  # numbers of dK, and of dV
     if dtype == torch.float32:
-        return Blocks(16, 8, 1, size <= 128 * 64)
+        return Blocks(16, 8, 1, size <= 64 * 64)
     if size <= 64 * 64:
         return Blocks(32, 4, 2)
     if size <= 128 * 64:
@@ -170,8 +170,10 @@ def backward_blocks(L: int, d: int, dtype: torch.dtype) -> Blocks:
     return Blocks(32, 8, 1) if size <= 128 * 80 else Blocks(16, 8, 1, False)
 
 
-def fused_cross_attention(q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int) -> Float[Tensor, "B N D"]:
-    """softmax(q k^T / sqrt(d)) v in one kernel; `heads` heads of d = D / heads side by side, as in `attention_by_hand`; L at most 256.
+def fused_cross_attention(
+    q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int
+) -> Float[Tensor, "B N D"]:
+    """softmax(q k^T / sqrt(d)) v in one kernel; `heads` heads of d = D / heads side by side, as in `attention_by_hand`. L <= 256.
 
     q, k and v may be views of a fused projection: the strides of batch and tokens are free. The answer is contiguous. float16, bfloat16
     or float32. Twice the same inputs, twice the same bits, forward and backward. Raises ValueError for what `unsupported` names.
@@ -190,7 +192,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = Fals
         return f"{L} keys; this kernel has all keys of a head at once, at most {MOST_KEYS}"
     size = padded_keys(L) * sum(head_tiles(d)) * k.element_size()
     if size > MOST_BYTES:
-        return f"{L} keys of heads {d} wide take {size // 1024} KiB in {k.dtype}, padded; this kernel has all keys of a head at once, {MOST_BYTES // 1024} KiB"
+        kept = f"this kernel has all keys of a head at once, in {MOST_BYTES // 1024} KiB"
+        return f"{L} keys of heads {d} wide take {size // 1024} KiB in {k.dtype}, padded; {kept}"
     return None
 
 
@@ -199,9 +202,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         raise ValueError(f"fused cross-attention: {reason}")
     out, (B, N, D), L = _forward_shape(q, k, v, heads), q.shape, k.shape[1]
     blocks = forward_blocks(D // heads, q.dtype)
-    with _device_of(q):
+    with device_of(q):
         forward_kernel[triton.cdiv(N, blocks.queries), heads, B](
-            q, k, v, out, N, L, *_strides(q, k, v), *_constants(D // heads), *key_tiles(L), blocks.queries, num_warps=blocks.warps, num_stages=blocks.stages
+            q, k, v, out, N, L, *_strides(q, k, v), *_constants(D // heads), *key_tiles(L), blocks.queries, **_launch(blocks)
         )  # fmt: skip
     return out
 
@@ -222,12 +225,12 @@ def _backward(
     dout = dout.contiguous()
     dk_strips, dv_strips = (x.new_empty((strips, *x.shape), dtype=torch.float32) for x in (dk, dv))
     passes = [(need_dq, need_dk, need_dv)] if blocks.one_pass else [(need_dq, need_dk, False), (False, False, need_dv)]
-    with _device_of(q):
+    with device_of(q):
         for needed in passes:
             if any(needed):
                 backward_kernel[strips, heads, B](
-                    q, k, v, dout, dq, dk_strips, dv_strips, N, L, *_strides(q, k, v), *_constants(D // heads), padded_keys(L), blocks.queries, strip,
-                    *needed, num_warps=blocks.warps, num_stages=blocks.stages
+                    q, k, v, dout, dq, dk_strips, dv_strips, N, L, *_strides(q, k, v), *_constants(D // heads),
+                    padded_keys(L), blocks.queries, strip, *needed, **_launch(blocks)
                 )  # fmt: skip
         for partial, total in ((dk_strips, dk), (dv_strips, dv)):
             if total.numel():
@@ -251,12 +254,12 @@ def _constants(d: int) -> tuple[float, int, int, int]:
     return math.log2(math.e) / math.sqrt(d), d, *head_tiles(d)
 
 
-def _device_of(x: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+def _launch(blocks: Blocks) -> dict[str, int | bool]:
+    return dict(num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True)  # S scale - m is one instruction
 
 
-# As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs. The gradient of the gradient is not defined.
+# As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs.
+# There is no gradient of the gradient.
 _operation = torch.library.custom_op("minidiff::cross_attention", _forward, mutates_args=())
 _operation.register_fake(_forward_shape)
 _gradients = torch.library.custom_op("minidiff::cross_attention_backward", _backward, mutates_args=())
