@@ -84,6 +84,16 @@ def dot_add(weights, x_1, x_2, sum_1, sum_2, D_2: tl.constexpr):
 
 
 @jit
+def seen(s, rows, keys, L, CAUSAL: tl.constexpr, EVEN: tl.constexpr):
+    """S with -inf, of which the exponential is 0, at keys that a query does not see and at those beyond L (EVEN: there are none)."""
+    if CAUSAL:
+        s = tl.where((keys[None, :] <= rows[:, None]) & (keys[None, :] < L), s, float("-inf"))
+    elif not EVEN:
+        s = tl.where(keys[None, :] < L, s, float("-inf"))
+    return s
+
+
+@jit
 def zeros_head(rows: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
     return tl.zeros([rows, D_1], tl.float32), tl.zeros([rows, max(D_2, 16)], tl.float32)
 
@@ -123,10 +133,7 @@ def forward_kernel(
         k_1, k_2 = load_head(k, keys, L, k_token, d, D_1, D_2, EVEN)
         # S = q k^T / sqrt(d)
         s = dot_heads(q_1, q_2, k_1, k_2, D_2) * scale
-        if CAUSAL:
-            s = tl.where((keys[None, :] <= rows[:, None]) & (keys[None, :] < L), s, float("-inf"))
-        elif not EVEN:
-            s = tl.where(keys[None, :] < L, s, float("-inf"))
+        s = seen(s, rows, keys, L, CAUSAL, EVEN)
         # m' = max(m, max_j S_j)    p = exp(S - m')    alpha = exp(m - m')
         m_new = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - m_new[:, None])
@@ -187,9 +194,10 @@ def dk_dv_kernel(
         lse_n = tl.load(lse + rows, mask=rows < N, other=0.0)
         delta_n = tl.load(delta + rows, mask=rows < N, other=0.0)
         # P^T = exp(S^T - LSE)
-        p = tl.exp2(dot_heads(k_1, k_2, q_1, q_2, D_2) * scale - lse_n[None, :])
+        s = dot_heads(k_1, k_2, q_1, q_2, D_2) * scale
         if CAUSAL:
-            p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
+            s = tl.where(keys[:, None] <= rows[None, :], s, float("-inf"))
+        p = tl.exp2(s - lse_n[None, :])
         # dV = P^T dO
         dv_1, dv_2 = dot_add(p.to(do_1.dtype), do_1, do_2, dv_1, dv_2, D_2)
         # dP^T = v dO^T    dS^T = P^T * (dP^T - delta)
@@ -225,12 +233,9 @@ def dq_kernel(
         keys = first + tl.arange(0, BLOCK_L)
         k_1, k_2 = load_head(k, keys, L, k_token, d, D_1, D_2, EVEN)
         v_1, v_2 = load_head(v, keys, L, v_token, d, D_1, D_2, EVEN)
-        # P = exp(S - LSE); keys beyond L have S = 0, which may be far above LSE, so they are taken out and not left to be multiplied by 0
-        p = tl.exp2(dot_heads(q_1, q_2, k_1, k_2, D_2) * scale - lse_n[:, None])
-        if CAUSAL:
-            p = tl.where((keys[None, :] <= rows[:, None]) & (keys[None, :] < L), p, 0.0)
-        elif not EVEN:
-            p = tl.where(keys[None, :] < L, p, 0.0)
+        # P = exp(S - LSE)
+        s = dot_heads(q_1, q_2, k_1, k_2, D_2) * scale
+        p = tl.exp2(seen(s, rows, keys, L, CAUSAL, EVEN) - lse_n[:, None])
         # dP = dO v^T    dS = P * (dP - delta)    dQ = dS k, still without its 1 / sqrt(d)
         ds = p * (dot_heads(do_1, do_2, v_1, v_2, D_2) - delta_n[:, None])
         dq_1, dq_2 = dot_add(ds.to(k_1.dtype), k_1, k_2, dq_1, dq_2, D_2)
