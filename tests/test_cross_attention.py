@@ -131,7 +131,7 @@ def test_a_kernel_has_at_most_eight_divisions():
     [
         (((1, 5, 8), (1, 257, 8)), 1, HALF, False, "257 keys; this kernel has all keys of a head at once, at most 256"),
         (((1, 5, 8), (1, 3, 8)), 1, HALF, True, "causal; a prompt has no order among latent cells, use self-attention"),
-        (((1, 5, 320), (1, 200, 320)), 2, HALF, False, "200 keys of heads 160 wide take 80 KiB in .*float16, padded; .* at once, in 64 KiB"),
+        (((1, 5, 320), (1, 200, 320)), 2, HALF, False, "200 keys of heads 160 wide take 80 KiB in .*, padded; .* at once, in 64 KiB"),
         (((1, 5, 160), (1, 77, 160)), 1, FLOAT, False, "77 keys of heads 160 wide take 80 KiB in torch.float32"),
         (((1, 5, 8), (1, 3, 8)), 1, torch.float64, False, "dtype torch.float64"),
         (((1, 5, 12), (1, 3, 12)), 1, HALF, False, "1 heads in a width of 12; kernels take heads of a multiple of 8"),
