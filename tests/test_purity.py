@@ -23,7 +23,7 @@ from minidiff.bench import race as bench_race
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.evaluation import alignment, bundled, clip, kid
 from minidiff.evaluation.prompts import fixed_prompts
-from minidiff.kernels import cross_attention, geglu, group_norm_silu, tiles, where
+from minidiff.kernels import cross_attention, geglu, group_norm_silu, self_attention, tiles, where
 from minidiff.samplers import Denoiser, Level
 from minidiff.scenes import art
 from minidiff.schedule import NoiseSchedule, zero_terminal_snr
@@ -178,6 +178,9 @@ def examples() -> list[partial]:
         partial(unet.UNet(unet_config).forward, x_t, t, context),
         partial(cross_attention.fused_cross_attention, *(y.to(tiles.DEVICE) for y in (q, k, v)), 1),
         partial(cross_attention.unsupported, q, k, v, 1),
+        partial(self_attention.fused_self_attention, *(y.to(tiles.DEVICE) for y in (q, k, v)), 1),
+        partial(self_attention.unsupported, q, k, v, 1),
+        partial(tiles.refusal, q, k, v, 1),
         partial(geglu.fused_geglu, ones),
         partial(geglu.unsupported, ones),
         partial(group_norm_silu.fused_group_norm_silu, cells, 4, ones, ones, 1e-5),

@@ -30,7 +30,6 @@ Left out: dropout, other masks, sequences of different lengths, and dividing one
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +37,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minidiff.kernels.tiles import LOG2_E, dot, head_tiles, jit, refusal, tl, triton
+from minidiff.kernels.where import device_of
 
 
 @jit
@@ -294,7 +294,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> tuple
     out, lse = _forward_shapes(q, k, v, heads, causal)
     N, L, d = q.shape[1], k.shape[1], q.shape[2] // heads
     blocks = blocks_of("forward", N, d, q.dtype)
-    with _device_of(q):
+    with device_of(q):
         forward_kernel[triton.cdiv(N, blocks.queries), heads, len(q)](
             q, k, v, out, lse, N, L, *_strides(q, k, v), *_constants(d, causal), L % blocks.keys == 0, blocks.queries, blocks.keys, **_launch(blocks)
         )  # fmt: skip
@@ -312,7 +312,7 @@ def _backward(
     dq, dk, dv = _backward_shapes(dout, q, k, v, out, lse, heads, causal, need_dq, need_dk_dv)
     N, L, d = q.shape[1], k.shape[1], q.shape[2] // heads
     delta, dout = torch.empty_like(lse), dout.contiguous()
-    with _device_of(q):
+    with device_of(q):
         delta_kernel[triton.cdiv(N, 32), heads, len(q)](out, dout, delta, N, d, *head_tiles(d), 32)
         if need_dk_dv:
             blocks = blocks_of("dk_dv", L, d, q.dtype)
@@ -347,11 +347,6 @@ def _constants(d: int, causal: bool) -> tuple[float, int, int, int, bool]:
 
 def _launch(blocks: Blocks) -> dict[str, int | bool]:
     return dict(num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True)  # s scale - m is one instruction
-
-
-def _device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 # As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs. The gradient of the gradient is not defined.
