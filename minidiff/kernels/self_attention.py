@@ -263,7 +263,7 @@ def blocks_of(kernel: str, N: int, d: int, dtype: torch.dtype) -> Blocks:
     """The division of "forward", "dk_dv" or "dq" for N tokens on the side that a program keeps."""
     short = N < 1024
     if dtype == torch.float32:  # without tensor cores: a thread needs whole rows of q and k in registers
-        return Blocks(16, 32, 8, 1) if d > 64 else Blocks(32, 32, 4, 1)
+        return Blocks(16, 32, 8, 1) if d >= 64 else Blocks(32, 32, 4, 1)
     if kernel == "forward":
         return Blocks(64, 32, 4, 3) if d > 96 else Blocks(64, 64, 4, 3) if short else Blocks(128, 64, 8, 3)
     if kernel == "dk_dv":  # two sums of d columns in registers
@@ -359,9 +359,11 @@ _gradients.register_fake(_backward_shapes)
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]):
     *tensors, ctx.heads, ctx.causal = inputs
     ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the LSE's gradient
 
 
-def _differentiate(ctx, dout: Tensor, dlse: Tensor | None):
+def _differentiate(ctx, dout: Tensor, dlse: None):
     need_q, need_k, need_v = ctx.needs_input_grad[:3]
     dq, dk, dv = torch.ops.minidiff.self_attention_backward(dout, *ctx.saved_tensors, ctx.heads, ctx.causal, need_q, need_k or need_v)
     return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None
