@@ -1,8 +1,10 @@
-"""The command line: `minidiff generate`, `inspect`, `convert`, `compare`, `train METHOD`, `merge`, `compress`, `extract`, `bench WHAT`.
+"""The command line: `minidiff generate`, `inspect`, `convert`, `compare`, `train METHOD`, `merge`, `compress`, `extract`, `evaluate WHAT`,
+`bench WHAT`.
 
 Each function is a command; its arguments and docstring are what `--help` shows. What a user can get wrong ends in one line and exit
-code 2. The commands of training stand in cli_train.py, those that make small files of others in cli_merge.py, the benchmarks in cli_bench.py;
-with bench/ these are the only places here that know of weights_loader. Imports that take long stand inside the commands that need them.
+code 2. The commands of training stand in cli_train.py, those that make small files of others in cli_merge.py, those that measure in
+cli_evaluate.py and cli_bench.py; with bench/ these are the only places here that know of weights_loader. Imports that take long stand
+inside the commands that need them.
 """
 
 import sys
@@ -13,7 +15,7 @@ from typing import Literal
 
 import tyro
 
-from minidiff import cli_bench, cli_merge, cli_train
+from minidiff import cli_bench, cli_evaluate, cli_merge, cli_train
 from minidiff.cli_flags import Attentions, DTypes, Several, numbers_of
 from minidiff.cli_model import load, say, slug, weighted
 
@@ -41,6 +43,7 @@ def run(args: list[str]) -> None:
     groups = {
         "train": cli_train.COMMANDS,
         "merge": {"lora": cli_merge.merge_lora, "concepts": cli_merge.merge_concepts},
+        "evaluate": cli_evaluate.COMMANDS,
         "bench": cli_bench.COMMANDS,
     }
     if args[:1] and args[0] in groups:

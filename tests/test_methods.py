@@ -359,7 +359,7 @@ def test_an_inpainting_model_is_refused(tmp_path):
 
 def test_rare_words_and_class_captions_by_themselves():
     sd = small_model()
-    assert rare_words(sd, [], START, {}) is None
+    assert rare_words(sd, [], START, torch.Generator(), {}) is None
     with pytest.raises(ValueError, match="class pictures need a class word"):
         class_caption(Concept(images=Path("x"), token="sks"), "a photo of a {}")
 

@@ -36,7 +36,7 @@ from minidiff.trainers.augment import CODE_SIZES, PAPER_SIZES, SCENE_SIZES, Size
 from minidiff.trainers.cache import Cache, Pictures
 from minidiff.trainers.data import Example, caption_sources, check_distinct, read_folder
 from minidiff.trainers.loop import Training, TrainStep
-from minidiff.trainers.personalise import Group, Personalisation, Subject
+from minidiff.trainers.personalise import Adapter, Group, Personalisation, Subject
 from minidiff.trainers.presets import (
     Concept,
     CustomDiffusionOptions,
@@ -138,7 +138,8 @@ def custom_diffusion(
     start_from: one that was learnt before, to which these concepts are added (the paper's sequential training); it is not changed, its
     words stay as they are.
     """
-    tokens = rare_words(sd, concepts, options.start, {} if start_from is None or start_from.tokens is None else start_from.tokens.rows)
+    generator = torch.Generator().manual_seed(options.settings.seed)
+    tokens = rare_words(sd, concepts, options.start, generator, {} if start_from is None or start_from.tokens is None else start_from.tokens.rows)
     if start_from is None:
         adapter = create_custom_diffusion(sd, "cross_attention" if options.all_of_attention else "keys and values", tokens)
     else:
@@ -168,7 +169,7 @@ def phase_of(
     cache: Cache | None,
     *,
     modules: dict[str, nn.Module],
-    adapters: Sequence[LoRA | NewTokens | CustomDiffusion],
+    adapters: Sequence[Adapter],
     groups: Sequence[Group],
 ) -> Personalisation:
     """A training with the options' settings, samples and prior."""
@@ -221,20 +222,24 @@ def words_from_classes(sd: StableDiffusion, concepts: Sequence[Concept], options
 
 
 def rare_words(
-    sd: StableDiffusion, concepts: Sequence[Concept], start: Sequence[str | int] | None, before: Mapping[str, nn.Parameter]
+    sd: StableDiffusion,
+    concepts: Sequence[Concept],
+    start: Sequence[str | int] | None,
+    generator: torch.Generator,
+    before: Mapping[str, nn.Parameter],
 ) -> NewTokens | None:
-    """The words of before, and one for each concept that has a token, from rare ones of the vocabulary. None without any."""
+    """The words of before, and one for each concept that has a token, from rare ones of the vocabulary or random. None without any."""
     names = tokens_of(concepts)
     if again := [name for name in names if name in before]:
         raise ValueError(f"{again[0]} was learnt before; choose another token")
     start = RARE_TOKENS if start is None else start
     # Those that the words of before began with are passed over, as long as there are enough.
     first = len(before) if len(start) >= len(before) + len(names) else 0
-    if len(names) > len(start):
+    if start and len(names) > len(start):
         raise ValueError(f"{len(names)} concepts and {len(start)} words to start from ({', '.join(map(str, start))}); give one a concept")
     rows = {name: p.detach() for name, p in before.items()}
     if names:
-        rows |= create_tokens(sd, dict.fromkeys(names, 1), dict(zip(names, start[first:]))).rows
+        rows |= create_tokens(sd, dict.fromkeys(names, 1), dict(zip(names, start[first:])), generator).rows
     return NewTokens(rows) if rows else None
 
 

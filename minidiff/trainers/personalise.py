@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minidiff.adapters.custom_diffusion import CustomDiffusion
+from minidiff.adapters.family import Adapters
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.tokens import NewTokens
 from minidiff.pipeline import StableDiffusion
@@ -33,7 +34,7 @@ from minidiff.trainers.optimizer import adamw
 from minidiff.trainers.presets import Samples
 from minidiff.trainers.recipe import Settings
 
-Adapter = LoRA | NewTokens | CustomDiffusion
+Adapter = LoRA | NewTokens | CustomDiffusion | Adapters
 
 
 @dataclass(frozen=True, eq=False)

@@ -180,7 +180,7 @@ class CustomDiffusionOptions:
     """Custom Diffusion: keys and values of cross-attention, and a new word for each concept, at token_scale times the learning rate.
 
     all_of_attention: queries and outputs of cross-attention too, which the authors' program offers for faces.
-    start: the words or token numbers that the new words start from, in order; None takes rare tokens (adapters/tokens.py).
+    start: the words or token numbers that the new words start from, in order; None takes rare tokens (adapters/tokens.py), () random rows.
     sizes: the augmentation (augment.py), with the words of photographs or scenes for them.
     """
 

@@ -1,0 +1,245 @@
+"""The commands `minidiff evaluate ...`: pictures, weights and people's preference in numbers; the study of all methods.
+
+Imports that take long stand inside the commands that need them.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from minidiff.cli_flags import File, Whole
+from minidiff.cli_model import load, say
+
+if TYPE_CHECKING:
+    from minidiff.evaluation.alignment import Encoder
+
+Parts = Literal["all", "methods", "pairs", "compression", "custom", "lora", "pictures", "style"]
+
+
+def pictures(
+    folder: tyro.conf.Positional[Path],
+    /,
+    references: File = None,
+    real: File = None,
+    clip: File = None,
+    clip_model: str = "ViT-B-32",
+    size: int = 64,
+    out: File = None,
+    device: str = "auto",
+) -> None:
+    """How well pictures follow their captions, resemble reference pictures, and how far they are from real ones (KID).
+
+    Captions are read from NAME.txt beside each picture, metadata.jsonl or captions.json.
+
+    Args:
+        folder: the pictures
+        references: a folder with pictures of the subject: the mean cosine of each picture with all of them
+        real: a folder with real pictures, for KID; 500 or more of either are advised
+        clip: weights of a CLIP as open_clip reads them; without, the judge of the bundled scenes, which knows nothing else
+        clip_model: what open_clip calls the CLIP's network
+        size: side of the square that is cut from each picture; the judge reads 64
+        out: a .json file for the numbers, of each picture too
+        device: auto, cpu, cuda, cuda:1, mps
+    """
+    import torch
+
+    from minidiff.cli_model import choose_device
+    from minidiff.evaluation.alignment import image_alignment, text_alignment
+    from minidiff.evaluation.kid import kid
+    from minidiff.trainers.data import caption_sources, picture_paths, read_captions
+
+    encoder = choose_encoder(clip, clip_model, choose_device(device))
+    paths = picture_paths(folder)
+    if not paths:
+        raise ValueError(f"{folder}: no picture in it")
+    features = features_of(encoder, paths, size)
+    found: dict[str, torch.Tensor] = {}
+    if caption_sources(folder):
+        captions = read_captions(folder, paths)
+        found["text alignment"] = text_alignment(features, encoder.encode_texts([captions[path.name] for path in paths]).cpu())
+    if references is not None:
+        found["image alignment"] = image_alignment(features, features_of(encoder, picture_paths(references), size))
+    numbers: dict[str, object] = {}
+    for name, values in found.items():
+        error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
+        numbers[name] = {"mean": float(values.mean()), "error": error, "pictures": len(values), "each": values.tolist()}
+        print(f"{name:16} {float(values.mean()):.4f} ± {error:.4f}  {len(values)} pictures")
+    if real is not None:
+        others = features_of(encoder, picture_paths(real), size)
+        distance = kid(scaled(features), scaled(others), blocks=10)
+        numbers["KID"] = {"value": distance.value, "error": distance.error, "pictures": len(features), "real": len(others)}
+        print(f"{'KID':16} {distance.value:.4f} ± {distance.error:.4f}  {len(features)} pictures, {len(others)} real ones")
+        if min(len(features), len(others)) < 500:
+            say([f"KID of {len(features)} and {len(others)} pictures: fewer than 500, so its error is large"])
+    if not numbers:
+        raise ValueError(f"{folder}: nothing to compare with; write captions beside the pictures, or give --references or --real")
+    if out is not None:
+        out.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+
+
+def choose_encoder(clip: Path | None, name: str, device) -> "Encoder":
+    import weights_loader
+    from minidiff.evaluation.open_clip import OpenClip
+
+    return weights_loader.load_judge(device=device) if clip is None else OpenClip(name, clip, device)
+
+
+def features_of(encoder: "Encoder", paths: list[Path], size: int):
+    import torch
+
+    from minidiff.trainers.data import fit, load_picture
+
+    if not paths:
+        raise ValueError("a folder without pictures; give one with .png or .jpg files")
+    parts = []
+    for start in range(0, len(paths), 32):
+        pixels = torch.stack([fit(load_picture(path), size) for path in paths[start : start + 32]])
+        with torch.no_grad():
+            parts.append(encoder.encode_pictures(pixels).float().cpu())
+    return torch.cat(parts)
+
+
+def scaled(features):
+    """At length sqrt(D), as KID's kernel takes them from every encoder."""
+    import torch.nn.functional as F
+
+    return F.normalize(features, dim=1) * features.shape[1] ** 0.5
+
+
+def weights(base: tyro.conf.Positional[str], tuned: tyro.conf.Positional[str], /, top: int = 10) -> None:
+    """How far training moved a model's weights, by kind of layer: |W' - W| / |W| of the U-Net.
+
+    Args:
+        base: the model before
+        tuned: the model after
+        top: how many of the layers that moved most are listed
+    """
+    from minidiff.evaluation.weights import kind_of, layer_changes, relative_changes
+
+    before, after = (dict(load(model, "float32", "cpu").unet.named_parameters()) for model in (base, tuned))
+    for kind, change in relative_changes(before, after).items():
+        print(f"{kind:16} {100 * change:.3f} %")
+    each = layer_changes(before, after)
+    for name in sorted(each, key=lambda name: -each[name])[:top]:
+        print(f"  {100 * each[name]:8.3f} %  {kind_of(name):16} {name}")
+
+
+def pairs(first: tyro.conf.Positional[Path], second: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], /, seed: int = 0) -> None:
+    """A sheet of pairs for people to choose from, and a form to fill; pictures of one name in both folders, in random order.
+
+    Args:
+        first: a folder of pictures
+        second: another one's, of the same names
+        out: a new folder for sheet.png, form.csv and key.json, which says which side is whose
+        seed: of the order
+    """
+    from minidiff.evaluation.pairs import make_sheet
+
+    print(f"{make_sheet(first, second, out, seed)} pairs in {out / 'sheet.png'}; write left, right or equal into copies of {out / 'form.csv'}")
+
+
+def tally(key: tyro.conf.Positional[Path], forms: tyro.conf.Positional[tuple[Path, ...]], /) -> None:
+    """Counts filled forms of a sheet of pairs.
+
+    Args:
+        key: key.json of the sheet
+        forms: the filled forms, one a person
+    """
+    from minidiff.evaluation.pairs import tally as count
+
+    if not forms:
+        raise ValueError("no forms given; give the filled copies of form.csv")
+    found, names = count(key, forms), json.loads(key.read_text(encoding="utf-8"))
+    print(f"{names['first']} was preferred in {found.first}, {names['second']} in {found.second}, neither in {found.equal}")
+    print(f"share of the first: {100 * found.preferred:.1f} %, 95 % interval {100 * found.low:.1f} to {100 * found.high:.1f} %")
+
+
+def bundled(
+    model: tyro.conf.Positional[str] = "tiny",
+    /,
+    steps: int = 20,
+    guidance: float | None = None,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    limit: Whole = None,
+    device: str = "auto",
+    threads: Whole = None,
+) -> None:
+    """What a model of the bundled scenes obeys: the fixed prompts, drawn and judged.
+
+    Args:
+        model: the bundled one, or another that was trained on the scenes
+        steps: of the sampler
+        guidance: how strongly pictures follow the prompt; the model's own by default
+        seeds: every prompt is drawn on each
+        limit: so many of the 246 prompts, evenly spread
+        device: auto, cpu, cuda, cuda:1, mps
+        threads: CPU threads to use; all cores by default
+    """
+    from tqdm import tqdm
+
+    import weights_loader
+    from minidiff.cli_model import training_on
+    from minidiff.evaluation.bundled import evaluate, table
+
+    with training_on(device, threads) as device:
+        sd, judge = load(model, "float32", device), weights_loader.load_judge(device=device)
+        with tqdm(unit="picture", file=sys.stderr) as bar:
+            for progress in evaluate(sd, judge, steps=steps, guidance_scale=guidance, seeds=seeds, limit=limit):
+                bar.total = progress.total
+                bar.update(progress.done - bar.n)
+        print(table(progress.figures))
+
+
+def study(
+    out: tyro.conf.Positional[Path], /, part: Parts = "all", jobs: int = 1, threads: Whole = None, limit: Whole = None
+) -> None:
+    """Train every method on subjects that the bundled model has never seen, and measure what each gives; hours on a CPU.
+
+    Stopped at any time, it goes on with the runs that are not there yet. `minidiff evaluate report OUT` makes the tables.
+
+    Args:
+        out: folder of the study
+        part: which runs: all, methods, pairs, compression, custom, lora, pictures or style
+        jobs: runs at once, each in a process of its own
+        threads: CPU threads of each; the cores are shared out by default
+        limit: so many runs, and stop
+    """
+    from tqdm import tqdm
+
+    import weights_loader
+    from minidiff.study.plan import runs
+    from minidiff.study.run import study as make
+
+    chosen = [run for run in runs(part) if not (out / "results" / f"{run.name}.json").exists()][:limit]
+    load_tiny = partial(weights_loader.load, "tiny")
+    with tqdm(total=len(chosen), unit="run", file=sys.stderr) as bar:
+        for progress in make(out, chosen, load_tiny, weights_loader.load_judge, jobs=jobs, threads=threads):
+            bar.set_postfix_str(f"{progress.name}, {progress.left / 3600:.1f} h left", refresh=False)
+            bar.update()
+
+
+def report(out: tyro.conf.Positional[Path], /) -> None:
+    """Tables, findings and sheets of a study's runs: OUT/study.md, study.json, methods-SUBJECT.png.
+
+    Args:
+        out: folder of the study
+    """
+    import weights_loader
+    from minidiff.study.report import read, write
+
+    print(write(read(out), weights_loader.load_judge()))
+
+
+COMMANDS = {
+    "pictures": pictures,
+    "weights": weights,
+    "pairs": pairs,
+    "tally": tally,
+    "bundled": bundled,
+    "study": study,
+    "report": report,
+}

@@ -1,0 +1,53 @@
+"""A public CLIP as the encoder of alignment and KID: open_clip's network, its weights in a file that the user gives.
+
+Nothing is downloaded. Names are open_clip's, such as ViT-B-32 or ViT-L-14; OpenAI's weights go with their -quickgelu names.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+class OpenClip:
+    """An Encoder (alignment.py). Features have length 1; float32.
+
+    Raises ValueError for a name that open_clip does not know and for weights of another network, FileNotFoundError for no file.
+    """
+
+    def __init__(self, name: str, weights: Path, device: torch.device = torch.device("cpu")):
+        import open_clip  # seconds
+
+        if name not in open_clip.list_models():
+            raise ValueError(f"CLIP {name!r} unknown; open_clip has {', '.join(open_clip.list_models()[:8])}, ...")
+        if not weights.is_file():
+            raise FileNotFoundError(f"{weights}: no such file; give the weights of a CLIP as open_clip reads them")
+        self.model = open_clip.create_model(name, device=device)
+        try:
+            open_clip.load_checkpoint(self.model, str(weights))
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"{weights}: not the weights of {name} ({str(error).splitlines()[0]}); give the name they belong to") from error
+        self.model.eval().requires_grad_(False)
+        self.tokenizer = open_clip.get_tokenizer(name)
+        self.device = device
+        visual = self.model.visual
+        self.size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
+        self.mean, self.std = (torch.tensor(getattr(visual, f"image_{part}"), device=device)[:, None, None] for part in ("mean", "std"))
+
+    @torch.no_grad()
+    def encode_pictures(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        """Pixels in [-1, 1]; the shorter side is scaled to the network's size, the middle is taken."""
+        height, width = pixels.shape[2:]
+        scale = self.size / min(height, width)
+        size = (max(self.size, round(height * scale)), max(self.size, round(width * scale)))
+        x = F.interpolate(pixels.to(self.device).float(), size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+        top, left = (size[0] - self.size) // 2, (size[1] - self.size) // 2
+        x = x[:, :, top : top + self.size, left : left + self.size]
+        return self.model.encode_image(((x + 1) / 2 - self.mean) / self.std, normalize=True).float()
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
+        return self.model.encode_text(self.tokenizer(list(texts)).to(self.device), normalize=True).float()

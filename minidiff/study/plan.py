@@ -1,0 +1,153 @@
+"""Every run of the study: which method, on which subjects, with which seed, and what is changed about the method.
+
+The runs of a part are alike but for what the part asks about:
+
+    methods      all methods, one subject: what each gives and costs
+    pairs        two subjects: learnt jointly, merged, one after the other, and by DreamBooth
+    custom       Custom Diffusion with one thing changed (Kumari et al. 2023, table 3 and figures 8 to 10)
+    lora         LoRA with other ranks, layers, and the text encoder
+    pictures     Custom Diffusion from fewer or more pictures
+    compression  Custom Diffusion's changes, less and less of them
+    style        a style learnt from ten pictures
+
+All methods take the same number of steps of the same batch: the budget is equal, the presets give the rest.
+"""
+
+from dataclasses import dataclass, replace
+
+from minidiff.trainers.presets import (
+    CustomDiffusionOptions,
+    DreamBoothOptions,
+    LoRAOptions,
+    LowRankOptions,
+    Options,
+    PivotalOptions,
+    Prior,
+    TextualInversionOptions,
+    preset,
+)
+
+# Held-out subjects, and the subject of training that stands for their class: alike, and drawn well by the bundled model.
+SUBJECTS = {"tiger": "lion", "teapot": "mug", "violin": "guitar", "cake": "cupcake", "sofa": "chair"}
+PAIRS = tuple(zip(SUBJECTS, (*list(SUBJECTS)[1:], next(iter(SUBJECTS)))))
+SEEDS = (0, 1, 2)
+STEPS = 300  # of a batch of 4, for every method
+PICTURES = 5
+FEWER_SUBJECTS, FEWER_SEEDS = tuple(SUBJECTS)[:3], SEEDS[:2]  # enough for what is changed about one method
+
+UNTOUCHED = "untouched"
+SHARES = (0.8, 0.6, 0.4, 0.2, 0.1)
+STYLE = "a grey style"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its measurements. variant: a key of the part's variants. subjects: one, or two for the pairs; none for the style."""
+
+    part: str
+    variant: str
+    subjects: tuple[str, ...]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As a file name."""
+        words = " ".join((self.part, self.variant, *self.subjects, str(self.seed)))
+        return "-".join("".join(c if c.isalnum() or c == "." else " " for c in words).split())
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method and its numbers. method: of presets, or one of adapters/family.py's. pictures: how many of the subject it is given."""
+
+    method: str
+    options: Options
+    pictures: int = PICTURES
+
+
+def budget(options: Options) -> Options:
+    """The same options for STEPS steps in all; pivotal tuning takes half of them for its word."""
+    if isinstance(options, PivotalOptions):
+        half = STEPS // 2
+        return replace(
+            options, tokens=replace(options.tokens, settings=replace(options.tokens.settings, steps=half)),
+            lora=replace(options.lora, settings=replace(options.lora.settings, steps=STEPS - half)),
+        )  # fmt: skip
+    return replace(options, settings=replace(options.settings, steps=STEPS))
+
+
+def standard(method: str) -> Options:
+    """The bundled model's preset of a method, with the study's budget."""
+    return budget(preset(method, "bundled"))
+
+
+def methods() -> dict[str, Variant]:
+    """The rows of the first table, the untouched model aside."""
+    names = ("textual-inversion", "pivotal-tuning", "lora", "dreambooth-lora", "dreambooth", "custom-diffusion")
+    small = LoRAOptions(settings=standard("lora").settings)
+    return {name: Variant(name, standard(name)) for name in names} | {name: Variant(name, small) for name in ("adapter", "parallel", "prefix")}
+
+
+def custom() -> dict[str, Variant]:
+    """Custom Diffusion with one thing changed."""
+    base = standard("custom-diffusion")
+    generated = Prior(kind="generated", count=base.prior.count, steps=20)
+    all_weights = DreamBoothOptions(settings=standard("dreambooth").settings, prior=base.prior, prompt=base.prompt)
+    return {
+        "no augmentation": Variant("custom-diffusion", replace(base, sizes="none")),
+        "no regularisation": Variant("custom-diffusion", replace(base, prior=Prior())),
+        "generated regularisation": Variant("custom-diffusion", replace(base, prior=generated)),
+        "random first token": Variant("custom-diffusion", replace(base, start=())),
+        "all of cross-attention": Variant("custom-diffusion", replace(base, all_of_attention=True)),
+        "all weights": Variant("dreambooth", all_weights),
+    }
+
+
+def lora() -> dict[str, Variant]:
+    """LoRA with other ranks and layers."""
+    base = standard("lora")
+
+    def changed(**numbers) -> Variant:
+        return Variant("lora", replace(base, low_rank=replace(base.low_rank, **numbers)))
+
+    ranks = {f"rank {rank}": changed(rank=rank) for rank in (1, 4, 32)}
+    return ranks | {
+        "attention alone": changed(layers=("attention",)),
+        "convolutions too": changed(layers=("conv",)),
+        "text encoder too": changed(text_encoder=True),
+    }
+
+
+def pictures() -> dict[str, Variant]:
+    """Custom Diffusion from fewer or more pictures."""
+    return {f"{count} pictures": Variant("custom-diffusion", standard("custom-diffusion"), count) for count in (1, 2, 10)}
+
+
+def variants(part: str) -> dict[str, Variant]:
+    """By name, of the parts in which one subject is learnt by one method. Raises ValueError for another part."""
+    parts = {"methods": methods, "custom": custom, "lora": lora, "pictures": pictures}
+    if part not in parts:
+        raise ValueError(f"part {part!r} has no variants; choose {', '.join(parts)}")
+    return parts[part]()
+
+
+PAIR_VARIANTS = ("joint", "merged", "sequential", "dreambooth")
+
+
+def runs(part: str) -> list[Run]:
+    """The runs of a part, or of "all", what others build on first. Raises ValueError for an unknown part."""
+    parts = {
+        "methods": [Run("methods", name, (s,), seed) for seed in SEEDS for s in SUBJECTS for name in (UNTOUCHED, *methods())],
+        "pairs": [Run("pairs", name, pair, seed) for seed in SEEDS[:2] for pair in PAIRS for name in (UNTOUCHED, *PAIR_VARIANTS)],
+        "style": [Run("style", name, (), seed) for seed in FEWER_SEEDS for name in (UNTOUCHED, "custom-diffusion", "lora")],
+    } | {
+        part: [Run(part, name, (s,), seed) for seed in FEWER_SEEDS for s in FEWER_SUBJECTS for name in names]
+        for part, names in (
+            ("compression", [f"share {share}" for share in SHARES]), ("custom", custom()), ("lora", lora()), ("pictures", pictures()),
+        )
+    }  # fmt: skip
+    if part == "all":
+        return [run for one in parts.values() for run in one]
+    if part not in parts:
+        raise ValueError(f"part {part!r} unknown; choose all, {', '.join(parts)}")
+    return parts[part]

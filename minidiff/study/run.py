@@ -1,0 +1,114 @@
+"""All runs of the study, one after the other or several at once; each leaves one small file, so that the study can be stopped anywhere.
+
+    folder/results/NAME.json     the run, its scores, what it cost
+    folder/features/NAME.npy     the judge's features of its class pictures, float16: for KID over many runs
+    folder/rows/NAME.png         a row of its pictures: subject, class, new prompts
+    folder/pictures, class, learnt    what runs are given, and share
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minidiff.evaluation.clip import Judge
+from minidiff.pipeline import StableDiffusion, to_images
+from minidiff.study import measure
+from minidiff.study.learn import Learnt, learnt, style_pictures, training_pictures
+from minidiff.study.plan import SUBJECTS, UNTOUCHED, Run
+from minidiff.trainers.from_scratch import pixels_of
+from minidiff.viz import grid, save_png
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run that ended: done of total, its name, and the seconds that are left for the others."""
+
+    done: int
+    total: int
+    name: str
+    left: float
+
+
+def study(
+    folder: Path,
+    runs: Sequence[Run],
+    load: Callable[[], StableDiffusion],
+    load_judge: Callable[[], Judge],
+    *,
+    jobs: int = 1,
+    threads: int | None = None,
+) -> Iterator[Progress]:
+    """Makes the runs that are not there yet; yields after each. load, load_judge: called in each process.
+
+    jobs: processes at once. threads: of each; by default the cores are shared out. Raises ValueError for a folder of another model's runs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting = [run for run in runs if not (folder / "results" / f"{run.name}.json").exists()]
+    start, total = time.monotonic(), len(waiting)
+    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+    if jobs == 1:
+        torch.set_num_threads(threads)
+        for done, run in enumerate(waiting, start=1):
+            one(folder, run, load, load_judge)
+            yield Progress(done, total, run.name, (time.monotonic() - start) / done * (total - done))
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        going = {pool.submit(one, folder, run, load, load_judge): run for run in waiting}
+        try:
+            for done, future in enumerate(as_completed(going), start=1):
+                future.result()
+                yield Progress(done, total, going[future].name, (time.monotonic() - start) / done * (total - done))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def one(folder: Path, run: Run, load: Callable[[], StableDiffusion], load_judge: Callable[[], Judge]) -> None:
+    """Trains, measures, and writes one run's files, the result last."""
+    sd, judge = load(), load_judge()
+    sd_before = untouched_features(folder, run, sd, judge)
+    learning = learnt(sd, run, folder)
+    with learning.on(sd):
+        scores, features, pictures = measured(sd, judge, run, learning, sd_before)
+    for name in ("results", "features", "rows"):
+        (folder / name).mkdir(exist_ok=True)
+    save_png(grid(to_images(pictures), columns=len(pictures)), folder / "rows" / f"{run.name}.png")
+    np.save(folder / "features" / f"{run.name}.npy", features.numpy().astype(np.float16))
+    costs = {name: getattr(learning, name) for name in ("trained", "bytes", "seconds", "memory", "changes")}
+    path = folder / "results" / f"{run.name}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"run": asdict(run), "scores": scores, **costs}, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def measured(sd: StableDiffusion, judge: Judge, run: Run, learning: Learnt, before: torch.Tensor):
+    """The scores as numbers by name, the class's features, pictures to look at."""
+    if run.part == "style":
+        given = measure.chroma(pixels_of(np.stack([np.asarray(picture) for picture, _ in style_pictures(run.seed)])))
+        return measure.style_measured(sd, judge, learning.called[0], [name for _, name in style_pictures(run.seed)], given, before)
+    things = []
+    for subject, words in zip(run.subjects, learning.called):
+        pictures = pixels_of(np.stack([np.asarray(picture) for picture in training_pictures(subject, run.seed)]))
+        things.append(measure.Thing(subject, SUBJECTS[subject], words, pictures))
+    scores, features, pictures = measure.measured(sd, judge, things, before)
+    return asdict(scores), features, pictures
+
+
+def untouched_features(folder: Path, run: Run, sd: StableDiffusion, judge: Judge) -> torch.Tensor:
+    """Features of the other prompts' pictures before training; the same for all runs of the subjects."""
+    classes = [SUBJECTS[name] for name in run.subjects]
+    path = folder / "features" / f"{UNTOUCHED}-{'-'.join(classes) or 'style'}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        features, _ = measure.other_features(sd, judge, classes)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
+        np.save(temporary, features.numpy())
+        temporary.replace(path)
+    return torch.from_numpy(np.load(path))

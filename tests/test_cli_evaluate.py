@@ -1,0 +1,77 @@
+"""`minidiff evaluate ...`: pictures, weights, pairs, the study."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minidiff.scenes.scenes import Item, compose
+from tests.command import runner
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    return runner(monkeypatch, tmp_path, capsys)
+
+
+def scenes(folder, subjects, captions=True):
+    folder.mkdir()
+    for i, subject in enumerate(subjects):
+        scene = compose([Item(subject, px=50)], background="green", style="fluent")
+        Image.fromarray(scene.image).save(folder / f"{i}.png")
+        if captions:
+            (folder / f"{i}.txt").write_text(scene.caption)
+    return folder
+
+
+def test_real_scenes_follow_their_captions_better_than_others(run, tmp_path):
+    subjects = ("cat", "pizza", "car")
+    right, wrong = scenes(tmp_path / "right", subjects), scenes(tmp_path / "wrong", subjects)
+    for i in range(3):
+        (wrong / f"{i}.txt").write_text((right / f"{(i + 1) % 3}.txt").read_text())
+    cat = scenes(tmp_path / "cat", ("cat",), captions=False)
+    scores = {}
+    for folder in (right, wrong):
+        code, out, err = run("evaluate", "pictures", folder, "--references", cat, "--out", tmp_path / "out.json")
+        assert code == 0 and "text alignment" in out, err
+        scores[folder.name] = json.loads((tmp_path / "out.json").read_text())
+    assert scores["right"]["text alignment"]["mean"] > scores["wrong"]["text alignment"]["mean"] + 0.2
+    likeness = scores["right"]["image alignment"]["each"]
+    assert likeness[0] == pytest.approx(1, abs=1e-5) and max(likeness[1:]) < 0.9  # the cat itself; float32
+
+
+def test_kid_needs_pictures_and_says_when_they_are_few(run, tmp_path):
+    names = ["cat", "dog", "car", "pizza"] * 6
+    one, other = scenes(tmp_path / "one", names, captions=False), scenes(tmp_path / "other", names, captions=False)
+    code, out, err = run("evaluate", "pictures", one, "--real", other)
+    assert code == 0 and "KID" in out and "fewer than 500" in err
+
+
+def test_nothing_to_compare_with_is_said(run, tmp_path):
+    folder = scenes(tmp_path / "bare", ("cat",), captions=False)
+    code, out, err = run("evaluate", "pictures", folder)
+    assert code == 2 and "nothing to compare with; write captions beside the pictures" in err
+
+
+def test_weights_of_one_model_did_not_move(run, tmp_path):
+    code, out, err = run("evaluate", "weights", "tiny", "tiny", "--top", "1")
+    assert code == 0 and out.splitlines()[0].split() == ["cross-attention", "0.000", "%"]
+
+
+def test_a_sheet_is_made_and_counted(run, tmp_path):
+    for name, colour in (("a", 0), ("b", 255)):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.fromarray(np.full((8, 8, 3), colour, np.uint8)).save(tmp_path / name / f"{i}.png")
+    sheet = tmp_path / "sheet"
+    assert "3 pairs" in run("evaluate", "pairs", "a", "b", sheet)[1]
+    code, _, err = run("evaluate", "tally", sheet / "key.json", sheet / "form.csv")
+    assert code == 2 and "row 1" in err
+    (sheet / "form.csv").write_text("row,better\n1,left\n2,left\n3,equal\n")
+    assert "neither in 1" in run("evaluate", "tally", sheet / "key.json", sheet / "form.csv")[1]
+
+
+def test_a_report_of_nothing_says_what_to_run(run, tmp_path):
+    code, out, err = run("evaluate", "report", tmp_path)
+    assert code == 2 and "run minidiff evaluate study" in err
