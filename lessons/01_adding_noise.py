@@ -8,8 +8,8 @@
 # - Minutes: 20
 # - Picture: [figures/01-ladder.png](figures/01-ladder.png)
 #
-# A diffusion model is a network that has been taught to take noise out of a picture. Whoever can do that a little at a time can start from
-# nothing but noise, take some out again and again, and end at a picture that nobody ever drew. To teach the network, one first puts
+# A diffusion model is a network that has been taught to take noise out of a picture. With such a network one can start from nothing but
+# noise, take a little of it out again and again, and end at a picture that nobody ever drew. To teach the network, one first puts
 # noise *into* pictures, in amounts that are known exactly. That is all this lesson does: nothing is trained here.
 
 # %% [markdown]
@@ -59,7 +59,7 @@ assert -1 <= x_0.min() and x_0.max() <= 1
 # %% [markdown]
 # ## One step, and then all of them
 #
-# A step of the forward process adds a little noise. The noise $\epsilon$ (`eps`) is a tensor of the picture's shape whose every value is drawn
+# The way into noise is called the forward process. One step of it adds a little noise. The noise $\epsilon$ (`eps`) is a tensor of the picture's shape whose every value is drawn
 # from the normal distribution with mean 0 and variance 1. A small number $\beta_t$ says how much of it comes in at step $t$
 # (Ho et al. 2020, the DDPM paper, eq. 2):
 #
@@ -191,7 +191,7 @@ lesson.show(fig, "back", "Above a pizza in more and more noise, below x_0 from a
 
 # %% [markdown]
 # The same mistake is harmless where little noise came in, and ruins the picture where little of the picture is left: it is multiplied by
-# $\sqrt{(1 - \bar\alpha_t) / \bar\alpha_t}$. Hence nobody goes back in one jump. Samplers take a small step, ask the network again, and so on: lesson 03.
+# $\sqrt{(1 - \bar\alpha_t) / \bar\alpha_t}$. So nobody goes back in one jump. One takes a small step, asks the network again, takes another, and so on: that is a *sampler*, and lesson 03.
 
 # %% [markdown]
 # ## Stable Diffusion adds its noise to latents
@@ -247,9 +247,11 @@ axis.legend()
 lesson.show(fig, "without-roots", "Without the roots the variance dips to a half.")
 
 # %% [markdown]
-# What does it cost? Ask a network that was taught with the right equation. The U-Net of this model looks at $x_t$, at `t` and at the caption,
-# and from its answer follows what it takes $x_0$ for, `x0_hat`. (The bundled model answers with a mixture of noise and picture called v,
-# from which the library works out the same; lesson 12 comes back to it.) The error is the mean square, in latents, whose variance is about 1.
+# What does it cost? Ask a network that was taught with the right equation. That of Stable Diffusion, called the *U-Net*, is given $x_t$, `t`, and the
+# picture's caption as a tensor `context` (lesson 09 makes it). From its answer follows what it takes $x_0$ for, `x0_hat`. The bundled model's answer is not
+# the noise itself but a mixture of noise and picture, called v, from which `x0_hat` follows as well; lesson 12 comes back to it.
+#
+# The error is the mean square over the latent, whose variance is about 1.
 
 # %%
 t = torch.tensor([250, 500, 750])
@@ -315,8 +317,8 @@ lesson.show(fig, "real", "Both ratios fall alike; at the end this model's falls 
 # python lessons/01_adding_noise.py --model v1-5-pruned-emaonly.safetensors --device cuda
 # ```
 #
-# One minute. Expect the same ladder in finer grain, latents with 48 times fewer numbers than pixels, and a network of another prompt language: it has
-# never seen this drawing, and still knows what is noise in it.
+# One minute. Expect the same ladder in finer grain, and latents with 48 times fewer numbers than pixels. The checkpoint has never seen this very drawing, and
+# still finds it in the noise.
 
 # %% [markdown]
 # ## Read next

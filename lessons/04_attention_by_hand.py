@@ -93,6 +93,9 @@ sd = lesson.load()
 prompt = "a frog on a pink background"
 steps = list(sd.denoise(prompt, steps=9 if lesson.quick else 24, seeds=[2]))
 now = len(steps) // 3
+print(f"stopped after {now + 1} of {len(steps)} steps")
+
+# %%
 context = sd.encode_prompts([prompt])
 transformers = [m for m in sd.unet.modules() if isinstance(m, SpatialTransformer)]
 layer = transformers[-1].block.cross_attention
@@ -108,8 +111,7 @@ caught = {}
 hook = layer.register_forward_hook(lambda module, args, output: caught.update(x=args[0]))
 answer()
 hook.remove()
-print(f"after {now + 1} of {len(steps)} steps: x {list(caught['x'].shape)}")
-print(f"context {list(context.shape)}")
+print(f"x {list(caught['x'].shape)}, context {list(context.shape)}")
 
 # %%
 with torch.no_grad():
@@ -263,16 +265,18 @@ lesson.show(fig, "scale", "Without the scale the largest share grows with d.")
 
 # %%
 prompts = [prompt, "a burger on a white background", "a cactus on an orange background"]
-drawn = {"right": sd.generate(prompts, steps=8 if lesson.quick else 20, seed=2)}
+count = 8 if lesson.quick else 20
+drawn = {"right": sd.generate(prompts, steps=count, seed=2)}
 right = answer()
 
+# %%
 hooks = []
 for transformer in transformers:
     for asking in (transformer.block.self_attention, transformer.block.cross_attention):
         root_d = (asking.to_q.out_features // asking.heads) ** 0.5
         longer = lambda module, args, out, root_d=root_d: out * root_d
         hooks.append(asking.to_q.register_forward_hook(longer))
-drawn["without\nthe scale"] = sd.generate(prompts, steps=8 if lesson.quick else 20, seed=2)
+drawn["without\nthe scale"] = sd.generate(prompts, steps=count, seed=2)
 broken = answer()
 for hook in hooks:
     hook.remove()

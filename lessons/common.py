@@ -120,7 +120,7 @@ def picture_grid(rows: Sequence[Sequence], columns: Sequence[str] = (), labels: 
     wide, high = max(len(row) for row in rows), len(rows)
     side = (width - (1.2 if labels else 0)) / wide
     fig, axes = plt.subplots(high, wide, squeeze=False, figsize=(width, high * side + (0.4 if columns else 0.05)))
-    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.04, wspace=0, hspace=0)
     for axis in axes.flat:
         axis.axis("off")
     for i, row in enumerate(rows):

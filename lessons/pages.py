@@ -61,7 +61,8 @@ def run(entry: Entry, figures: Path, options: str = "") -> NotebookNode:
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
     }
     quiet = ["--log-level=ERROR"]  # a warning that whoever shares the machine could listen
-    client = NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(HERE)}}, extra_arguments=quiet)
+    folder = {"metadata": {"path": str(HERE)}}
+    client = NotebookClient(notebook, timeout=SECONDS, resources=folder, extra_arguments=quiet, coalesce_streams=True)
     client.execute(env=environment)
     return notebook
 
