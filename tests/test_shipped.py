@@ -8,6 +8,7 @@ import weights_loader
 from minidiff.evaluation.bundled import evaluate
 from minidiff.evaluation.figures import from_json, table
 from minidiff.evaluation.prompts import fixed_prompts
+from minidiff.trainers.recipe import RECIPES
 
 FOLDER = Path(weights_loader.__file__).parent / "bundled"
 RECORD = from_json((FOLDER / "figures.json").read_text(encoding="utf-8"))
@@ -36,3 +37,17 @@ def test_the_judge_says_the_same_again_of_a_third_of_the_pictures():
         ), key  # fmt: skip
         # A cosine. float32 rounding, grown over 20 guided steps, where batches or the machine are others.
         assert verdict.alignment == pytest.approx(recorded.alignment, abs=2e-3), key
+
+
+def test_the_half_trained_model_is_narrower_and_has_the_same_vae():
+    half, whole = weights_loader.load("half"), weights_loader.load("tiny")
+    assert half.config.unet.widths == RECIPES["half"].widths and half.tokenizer.config == whole.tokenizer.config
+    for (name, p), q in zip(half.vae.state_dict().items(), whole.vae.state_dict().values(), strict=True):
+        assert p.equal(q), name
+
+
+@pytest.mark.slow
+def test_the_half_trained_model_knows_backgrounds_and_hardly_any_subject():
+    *_, last = evaluate(weights_loader.load("half"), weights_loader.load_judge(), steps=10, seeds=(SEED,), limit=24)
+    assert last.figures.background.model.value == 1
+    assert last.figures.one_subject.model.value < 0.5

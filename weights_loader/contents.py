@@ -14,7 +14,7 @@ from torch import Tensor
 from weights_loader import detect, dialects
 from weights_loader.read import Checkpoint, read
 
-BUNDLED = {"tiny": Path(__file__).parent / "bundled" / "tiny.safetensors"}
+BUNDLED = {name: Path(__file__).parent / "bundled" / f"{name}.safetensors" for name in ("tiny", "half")}
 CARRIED_FILE = "carried.safetensors"  # beside the parts of a diffusers folder of ours, in LDM names
 PARTS = ("text_encoder", "unet", "vae")
 FOLDERS = (*PARTS, "tokenizer", "scheduler")

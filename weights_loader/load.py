@@ -70,6 +70,7 @@ def load(
 ) -> StableDiffusion:
     """Load a Stable Diffusion: a .safetensors or .ckpt file in LDM names, a diffusers folder, or "tiny", which ships with minidiff.
 
+    "half" ships too: a narrower model whose training was stopped early, for the lesson that trains on.
     dtype: of the weights; "file" is the one that holds every weight of the file exactly; None is float32 on the CPU, and elsewhere the
         U-Net's. A weight that has it already stays a window onto the file, everything else is converted tensor by tensor: nothing is in
         memory twice.
