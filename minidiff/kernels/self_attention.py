@@ -263,7 +263,7 @@ def blocks_of(kernel: str, N: int, d: int, dtype: torch.dtype) -> Blocks:
     """The division of "forward", "dk_dv" or "dq" for N tokens on the side that a program keeps."""
     short = N < 1024
     if dtype == torch.float32:  # without tensor cores: a thread needs whole rows of q and k in registers
-        return Blocks(16, 32, 8, 1) if d >= 64 else Blocks(32, 32, 4, 1)
+        return Blocks(32, 32, 4, 1) if d < 64 else Blocks(32, 16, 8, 1) if kernel == "dq" else Blocks(16, 32, 8, 1)
     if kernel == "forward":
         return Blocks(64, 32, 4, 3) if d > 96 else Blocks(64, 64, 4, 3) if short else Blocks(128, 64, 8, 3)
     if kernel == "dk_dv":  # two sums of d columns in registers
