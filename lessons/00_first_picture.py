@@ -204,9 +204,9 @@ print(f"this model's own scale: {sd.config.guidance_scale:g}")
 # %% [markdown]
 # ## Your turn: to_bytes
 #
-# The decoder gives pixels as numbers between -1 and 1, of shape B 3 H W. A picture file wants whole numbers between 0 and 255, colours
-# last: B H W 3, type `torch.uint8`. So -1 becomes 0, 1 becomes 255, and what is between is *rounded* to the nearest. The decoder is a
-# network and does not keep exactly to its range: what lies below -1 or above 1 counts as -1 or 1.
+# The decoder gives pixels as numbers between `-1` and `1`, of shape `[B, 3, H, W]`. A picture file wants whole numbers between `0` and
+# `255`, colours last: `[B, H, W, 3]`, type `torch.uint8`. So `-1` becomes `0`, `1` becomes `255`, and what is between is *rounded* to the
+# nearest. The decoder is a network and does not keep exactly to its range: what lies below `-1` counts as `-1`, what lies above `1` as `1`.
 #
 # `clamp`, `round`, `permute` and `to` are the methods of a tensor that you need.
 
