@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,12 +22,14 @@ from minidiff.adapters import custom_diffusion, family, lora
 from minidiff.bench import attention_cases
 from minidiff.bench import race as bench_race
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
-from minidiff.evaluation import alignment, bundled, clip, kid
+from minidiff.evaluation import alignment, bundled, clip, kid, weights
+from minidiff.evaluation.open_clip import OpenClip
 from minidiff.evaluation.prompts import fixed_prompts
 from minidiff.kernels import cross_attention, geglu, group_norm_silu, self_attention, tiles, where
 from minidiff.samplers import Denoiser, Level
 from minidiff.scenes import art
 from minidiff.schedule import NoiseSchedule, zero_terminal_snr
+from minidiff.study import measure
 from minidiff.trainers import diffusion_loss, from_scratch, loop, memory, optimizer, processes, regularisation
 from minidiff.trainers import judge as judge_trainer
 from minidiff.trainers.judge import JudgeTask, judge_config
@@ -86,6 +89,9 @@ def examples() -> list[partial]:
     with torch.no_grad():
         reading = judge.read(pixels)
     verdict = bundled.Verdict(True, True, None, None, None, 0.5)
+    public_clip = OpenClip.__new__(OpenClip)  # around any network
+    public_clip.model, public_clip.size, public_clip.device = SimpleNamespace(encode_image=lambda x, normalize: x.mean((2, 3))), 8, torch.device("cpu")
+    public_clip.mean = public_clip.std = torch.ones(3, 1, 1)
     return [
         partial(family.Adapter(8, 2, torch.Generator()).forward, q),
         partial(family.ParallelAdapter(8, 2, torch.Generator()).forward, q),
@@ -104,6 +110,11 @@ def examples() -> list[partial]:
         partial(custom_diffusion.compress(changes).deltas),
         partial(custom_diffusion.from_deltas, sd, changes),
         partial(custom_diffusion.merge_directions, torch.randn(2, 8), torch.randn(20, 8)),
+        partial(weights.layer_changes, changes, changes),
+        partial(weights.relative_changes, changes, changes),
+        partial(public_clip.encode_pictures, pixels),
+        partial(measure.chroma, pixels),
+        partial(measure.drift, q[0], q[0]),
         partial(blocks.timestep_embedding, t, 8),
         partial(blocks.TimeEmbedding(8).forward, t),
         partial(blocks.norm_silu, nn.GroupNorm(4, 8), x),

@@ -211,12 +211,12 @@ def custom_diffusion_of(sd: StableDiffusion, subject: str, seed: int, folder: Pa
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers = {name: getattr(result, name) for name in ("trained", "bytes", "seconds", "memory")}
     temporary = path.with_suffix(".tmp")
-    torch.save({"layers": detached(delta.layers), "rows": detached(delta.tokens.rows), **numbers}, temporary)
+    torch.save({"layers": _detached(delta.layers), "rows": _detached(delta.tokens.rows), **numbers}, temporary)
     temporary.replace(path)
     return result
 
 
-def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 

@@ -36,17 +36,17 @@ OF_THE_CLASS = 36  # over 15 runs 540: KID wants 500
 OF_OTHERS = 12
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Means over the pictures, see the module's docstring. both: of pairs alone, the share of the new prompts in which both subjects are likeliest."""
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """scores: means over the pictures, by the names above; of two subjects also "both", the share of the new prompts in which both are likeliest.
 
-    likeness: float
-    named: float
-    text: float
-    kept: float
-    others: float
-    drift: float
-    both: float | None = None
+    of_class, of_others: the features of these pictures. pictures: a row to look at, pixels in [-1, 1].
+    """
+
+    scores: dict[str, float]
+    of_class: Float[Tensor, "N D"]
+    of_others: Float[Tensor, "M D"]
+    pictures: Float[Tensor, "B 3 H W"]
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,14 @@ def other_features(sd: StableDiffusion, judge: Judge, class_words: Sequence[str]
     return reading.features, share([names[0] == p.subjects[0] for names, p in zip(likeliest(judge, reading), prompts)])
 
 
-@torch.no_grad()
-def measured(
-    sd: StableDiffusion, judge: Judge, things: Sequence[Thing], untouched: Float[Tensor, "N D"]
-) -> tuple[Scores, Float[Tensor, "M D"], Float[Tensor, "B 3 H W"]]:
-    """The scores of the model as it is now; the features of the class's pictures; and a row of pictures to look at.
+def drift(now: Float[Tensor, "N D"], untouched: Float[Tensor, "N D"]) -> float:
+    """How far the features of the same prompts' pictures moved: the mean of 1 - cosine."""
+    return float((1 - F.cosine_similarity(now, untouched)).mean())
 
-    untouched: the other prompts' features before training (`other_features`). One thing, or two that were learnt together.
-    """
+
+@torch.no_grad()
+def measured(sd: StableDiffusion, judge: Judge, things: Sequence[Thing]) -> Measured:
+    """The model as it is now, of one subject, or of two that were learnt together."""
     likeness, named, kept, features, shown = [], [], [], [], []
     for thing in things:
         texts = [on(with_article(thing.called), background) for background in cycled(backgrounds_of(thing.subject), OF_THE_SUBJECT)]
@@ -171,14 +171,11 @@ def measured(
     reading = judge.read(pictures)
     text = text_alignment(reading.features, judge.encode_texts(prompts(*true, backgrounds)))
     shown.append(pictures[:4])
-    both = share([sorted(names) == sorted(true) for names in likeliest(judge, reading, 2)]) if len(things) == 2 else None
-
     now, right = other_features(sd, judge, [thing.class_word for thing in things])
-    drift = float((1 - F.cosine_similarity(now, untouched)).mean())
-    scores = Scores(
-        float(np.mean(likeness)), share(named), float(text.mean()), share(kept), right, drift, both,
-    )  # fmt: skip
-    return scores, torch.cat(features), torch.cat(shown)
+    scores = {"likeness": float(np.mean(likeness)), "named": share(named), "text": float(text.mean()), "kept": share(kept), "others": right}
+    if len(things) == 2:
+        scores["both"] = share([sorted(names) == sorted(true) for names in likeliest(judge, reading, 2)])
+    return Measured(scores, torch.cat(features), now, torch.cat(shown))
 
 
 def chroma(pixels: Float[Tensor, "B 3 H W"]) -> float:
@@ -187,16 +184,12 @@ def chroma(pixels: Float[Tensor, "B 3 H W"]) -> float:
 
 
 @torch.no_grad()
-def style_measured(
-    sd: StableDiffusion, judge: Judge, style: str, shown: Sequence[str], given: float, untouched: Float[Tensor, "N D"]
-) -> tuple[dict[str, float], Float[Tensor, "M D"], Float[Tensor, "B 3 H W"]]:
-    """Of subjects that the style's pictures do not show, drawn in it: their chroma beside the given pictures', and the share that are still named."""
+def style_measured(sd: StableDiffusion, judge: Judge, style: str, shown: Sequence[str]) -> Measured:
+    """Of subjects that the style's pictures do not show, drawn in it: their chroma, and the share that are still named."""
     prompts = [p for p in fixed_prompts() if p.group == "one" and p.subjects[0] not in shown]
     prompts = list(spread(prompts, 2 * OF_OTHERS))
     pictures = drawn(sd, [f"{with_article(p.subjects[0])} in {style} style" for p in prompts], range(len(prompts)))
     reading = judge.read(pictures)
     named = share([names[0] == p.subjects[0] for names, p in zip(likeliest(judge, reading), prompts)])
     now, right = other_features(sd, judge, [])
-    drift = float((1 - F.cosine_similarity(now, untouched)).mean())
-    scores = {"chroma": chroma(pictures), "chroma_given": given, "named": named, "others": right, "drift": drift}
-    return scores, reading.features, pictures[:8]
+    return Measured({"chroma": chroma(pictures), "named": named, "others": right}, reading.features, now, pictures[:8])

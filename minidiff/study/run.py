@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -73,14 +73,15 @@ def study(
 def one(folder: Path, run: Run, load: Callable[[], StableDiffusion], load_judge: Callable[[], Judge]) -> None:
     """Trains, measures, and writes one run's files, the result last."""
     sd, judge = load(), load_judge()
-    sd_before = untouched_features(folder, run, sd, judge)
+    before = untouched_features(folder, run, sd, judge)
     learning = learnt(sd, run, folder)
     with learning.on(sd):
-        scores, features, pictures = measured(sd, judge, run, learning, sd_before)
+        found = looked_at(sd, judge, run, learning)
+    scores = found.scores | {"drift": measure.drift(found.of_others, before)}
     for name in ("results", "features", "rows"):
         (folder / name).mkdir(exist_ok=True)
-    save_png(grid(to_images(pictures), columns=len(pictures)), folder / "rows" / f"{run.name}.png")
-    np.save(folder / "features" / f"{run.name}.npy", features.numpy().astype(np.float16))
+    save_png(grid(to_images(found.pictures), columns=len(found.pictures)), folder / "rows" / f"{run.name}.png")
+    np.save(folder / "features" / f"{run.name}.npy", found.of_class.numpy().astype(np.float16))
     costs = {name: getattr(learning, name) for name in ("trained", "bytes", "seconds", "memory", "changes")}
     path = folder / "results" / f"{run.name}.json"
     temporary = path.with_suffix(".tmp")
@@ -88,17 +89,18 @@ def one(folder: Path, run: Run, load: Callable[[], StableDiffusion], load_judge:
     temporary.replace(path)
 
 
-def measured(sd: StableDiffusion, judge: Judge, run: Run, learning: Learnt, before: torch.Tensor):
-    """The scores as numbers by name, the class's features, pictures to look at."""
+def looked_at(sd: StableDiffusion, judge: Judge, run: Run, learning: Learnt) -> measure.Measured:
+    """What the model with what was learnt draws."""
     if run.part == "style":
-        given = measure.chroma(pixels_of(np.stack([np.asarray(picture) for picture, _ in style_pictures(run.seed)])))
-        return measure.style_measured(sd, judge, learning.called[0], [name for _, name in style_pictures(run.seed)], given, before)
+        given = style_pictures(run.seed)
+        found = measure.style_measured(sd, judge, learning.called[0], [name for _, name in given])
+        chroma_given = measure.chroma(pixels_of(np.stack([np.asarray(picture) for picture, _ in given])))
+        return replace(found, scores=found.scores | {"chroma_given": chroma_given})
     things = []
     for subject, words in zip(run.subjects, learning.called):
         pictures = pixels_of(np.stack([np.asarray(picture) for picture in training_pictures(subject, run.seed)]))
         things.append(measure.Thing(subject, SUBJECTS[subject], words, pictures))
-    scores, features, pictures = measure.measured(sd, judge, things, before)
-    return asdict(scores), features, pictures
+    return measure.measured(sd, judge, things)
 
 
 def untouched_features(folder: Path, run: Run, sd: StableDiffusion, judge: Judge) -> torch.Tensor:
