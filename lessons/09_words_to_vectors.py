@@ -36,7 +36,6 @@ import dataclasses
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib import pyplot as plt
 
 from lessons.common import BLUE, SKY, picture_grid, start
@@ -77,13 +76,15 @@ for i, row in enumerate(steps):
         axis.text(left + letters / 2, i, piece.removesuffix("</w>"), color="white", fontsize=11,
                   ha="center", va="center")  # fmt: skip
         left += letters
-axis.set(xticks=[], yticks=[0, len(steps) - 1], yticklabels=["letters", "pieces"])
+axis.set(xticks=[], xlim=(0, left))
+axis.set_yticks([0, len(steps) - 1], ["letters", "pieces"])
 axis.invert_yaxis()
 axis.grid(False)
 lesson.show(fig, "pieces", "Row by row the letters of mushroomburger join to a few pieces.")
 
 # %% [markdown]
-# Nobody has taught the model this word. It can be written all the same, in pieces that it has met. A word that it was taught stands in the list whole.
+# Nobody has taught the model this word. It can be written all the same, in pieces that it has met. A word that it was taught stands in the list whole: "mushroom" does, with its
+# `m</w>` at the end. Inside our longer word the letter is a plain `m`, and so stays by itself.
 
 # %% [markdown]
 # ## Your turn: spell
@@ -193,7 +194,8 @@ names = subject_names(held_out=False)
 places = [tokenizer.words(f"a {name}")[-1][1][-1] for name in names]
 vectors = sd.encode_prompts([f"a {name}" for name in names])[range(len(names)), places].cpu()
 assert vectors.shape == (len(names), D)
-vectors = F.normalize(vectors - vectors.mean(dim=0), dim=-1)
+vectors = vectors - vectors.mean(dim=0)
+vectors = vectors / vectors.norm(dim=1, keepdim=True)
 alike = vectors @ vectors.T  # the cosine of each two
 nearest = alike.topk(4).indices  # the first is the word itself
 asked = ("strawberry", "broccoli", "panda", "banana")
@@ -212,7 +214,7 @@ def picture(name):
 
 rows = [[picture(names[j]) for j in nearest[names.index(name)]] for name in asked]
 fig = picture_grid(rows, ["word", "nearest", "second", "third"], list(asked))
-lesson.show(fig, "neighbours", "Four emoji, and beside each its nearest words' emoji, which look alike.")
+lesson.show(fig, "neighbours", "Four emoji, and beside each those of its nearest words: alike.")
 
 # %% [markdown]
 # A dictionary would put the strawberry beside the banana. Here words are near whose *pictures* look alike. Is that so, or were four good examples chosen? Compare the mean colour of
@@ -266,16 +268,17 @@ captions = [scene.caption for scene in scenes]
 
 
 @torch.no_grad()
-def encode(texts, tokenizer=tokenizer):
-    return encoder(tokenizer(texts).to(lesson.device))
+def encode(texts, reader):
+    return encoder(reader(texts).to(lesson.device))
 
 
-assert encode(captions).shape == encode(captions, theirs).shape == (len(scenes), L, D)
+assert encode(captions, tokenizer).shape == encode(captions, theirs).shape == (len(scenes), L, D)
 
 # %%
 pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2)
 size = (sd.config.image_size, sd.config.image_size)
-pixels = F.interpolate(pixels / 127.5 - 1, size=size, mode="bicubic").to(lesson.device)
+pixels = torch.nn.functional.interpolate(pixels / 127.5 - 1, size=size, mode="bicubic")
+pixels = pixels.to(lesson.device)
 t = torch.linspace(500, 950, len(scenes)).long().to(lesson.device)
 with torch.no_grad():
     x_0 = sd.vae.encode(pixels).mean * sd.config.vae.scaling_factor
@@ -290,15 +293,16 @@ def error(context, i=slice(None)):
 
 # %%
 errors = {
-    "as trained": error(encode(captions)),
+    "as trained": error(encode(captions, tokenizer)),
     "other family's": error(encode(captions, theirs)),
     "cut off": 0.0,
-    "another caption": error(encode(captions[1:] + captions[:1])),
-    "no caption": error(encode([""] * len(captions))),
+    "another caption": error(encode(captions[1:] + captions[:1], tokenizer)),
+    "no caption": error(encode([""] * len(captions), tokenizer)),
 }
 for i, caption in enumerate(captions):
     end = 2 + len(tokenizer.encode(caption))  # the row after the end token
-    errors["cut off"] += error(encode([caption])[:, :end], slice(i, i + 1)) / len(captions)
+    errors["cut off"] += error(encode([caption], tokenizer)[:, :end], slice(i, i + 1))
+errors["cut off"] /= len(captions)
 best, worst = errors["as trained"], errors["no caption"]
 for name, value in errors.items():
     print(f"{name:16} {value:.3f}: {value / best - 1:+.1%}")
@@ -308,7 +312,7 @@ assert lesson.model != "tiny" or lesson.quick or best < errors["other family's"]
 fig, axis = plt.subplots()
 above = [100 * (value / best - 1) for value in errors.values()]
 axis.barh(list(errors), above, color=[BLUE] * 3 + [SKY] * 2)
-axis.set(xlabel="error of the answer, % above the trained padding")
+axis.set(xlabel="error, % above the trained padding")
 axis.invert_yaxis()
 lesson.show(fig, "padding", "Bars: wrong padding costs something, a wrong caption much more.")
 
@@ -322,7 +326,9 @@ draw = noise_source([1] * len(prompts), shape, lesson.device)
 x_T, empty = draw(), [""] * len(prompts)
 rows = []
 for reader in (tokenizer, theirs):
-    model = guided(sd.unet, encode(prompts, reader), encode(empty, reader), sd.config.guidance_scale)
+    model = guided(
+        sd.unet, encode(prompts, reader), encode(empty, reader), sd.config.guidance_scale
+    )
     with torch.no_grad():
         *_, last = sample(model, x_T, sd.schedule, steps=8 if lesson.quick else 16)
     rows.append(to_images(sd.decode(last.x_t)))
@@ -335,8 +341,8 @@ fig = picture_grid(rows, columns, ["as\ntrained", "other\nfamily's"])
 lesson.show(fig, "wrong-padding", "Three pictures, and below the same with the wrong padding.")
 
 # %% [markdown]
-# Nothing crashed, no shape was wrong, and the pictures still show what was asked for. This is what makes the mistake so common: it is seen only beside the right
-# picture, or in a number.
+# The second guess was right, for this model and these pictures. Nothing crashed, no shape was wrong, and one can still tell what was asked for. This is what makes the mistake so
+# common: it is seen only beside the right picture, or in a number.
 
 # %% [markdown]
 # ## On real Stable Diffusion
@@ -349,8 +355,9 @@ lesson.show(fig, "wrong-padding", "Three pictures, and below the same with the w
 # %%
 for name, config in (("SD 1.x", SD1), ("SD 2.x", SD2)):
     text, own = config.text_encoder, Tokenizer(config.tokenizer)
-    print(f"{name}: {len(own.bpe.bpe_ranks)} merges, {own.vocab_size} tokens, {text.context_length} places")
-    print(f"  {text.layers} of {text.layers + (name == 'SD 2.x')} blocks, width {text.width}")
+    print(f"{name}: {len(own.bpe.bpe_ranks)} merges, {own.vocab_size} tokens")
+    in_file = text.layers + (name == "SD 2.x")
+    print(f"  {text.context_length} places, {text.layers} of {in_file} blocks, width {text.width}")
     print("  a photo of a cat:", own(["a photo of a cat"])[0, :9].tolist(), "...")
     print("  mushroomburger:", own.decode(own.encode("mushroomburger")[:1]), "| ...")
     print("  &amp; is read as", own.decode(own.encode("&amp;")))
