@@ -63,6 +63,11 @@ def in_a_line(machine: dict[str, object]) -> str:
     return gpu + "{processor}, {usable} of {cores} cores; {versions}\n".format_map(machine)
 
 
+def command() -> str:
+    """What was typed, without the place where minidiff is installed."""
+    return " ".join(["minidiff", *sys.argv[1:]])
+
+
 class Record:
     """What was measured, as JSON: whole on the disk after each number that is kept, so that a run that ends early leaves what it has.
 
@@ -72,7 +77,7 @@ class Record:
 
     def __init__(self, out: Path | None, settings: dict[str, object]):
         self.out = out
-        self.values = {"command": " ".join(sys.argv), "machine": machine(), "settings": settings, "finished": False, "results": {}}
+        self.values = {"command": command(), "machine": machine(), "settings": settings, "finished": False, "results": {}}
         earlier = _read(out)
         if not earlier.get("finished", True) and all(earlier.get(name) == self.values[name] for name in ("machine", "settings")):
             self.values["results"] = earlier["results"]

@@ -26,7 +26,7 @@ from statistics import median
 import torch
 
 import weights_loader
-from minidiff.bench.common import check, in_a_line, machine, made_up
+from minidiff.bench.common import check, command, in_a_line, machine, made_up
 from minidiff.bench.one_load import Measurement
 from minidiff.config import SD1, ModelConfig
 from minidiff.pipeline import StableDiffusion
@@ -67,7 +67,7 @@ def bench(
     if not Path("/proc/self/clear_refs").exists():
         raise ValueError(f"bench load reads the memory of a process from /proc, which {platform.system()} does not have; run it on Linux")
     check(rounds, out, against)
-    record = {"command": " ".join(sys.argv), "machine": machine(), "rounds": rounds, "cases": []}
+    record = {"command": command(), "machine": machine(), "rounds": rounds, "cases": []}
     missed = []
     yield in_a_line(record["machine"])
     yield "| file | minidiff | diffusers | ratio | with imports | | ratio | memory | minidiff | diffusers | of the model's size |"
