@@ -9,14 +9,15 @@
 # - Picture: [figures/06-swapped.png](figures/06-swapped.png)
 #
 # The U-Net of the lessons before is one network for all timesteps. This lesson takes its commonest part out, the *ResBlock*: two
-# convolutions, a place where the timestep comes in, and a way around it all. A U-Net is mostly ResBlocks; how they are put together is lesson 07.
+# convolutions, a place where the timestep comes in, and a way around it all. A U-Net is mostly ResBlocks; how they are put together is
+# lesson 07.
 
 # %% [markdown]
 # ## Guess first
 #
-# The timestep becomes a vector: first cosines, then sines. Much code of other fields has the sines first. It is the same numbers in another
-# order, and the next layer is a `Linear`, which does not care about order when it is trained. Now a network that was trained with cosines
-# first is given the sines first. What do its pictures look like?
+# The timestep becomes a vector: first cosines, then sines. Much code of other fields has the sines first. It is the same numbers in
+# another order, and the next layer is a `Linear`, which does not care about order when it is trained. Now a network that was trained with
+# cosines first is given the sines first. What do its pictures look like?
 #
 # 1. The same: all the information is still there.
 # 2. The right things, but spoilt in some way. In which?
@@ -25,8 +26,9 @@
 # %% [markdown]
 # ## One network for every amount of noise
 #
-# Near timestep 0 the network should take out a trace of grain, near 999 it should see a picture where there is hardly one. Those are different tasks. So the
-# network is told `t`. Does it listen? Take pictures with the noise of one timestep, and tell it another one.
+# At the first timesteps the network should take out a trace of grain, at the last it should see a picture where there is hardly one.
+# Those are different tasks. So the network is told `t`. Does it listen? Take pictures with the noise of one timestep, and tell it another
+# one.
 
 # %%
 import math
@@ -35,7 +37,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
-from torch import nn
 
 from lessons.common import picture_grid, start
 from minidiff import blocks
@@ -97,20 +98,22 @@ axis.legend()
 lesson.show(fig, "told", "Three valleys: the error is smallest near the timestep that is true.")
 
 # %% [markdown]
-# The error is the mean square of what the network takes $x_0$ for, less the true one. Each curve is lowest near the truth. Told too little the network leaves
-# noise in the picture, told too much it takes the picture for noise. So what it is told matters, and the rest of the lesson follows that one number on its way in.
+# The error is the mean square of what the network takes $x_0$ for, less the true one. Each curve is lowest near the truth. Told too
+# little the network leaves noise in the picture, told too much it takes the picture for noise. So what it is told matters, and the rest
+# of the lesson follows that one number on its way in.
 
 # %% [markdown]
 # ## A number as many clocks
 #
-# A network does badly with one number between 0 and 999. Its first layer can only multiply it, and then 500 and 501 look the same. So the number is
-# written with many hands of a clock. The fastest goes round every $2 \pi$ timesteps and tells neighbours apart; each is slower than the one before;
-# the slowest does not finish one round, and says only "early" or "late". With half as many hands $h$ as the vector is wide (Vaswani et al. 2017, section 3.5):
+# A network does badly with one number between none and a thousand. Its first layer can only multiply it, and then neighbours look the
+# same. So the number is written with many hands of a clock. The fastest goes round every $2 \pi$ timesteps and tells neighbours apart;
+# each is slower than the one before; the slowest does not finish one round, and says only "early" or "late". With half as many hands $h$
+# as the vector is wide (Vaswani et al. 2017, section 3.5):
 #
 # $$\omega_i = 10000^{-i / h}, \quad i = 0 \ldots h - 1$$
 #
-# A hand is given by its two coordinates, so each angle $t \, \omega_i$ becomes a cosine and a sine. Stable Diffusion writes all cosines, then all sines. The
-# vector is called the *time embedding*.
+# A hand is given by its two coordinates, so each angle $t \, \omega_i$ becomes a cosine and a sine. Stable Diffusion writes all cosines,
+# then all sines. The vector is called the *time embedding*.
 
 # %%
 width = sd.unet.time_embedding.width
@@ -121,7 +124,7 @@ for i in (0, half // 2, half - 1):
     print(f"hand {i:3} of {half}: once round in {2 * math.pi * 10000 ** (i / half):8.1f} timesteps")
 
 fig, axis = plt.subplots()
-axis.imshow(waves.T, aspect="auto", interpolation="nearest")
+axis.imshow(waves.T.numpy(), aspect="auto", interpolation="nearest")
 axis.axhline(half - 0.5, color="white", linewidth=1.5)
 axis.set(xlabel="timestep t", ylabel="cosines         sines", yticks=[0, half, width - 1])
 axis.yaxis.label.set_rotation(-90)
@@ -130,9 +133,11 @@ axis.grid(False)
 lesson.show(fig, "waves", "Above cosines, below sines: fast waves first, the last nearly constant.")
 
 # %% [markdown]
-# Each column is one timestep's vector. In the last rows of each half, the slow hands, the cosines stay near 1 and the sines near 0 for all timesteps. Remember this for the guess.
+# Each column is one timestep's vector. In the last rows of each half, the slow hands, the cosines stay near $1$ and the sines near $0$
+# for all timesteps. Remember this for the guess.
 #
-# Why a cosine *and* a sine? Because $\cos a \cos b + \sin a \sin b = \cos(a - b)$: the product of two timesteps' vectors depends only on how far apart they are.
+# Why a cosine *and* a sine? Because $\cos a \cos b + \sin a \sin b = \cos(a - b)$: the product of two timesteps' vectors depends only on
+# how far apart they are.
 
 # %%
 products = waves @ waves.T
@@ -153,12 +158,13 @@ lesson.show(fig, "products", "Two equal peaks, each where the timesteps are the 
 # %% [markdown]
 # ## Your turn: timestep_embedding
 #
-# Write it. `t` has shape B; what comes out has shape `[B, width]`, in float32: the $h$ = `width // 2` cosines of $t \, \omega_i$, fastest first, then the sines in the same
-# order. `t[:, None]` has shape `[B, 1]`, and multiplied by the frequencies of shape `[h]` it gives `[B, h]`.
+# Write it. `t` has shape B; what comes out has shape `[B, width]`, in float32: the $h$ = `width // 2` cosines of $t \, \omega_i$, fastest
+# first, then the sines in the same order. `t[:, None]` has shape `[B, 1]`, and multiplied by the frequencies of shape `[h]` it gives
+# `[B, h]`.
 
 # %%
 def timestep_embedding(t, width):
-    """cos(t omega_i), then sin(t omega_i), omega_i = 10000^(-i/h), h = width / 2; t [B] -> [B, width]."""
+    """cos(t omega_i), then sin(t omega_i), omega_i = 10000^(-i/h); t [B] -> [B, width]."""
     # YOUR CODE, about 4 lines
 
 
@@ -166,22 +172,22 @@ timestep_embedding = lesson.check(timestep_embedding, instead=blocks.timestep_em
 assert timestep_embedding(torch.arange(T), width).shape == (T, width)
 
 # %% [markdown]
-# Two Linears with a SiLU between them make of it a vector four times as wide, the same for the whole network (`TimeEmbedding`). *SiLU* is $x$ times its sigmoid: a
-# smooth relative of ReLU.
+# Two Linears with a SiLU between them make of it a vector four times as wide, the same for the whole network (`TimeEmbedding`). *SiLU* is
+# $x$ times its sigmoid: a smooth relative of ReLU.
 
 # %% [markdown]
 # ## The ResBlock
 #
-# A ResBlock normalises its input, bends it with SiLU, and sends it through a convolution; adds the time; does the same again; and adds what came in
-# (Ho et al. 2020, appendix B):
+# A ResBlock normalises its input, bends it with SiLU, and sends it through a convolution; adds the time; does the same again; and adds
+# what came in (Ho et al. 2020, appendix B):
 #
 # $$h = \mathrm{conv}_1(\mathrm{silu}(\mathrm{norm}_1(x))) + W \, \mathrm{time}$$
 #
 # $$\mathrm{out} = x + \mathrm{conv}_2(\mathrm{silu}(\mathrm{norm}_2(h)))$$
 #
-# The norm is GroupNorm: channels are cut into groups, and each group of each picture is brought to mean 0 and variance 1. $W$ makes of the time one number
-# for each channel, and that number is added to every cell of the channel. Where the number of channels changes, a convolution of 1 x 1 stands in for
-# $x$ (`skip`). Here is a block at work.
+# The norm is GroupNorm: channels are cut into groups, and each group of each picture is brought to mean $0$ and variance $1$. $W$ makes
+# of the time one number for each channel, and that number is added to every cell of the channel. Where the number of channels changes, a
+# convolution of `1 x 1` stands in for $x$ (`skip`). Here is a block at work.
 
 # %%
 every = [module for module in sd.unet.modules() if isinstance(module, ResBlock)]
@@ -203,37 +209,42 @@ print(f"{len(every)} ResBlocks in this U-Net")
 
 # %%
 with torch.no_grad():
-    added = block.time_projection(sd.unet.time_embedding(torch.arange(T, device=lesson.device))).cpu()
+    every_time = sd.unet.time_embedding(torch.arange(T, device=lesson.device))
+    added = block.time_projection(every_time).cpu()
 assert added.shape == (T, block.conv_1.out_channels)
-added = added[:, (added[-100:].mean(dim=0) - added[:100].mean(dim=0)).argsort()]  # falling ones first
+rise = added[-100:].mean(dim=0) - added[:100].mean(dim=0)
+added = added[:, rise.argsort()]  # falling ones first
 
 fig, axis = plt.subplots()
-shown = axis.imshow(added.T, aspect="auto", interpolation="nearest")
+shown = axis.imshow(added.T.numpy(), aspect="auto", interpolation="nearest")
 axis.set(xlabel="timestep t", ylabel="channel, sorted")
 axis.grid(False)
 fig.colorbar(shown, label="added to the channel")
 lesson.show(fig, "channels", "A map: what each channel is given falls, rises or stays over time.")
 
 # %% [markdown]
-# Some channels are lifted at the end of the way and pressed down at the start, others the reverse, and SiLU passes what is lifted and blocks what is pressed down. So the time
-# chooses which channels take part: one set of convolutions, and many networks in it.
+# Some channels are lifted at the end of the way and pressed down at the start, others the reverse. The norm and the SiLU that follow pass
+# what is lifted and block what is pressed down. So the time chooses which channels take part: one set of convolutions, and many networks
+# in it.
 
 # %% [markdown]
 # ## Why the input is added
 #
-# The sum says: keep $x$, and learn only what to change, the *residual* (He et al. 2016). What that is good for shows when many blocks stand in a row. Here a row of
-# freshly drawn ResBlocks learns to find the noise in small pictures, once as it is, and once with a hook that takes $x$ away again.
+# The sum says: keep $x$, and learn only what to change, the *residual* (He et al. 2016). What that is good for shows when many blocks
+# stand in a row. Here a row of freshly drawn ResBlocks learns to find the noise in small pictures, once as it is, and once with a hook
+# that takes $x$ away again.
 
 # %%
-class Row(nn.Module):
+class Row(torch.nn.Module):
     """ResBlocks in a row, from x_t to the noise in it."""
 
     def __init__(self, channels, many):
         super().__init__()
         self.time = blocks.TimeEmbedding(channels)
-        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
-        self.blocks = nn.ModuleList(ResBlock(channels, channels, 4, 1e-5, 4 * channels) for _ in range(many))
-        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
+        self.conv_in = torch.nn.Conv2d(3, channels, 3, padding=1)
+        row = (ResBlock(channels, channels, 4, 1e-5, 4 * channels) for _ in range(many))
+        self.blocks = torch.nn.ModuleList(row)
+        self.conv_out = torch.nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, x_t, t):
         x, time = self.conv_in(x_t), self.time(t)
@@ -284,9 +295,10 @@ axis.legend()
 lesson.show(fig, "residual", "The loss falls fast with x, slowly without.")
 
 # %% [markdown]
-# Both rows have the same numbers of parameters and start from the same draw. With $x$ a new block changes its input a little, so the noise comes through all sixteen nearly as it was, and so
-# does the gradient on its way back. Without it, each block replaces its input by a random mixture, and after sixteen of them little can be learnt from. This is
-# the reason that networks can be deep at all; U-Net, VAE and text encoder add their inputs everywhere.
+# Both rows have the same numbers of parameters and start from the same draw. With $x$ a new block changes its input a little, so the
+# noise comes through all sixteen nearly as it was, and so does the gradient on its way back. Without it, each block replaces its input by
+# a random mixture, and after sixteen of them little can be learnt from. This is the reason that networks can be deep at all; U-Net, VAE
+# and text encoder add their inputs everywhere.
 
 # %% [markdown]
 # ## Break it: sin before cos
@@ -315,8 +327,9 @@ for name, images in drawn.items():
     print(f"{name}: neighbouring pixels differ by {levels.diff(dim=2).abs().mean():.1f} of 255")
 
 # %% [markdown]
-# For the bundled model the second guess is right: the right things in the right place, and noise left all over them. Why noise? Let us find out
-# for how late the network takes each timestep: among its answers to all that we told it above, which one is nearest to the answer it gives now?
+# For the bundled model the second guess is right: the right things in the right place, and noise left all over them. Why noise? Let us
+# find out for how late the network takes each timestep: among its answers to all that we told it above, which one is nearest to the
+# answer it gives now?
 
 # %%
 def believed(t, prediction):
@@ -339,21 +352,23 @@ axis.legend()
 lesson.show(fig, "taken-for", "The timestep that the network seems to see, against the true one.")
 
 # %% [markdown]
-# The curve is much flatter than the truth. The slow hands, which say "early" or "late", have cosines near 1 and sines near 0; exchanged, they contradict themselves at
-# every timestep, and the network sees something from the middle of the way always. There it hardly matters, look at the errors. At small `t`, where the last grain
-# should be taken out, it works as in the middle, and grain is left.
+# The curve is much flatter than the truth. The slow hands, which say "early" or "late", have cosines near $1$ and sines near $0$.
+# Exchanged, they seem to stand a quarter of a round further at every timestep, and the network always takes it for somewhere past the
+# middle. There it hardly matters, look at the errors. At small `t`, where the last grain should be taken out, it works as it would in the
+# middle, and grain is left.
 #
-# No shape was wrong, nothing crashed, and what is drawn is still what was asked for: a test that only looks for the subject would be content. That is why minidiff compares
-# numbers with the originals, and why `timestep_embedding` says in its first sentence which comes first.
+# No shape was wrong, nothing crashed, and what is drawn is still what was asked for: a test that only looks for the subject would be
+# content. That is why minidiff compares numbers with the originals, and why `timestep_embedding` says in its first sentence which comes
+# first.
 
 # %% [markdown]
 # ## On real Stable Diffusion
 #
-# `python lessons/06_time_and_residuals.py --model v1-5-pruned-emaonly.safetensors` asks the same of a checkpoint that you have. Its ResBlocks are these, only wider: the vector of waves
-# has 320 numbers, the vector that all blocks are given 1280.
+# `python lessons/06_time_and_residuals.py --model v1-5-pruned-emaonly.safetensors` asks the same of a checkpoint that you have. Its
+# ResBlocks are these, only wider: the vector of waves has 320 numbers, the vector that all blocks are given 1280.
 #
-# One trap comes with half precision. The angles run to 999, and 16-bit numbers cannot count so far: `bfloat16` keeps 8 digits of a binary number and knows, up there, only every fourth
-# timestep. So minidiff and the original work out the embedding in float32 whatever the weights are.
+# One trap comes with half precision. The fastest angle is the timestep itself, and `bfloat16`, with eight binary digits, knows only every
+# fourth of the last ones. So minidiff and the original work out the embedding in float32 whatever the weights are.
 
 # %%
 real = SD1.unet
@@ -365,7 +380,8 @@ one = torch.tensor([995])
 right = blocks.timestep_embedding(one, real.widths[0])
 rounded = blocks.timestep_embedding(one.bfloat16(), real.widths[0])
 assert right.shape == (1, real.widths[0])
-print(f"t = 995 in bfloat16 is {int(one.bfloat16())}: waves off by {(right - rounded).abs().max():.2f}")
+off = (right - rounded).abs().max()
+print(f"t = 995 in bfloat16 is {int(one.bfloat16())}: waves off by {off:.2f}")
 
 # %% [markdown]
 # ## On a GPU
@@ -374,12 +390,15 @@ print(f"t = 995 in bfloat16 is {int(one.bfloat16())}: waves off by {(right - rou
 # python lessons/06_time_and_residuals.py --model v1-5-pruned-emaonly.safetensors --device cuda
 # ```
 #
-# Two minutes. Expect the valleys of the first picture again, at 512 x 512, though these scenes are strange to the checkpoint. Look whether the pictures with the sines first are spoilt by grain
-# there too: how a network takes a vector it has never seen is its own affair.
+# Two minutes. Expect the valleys of the first picture again, at 512 x 512, though these scenes are strange to the checkpoint. Look
+# whether the pictures with the sines first are spoilt by grain there too: how a network takes a vector it has never seen is its own
+# affair.
 
 # %% [markdown]
 # ## Read next
 #
-# - `minidiff/blocks.py`: `timestep_embedding`, `TimeEmbedding` and `ResBlock`; the U-Net's `SpatialTransformer` stands there too, the attention of lesson 04 with what is around it.
-# - Ho, Jain and Abbeel 2020, "Denoising diffusion probabilistic models", appendix B; He et al. 2016, "Deep residual learning for image recognition"; Vaswani et al. 2017, section 3.5, where sines come first.
+# - `minidiff/blocks.py`: `timestep_embedding`, `TimeEmbedding` and `ResBlock`; the U-Net's `SpatialTransformer` stands there too, the
+#   attention of lesson 04 with what is around it.
+# - Ho, Jain and Abbeel 2020, "Denoising diffusion probabilistic models", appendix B; He et al. 2016, "Deep residual learning for image
+#   recognition"; Vaswani et al. 2017, section 3.5, where sines come first.
 # - Lesson 07: many such blocks, and how they fit together.
