@@ -165,7 +165,7 @@ for concept in concepts.values():
         pass
 
 
-def learn(chosen, starts, steps=count):
+def learn(chosen, starts, steps):
     now = replace(options, start=starts, settings=replace(settings, steps=steps))
     method = methods.custom_diffusion(sd, chosen, now)
     for _ in method.run(lesson.device):
@@ -177,7 +177,7 @@ def learn(chosen, starts, steps=count):
 is_clip = sd.tokenizer.vocab_size > max(RARE_TOKENS)
 rare = RARE_TOKENS[:2] if is_clip else ("ktn", "pll")  # from which the new words start
 starts = {"tiger": rare[:1], "violin": rare[1:]}
-apart = {subject: learn([concepts[subject]], starts[subject]) for subject in subjects}
+apart = {subject: learn([one], starts[subject], count) for subject, one in concepts.items()}
 numbers = sum(W.numel() for W in apart["tiger"].layers.values())
 everything = sum(p.numel() for p in sd.unet.parameters())
 print(f"{len(apart['tiger'].layers)} matrices, {numbers:,} numbers of the U-Net's {everything:,}")
@@ -202,7 +202,7 @@ lesson.show(fig, "apart", "Lions, tigers for the new word, guitars, violins for 
 # still shows one thing alone.
 
 # %%
-joint = learn(list(concepts.values()), rare, steps=2 * count)
+joint = learn(list(concepts.values()), rare, 2 * count)
 a, b = (f"a {concept.words}" for concept in concepts.values())
 both = [f"{a} and {b}", f"{b} left of {a}", f"{a} left of {b}", f"{a} above {b}"]
 both = [f"{text} on a white background" for text in both[: 1 if lesson.quick else 4]]
