@@ -9,9 +9,10 @@ Golub and LeVeque 1983, "Algorithms for computing the sample variance", eq. 2.1)
     h     [ strip ][ strip ][ strip ]   norm_2 known; each strip -> norm, SiLU, convolution, + skip -> a strip of the next x
 
 Nothing is approximate, unlike decoding in tiles: what differs is the order of the sums in the statistics. What is held at once is one
-feature map as long as the next grows in its place, or a block's h and the x that is added to it: B H W max(c_in, 2 c_out) values of
-the largest level, 256 a pixel in Stable Diffusion, and a few strips at work. The middle, where attention looks at all cells, stays whole: it
-has 1/64 of the pixels. Left out: gradients (whoever wants them wants the activations too), and the encoder.
+feature map while the next grows in its place, or a block's h and the x that is added to it: B H W max(c_in, 2 c_out) values of the
+largest level, 256 a pixel in Stable Diffusion, and seven strips at work. (The allocator may not give back all that is freed: at 512 x 512
+pixels in float32 a process grows by 400 MB for a bound of 335, decoding whole by 990.) The middle, where attention looks at all cells,
+stays whole: it has 1/64 of the pixels. Left out: gradients (whoever wants them wants the activations too), and the encoder.
 """
 
 from collections import deque
@@ -27,8 +28,8 @@ from minidiff.blocks import ResBlock
 from minidiff.config import VAEConfig
 from minidiff.vae import VAE
 
-# On a CPU a strip of 512 x 16 cells, 256 channels each, is 8 MB in float32, about what its cache holds. A GPU wants more work in each launch,
-# and memory to spare for it. Measured on a CPU only.
+# On a CPU a strip of 512 x 16 cells, 256 channels each, is 8 MB in float32, about what its cache holds. A GPU wants more work in each
+# launch, and has memory to spare for it; its numbers are not measured.
 CELLS_OF_A_STRIP = {"cpu": 2**13}
 VALUES_WORTH_IT = {"cpu": 2**25}
 ON_A_GPU = {"cells": 2**16, "values": 2**28}

@@ -8,8 +8,8 @@ from minidiff.kernels.geglu import fused_geglu, unsupported
 from tests.compile_kernels import built
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The answer is rounded once, by half a unit in the last of 8, 11 and 24 digits. float32 has a few roundings more before; where 1 + erf nears 0,
-# they are of 1: an error of 6e-8 times gate and value.
+# The answer is rounded once, by half a unit in the last of 8, 11 and 24 digits. float32 has a few roundings more before; where 1 + erf
+# nears 0, they are of 1: an error of 6e-8 times gate and value.
 CLOSE = {
     torch.bfloat16: dict(rtol=2**-8 if DEVICE == "cuda" else 2**-7, atol=1e-5),  # the interpreter cuts off where a GPU rounds
     torch.float16: dict(rtol=2**-11, atol=1e-5),
@@ -35,7 +35,7 @@ def ours(x, dy):
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
-@pytest.mark.parametrize("shape", [(2,), (1, 1, 16), (3, 5, 26), (2, 9, 1024), (2050,)])  # less and more than a program's 1024, and no multiple
+@pytest.mark.parametrize("shape", [(2,), (1, 1, 16), (3, 5, 26), (2, 9, 1024), (2050,)])  # less and more than a program's 1024
 def test_values_and_gradients_are_those_of_float64(shape, dtype):
     x, dy = noise(*shape, dtype=dtype), noise(*shape[:-1], shape[-1] // 2, dtype=dtype, seed=1)
     for got, wanted in zip(ours(x, dy), expected(x, dy), strict=True):
@@ -89,7 +89,7 @@ def both_ways(tokens, F, dtype=torch.bfloat16, B=2):
     y.backward(torch.empty_like(y))
 
 
-# For tests/compile_kernels.py. Four times the widths of SD 1.5 and 2.1 (one compiled kernel a width, whatever the tokens), and of the bundled model.
+# For tests/compile_kernels.py: four times the widths of SD 1.5 and 2.1 (one kernel a width, whatever the tokens), and of the bundled model.
 CASES = {
     "SD, 64 x 64 cells": lambda: both_ways(4096, 1280),
     "SD, 32 x 32": lambda: both_ways(1024, 2560),

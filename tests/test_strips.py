@@ -14,9 +14,9 @@ from minidiff.strips import decode_in_strips, worth_strips
 from minidiff.vae import VAE
 from tests.small_models import small_model
 
-SMALL = VAEConfig(widths=(8, 16, 16), blocks_per_level=1, groups=4)  # 4 pixels a latent cell; the last block has a skip that is a convolution
-# The statistics are summed in another order, and a convolution of fewer rows may be too. Through a dozen layers that is some hundred units in
-# the last place of values near 1. bfloat16 keeps 8 digits of each layer's output: a dozen roundings of 2^-9, of which some fall the other way.
+SMALL = VAEConfig(widths=(8, 16, 16), blocks_per_level=1, groups=4)  # 4 pixels a latent cell
+# The statistics are summed in another order, and a convolution of fewer rows may be too. Through a dozen layers that is some hundred units
+# in the last place of values near 1. bfloat16 rounds each layer's output to 8 digits: a dozen roundings of 2^-9, some now the other way.
 CLOSE = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2**-5, atol=2**-5)}
 
 
@@ -70,7 +70,8 @@ def test_statistics_keep_their_digits_where_the_mean_is_large(mean):
     """In float64 the whole map's; E[x^2] - E[x]^2 in float32 would lose 3000^2 / 2^24, half of a variance of 1."""
     norm = torch.nn.GroupNorm(2, 6, eps=1e-6)
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
-    x = torch.randn(2, 6, 11, 5, generator=torch.Generator().manual_seed(0)) + mean + torch.arange(11.0)[:, None]  # strips unlike each other
+    x = torch.randn(2, 6, 11, 5, generator=torch.Generator().manual_seed(0)) + mean
+    x += torch.arange(11.0)[:, None]  # strips unlike each other
     kept, silu_of_norm = strips._gathered(x.split(2, dim=2), norm)
     assert torch.equal(torch.cat(list(kept), dim=2), x)
     expected = torch.nn.functional.silu(norm.double()(x.double()))

@@ -3,8 +3,8 @@
     x = [value, gate]       y = value * gelu(gate)       gelu(g) = g Phi(g)       Phi(g) = (1 + erf(g / sqrt 2)) / 2
 
 (Shazeer 2020, "GLU variants improve transformer"; Hendrycks and Gimpel 2016, "Gaussian error linear units".) Equal to
-`minidiff.blocks.geglu` on PyTorch's own operations, which go through memory twice: GELU of the gate, then the product. Here each number is read once and
-written once. In the backward pass, with phi(g) = exp(-g^2 / 2) / sqrt(2 pi), the slope of Phi:
+`minidiff.blocks.geglu` on PyTorch's own operations, which go through memory twice: GELU of the gate, then the product. Here each number is
+read once and written once. In the backward pass, with phi(g) = exp(-g^2 / 2) / sqrt(2 pi), the slope of Phi:
 
     dvalue = dy gelu(gate)       dgate = dy value (Phi(gate) + gate phi(gate))
 
@@ -101,7 +101,8 @@ def _backward(dy: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
-# As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs. The gradient of the gradient is not defined.
+# As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs.
+# The gradient of the gradient is not defined.
 _operation = torch.library.custom_op("minidiff::geglu", _forward, mutates_args=())
 _operation.register_fake(_forward_shape)
 _gradient = torch.library.custom_op("minidiff::geglu_backward", _backward, mutates_args=())

@@ -9,8 +9,9 @@ the H W rows of C channels are cut into strips, and each program has one strip o
     1  statistics_kernel   a strip's mean and M2 = sum (x - mean)^2 of each group
     2  normalise_kernel    adds up all strips' statistics, the same few numbers in each program, then writes its strip of y
 
-Sums of squares lose all digits where the mean is large. So M2 is never a difference of two large numbers: within a strip row is added to row as
-in Welford 1962, and parts of n_i numbers are joined as in Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance":
+A sum of squares loses all digits where the mean is large. So M2 is never a difference of two large numbers: within a strip row is added
+to row as in Welford 1962, and parts of n_i numbers are joined as in Chan, Golub and LeVeque 1983 ("Algorithms for computing the sample
+variance"):
 
     mean = sum n_i mean_i / n       M2 = sum M2_i + n_i (mean_i - mean)^2
 
@@ -22,7 +23,7 @@ Backward, from dy, with n = H W C / groups and sums over one picture and group:
     1  sums_kernel         a strip's sums, of each channel and each group
     2  gradient_kernel     adds up all strips' sums, then writes its strip of dx
 
-Every sum has one order, so results repeat bit by bit. Calculated in float32. Without SiLU (`silu=False`) it is the norm of the SpatialTransformer.
+Every sum has one order, so results repeat bit by bit. Calculated in float32. Without SiLU, it is the norm of the SpatialTransformer.
 """
 
 import torch
@@ -81,8 +82,8 @@ def _place(C: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr):
 
 @jit
 def statistics_kernel(
-    x, means, M2s, HW,
-    C: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    x, means, M2s, HW, TILES,
+    C: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """means, M2s: [batch, strips, groups]. A strip has TILES tiles of ROWS rows; a chunk has GROUPS groups of PER_GROUP channels."""
     strip, first_group, first_c, batch, groups = _place(C, GROUPS, PER_GROUP)
@@ -118,8 +119,8 @@ def statistics_kernel(
 
 @jit
 def normalise_kernel(
-    x, means, M2s, weight, bias, y, mean_out, rstd_out, HW, eps,
-    C: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    x, means, M2s, weight, bias, y, mean_out, rstd_out, HW, TILES, eps,
+    C: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
     STRIPS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """mean_out, rstd_out: [batch, groups], for the gradients. STRIPS: a power of two, as many as there are or more."""
@@ -162,8 +163,8 @@ def _through_silu(dy, u, SILU: tl.constexpr):
 
 @jit
 def sums_kernel(
-    dy, x, mean, rstd, weight, bias, group_sums, channel_sums, HW,
-    C: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    dy, x, mean, rstd, weight, bias, group_sums, channel_sums, HW, TILES,
+    C: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
     SILU: tl.constexpr, NEED_AFFINE: tl.constexpr,
 ):  # fmt: skip
     """group_sums [2, batch, strips, groups]: of weight du, and weight du xhat. channel_sums [2, batch, strips, C]: of du, and du xhat."""
@@ -181,9 +182,9 @@ def sums_kernel(
     sum_du_xhat = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for tile in range(TILES):
         row = (strip * TILES + tile) * ROWS + tl.arange(0, ROWS)
-        xhat = (_load(x, row, HW, c, C, GROUPS * PER_GROUP) - mean_c) * rstd_c
-        u = weight_c[None, :] * xhat + bias_c[None, :]
-        du = _through_silu(_load(dy, row, HW, c, C, GROUPS * PER_GROUP), u, SILU)  # 0 beyond the picture, as dy is
+        x_i, dy_i = _load(x, row, HW, c, C, GROUPS * PER_GROUP), _load(dy, row, HW, c, C, GROUPS * PER_GROUP)
+        xhat = (x_i - mean_c) * rstd_c
+        du = _through_silu(dy_i, weight_c[None, :] * xhat + bias_c[None, :], SILU)  # 0 beyond the picture, as dy is
         sum_du += du
         sum_du_xhat += du * xhat
 
@@ -201,8 +202,8 @@ def sums_kernel(
 
 @jit
 def gradient_kernel(
-    dy, x, mean, rstd, weight, bias, group_sums, dx, HW,
-    C: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    dy, x, mean, rstd, weight, bias, group_sums, dx, HW, TILES,
+    C: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
     STRIPS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     strip, first_group, first_c, batch, groups = _place(C, GROUPS, PER_GROUP)
@@ -224,8 +225,9 @@ def gradient_kernel(
     dx += batch * HW * C + first_c
     for tile in range(TILES):
         row = (strip * TILES + tile) * ROWS + tl.arange(0, ROWS)
-        xhat = (_load(x, row, HW, c, C, GROUPS * PER_GROUP) - mean_c) * rstd_c
-        du = _through_silu(_load(dy, row, HW, c, C, GROUPS * PER_GROUP), weight_c * xhat + bias_c, SILU)
+        x_i, dy_i = _load(x, row, HW, c, C, GROUPS * PER_GROUP), _load(dy, row, HW, c, C, GROUPS * PER_GROUP)
+        xhat = (x_i - mean_c) * rstd_c
+        du = _through_silu(dy_i, weight_c * xhat + bias_c, SILU)
         _store(dx, rstd_c * (weight_c * du - mean_du - xhat * mean_du_xhat), row, HW, c, C, GROUPS * PER_GROUP)
 
 
@@ -257,8 +259,8 @@ def unsupported(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | No
     return None
 
 
-def _division(x: Tensor, groups: int) -> tuple[int, int, int, dict[str, int]]:
-    """Strips, the power of two that holds them, chunks, and what all kernels are told of them."""
+def _division(x: Tensor, groups: int) -> tuple[tuple[int, int, int], int, int, dict[str, int]]:
+    """The grid: strips, chunks, batch; tiles of a strip; the power of two that holds the strips; what is compiled into all kernels."""
     C, HW = x.shape[1], x.shape[2] * x.shape[3]
     per_group = C // groups
     in_chunk = 1
@@ -268,8 +270,8 @@ def _division(x: Tensor, groups: int) -> tuple[int, int, int, dict[str, int]]:
     rows = max(1, TILE // (block * x.dtype.itemsize))
     tiles = triton.cdiv(HW, rows * MOST_STRIPS)
     strips = triton.cdiv(HW, rows * tiles)
-    constants = dict(C=C, GROUPS=in_chunk, PER_GROUP=per_group, BLOCK_C=block, ROWS=rows, TILES=tiles, num_warps=WARPS)
-    return strips, triton.next_power_of_2(strips), groups // in_chunk, constants
+    constants = dict(C=C, GROUPS=in_chunk, PER_GROUP=per_group, BLOCK_C=block, ROWS=rows, num_warps=WARPS)
+    return (strips, groups // in_chunk, len(x)), tiles, triton.next_power_of_2(strips), constants
 
 
 def _forward(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,12 +279,12 @@ def _forward(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, s
     if reason := unsupported(x, groups, weight, bias):
         raise ValueError(f"fused GroupNorm and SiLU: {reason}")
     y, mean, rstd = _forward_shapes(x, groups, weight, bias, eps, silu)
-    strips, power, chunks, constants = _division(x, groups)
-    grid, HW = (strips, chunks, len(x)), x.shape[2] * x.shape[3]
-    means, M2s = x.new_empty((2, len(x), strips, groups), dtype=torch.float32)
+    grid, tiles, power, constants = _division(x, groups)
+    HW = x.shape[2] * x.shape[3]
+    means, M2s = x.new_empty((2, len(x), grid[0], groups), dtype=torch.float32)
     with device_of(x):
-        statistics_kernel[grid](x, means, M2s, HW, **constants)
-        normalise_kernel[grid](x, means, M2s, weight, bias, y, mean, rstd, HW, eps, STRIPS=power, SILU=silu, **constants)
+        statistics_kernel[grid](x, means, M2s, HW, tiles, **constants)
+        normalise_kernel[grid](x, means, M2s, weight, bias, y, mean, rstd, HW, tiles, eps, STRIPS=power, SILU=silu, **constants)
     return y, mean, rstd
 
 
@@ -296,14 +298,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias; the last two empty where they are not needed."""
     dy, dx = dy.contiguous(memory_format=torch.channels_last), torch.empty_like(x)
-    strips, power, chunks, constants = _division(x, groups)
-    grid, HW = (strips, chunks, len(x)), x.shape[2] * x.shape[3]
-    group_sums = x.new_empty((2, len(x), strips, groups), dtype=torch.float32)
-    channel_sums = x.new_empty((2, len(x), strips, x.shape[1]) if need_affine else 0, dtype=torch.float32)
+    grid, tiles, power, constants = _division(x, groups)
+    HW = x.shape[2] * x.shape[3]
+    group_sums = x.new_empty((2, len(x), grid[0], groups), dtype=torch.float32)
+    channel_sums = x.new_empty((2, len(x), grid[0], x.shape[1]) if need_affine else 0, dtype=torch.float32)
     with device_of(x):
         saved = (dy, x, mean, rstd, weight, bias, group_sums)
-        sums_kernel[grid](*saved, channel_sums, HW, SILU=silu, NEED_AFFINE=need_affine, **constants)
-        gradient_kernel[grid](*saved, dx, HW, STRIPS=power, SILU=silu, **constants)
+        sums_kernel[grid](*saved, channel_sums, HW, tiles, SILU=silu, NEED_AFFINE=need_affine, **constants)
+        gradient_kernel[grid](*saved, dx, HW, tiles, STRIPS=power, SILU=silu, **constants)
     if not need_affine:
         return dx, weight.new_empty(0), bias.new_empty(0)
     dbias, dweight = (sums.sum(dim=(0, 1)) for sums in channel_sums)
@@ -317,7 +319,8 @@ def _backward_shapes(
     return torch.empty_like(x), weight.new_empty(shape), bias.new_empty(shape)
 
 
-# As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs. The gradient of the gradient is not defined.
+# As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs.
+# The gradient of the gradient is not defined.
 _operation = torch.library.custom_op("minidiff::group_norm_silu", _forward, mutates_args=())
 _operation.register_fake(_forward_shapes)
 _gradients = torch.library.custom_op("minidiff::group_norm_silu_backward", _backward, mutates_args=())
