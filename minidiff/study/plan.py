@@ -135,7 +135,7 @@ PAIR_VARIANTS = ("joint", "merged", "sequential", "dreambooth")
 
 
 def runs(part: str) -> list[Run]:
-    """The runs of a part, or of "all", what others build on first. Raises ValueError for an unknown part."""
+    """The runs of a part, or of "all". Raises ValueError for an unknown part."""
     parts = {
         "methods": [Run("methods", name, (s,), seed) for seed in SEEDS for s in SUBJECTS for name in (UNTOUCHED, *methods())],
         "pairs": [Run("pairs", name, pair, seed) for seed in SEEDS[:2] for pair in PAIRS for name in (UNTOUCHED, *PAIR_VARIANTS)],
@@ -146,8 +146,8 @@ def runs(part: str) -> list[Run]:
             ("compression", [f"share {share}" for share in SHARES]), ("custom", custom()), ("lora", lora()), ("pictures", pictures()),
         )
     }  # fmt: skip
-    if part == "all":
-        return [run for one in parts.values() for run in one]
+    if part == "all":  # a seed at a time: stopped early, the study has fewer seeds, and all of its tables
+        return sorted((run for one in parts.values() for run in one), key=lambda run: run.seed)
     if part not in parts:
         raise ValueError(f"part {part!r} unknown; choose all, {', '.join(parts)}")
     return parts[part]
