@@ -28,7 +28,7 @@ def test_all_methods_see_as_many_samples(part):
 
 def test_a_variant_of_custom_diffusion_differs_in_one_thing():
     base = plan.standard("custom-diffusion")
-    for name, changed in (("no augmentation", "sizes"), ("no regularisation", "prior"), ("random first token", "start"), ("all of cross-attention", "all_of_attention")):
+    for name, changed in (("augmentation", "sizes"), ("no regularisation", "prior"), ("random first token", "start"), ("all of cross-attention", "all_of_attention")):
         options = plan.custom()[name].options
         assert [field for field in vars(base) if getattr(base, field) != getattr(options, field)] == [changed], name
 

@@ -251,7 +251,5 @@ def style(sd: StableDiffusion, run: Run, folder: Path) -> Learnt:
         (images / f"{i}.txt").write_text(f"{with_article(name)} in {{}} style", encoding="utf-8")
         save_png(picture, images / f"{i}.png")
     options = standard(run.variant)
-    if run.variant == "custom-diffusion":
-        options = replace(options, sizes="none")
     one = Concept(images=images, token="<one>" if run.variant == "custom-diffusion" else RARE, captions=True, class_prompt="an icon")
     return trained(sd, Variant(run.variant, options), [one], run.seed)

@@ -31,7 +31,7 @@ from minidiff.trainers.presets import (
 SUBJECTS = {"tiger": "lion", "teapot": "mug", "violin": "guitar", "cake": "cupcake", "sofa": "chair"}
 PAIRS = tuple(zip(SUBJECTS, (*list(SUBJECTS)[1:], next(iter(SUBJECTS)))))
 SEEDS = (0, 1, 2)
-STEPS = 300  # of a batch of 4, for every method
+STEPS = 200  # of a batch of 4, for every method
 PICTURES = 5
 FEWER_SUBJECTS, FEWER_SEEDS = tuple(SUBJECTS)[:3], SEEDS[:2]  # enough for what is changed about one method
 
@@ -65,20 +65,16 @@ class Variant:
     pictures: int = PICTURES
 
 
-def budget(options: Options) -> Options:
-    """The same options for STEPS steps in all; pivotal tuning takes half of them for its word."""
+def budget(options: Options, steps: int) -> Options:
+    """The same options for so many steps in all, in bfloat16; pivotal tuning takes half of them for its word."""
     if isinstance(options, PivotalOptions):
-        half = STEPS // 2
-        return replace(
-            options, tokens=replace(options.tokens, settings=replace(options.tokens.settings, steps=half)),
-            lora=replace(options.lora, settings=replace(options.lora.settings, steps=STEPS - half)),
-        )  # fmt: skip
-    return replace(options, settings=replace(options.settings, steps=STEPS))
+        return replace(options, tokens=budget(options.tokens, steps // 2), lora=budget(options.lora, steps - steps // 2))
+    return replace(options, settings=replace(options.settings, steps=steps, precision="bfloat16"))
 
 
 def standard(method: str) -> Options:
     """The bundled model's preset of a method, with the study's budget."""
-    return budget(preset(method, "bundled"))
+    return budget(preset(method, "bundled"), STEPS)
 
 
 def methods() -> dict[str, Variant]:
@@ -94,7 +90,7 @@ def custom() -> dict[str, Variant]:
     generated = Prior(kind="generated", count=base.prior.count, steps=20)
     all_weights = DreamBoothOptions(settings=standard("dreambooth").settings, prior=base.prior, prompt=base.prompt)
     return {
-        "no augmentation": Variant("custom-diffusion", replace(base, sizes="none")),
+        "augmentation": Variant("custom-diffusion", replace(base, sizes="paper")),
         "no regularisation": Variant("custom-diffusion", replace(base, prior=Prior())),
         "generated regularisation": Variant("custom-diffusion", replace(base, prior=generated)),
         "random first token": Variant("custom-diffusion", replace(base, start=())),
