@@ -17,10 +17,11 @@
 #
 # Each of these five mistakes lets every weight load without complaint. For which would you notice it in a picture?
 #
-# 1. The number that a normalisation adds to the variance is `1e-5` where `1e-6` belongs.
+# 1. The small number that a normalisation adds to the variance is `1e-5` where `1e-6` belongs. PyTorch calls it eps too; it is no noise.
 # 2. The time embedding has sines before cosines (lesson 06).
-# 3. The feed-forward layer takes the gate for the value and the value for the gate.
-# 4. The text encoder has the exact GELU where the approximate one belongs (lesson 09).
+# 3. The layer after the attentions, called *feed-forward*, makes twice the numbers it needs: values, and gates that say how much of each
+#    value passes. It takes the gates for the values and the values for the gates.
+# 4. The text encoder has the exact GELU, a smooth bend much like the SiLU of lesson 06, where an approximation of it belongs.
 # 5. Two blocks of equal shape have each other's weights.
 
 # %% [markdown]
@@ -79,7 +80,7 @@ for layout, table in tables.items():
 #
 # minidiff and diffusers count levels, and blocks within a level. LDM counts every step on the way down in one row. `input_blocks.0` is the first convolution. Then
 # each level has its blocks, one step each, and one step more for halving the resolution. A step is a little list of its own: item 0 is the ResBlock, item 1 the
-# transformer beside it. On the way up, in `output_blocks`, each level has one block more than on the way down, and enlarging the
+# *transformer* beside it, which holds the attentions of lesson 04 and the feed-forward layer. On the way up, in `output_blocks`, each level has one block more than on the way down, and enlarging the
 # picture is no step of its own: it is the last item of the level's last step.
 #
 # To see it at full size no weights are needed. PyTorch's device `meta` makes modules that have shapes and no numbers.
@@ -170,8 +171,8 @@ for name in names:
 # ## Every name has an account
 #
 # PyTorch's `load_state_dict(strict=False)` skips what it does not know and leaves the rest as it was drawn. That is how models come to draw noise. minidiff sorts every
-# name of the file into used, converted, carried along or ignored for a stated reason, and refuses the file if one name is left over or one weight without a name. What it
-# says of a file in which a name was misspelt:
+# name of the file into used, converted (as those just above), carried along (nothing is computed with it, but saving writes it back) or ignored for a stated reason, and
+# refuses the file if one name is left over or one weight without a name. What it says of a file in which a name was misspelt:
 
 # %%
 print(f"used {len(report.used)}, converted {len(report.converted)}")
@@ -304,7 +305,7 @@ for i in range(1, len(parts)):
 axis.set(xlabel="layers in the order they run: text, U-Net, VAE", ylim=(1e-8, 500))
 axis.set(ylabel="relative difference")
 axis.legend(fontsize=11, ncols=2, loc="center", bbox_to_anchor=(0.62, 0.45))
-lesson.show(fig, "trail", "Each bug's difference begins at its layer; one lies below rounding.")
+lesson.show(fig, "trail", "Each bug's difference begins at its layer; one is lost in the rounding.")
 
 # %% [markdown]
 # Grey is what float32 alone does. Four of the lines lie far above it. The wrong eps does not: in float32 it would drown, and only the comparison in float64 sees it.
