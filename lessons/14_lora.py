@@ -15,8 +15,8 @@
 # %% [markdown]
 # ## Guess first
 #
-# We are going to fine-tune every matrix of the U-Net's transformers (the attentions and what stands around them) on five pictures of one
-# animal. Each matrix then differs from what it was by another matrix, the change. A change of 160 x 160 numbers is a sum of 160 products of
+# We are going to fine-tune every matrix of the U-Net's *transformers* on five pictures of one animal. Those are the layers in which the
+# cells of the picture look at each other and at the words (lesson 04), and what stands around them. Each matrix then differs from what it was by another matrix, the change. A change of 160 x 160 numbers is a sum of 160 products of
 # a column with a row, the strongest first. How many of these products does each matrix need before the pictures look as they do with all of
 # them?
 #
@@ -145,7 +145,8 @@ print(f"a matrix moved by {np.mean(sizes):.1%} of its size on average")
 #
 # The columns $u_i$ stand at right angles to each other and have length 1, and so have the rows $v_i$. The number of products with $s_i > 0$
 # is the matrix' *rank*. The strengths $s_i$ are its *singular values*, and all together its spectrum. If a few are much larger than the
-# rest, a few products are nearly the whole change. For comparison: a matrix of drawn numbers.
+# rest, a few products are nearly the whole change. What the first r of them hold is counted in squares: $s_1^2 + \dots + s_r^2$ as a share
+# of all of them, which is also the share of the matrix' own numbers, squared. For comparison: a matrix of drawn numbers.
 
 # %%
 largest = max(min(dW.shape) for dW in changes.values())  # only matrices of this size
@@ -179,7 +180,7 @@ lesson.show(fig, "spectrum", "The change's curve rises far earlier than that of 
 # To keep only the first r products is the nearest that a matrix of rank r can come to the change (the theorem of Eckart and Young). It is
 # also cheap to store: columns $B = [u_1 s_1, \dots, u_r s_r]$ of shape `[out, r]` and rows $A$ of shape `[r, in]`, instead of `[out, in]`
 # numbers. `extract_lora` makes A and B for every matrix. How near is the model then to the one that was trained? We show both some noisy
-# tigers and compare their answers. A missing share of all means: as far away as without any change.
+# tigers and compare their answers. If everything is missing, the model answers as it did before the training.
 
 # %%
 with torch.no_grad():
@@ -246,7 +247,8 @@ lesson.show(fig, "ranks", "Lions turn orange and lose their manes up to rank 4, 
 #
 # The number $\alpha$ is a strength that stays the same when r is changed; with $\alpha = r$ the factor is one. The library calls A `down`,
 # since it goes from the layer's width down to r numbers, and B `up`. B begins as zero and A as drawn numbers, so the model begins
-# unchanged. Each layer keeps its place: the change is computed beside it and added to its output, by a hook.
+# unchanged. Each layer keeps its place: the change is computed beside it and added to its output by a hook, a function that PyTorch calls
+# after the layer.
 
 # %% [markdown]
 # ## Your turn: low_rank
