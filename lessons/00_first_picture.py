@@ -68,7 +68,8 @@ lesson.show(fig, "first", "A mushroom, a burger, a camera and popcorn.")
 # 4. The *decoder* turns the result into pixels.
 #
 # Nearly all of this happens not on pixels but on a smaller tensor, the *latent*, which the decoder knows how to enlarge. That is the
-# "latent" in latent diffusion, and why it is fast. Both have shape B C H W: pictures in a batch, channels, height, width.
+# "latent" in latent diffusion, and why it is fast. Both have shape B C H W: pictures in a batch, channels, height, width. One place of the
+# latent, with its C numbers, is called a *cell*.
 
 # %%
 prompt = "a cactus on an orange background"
@@ -135,9 +136,9 @@ axis.legend()
 lesson.show(fig, "distance", "The guess starts further from the end than x_t, soon overtakes it.")
 
 # %% [markdown]
-# So it depends on what you look at. The noisy latent goes to the end slowly and evenly; to your eyes it shows its cactus about halfway or
-# later. The guess starts further off, since it knows next to nothing, but soon overtakes it: by the guess the first answer is right. A good
-# part of the course is about this guess.
+# So it depends on what you look at. The noisy latent comes nearer slowly, and most of the way late; to your eyes it shows its cactus about
+# halfway or later. The guess starts further off, since it knows next to nothing, but soon overtakes it: by the guess the first answer is
+# right. A good part of the course is about this guess.
 
 # %% [markdown]
 # ## Knob one: the seed
@@ -198,7 +199,7 @@ lesson.show(fig, "guidance", "A burger and a fox from guidance 0, anything, to 1
 print(f"this model's own scale: {sd.config.guidance_scale:g}")
 
 # %% [markdown]
-# With 0 you get something, but not what you asked for. Too much is too loud: colours and edges overshoot. Every model has a range in
+# With 0 you get something, but not what you asked for. Too much is too loud: look at the edges, and at the ears. Every model has a range in
 # between where it does what it is told and still looks good. Lesson 10 takes guidance apart.
 
 # %% [markdown]
@@ -287,7 +288,7 @@ for name, config in {"this model": sd.config, "Stable Diffusion 1.x": SD1}.items
 # %% [markdown]
 # ## Read next
 #
-# - `minidiff/pipeline.py`: `generate` is four lines; `denoise` puts text encoder, noise, guidance and sampler together; `noise_source` has
+# - `minidiff/pipeline.py`: `generate` is four lines; `denoise` puts text encoder, noise, guidance and steps together; `noise_source` has
 #   one generator a picture; `to_images` is your blank.
 # - Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models": the paper of Stable Diffusion, figure 3 is the same
 #   four parts.
