@@ -211,7 +211,8 @@ print(f"{time.perf_counter() - begin:.0f} seconds")
 # ## The cloud moves to the data
 #
 # Now the network draws. Start with points that are nothing but noise. Ask for the noise, take it out completely for a guess at $x_0$, and
-# put *less* of it back: as much as belongs to a timestep a little lower. Then ask again. Lesson 03 says why this is right.
+# put *less* of it back: as much as belongs to a timestep a little lower. Then ask again. Lesson 03 says why this is right. The timesteps
+# stand at even distances and begin with the last one, which is called `trailing`.
 
 # %%
 @torch.no_grad()
@@ -379,7 +380,7 @@ print(f"U-Net of Stable Diffusion 1.x: {millions:.0f} million")
 # python lessons/02_diffusion_in_sixty_lines.py --device cuda
 # ```
 #
-# One minute. Expect no gain: the network is so small that starting each of its kernels costs more than its work. Then set `width=1024` and
+# One minute. Expect no gain: the network is so small that starting each of its operations costs more than doing it. Then set `width=1024` and
 # 20,000 steps of 8,192 points: some minutes on a GPU, hours here. The curve comes nearer to the best possible, and cannot pass it.
 
 # %% [markdown]
