@@ -9,8 +9,8 @@
 # - Picture: [figures/04-words.png](figures/04-words.png)
 #
 # The network that takes noise out of a latent, the *U-Net*, is told by a caption what to draw. Somewhere inside it every cell of the latent must ask every
-# word: do you concern me? The asking is called attention. The same few lines also let cells ask each other, and words ask words
-# (Vaswani et al. 2017, eq. 1):
+# word: do you concern me? The asking is called attention; where cells ask words it is *cross-attention*. The same few lines also let cells ask each other, and
+# words ask words: *self-attention* (Vaswani et al. 2017, eq. 1):
 #
 # $$\mathrm{attention}(q, k, v) = \mathrm{softmax}\left( \frac{q \, k^T}{\sqrt{d}} \right) v$$
 
@@ -84,8 +84,8 @@ lesson.show(fig, "lookup", "Soft mixtures for a short query, hard borders for a 
 # ## Queries of cells, keys of words
 #
 # Now the real thing. The model draws a picture; a third of the way through we stop, run the U-Net once more, and catch what comes into its last
-# *cross-attention*, the place where cells ask words: `x`, one vector for each cell, and `context`, one vector for each word of the caption
-# (lesson 09 makes them). Three matrices that were learnt turn them into queries, keys and values. D is the width of all these vectors, N counts
+# cross-attention: `x`, one vector for each cell, and `context`, one vector for each word of the caption (lesson 09 makes them; strictly, for each *token*:
+# a word, or a piece of a rare one). Three matrices that were learnt turn them into queries, keys and values. D is the width of all these vectors, N counts
 # cells, L words.
 
 # %%
@@ -297,7 +297,7 @@ lesson.show(fig, "forgotten", "A frog, a burger, a cactus; below, crude ones wit
 # ## On real Stable Diffusion
 #
 # `python lessons/04_attention_by_hand.py --model v1-5-pruned-emaonly.safetensors` draws the maps for a checkpoint that you have; its last cross-attention has
-# 64 x 64 cells and 8 heads, which are seldom as tidy as here. What its sizes mean for memory needs no weights:
+# 64 x 64 cells and 8 heads, whose maps are seldom as tidy as here. What its sizes mean for memory needs no weights:
 
 # %%
 unet = SD1.unet
@@ -311,8 +311,8 @@ for width, heads, has in zip(unet.widths, unet.heads, unet.attention):
     side = (side + 1) // 2
 
 # %% [markdown]
-# Each layer of the first level would write 268 MB for each picture, and read it again, and guidance doubles that. At twice the side it is 16 times as much. That
-# is why every Stable Diffusion of today runs on fused attention.
+# The rows are the sizes that the latent has inside the U-Net, its *levels* (lesson 07). Each layer of the first one would write 268 MB for each picture, and
+# read it again, and guidance doubles that. At twice the side it is 16 times as much. That is why every Stable Diffusion of today runs on fused attention.
 
 # %% [markdown]
 # ## On a GPU
