@@ -15,8 +15,9 @@
 # %% [markdown]
 # ## Guess first
 #
-# A softmax share is $e^{s}$ divided by the sum of all $e^{s}$. So it seems that all logits $s$ must be there before the first share is known. A kernel walks over
-# the keys once, a few at a time, and forgets each block when it goes on. What must it keep for each query, to have the exact answer at the end?
+# A softmax share is $e^{s}$ divided by the sum of all $e^{s}$, where a *logit* $s$ is the scaled product of the query with one key. So it seems that all
+# logits must be there before the first share is known. A kernel walks over the keys once, a few at a time, and forgets each block when it goes on. What must
+# it keep for each query, to have the exact answer at the end?
 #
 # 1. Every logit, in fewer bits.
 # 2. The answer so far, and two numbers.
@@ -269,12 +270,14 @@ for head in (8, 32, 40, 64, 80, 160):
     print(f"{head:4}   {power:12}   {f'{first} + {rest}':>9}   {1 - (first + rest) / power:9.1%}")
 
 # %% [markdown]
-# The trap is another one, and no test of results can see it. Numbers lie in memory head after head, so each row of a head begins `d` numbers after the head before.
-# A GPU loads 16 bytes, eight halves, in one go only if the compiler *knows* that they begin at a multiple of 16. If `d` is an argument like any other, it
-# might be odd, so every single number is loaded by itself. Declared `tl.constexpr`, `d` is part of the program, and 40 is seen to be a multiple of 8.
+# The trap is another one, and no test of results can see it. Numbers lie in memory head after head, so each row of a head begins `d` numbers after the head
+# before. A GPU loads 16 bytes, eight numbers of float16, in one go only if the compiler *knows* that they begin at a multiple of 16. If `d` is an argument
+# like any other, it might be odd, so every single number is loaded by itself. Declared `tl.constexpr`, `d` is part of the program, and 40 is seen to be a
+# multiple of 8.
 #
-# The compiler can be asked. It needs no GPU: below Triton compiles our kernel for an H100 in three ways, and the *PTX*, the GPU's assembler text, is searched for loads of two and of
-# 16 bytes (Triton's `cp.async` copies in the background) and for matrix products. A process of its own does it, as this one has the interpreter on.
+# The compiler can be asked. It needs no GPU: below Triton compiles our kernel for an H100, a large GPU, in three ways, and the *PTX*, the GPU's assembler
+# text, is searched for loads of two and of 16 bytes (Triton's `cp.async` copies in the background) and for matrix products. A process of its own does it, as
+# this one has the interpreter on.
 
 # %%
 COMPILE = """
@@ -359,7 +362,8 @@ for length in (1, 4):  # longer queries: larger logits
         print(f"queries times {length}, {256 // block:2} blocks of {block:3}: off by {off:.0%}")
 
 # %% [markdown]
-# The smaller the blocks and the larger the logits, the worse. Now the bundled model: all of its self-attention layers walk over their keys in sixteenths, mended and not.
+# The smaller the blocks and the larger the logits, the worse. Now the bundled model: all of its self-attention layers, where cells ask cells, walk over their
+# keys in sixteenths, mended and not.
 
 # %%
 sd = lesson.load()
