@@ -223,9 +223,9 @@ fig.colorbar(shown, label="added to the channel")
 lesson.show(fig, "channels", "A map: what each channel is given falls, rises or stays over time.")
 
 # %% [markdown]
-# Some channels are lifted at the end of the way and pressed down at the start, others the reverse. The norm and the SiLU that follow pass
-# what is lifted and block what is pressed down. So the time chooses which channels take part: one set of convolutions, and many networks
-# in it.
+# Some channels are lifted at early timesteps, where little noise is left, others are pressed down there; at late ones most are given
+# less. The norm and the SiLU that follow pass what is lifted and block what is pressed down. So the time chooses which channels take part:
+# one set of convolutions, and many networks in it.
 
 # %% [markdown]
 # ## Why the input is added
@@ -292,13 +292,13 @@ for (name, loss), style in zip(losses.items(), ("-", "--")):
     print(f"{name}: loss {mean[-1]:.2f} over the last ten of {steps} steps")
 axis.set(xlabel="step", ylabel="loss, mean of ten steps", ylim=(0, 1.5))
 axis.legend()
-lesson.show(fig, "residual", "The loss falls fast with x, slowly without.")
+lesson.show(fig, "residual", "The loss falls fast with x, and hardly at all without.")
 
 # %% [markdown]
 # Both rows have the same numbers of parameters and start from the same draw. With $x$ a new block changes its input a little, so the
-# noise comes through all sixteen nearly as it was, and so does the gradient on its way back. Without it, each block replaces its input by
-# a random mixture, and after sixteen of them little can be learnt from. This is the reason that networks can be deep at all; U-Net, VAE
-# and text encoder add their inputs everywhere.
+# noise comes through all sixteen nearly as it was, and so does the gradient on its way back. Without it, each block replaces its input
+# by a random mixture, and after sixteen of them little can be learnt from. This is the reason that networks can be deep at all; U-Net,
+# autoencoder and text encoder add their inputs everywhere.
 
 # %% [markdown]
 # ## Break it: sin before cos
