@@ -16,9 +16,9 @@
 # ## Guess first
 #
 # We are going to fine-tune every matrix of the U-Net's *transformers* on five pictures of one animal. Those are the layers in which the
-# cells of the picture look at each other and at the words (lesson 04), and what stands around them. Each matrix then differs from what it was by another matrix, the change. A change of 160 x 160 numbers is a sum of 160 products of
-# a column with a row, the strongest first. How many of these products does each matrix need before the pictures look as they do with all of
-# them?
+# cells of the picture look at each other and at the words (lesson 04), and what stands around them. Each matrix then differs from what it
+# was by another matrix, the change. A change of 160 x 160 numbers is a sum of 160 products of a column with a row, the strongest first. How
+# many of these products does each matrix need before the pictures look as they do with all of them?
 #
 # 1. One.
 # 2. Less than ten.

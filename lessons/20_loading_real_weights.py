@@ -78,10 +78,10 @@ for layout, table in tables.items():
 # %% [markdown]
 # ## How LDM counts
 #
-# minidiff and diffusers count levels, and blocks within a level. LDM counts every step on the way down in one row. `input_blocks.0` is the first convolution. Then
-# each level has its blocks, one step each, and one step more for halving the resolution. A step is a little list of its own: item 0 is the ResBlock, item 1 the
-# *transformer* beside it, which holds the attentions of lesson 04 and the feed-forward layer. On the way up, in `output_blocks`, each level has one block more than on the way down, and enlarging the
-# picture is no step of its own: it is the last item of the level's last step.
+# minidiff and diffusers count levels, and blocks within a level. LDM counts every step on the way down in one row. `input_blocks.0` is the first convolution.
+# Then each level has its blocks, one step each, and one step more for halving the resolution. A step is a little list of its own: item 0 is the ResBlock, item
+# 1 the *transformer* beside it, which holds the attentions of lesson 04 and the feed-forward layer. On the way up, in `output_blocks`, each level has one block
+# more than on the way down, and enlarging the picture is no step of its own: it is the last item of the level's last step.
 #
 # To see it at full size no weights are needed. PyTorch's device `meta` makes modules that have shapes and no numbers.
 
@@ -170,9 +170,9 @@ for name in names:
 # %% [markdown]
 # ## Every name has an account
 #
-# PyTorch's `load_state_dict(strict=False)` skips what it does not know and leaves the rest as it was drawn. That is how models come to draw noise. minidiff sorts every
-# name of the file into used, converted (as those just above), carried along (nothing is computed with it, but saving writes it back) or ignored for a stated reason, and
-# refuses the file if one name is left over or one weight without a name. What it says of a file in which a name was misspelt:
+# PyTorch's `load_state_dict(strict=False)` skips what it does not know and leaves the rest as it was drawn. That is how models come to draw noise. minidiff
+# sorts every name of the file into used, converted (as those just above), carried along (nothing is computed with it, but saving writes it back) or ignored for
+# a stated reason, and refuses the file if one name is left over or one weight without a name. What it says of a file in which a name was misspelt:
 
 # %%
 print(f"used {len(report.used)}, converted {len(report.converted)}")
