@@ -192,6 +192,9 @@ assert not pile
 # Count both for Stable Diffusion 1.x, which needs no weights on the device `meta`. For the work, count multiplications: a convolution or
 # a Linear uses each of its weights once for each cell that it makes. (The products of queries and keys have no weights and are left out.)
 # Each row is a level, the way down and the way up together.
+#
+# The attention of a level stands in a block of three parts: self-attention, cross-attention, and a *feed-forward* network, Linears that work
+# on each cell by itself.
 
 # %%
 KINDS = ("self_attention", "cross_attention", "feed_forward")
