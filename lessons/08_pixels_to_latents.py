@@ -137,8 +137,9 @@ lesson.show(fig, "regions", "Bars of error: small for background, large for insi
 #
 # $$\mathrm{KL} = \frac{1}{2} \left( \mathrm{mean}^2 + \mathrm{std}^2 - 1 - \log \mathrm{std}^2 \right)$$
 #
-# It is zero for the standard normal and grows with every bit that the latent tells about the picture. Its weight in training is tiny, or
-# the pictures would blur.
+# It is zero for the standard normal and grows with every bit that the latent tells about the picture. (It is counted in *nats*, bits of the
+# natural logarithm. `logvar` below is $\log \mathrm{std}^2$, which is what the encoder gives.) Its weight in training is tiny, or the
+# pictures would blur.
 
 # %%
 std = (0.5 * logvar).exp()
@@ -282,10 +283,11 @@ fig = picture_grid(rows, labels=["scenes,\nx0_hat", "multiplied\nby the wrong"])
 lesson.show(fig, "guessed", "Scenes found in noise; below, blurred ones with details lost.")
 
 # %% [markdown]
-# In the second row of the first picture the decoder was given latents that it never met: too strong in everything, with colours that run
-# into their ends. In the second row of the other, latents too small drowned in noise far earlier than the timestep says, and the U-Net,
-# which trusts the timestep, filled in the rest from its own mind. Both programs run without a complaint. So minidiff keeps the number in
-# `VAEConfig`, as part of the checkpoint, and the VAE itself never multiplies; the pipeline does, in one place.
+# That answers the second guess: nothing crashes, and every picture is worse. In the second row of the first one the decoder was given
+# latents that it never met: too strong in everything, with colours that run into their ends. In the second row of the other, latents too
+# small drowned in noise far earlier than the timestep says, and the U-Net, which trusts the timestep, filled in the rest from its own
+# mind. Both programs run without a complaint. So minidiff keeps the number in `VAEConfig`, as part of the checkpoint, and the VAE itself
+# never multiplies; the pipeline does, in one place.
 
 # %% [markdown]
 # ## On real Stable Diffusion
