@@ -127,9 +127,10 @@ for text, positions in tokenizer.words(prompt):
 # %% [markdown]
 # ## Integers to vectors
 #
-# The text encoder looks each token up in a table of vectors that were learnt, and adds a second vector for its place in the row: without that
-# "a cat above a dog" and "a dog above a cat" would hold the same things. Then come blocks of attention (lesson 04), in which the words ask each other, each followed by a small network
-# for every word by itself. This is the text half of CLIP (Radford et al. 2021, section 2.4), written out:
+# The text encoder looks each token up in a table of vectors that were learnt, and adds a second vector for its place in the row: without that "a cat above
+# a dog" and "a dog above a cat" would hold the same things. Then come blocks of attention (lesson 04), in which the words ask each other, each followed by a
+# small network for every word by itself. This is the text half of CLIP, two networks, one for pictures and one for texts, that were taught together which text
+# belongs to which picture (Radford et al. 2021, section 2.4). Written out:
 
 # %%
 encoder = sd.text_encoder
@@ -381,6 +382,6 @@ for name, config in (("SD 1.x", SD1), ("SD 2.x", SD2)):
 # ## Read next
 #
 # - `minidiff/tokenizer.py`: `Tokenizer.__call__` makes the row, `_spell` calls the loop that you wrote; `minidiff/scenes/train_bpe.py` finds the merges in forty lines.
-# - `minidiff/text_encoder.py`: `TextBlock` is the block above; the two kinds of GELU are there too.
+# - `minidiff/text_encoder.py`: `TextBlock` is the block above; its activation, a GELU in two versions, is there too.
 # - Sennrich et al. 2016, "Neural machine translation of rare words with subword units", section 3.2; Radford et al. 2021, the CLIP paper, section 2.4.
 # - Lesson 10: what the U-Net does with the context, step by step.
