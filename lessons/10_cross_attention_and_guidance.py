@@ -139,8 +139,7 @@ lesson.show(fig, "looks", "From step to step the words' share falls, and the sta
 
 # %%
 judge = weights_loader.load_judge(device=lesson.device)
-pairs = [("burger", "frog"), ("book", "cactus"), ("heart", "taxi")]
-pairs += [] if lesson.quick else [("rose", "bomb"), ("owl", "trophy"), ("camera", "tree")]
+pairs = [("burger", "frog"), ("book", "cactus"), ("heart", "taxi"), ("rose", "bomb")]
 shape = (sd.config.vae.latent_channels, side, side)
 scale = sd.config.guidance_scale  # this model's own
 empty = sd.encode_prompts([""])
@@ -171,7 +170,7 @@ def changed_at(when, count):
 
 
 # %%
-count = 4 if lesson.quick else 10
+count = 3 if lesson.quick else 10
 changes = [0, 1, 2, 3] if lesson.quick else [0, 1, 3, 5, 7, 9]
 index = [[judge.config.subjects.index(name) for name in pair] for pair in pairs]
 second, drawn = [], []
@@ -237,7 +236,7 @@ guided_answer = lesson.check(guided_answer, instead=library)
 asked = [prompt for prompt in fixed_prompts() if prompt.group == "two"]
 asked = asked[::12] if lesson.quick else asked[::8]
 both = [prompt for prompt in asked for _ in range(2)]  # two seeds each
-seeds, count = [0, 1] * len(asked), 3 if lesson.quick else 8
+seeds, count = [0, 1] * len(asked), 1 if lesson.quick else 8
 cond = sd.encode_prompts([prompt.text for prompt in both])
 uncond = empty.expand_as(cond)
 wanted = [{judge.config.subjects.index(name) for name in prompt.subjects} for prompt in both]
@@ -298,9 +297,12 @@ lesson.show(fig, "scales", "Two things a picture: at 0 neither, then ever cleare
 # negative prompt.
 
 # %%
+many = 6 if lesson.quick else 10
+
+
 def backgrounds(negative):
-    """Which colour the judge sees behind ten frogs, and the first of their pictures."""
-    walk = sd.denoise("a frog", steps=count, seeds=range(10), negative_prompt=negative)
+    """Which colour the judge sees behind some frogs, and the first of their pictures."""
+    walk = sd.denoise("a frog", steps=count, seeds=range(many), negative_prompt=negative)
     *_, last = walk
     pixels = sd.decode(last.x_t)
     named = read(pixels).backgrounds.argmax(dim=1).tolist()
@@ -391,11 +393,11 @@ for name, answer in answers.items():
 
 # %%
 print(f"usual scale: {SD1.guidance_scale}; this model's: {sd.config.guidance_scale}")
-x_t = noise_source(seeds, shape, lesson.device)()
-t = torch.full((len(seeds),), 700, device=lesson.device)
+x_t = noise_source([0, 0], shape, lesson.device)()
+t = torch.full((2,), 700, device=lesson.device)
 for g in (1, 4, SD1.guidance_scale, 16):
     with torch.no_grad():
-        answer = guided_answer(sd.unet, x_t, t, cond, uncond, g)
+        answer = guided_answer(sd.unet, x_t, t, cond[:2], uncond[:2], g)
     print(f"scale {g}: the answer's numbers have size {answer.std():.2f}")
 
 # %% [markdown]
