@@ -307,7 +307,7 @@ def test_an_unknown_name_is_refused():
         (dict(d=512), "heads of a multiple of 8 up to 160"),
         (dict(d=12), "heads of a multiple of 8 up to 160"),
         (dict(dtype=torch.float64), "dtype torch.float64"),
-        (dict(device="meta"), "the tensors are on meta"),
+        (dict(device="meta"), "tensors on meta"),
         (dict(L=300, dtype=torch.float64), "dtype torch.float64"),
     ],
 )

@@ -25,7 +25,7 @@ from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAECo
 from minidiff.evaluation import alignment, bundled, clip, kid, weights
 from minidiff.evaluation.open_clip import OpenClip
 from minidiff.evaluation.prompts import fixed_prompts
-from minidiff.kernels import cross_attention, geglu, group_norm_silu, self_attention, tiles, where
+from minidiff.kernels import cross_attention, geglu, group_norm_silu, self_attention, tiles
 from minidiff.samplers import Denoiser, Level
 from minidiff.scenes import art
 from minidiff.schedule import NoiseSchedule, zero_terminal_snr
@@ -196,8 +196,8 @@ def examples() -> list[partial]:
         partial(geglu.unsupported, ones),
         partial(group_norm_silu.fused_group_norm_silu, cells, 4, ones, ones, 1e-5),
         partial(group_norm_silu.unsupported, cells, 4, ones, ones),
-        partial(where.no_kernel_for, ones),
-        partial(where.device_of, ones),
+        partial(tiles.no_kernel_for, ones),
+        partial(tiles.device_of, ones),
         partial(strips.worth_strips, vae_config, x_t),
         partial(strips.decode_in_strips, vae.VAE(vae_config), x_t),
         partial(savings.SameInput(nn.Linear(8, 8)).__call__, q),

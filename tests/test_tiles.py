@@ -43,7 +43,7 @@ def test_the_reason_of_a_refusal_is_named(change, reason):
 
 def test_tensors_elsewhere_are_refused_with_the_place():
     x = torch.zeros(1, 2, 32, device="meta")
-    assert refusal(x, x, x, 1).startswith(f"the tensors are on meta; kernels run on {DEVICE}")
+    assert refusal(x, x, x, 1).startswith(f"tensors on meta; kernels run on {DEVICE}")
 
 
 def test_more_elements_than_32_bits_count_are_refused():

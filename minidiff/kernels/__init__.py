@@ -1,9 +1,8 @@
 """GPU kernels in Triton, each beside the plain maths that it must equal. To be read in this order:
 
-    tiles.py            what attention's share: tiles of a head that is no power of two wide, one matrix product, what no kernel takes
+    tiles.py            what they share: tiles of a head that is no power of two wide, matrix products, what no kernel takes
     self_attention.py   latent cells (or words) look at each other: the online softmax, and its gradients
     cross_attention.py  latent cells look at the words: all keys at once, and their gradients in one pass
-    where.py            what the following refuse, and the device that a kernel is launched on
     group_norm_silu.py  GroupNorm and SiLU of the U-Net's ResBlocks, channels last
     geglu.py            the gate of the U-Net's feed-forward layers
 

@@ -26,9 +26,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff.kernels.self_attention import dot_add, dot_heads, head_of, load_head, store_head, zeros_head
-from minidiff.kernels.tiles import LOG2_E, head_tiles, jit, refusal, tl, triton
-from minidiff.kernels.where import device_of
+from minidiff.kernels.tiles import (
+    LOG2_E, device_of, dot_add, dot_heads, head_of, head_tiles, jit, load_head, refusal, store_head, tl, triton, zeros_head,
+)  # fmt: skip
 
 MOST_KEYS = 256
 MOST_BYTES = 64 * 1024  # of a head's keys, padded; as much again for its values: threads of an A100 can share 163 KiB

@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff.kernels.tiles import jit, tl, triton
-from minidiff.kernels.where import device_of, no_kernel_for
+from minidiff.kernels.tiles import device_of, jit, no_kernel_for, tl, triton
 
 BLOCK = 1024  # results of a program: with 4 warps 8 a thread, which are 16 bytes of 16-bit numbers, the widest load there is
 WARPS = 4

@@ -30,8 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff.kernels.tiles import jit, tl, triton
-from minidiff.kernels.where import device_of, no_kernel_for
+from minidiff.kernels.tiles import device_of, jit, no_kernel_for, tl, triton
 
 MOST_CHANNELS = 256  # in a chunk, unless one group has more: 512 bytes of 16-bit numbers side by side, 16 for each thread of a warp
 TILE = 8192  # bytes that a program has at a time: with 4 warps 4 loads of 16 bytes a thread, the widest there are

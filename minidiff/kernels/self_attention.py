@@ -36,51 +36,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff.kernels.tiles import LOG2_E, dot, head_tiles, jit, refusal, tl, triton
-from minidiff.kernels.where import device_of
-
-
-@jit
-def load_head(x, rows, end, stride, d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, EVEN: tl.constexpr):
-    """The rows of one head as its two tiles; 0 in rows from `end` on (EVEN: there are none) and in columns from d on."""
-    x += rows[:, None] * stride
-    inside = tl.full([1, 1], True, tl.int1) if EVEN else (rows < end)[:, None]
-    columns = tl.arange(0, D_1)[None, :]
-    x_1 = tl.load(x + columns, mask=inside & (columns < d), other=0.0)
-    x_2 = x_1  # never used if there is no second tile
-    if D_2 > 0:
-        columns = D_1 + tl.arange(0, D_2)[None, :]
-        x_2 = tl.load(x + columns, mask=inside & (columns < d), other=0.0)
-    return x_1, x_2
-
-
-@jit
-def store_head(x, x_1, x_2, rows, end, stride, d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
-    x += rows[:, None] * stride
-    inside = (rows < end)[:, None]
-    columns = tl.arange(0, D_1)[None, :]
-    tl.store(x + columns, x_1.to(x.dtype.element_ty), mask=inside & (columns < d))
-    if D_2 > 0:
-        columns = D_1 + tl.arange(0, D_2)[None, :]
-        tl.store(x + columns, x_2.to(x.dtype.element_ty), mask=inside & (columns < d))
-
-
-@jit
-def dot_heads(a_1, a_2, b_1, b_2, D_2: tl.constexpr):
-    """a b^T over the head's width: [rows of a, rows of b]."""
-    c = dot(a_1, tl.trans(b_1), None)
-    if D_2 > 0:
-        c = dot(a_2, tl.trans(b_2), c)
-    return c
-
-
-@jit
-def dot_add(weights, x_1, x_2, sum_1, sum_2, D_2: tl.constexpr):
-    """sum + weights x, for both tiles of x."""
-    sum_1 = dot(weights, x_1, sum_1)
-    if D_2 > 0:
-        sum_2 = dot(weights, x_2, sum_2)
-    return sum_1, sum_2
+from minidiff.kernels.tiles import (
+    LOG2_E, device_of, dot_add, dot_heads, head_of, head_tiles, jit, load_head, refusal, store_head, tl, triton, zeros_head,
+)  # fmt: skip
 
 
 @jit
@@ -91,17 +49,6 @@ def seen(s, rows, keys, L, CAUSAL: tl.constexpr, EVEN: tl.constexpr):
     elif not EVEN:
         s = tl.where(keys[None, :] < L, s, float("-inf"))
     return s
-
-
-@jit
-def zeros_head(rows: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
-    return tl.zeros([rows, D_1], tl.float32), tl.zeros([rows, max(D_2, 16)], tl.float32)
-
-
-@jit
-def head_of(x, batch_stride, d: tl.constexpr):
-    """The first token of this program's head: the grid is (blocks, heads, batch)."""
-    return x + tl.program_id(2).to(tl.int64) * batch_stride + tl.program_id(1) * d
 
 
 @jit

@@ -1,4 +1,4 @@
-"""What the attention kernels share: tiles of a head that is no power of two wide, a matrix product, what no kernel takes.
+"""What the kernels share: tiles of a head that is no power of two wide, matrix products, what no kernel takes.
 
 Triton's blocks have sides that are powers of two, and its matrix products want at least 16 in each direction. Stable Diffusion 1.x
 has heads 40, 80 and 160 wide; padded to 64, 128 and 256, a third of the work would be multiplication by zero. So a head stands in two
@@ -6,11 +6,12 @@ blocks side by side, and a product over its width is the sum of two:
 
     40 = 32 + 8 (padded to 16)    80 = 64 + 16    160 = 128 + 32    q k^T = q_1 k_1^T + q_2 k_2^T
 
-Without Triton (macOS, Windows) this file and the kernels' are still imported; `refusal` then says so for every tensor.
+Without Triton (macOS, Windows) this file and the kernels' are still imported; `no_kernel_for` then says so for every tensor.
 """
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -54,21 +55,82 @@ def dot(a, b, c):
     return tl.dot(a, b, c, input_precision="ieee")
 
 
+@jit
+def load_head(x, rows, end, stride, d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, EVEN: tl.constexpr):
+    """The rows of one head as its two tiles; 0 in rows from `end` on (EVEN: there are none) and in columns from d on."""
+    x += rows[:, None] * stride
+    inside = tl.full([1, 1], True, tl.int1) if EVEN else (rows < end)[:, None]
+    columns = tl.arange(0, D_1)[None, :]
+    x_1 = tl.load(x + columns, mask=inside & (columns < d), other=0.0)
+    x_2 = x_1  # never used if there is no second tile
+    if D_2 > 0:
+        columns = D_1 + tl.arange(0, D_2)[None, :]
+        x_2 = tl.load(x + columns, mask=inside & (columns < d), other=0.0)
+    return x_1, x_2
+
+
+@jit
+def store_head(x, x_1, x_2, rows, end, stride, d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
+    x += rows[:, None] * stride
+    inside = (rows < end)[:, None]
+    columns = tl.arange(0, D_1)[None, :]
+    tl.store(x + columns, x_1.to(x.dtype.element_ty), mask=inside & (columns < d))
+    if D_2 > 0:
+        columns = D_1 + tl.arange(0, D_2)[None, :]
+        tl.store(x + columns, x_2.to(x.dtype.element_ty), mask=inside & (columns < d))
+
+
+@jit
+def zeros_head(rows: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
+    return tl.zeros([rows, D_1], tl.float32), tl.zeros([rows, max(D_2, 16)], tl.float32)
+
+
+@jit
+def dot_heads(a_1, a_2, b_1, b_2, D_2: tl.constexpr):
+    """a b^T over the head's width: [rows of a, rows of b]."""
+    c = dot(a_1, tl.trans(b_1), None)
+    if D_2 > 0:
+        c = dot(a_2, tl.trans(b_2), c)
+    return c
+
+
+@jit
+def dot_add(weights, x_1, x_2, sum_1, sum_2, D_2: tl.constexpr):
+    """sum + weights x, for both tiles of x."""
+    sum_1 = dot(weights, x_1, sum_1)
+    if D_2 > 0:
+        sum_2 = dot(weights, x_2, sum_2)
+    return sum_1, sum_2
+
+
+@jit
+def head_of(x, batch_stride, d: tl.constexpr):
+    """The first token of this program's head: the grid is (blocks, heads, batch)."""
+    return x + tl.program_id(2).to(tl.int64) * batch_stride + tl.program_id(1) * d
+
+
+def no_kernel_for(x: Tensor) -> str | None:
+    """Why no kernel takes a tensor of this dtype on this device, as the end of a sentence; None if they do."""
+    if triton is None:
+        return "Triton is not installed"
+    if x.device.type != DEVICE:
+        return f"tensors on {x.device}; kernels run on {DEVICE}" + (", as Triton's interpreter is on" if DEVICE == "cpu" else "")
+    if x.device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_properties(x.device).major < 8):
+        return f"{torch.cuda.get_device_name(x.device)} is not an NVIDIA GPU of compute capability 8.0 or above"
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {x.dtype}; kernels take float16, bfloat16 and float32"
+    return None
+
+
 def refusal(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
     """Why no attention kernel takes these tensors, as the end of a sentence; None if they are fine.
 
     q [B, N, h d], k and v [B, L, h d]; strides of batch and tokens are free, as in a view of a fused projection.
     """
-    if triton is None:
-        return "Triton is not installed"
     if not (q.device == k.device == v.device and q.dtype == k.dtype == v.dtype):
         return f"q, k and v differ: {q.dtype} on {q.device}, {k.dtype} on {k.device}, {v.dtype} on {v.device}"
-    if q.device.type != DEVICE:
-        return f"the tensors are on {q.device}; kernels run on {DEVICE}" + (", as Triton's interpreter is on" if DEVICE == "cpu" else "")
-    if q.device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_properties(q.device).major < 8):
-        return f"{torch.cuda.get_device_name(q.device)} is not an NVIDIA GPU of compute capability 8.0 or above"
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {q.dtype}; kernels take float16, bfloat16 and float32"
+    if reason := no_kernel_for(q):
+        return reason
     B, N, D = q.shape
     if D % heads or D // heads % 8 or D // heads > WIDEST_HEAD:
         return f"{heads} heads in a width of {D}; kernels take heads of a multiple of 8 up to {WIDEST_HEAD}"
@@ -83,3 +145,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
     if B > 65535 or heads > 65535:
         return f"batch {B} and {heads} heads; a kernel's grid ends at 65535 of either"
     return None
+
+
+def device_of(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
