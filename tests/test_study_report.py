@@ -119,7 +119,8 @@ def test_the_report_writes_its_files(made_up):
     kept = json.loads((made_up / "study.json").read_text())
     assert len(kept["results"]) == len(LIKENESS) * len(SUBJECTS) * len(SEEDS) and kept["findings"]
     with Image.open(made_up / "methods-tiger.png") as picture:
-        assert picture.size == (150 + 64, 64 * len(LIKENESS))
+        # below the five pictures that were learnt from
+        assert picture.size == (150 + 5 * 64, 64 * (1 + len(LIKENESS)))
 
 
 def test_a_folder_without_results_says_what_to_run(tmp_path):

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from minidiff.bench.common import machine
 from minidiff.evaluation.alignment import Encoder
 from minidiff.evaluation.kid import KID, kid
 from minidiff.evaluation.weights import KINDS
+from minidiff.study.learn import training_pictures
 from minidiff.study.measure import class_features
-from minidiff.study.plan import PAIR_VARIANTS, SHARES, SUBJECTS, UNTOUCHED, custom, lora, methods, pictures
-from minidiff.viz import save_png
+from minidiff.study.plan import PAIR_VARIANTS, PICTURES, SEEDS, SHARES, SUBJECTS, UNTOUCHED, Run, custom, lora, methods, pictures, runs
+from minidiff.viz import grid, save_png
 
 DRAWS = 10_000
 SCORES = ("likeness", "named", "text", "kept", "others", "drift")
@@ -262,12 +264,22 @@ def key_of(row: dict) -> tuple[str, int]:
 # --- sheets -----------------------------------------------------------------------------------------------------------
 
 
-def sheet(results: Results, part: str, subjects: Sequence[str], seed: int, path: Path) -> None:
-    """A row for each variant of a part, its name beside it."""
-    rows = [row for row in results.rows if row["run"]["part"] == part and row["run"]["subjects"] == list(subjects) and row["run"]["seed"] == seed]
-    if not rows:
-        return
-    images = [(row["run"]["variant"], Image.open(results.folder / "rows" / f"{row['name']}.png").convert("RGB")) for row in rows]
+FIRST_ROWS = {"custom": STANDARD, "compression": STANDARD, "pictures": STANDARD, "lora": ("methods", "lora")}  # what a part's variants differ from
+
+
+def sheet(results: Results, part: str, subjects: Sequence[str], seed: int) -> Image.Image:
+    """The pictures that were learnt from, and a row for each variant of a part, its name beside it."""
+
+    def row(part: str, variant: str) -> tuple[str, Image.Image] | None:
+        name = Run(part, variant, tuple(subjects), seed).name
+        path = results.folder / "rows" / f"{name}.png"
+        return (variant, Image.open(path).convert("RGB")) if path.exists() else None
+
+    variants = dict.fromkeys(r["run"]["variant"] for r in results.rows if r["run"]["part"] == part)
+    order = [run.variant for run in runs(part) if run.variant in variants]
+    named = [row(*one) for one in (FIRST_ROWS.get(part), *((part, variant) for variant in dict.fromkeys(order))) if one]
+    images = [one for one in named if one]
+    images[:0] = [(f"pictures: {subject}", grid(training_pictures(subject, seed), columns=PICTURES)) for subject in subjects]
     label = 150
     width, height = max(image.width for _, image in images), images[0][1].height
     made = Image.new("RGB", (label + width, height * len(images)), "white")
@@ -275,17 +287,18 @@ def sheet(results: Results, part: str, subjects: Sequence[str], seed: int, path:
     for i, (name, image) in enumerate(images):
         draw.text((6, i * height + height // 2 - 5), name, fill="black")
         made.paste(image, (label, i * height))
-    save_png(made, path)
+    return made
 
 
 def write(results: Results, judge: Encoder) -> str:
-    """folder/study.json, folder/study.md and the sheets of the first seed; gives the text of study.md."""
+    """folder/study.json, folder/study.md and the sheets of the first seed, PART-SUBJECTS.png; gives the text of study.md."""
     made, claims = tables(results, judge), findings(results)
     text = "\n\n".join(f"### {title}\n\n{table}" for title, table in made.items())
     text += "\n\n### Findings\n\n" + "\n".join(f"- {one.claim} This **{one.holds}** here: {one.figures}." for one in claims) + "\n"
     (results.folder / "study.md").write_text(text, encoding="utf-8")
-    kept = {"findings": [asdict(one) for one in claims], "results": results.rows}
-    (results.folder / "study.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
-    for subject in SUBJECTS:
-        sheet(results, "methods", (subject,), 0, results.folder / f"methods-{subject}.png")
+    head = {"commands": ["minidiff evaluate study OUT", "minidiff evaluate report OUT"], "machine": machine(), "findings": [asdict(one) for one in claims]}
+    rows = ",\n".join(json.dumps(row) for row in results.rows)  # a line each
+    (results.folder / "study.json").write_text(json.dumps(head, indent=1)[:-2] + f',\n "results": [\n{rows}\n]}}\n', encoding="utf-8")
+    for part, subjects in dict.fromkeys((row["run"]["part"], tuple(row["run"]["subjects"])) for row in results.rows if row["run"]["seed"] == SEEDS[0]):
+        save_png(sheet(results, part, subjects, SEEDS[0]), results.folder / f"{'-'.join((part, *subjects))}.png")
     return text
