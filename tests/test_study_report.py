@@ -97,7 +97,7 @@ def test_differences_are_taken_run_by_run(made_up):
 
 
 def test_the_tables_say_what_learnt_and_what_it_cost(made_up):
-    found = tables(read(made_up), FakeJudge())
+    found = tables(read(made_up), report.kids(read(made_up), FakeJudge()))
     assert set(found) == {"Methods", "What they cost"}
     learnt = {line.split(" | ")[0].strip("| "): line.rstrip(" |").split(" | ")[-1] for line in found["Methods"].splitlines()[2:]}
     assert learnt == {UNTOUCHED: learnt[UNTOUCHED], "textual-inversion": "yes", "lora": "yes", "dreambooth": "yes", "custom-diffusion": "yes", "prefix": "no"}

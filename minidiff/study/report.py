@@ -119,24 +119,33 @@ def lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def shown(value: Interval | None) -> str:
-    return "" if value is None else str(value)
+    """In a table, where the intervals are wide."""
+    if value is None:
+        return ""
+    mean, low, high = (f"{round(number, 2) + 0.0:.2f}" for number in (value.mean, value.low, value.high))  # + 0.0: no minus before 0.00
+    return f"{mean} [{low}, {high}]"
 
 
 def mean(values: Values) -> float:
     return sum(values.values()) / len(values)
 
 
-def methods_table(results: Results, judge: Encoder) -> str:
+def kids(results: Results, judge: Encoder) -> dict[str, KID]:
+    """Of each method."""
+    found = {name: results.kid(judge, "methods", name) for name in (UNTOUCHED, *methods())}
+    return {name: distance for name, distance in found.items() if distance}
+
+
+def methods_table(results: Results, distances: Mapping[str, KID]) -> str:
     """What each method gives, and forgets."""
     rows = []
     for name in (UNTOUCHED, *methods()):
         if not results.of("methods", name, "likeness"):
             continue
         gain = results.difference(("methods", name), ("methods", UNTOUCHED), "likeness")
-        distance = results.kid(judge, "methods", name)
         rows.append([
             name, *(shown(interval(results.of("methods", name, score))) for score in SCORES),
-            f"{1000 * distance.value:.0f} ± {1000 * distance.error:.0f}", "" if name == UNTOUCHED else "yes" if gain and gain.low > 0 else "no",
+            f"{1000 * distances[name].value:.0f} ± {1000 * distances[name].error:.0f}", "" if name == UNTOUCHED else "yes" if gain and gain.low > 0 else "no",
         ])  # fmt: skip
     return lines(("method", *SCORES, "KID x 1000", "learnt"), rows)
 
@@ -179,11 +188,11 @@ def style_table(results: Results) -> str:
     return lines(("style", *scores), rows)
 
 
-def tables(results: Results, judge: Encoder) -> dict[str, str]:
-    """All tables that the results give, by title; of parts without results none."""
+def tables(results: Results, distances: Mapping[str, KID]) -> dict[str, str]:
+    """All tables that the results give, by title; of parts without results none. distances: of `kids`."""
     compression = [f"share {share}" for share in SHARES]
     made = {
-        "Methods": methods_table(results, judge),
+        "Methods": methods_table(results, distances),
         "What they cost": costs_table(results),
         "Two subjects": pairs_table(results),
         "Custom Diffusion, one thing changed": changes_table(results, "custom", list(custom()), STANDARD, SCORES),
@@ -290,13 +299,19 @@ def sheet(results: Results, part: str, subjects: Sequence[str], seed: int) -> Im
     return made
 
 
+def as_text(results: Results, distances: Mapping[str, KID]) -> str:
+    """All tables and findings, as Markdown."""
+    text = "\n\n".join(f"### {title}\n\n{table}" for title, table in tables(results, distances).items())
+    return text + "\n\n### Findings\n\n" + "\n".join(f"- {one.claim} This **{one.holds}** here: {one.figures}." for one in findings(results)) + "\n"
+
+
 def write(results: Results, judge: Encoder) -> str:
     """folder/study.json, folder/study.md and the sheets of the first seed, PART-SUBJECTS.png; gives the text of study.md."""
-    made, claims = tables(results, judge), findings(results)
-    text = "\n\n".join(f"### {title}\n\n{table}" for title, table in made.items())
-    text += "\n\n### Findings\n\n" + "\n".join(f"- {one.claim} This **{one.holds}** here: {one.figures}." for one in claims) + "\n"
+    distances = kids(results, judge)
+    text = as_text(results, distances)
     (results.folder / "study.md").write_text(text, encoding="utf-8")
-    head = {"commands": ["minidiff evaluate study OUT", "minidiff evaluate report OUT"], "machine": machine(), "findings": [asdict(one) for one in claims]}
+    head = {"commands": ["minidiff evaluate study OUT", "minidiff evaluate report OUT"], "machine": machine()}
+    head |= {"findings": [asdict(one) for one in findings(results)], "kid": {name: asdict(one) for name, one in distances.items()}}
     rows = ",\n".join(json.dumps(row) for row in results.rows)  # a line each
     (results.folder / "study.json").write_text(json.dumps(head, indent=1)[:-2] + f',\n "results": [\n{rows}\n]}}\n', encoding="utf-8")
     for part, subjects in dict.fromkeys((row["run"]["part"], tuple(row["run"]["subjects"])) for row in results.rows if row["run"]["seed"] == SEEDS[0]):
