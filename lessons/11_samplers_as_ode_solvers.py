@@ -8,9 +8,9 @@
 # - Minutes: 35
 # - Picture: [figures/11-error.png](figures/11-error.png)
 #
-# DDIM (lesson 03) goes from noise to a picture in steps, each along a guess of the U-Net, and its error is halved by twice the steps. Every
-# look at the picture is one call of the U-Net, and that is where all the time goes. This lesson sees the walk as a curve, and finds
-# samplers that follow it with fewer calls. Nothing is trained.
+# DDIM (lesson 03) goes from noise to a picture in steps, each along a guess of the U-Net, and with twice the steps its error is halved.
+# Every look at the picture is one call of the U-Net, and that is where nearly all the time goes. This lesson sees the walk as a curve, and
+# finds samplers that follow it with fewer calls. Nothing is trained.
 
 # %% [markdown]
 # ## Guess first
@@ -30,8 +30,8 @@
 #
 # $$x = x_t / \sqrt{\bar\alpha} = x_0 + \sigma \, \epsilon \qquad \sigma = \sqrt{1 - \bar\alpha} \, / \sqrt{\bar\alpha}$$
 #
-# $\sigma$ (sigma) is the *noise level*. It says the same as `t`: each timestep has its own. Most programs write samplers this way, and
-# the two lines of DDIM become one:
+# $\sigma$ (sigma) is the *noise level*. It says the same as `t`: each timestep has its own. Most programs write samplers this way. The
+# guesses then make up $x_{now} = \hat x_0 + \sigma_{now} \, \hat\epsilon$, and the two lines of DDIM become one:
 #
 # $$x_{then} = \hat x_0 + \sigma_{then} \, \hat\epsilon = x_{now} + (\sigma_{then} - \sigma_{now}) \, \hat\epsilon$$
 #
@@ -88,8 +88,9 @@ def slope(x, level):
 # timesteps, which the U-Net takes as well.
 
 # %%
+# as for the sampler "plms": its levels begin at a finite sigma, and end at timestep 0
 start_level, second, *_, last = levels(schedule, "plms", 20, "trailing")
-log_sigma = schedule.snr(torch.arange(T - 1)).rsqrt().log().numpy()
+log_sigma = schedule.snr(torch.arange(T - 1)).rsqrt().log().numpy()  # sigma^2 is 1 / SNR
 
 
 def visited(steps):
@@ -136,7 +137,8 @@ print(f"Euler ends within {off:.0e} of DDIM over the same levels")
 
 # %% [markdown]
 # Here is the curve of one number of each latent, the one at which Euler's few steps go most astray. Noise is on the left, the picture on
-# the right. The left of the axis is cut off, because $\sigma$ begins at thousands; more of that later.
+# the right. The left of the axis is cut off, because $\sigma$ begins at thousands; more of that later. The steps made there have erred
+# already, so the points do not begin on their curves.
 
 # %%
 few, fine = euler[counts[1]], euler[counts[-1]]
@@ -191,7 +193,8 @@ heun_step = lesson.check(heun_step, instead=library)
 # %% [markdown]
 # Two calls a step leave half as many steps for the same calls. So a step has to be more than twice as good to be worth it. How the
 # error of a walk shrinks with its steps can be seen without a model, on the data of lesson 03: one number of deviation $s$. There the curve
-# has a formula, $x$ is proportional to $\sqrt{s^2 + \sigma^2}$, and the end is known exactly.
+# has a formula, $x$ is proportional to $\sqrt{s^2 + \sigma^2}$. So its slope is $x \, \sigma / (s^2 + \sigma^2)$, and its end is known
+# exactly.
 
 # %%
 def known(x, level):
@@ -211,8 +214,8 @@ for step, label in ((euler_step, "Euler"), (heun_step, "Heun")):
     print(f"{label}: twice the steps, {factor:.1f} times nearer")
 
 # %% [markdown]
-# That number is what solvers are named by. *First order*: twice the steps, half the error. *Second order*: twice the steps, a quarter of
-# it. On logarithmic axes the error of a method of order p is a straight line of slope $-p$.
+# Solvers are named by this. *First order*: twice the steps, half the error. *Second order*: twice the steps, a quarter of it. On
+# logarithmic axes the error of a method of order p is a straight line of slope $-p$.
 #
 # ## DPM++ 2M: remember the last look
 #
@@ -221,13 +224,13 @@ for step, label in ((euler_step, "Euler"), (heun_step, "Heun")):
 # $$x_{then} = \frac{\sigma_{then}}{\sigma_{now}} \, x_{now} + \left( 1 - \frac{\sigma_{then}}{\sigma_{now}} \right) \hat x_0$$
 #
 # and were $\hat x_0$ the same all along the step, this would be exact, however long the step is. The guess changes, though. DPM-Solver++
-# (Lu et al. 2022, algorithm 2) puts in the guess *at the middle of the step*, the middle in $\lambda = -\log \sigma$. It has not been
-# there, but it knows the guess at the beginning of this step and of the one before, and goes on along the line through both:
+# (Lu et al. 2022, algorithm 2) puts in the guess *at the middle of the step*, the middle in $\lambda = -\log \sigma$. The walk has not
+# been there yet, but the guesses at the beginning of this step and of the one before are known, and the line through both goes on:
 #
 # $$\hat x_0^{middle} = \hat x_0 + \frac{1}{2r} \left( \hat x_0 - \hat x_0^{before} \right) \qquad r = h_{before} / h$$
 #
 # Here $h$ is the length of this step in $\lambda$, $h_{before}$ that of the last. A second order without a second call: "2M" stands for
-# second order, multistep. `dpmpp_2m` in `minidiff/samplers.py` is these two equations.
+# second order, *multistep*, which means that earlier steps are used. `dpmpp_2m` in `minidiff/samplers.py` is these two equations.
 #
 # Is such a guess at a guess any good? The fine walk of Euler says where $\hat x_0$ really was in the middle.
 
@@ -272,9 +275,9 @@ axis.legend()
 lesson.show(fig, "middle", "x0_hat along the walk; stairs, and points near their middles.")
 
 # %% [markdown]
-# Euler's stairs are late wherever the guess changes. The triangles are not, but where the guess has been falling fast and then levels off
-# they go past it. So with few steps the extrapolation is no better than the stairs. Compare in the table how both errors fall with twice
-# the steps.
+# Euler's stairs are late wherever the guess changes. The triangles follow it, except where it changes its ways: where the fall begins they
+# are late too, and where it ends they go past it. So with few steps the extrapolation is no better than the stairs. Compare in the table
+# how both errors fall with twice the steps.
 
 # %% [markdown]
 # ## Error against calls
@@ -332,9 +335,10 @@ lesson.show(fig, "calls", "Three samplers: a fox, colours without a shape, and a
 # %% [markdown]
 # Dotted lines have slopes $-1$ and $-2$. Euler's line is nearly the first. With sixteen calls DPM++ 2M is nearest to the end and Heun
 # farthest; with the fewest calls Euler is better than both. An order is a promise about short steps only. While steps are too long for the
-# bends of the curve, a clever step is led astray by what it has seen: DPM++ 2M goes past the mark, as the table of middles showed, and
-# Heun asks for slopes at points that the curve does not come by. Once they are short enough, the second order pays: look where the lines
-# cross Euler's. At the lower end beware: the goal is itself only a walk, and has an error of its own.
+# bends of the curve, a clever step is led astray by what it has seen: DPM++ 2M goes past the mark, as the triangles did, and Heun asks for
+# slopes at points that the curve does not come by. Once they are short enough, the second order pays: with twice the calls Euler's error is
+# about halved, and those of the other two fall to less than a quarter. Look where their lines cross Euler's. At the lower end beware: the
+# goal is itself only a walk, and has an error of its own.
 
 # %%
 if lesson.model == "tiny" and not lesson.quick:
@@ -346,8 +350,8 @@ print(f"Euler comes as far as DPM++ 2M with {counts[2]} calls after about {dpm_a
 # %% [markdown]
 # ## Where the steps lie
 #
-# Most samplers of the library visit timesteps that are even in `t`, as the first ones did. Near the picture $\sigma$ then falls by large
-# factors: of sixteen steps the last goes from 0.26 to 0.03. The same sampler and as many calls, over such levels:
+# Most samplers of the library visit timesteps that are even in `t`, as in lesson 03. Near the picture $\sigma$ then falls by large
+# factors: of sixteen steps the last goes from 0.26 to 0.03. Here is DPM++ 2M with as many calls, over such levels:
 
 # %%
 def even_in_t(steps):
@@ -363,6 +367,10 @@ for i, n in list(enumerate(counts))[1:4]:
     print(f"{n:5}   {errors['DPM++ 2M'][i]:19.3f}   {off:9.3f}")
 
 # %% [markdown]
+# Even in $\sigma^{1/7}$ is nearer each time, and the more so the more calls there are. Where a sampler looks matters as much as what it
+# makes of it.
+
+# %% [markdown]
 # ## The first step, where sigma is infinite
 #
 # This model's last timestep is noise alone (lesson 01). There $\bar\alpha$ is 0 and $\sigma$ infinite. Instead of infinity the library
@@ -373,7 +381,8 @@ for i, n in list(enumerate(counts))[1:4]:
 #
 # $$\frac{\sigma_{now} - \sigma_{then}}{2 \, \sigma_{then}} \left( \hat x_0^{then} - \hat x_0^{now} \right)$$
 #
-# In a short step the fraction is small. But the more $\sigma$ falls within a step the larger it is, and nothing holds it:
+# In a short step the fraction is small. But the more $\sigma$ falls within a step the larger it is, and nothing holds it. With few steps
+# it is large everywhere, which is what became of Heun's fox:
 
 # %%
 now, then = start_level, second
@@ -385,7 +394,7 @@ for n in (4, 16, 64):
 
 
 def plain_heun(slope, x, now, then):
-    beside = replace(now, alpha_bar=1.0001 * now.alpha_bar)  # the library looks for exactly 4096
+    beside = replace(now, alpha_bar=1.0001 * now.alpha_bar)  # at exactly 4096 it goes another way
     return library(slope, x, beside, then)
 
 
@@ -396,7 +405,7 @@ def plain_heun(slope, x, now, then):
 # $$\frac{d(x / \sigma)}{d(1 / \sigma)} = \hat x_0$$
 #
 # Here the fraction becomes $(1 - \sigma_{then} / \sigma_{now}) / 2$, never more than a half. The library's `heun` takes its first step so,
-# and all others in $\sigma$. The walks above take Euler's step at first, which leads to nearly the same end.
+# and all others in $\sigma$. The walks above take Euler's step at first. How far from theirs do walks end that begin in the other two ways?
 
 # %%
 n = counts[2]
@@ -405,6 +414,10 @@ for label, first in (("Heun", plain_heun), ("the library's heun", library)):
     other = walk(heun_step, n // 2, first=first)
     print(f"first step by {label}: x_t of deviation {(other[1] * second.signal).std():.2f}")
     print(f"  ends {distance(other[-1], usual[-1]):.2f} from where Euler's leads")
+
+# %% [markdown]
+# Noise alone should have deviation 1 here. Heun's own first step makes it too large, like the noise without room in lesson 03, and all
+# that follows goes astray. The library's leads to nearly the same end as Euler's.
 
 # %% [markdown]
 # ## Break it: the input left as it is
