@@ -9,9 +9,9 @@
 # - Minutes: 35
 # - Picture: [figures/15-forgotten.png](figures/15-forgotten.png)
 #
-# *DreamBooth* teaches a model a subject from a handful of pictures: it gives it a name, and goes on training the whole model. The subject
-# is learnt quickly. The price is paid elsewhere: all that the model knew of this kind of animal is drawn towards the five pictures. This
-# lesson measures the price, and then the paper's remedy.
+# *DreamBooth* teaches a model a subject from a handful of pictures: the subject gets a name, and the whole model goes on training. The
+# subject is learnt quickly. The price is paid elsewhere: all that the model knew of this kind of animal is drawn towards the five pictures.
+# This lesson measures the price, and then the paper's remedy.
 
 # %% [markdown]
 # ## Guess first
@@ -26,7 +26,7 @@
 # ## A subject, a name, a class
 #
 # The bundled model has never been shown a tiger. The subject gets a *name*, a rare word of one token which means nothing to the model yet,
-# here `sks`; and behind it stands its *class*, the kind of thing it is, here `lion`. The class gives the training a start: a sks lion
+# here `sks`; and behind the name stands the *class*, the kind of thing it is, here `lion`. The class gives the training a start: a sks lion
 # begins as a lion. The name is what keeps the two apart, if all goes well.
 #
 # A *judge* looks at the pictures: a second network, trained on scenes of all subjects, tigers and lions too, that says how much of a
@@ -98,9 +98,9 @@ lesson.show(fig, "five", "Five tigers; below, the lions that the model draws for
 # %% [markdown]
 # ## Learn the tiger, and look what becomes of the lion
 #
-# Noise goes in, the network answers, the mean square error is the loss (lesson 02). Every weight of the U-Net moves, and of the text
-# encoder too, since it has to make a word out of `sks`. All five pictures have the caption "a photo of a sks lion". After every few steps
-# we stop and ask for both, "a sks lion" and "a lion", on the same noise each time.
+# A noisy picture goes in, the network answers, the mean square error is the loss (lesson 02). Every weight of the U-Net moves, and every
+# weight of the text encoder too, since it has to make a word out of `sks`. All five pictures have the caption "a photo of a sks lion".
+# After every few steps we stop and ask for both, "a sks lion" and "a lion", on the same noise each time.
 #
 # `precision="bfloat16"` works out the products in numbers of half the size. Processors that have instructions for them are faster so. What
 # is trained stays in float32: a small step would be rounded away otherwise.
@@ -142,9 +142,9 @@ seen_alone = learn(alone, concept, Prior(), *((1, 1) if lesson.quick else (60, 2
 #
 # $$\mathcal{L} = \mathbb{E} \, \lVert \epsilon - \hat\epsilon(x_t, c) \rVert^2 + \lambda \; \mathbb{E} \, \lVert \epsilon' - \hat\epsilon(x'_t, c') \rVert^2$$
 #
-# The first mean is over the subject's pictures with the caption c, the second over the class pictures x' with c', and $\lambda$ weighs
-# them. What the model could do before becomes part of what it is taught. (The bundled model answers with v, a mix of picture and noise,
-# instead of $\epsilon$; the sum is the same.)
+# The first mean is over the subject's pictures with the caption c, the second over the class pictures x' with theirs, c', and noise of
+# their own; $\lambda$ is the weight of the second. What the model could do before becomes part of what it is taught. (The bundled model
+# answers with v, a mix of picture and noise, instead of $\epsilon$; the sum is the same.)
 
 # %% [markdown]
 # ## Your turn: with_prior
@@ -200,9 +200,9 @@ lesson.show(fig, "forgotten", "Without the prior lions turn into tigers; with it
 
 # %% [markdown]
 # For this model and this subject the prior keeps the class: the judge sees about as much lion at the last step as before the first. They
-# are not quite the old lions. Look how alike they are: a few pictures now stand for all lions there were, which is why the paper draws
-# hundreds. The second price is time. Each step looks at twice as many pictures, and more steps are needed, since the two captions, nearly
-# the same, are pulled apart.
+# are not quite the old lions. They have grown darker, and more alike than those of the first picture: a few lions now stand for all that
+# there were, which is why the paper draws hundreds. That is one price, and the other is time. Each step looks at twice as many pictures,
+# and it takes more steps to pull apart two captions that are nearly the same.
 
 # %% [markdown]
 # ## Break it: leave out the name
@@ -222,9 +222,9 @@ fig = picture_grid([before[1][0], pictures], labels=["before", "without\na name"
 lesson.show(fig, "nameless", "Lions before; afterwards lions with a tiger's colours.")
 
 # %% [markdown]
-# Neither a lion nor a tiger: a lion's mane around a tiger's orange face, in every picture. The same words are now told to mean two animals,
-# and the model gives what lies between. The prior pulls one way and the subject the other; only a name gives the two pulls different places
-# to go. So of the three answers the third was not wrong, for this caption.
+# Neither a lion nor a tiger: a lion's mane around a face as orange as a tiger's, in every picture. The same words now have to mean two
+# animals, and the model gives what lies between. The prior pulls one way and the subject the other; only a name gives the two pulls
+# different places to go. So of the three answers the third was not wrong, for this caption.
 
 # %% [markdown]
 # ## On real Stable Diffusion
