@@ -24,8 +24,8 @@
 # %% [markdown]
 # ## A word that is not in the table
 #
-# The bundled model was never shown a tiger. Ours is called `<tiger>`. The word gets two vectors, tokens with numbers beyond the table's
-# end. They start as copies of the row of "lion", its *class*: what kind of thing it is.
+# The bundled model was never shown a tiger. Ours is called `<tiger>`. The word becomes two new tokens, whose numbers go on where the table
+# ends, and each has a vector. Both start as copies of the row of "lion", the tiger's class (lesson 15).
 
 # %%
 from dataclasses import replace
@@ -168,7 +168,7 @@ lesson.show(fig, "away", "Two vectors leave the lion's, at first as one, then ap
 # %% [markdown]
 # ## Pivotal tuning: a LoRA around the word
 #
-# A word can only choose among what the model draws already. *Pivotal tuning* (after Roich et al. 2021) takes two steps: first the word as
+# A word can only choose among what the model draws already. *Pivotal tuning* (after Roich et al. 2021) has two phases: first the word as
 # above, which brings the model as near as words can; then, while the word stays, a LoRA learns what is still missing. The training goes on
 # where it stopped.
 
@@ -204,18 +204,19 @@ fig = picture_grid([lions for _, (lions, *_) in results.values()], labels=list(r
 lesson.show(fig, "lions", "Lions: whole with the word, mostly with both, gone with the LoRA.")
 
 # %% [markdown]
-# The new word draws an orange animal with round ears and a pale muzzle, and no stripes: no word that this model knows makes any. So the
-# second of the three answers is right here, something between. In return the lions are untouched. The LoRA alone goes further towards the
-# tiger, with dark patches around its face, and takes the lion along: nothing kept it (lesson 15). Word and LoRA together have the dark
-# patches that no word could bring, and as their captions say `<tiger>` and never "lion", most of the lion stays.
+# The new word draws an orange head with a pale muzzle and no mane, and it has no stripes: among all that this model can draw no word found
+# any. So the second of the three answers is right here, something between. In return the lions are untouched. The LoRA alone goes further
+# towards the tiger, with dark patches around its face, and takes the lion along: nothing kept it (lesson 15). Word and LoRA together have
+# dark patches too, beside the face, where the word alone has hardly any. And as their captions say `<tiger>` and never "lion", most of the
+# lion stays.
 #
 # What is left behind differs as much. The word's file is tiny, and harms nothing. The LoRA's is far larger, and reaches every prompt.
 
 # %% [markdown]
 # ## Break it: train the whole table
 #
-# It is tempting to make the table itself trainable, with the new rows at its end: only rows that occur get a gradient, so the rest stands
-# still. So it does, in the gradient. But AdamW also shrinks every weight a little at each step, gradient or not.
+# It is tempting to make the table itself trainable, with the new rows at its end: only rows that occur get a gradient, so should not the
+# rest stand still? But AdamW also shrinks every weight a little at each step, gradient or not, which is called *weight decay*.
 
 # %%
 whole = torch.nn.Parameter(torch.cat([table, vectors[-2:].to(table)]))
@@ -247,9 +248,9 @@ fig = picture_grid(list(rows.values()), labels=list(rows))
 lesson.show(fig, "shrunk", "Frogs fade with the words of the table, and their backgrounds too.")
 
 # %% [markdown]
-# At first nothing is to be seen, which makes it a bad mistake: every word that there is has changed, and nobody notices before the words
-# are gone. Some programs copy the old rows back after each step. minidiff keeps the new rows beside the table, where no optimizer reaches
-# the others.
+# At first nothing is to be seen, which makes it a bad mistake: every word that there is has changed, and nobody notices until the words
+# begin to fail. Some programs copy the old rows back after each step. minidiff keeps the new rows beside the table, where no optimizer
+# reaches the others.
 
 # %% [markdown]
 # ## On real Stable Diffusion
