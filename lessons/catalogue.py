@@ -19,7 +19,7 @@ import jupytext
 HERE = Path(__file__).parent
 PATHS = {
     "I want to understand": ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12", "20"),
-    "I want to personalise": ("00", "01", "09", "10", "14", "15", "16", "17"),
+    "I want to personalise": ("00", "01", "02", "04", "09", "10", "14", "15", "16", "17"),
 }
 HEAD = re.compile(
     r"# (?P<number>\d\d) (?P<title>.+)\n\n\*\*(?P<question>.+?)\*\*\n\n- Explains: (?P<explains>.+)\n- You change: (?P<change>.+)\n"
