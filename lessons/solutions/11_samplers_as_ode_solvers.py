@@ -27,6 +27,7 @@ def check_heun_step(function) -> str | None:
         "asks for the second slope with the noise level of now: the point that the first one leads to lies at then": at_the_old_level(slope, x, now, then),
         "adds up two slopes without halving: the step is twice too long": without_halving(slope, x, now, then),
         "sets off again from Euler's point: both slopes count from x": from_the_wrong_point(slope, x, now, then),
+        "looks for the second slope on the wrong side: ask at x + (then.sigma - now.sigma) * d_now": on_the_wrong_side(slope, x, now, then),
         "walks up to more noise: sigma falls, so that the width of a step, then.sigma - now.sigma, is negative": upwards(slope, x, now, then),
     }
     return difference(function(slope, x.clone(), now, then), heun_step(slope, x, now, then), mistakes)
@@ -57,6 +58,12 @@ def from_the_wrong_point(slope, x, now, then):
     return moved + (then.sigma - now.sigma) * (slope(x, now) + slope(moved, then)) / 2
 
 
+def on_the_wrong_side(slope, x, now, then):
+    d_now = slope(x, now)
+    d_then = slope(x - (then.sigma - now.sigma) * d_now, then)
+    return x + (then.sigma - now.sigma) * (d_now + d_then) / 2
+
+
 def upwards(slope, x, now, then):
     d_now = slope(x, now)
     d_then = slope(x + (now.sigma - then.sigma) * d_now, then)
@@ -74,6 +81,7 @@ EXERCISES = (
             (at_the_old_level, "with the noise level of now"),
             (without_halving, "without halving"),
             (from_the_wrong_point, "sets off again"),
+            (on_the_wrong_side, "on the wrong side"),
             (upwards, "walks up"),
         ),
     ),
