@@ -113,6 +113,6 @@ class Recipe:
 
 RECIPES = {
     "bundled": Recipe(),
-    # A narrower model whose learning rate never fell: the lesson on training goes on from it, and sees what the fall does.
+    # A narrower model whose learning rate never fell: the lesson on training shows it between its own run and the bundled model.
     "half": Recipe(widths=(32, 64, 96), steps=800, schedule="constant"),
 }
