@@ -14,6 +14,7 @@ from tornado.httpclient import AsyncHTTPClient
 from tornado.websocket import websocket_connect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MOST_DOWNLOADS = 10  # that Chromium gives without asking the reader
 SECONDS = 60  # for a browser to start, a page to load, a file to arrive
 
 MISSING = "[...document.images].filter(image => !image.complete || !image.naturalWidth).map(image => image.src)"
@@ -74,7 +75,7 @@ async def _look(page: "Page", url: str, downloads: Path, width: int, dark: bool,
         screenshot.write_bytes(b64decode(shot["data"]))
     wanted = await page.value("[...document.querySelectorAll('a[download]')].map(link => link.href.split('/').pop())")
     await page.value("document.querySelectorAll('a[download]').forEach(link => link.click())")
-    await _until(lambda: all((downloads / name).is_file() for name in wanted))
+    await _until(lambda: all((downloads / name).is_file() for name in wanted[:MOST_DOWNLOADS]))
     host = urlsplit(url).netloc
     requested = [event["params"]["request"]["url"] for event in page.events if event["method"] == "Network.requestWillBeSent"]
     outside = [address for address in requested if urlsplit(address).netloc not in (host, "")]

@@ -10,7 +10,7 @@ import pytest
 
 from lessons.catalogue import entries, find
 from lessons.pages import build_pages, with_mathml
-from tests.lesson_browser import CHROMIUM, visit
+from tests.lesson_browser import CHROMIUM, MOST_DOWNLOADS, visit
 
 LESSON = find("01")
 
@@ -89,7 +89,8 @@ def test_all_lessons_are_built_and_shown(tmp_path):
     for address in served(tmp_path / "page"):
         for entry in entries():
             check_seen(visit(f"{address}/{entry.name}.html", tmp_path / entry.name), [f"{entry.name}.ipynb"], dark=False)
-        check_seen(visit(f"{address}/index.html", tmp_path / "index"), [f"{entry.name}.ipynb" for entry in entries()], dark=False)
+        notebooks = [f"{entry.name}.ipynb" for entry in entries()]
+        check_seen(visit(f"{address}/index.html", tmp_path / "index"), notebooks[:MOST_DOWNLOADS], dark=False)
 
 
 def test_equations_become_mathml_and_code_stays_as_it_is():
