@@ -119,7 +119,8 @@ def lora() -> dict[str, Variant]:
 
 def pictures() -> dict[str, Variant]:
     """Custom Diffusion from fewer or more pictures."""
-    return {f"{count} pictures": Variant("custom-diffusion", standard("custom-diffusion"), count) for count in (1, 2, 10)}
+    counts = {"1 picture": 1, "2 pictures": 2, "10 pictures": 10}
+    return {name: Variant("custom-diffusion", standard("custom-diffusion"), count) for name, count in counts.items()}
 
 
 def variants(part: str) -> dict[str, Variant]:
