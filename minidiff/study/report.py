@@ -315,5 +315,6 @@ def write(results: Results, judge: Encoder) -> str:
     rows = ",\n".join(json.dumps(row) for row in results.rows)  # a line each
     (results.folder / "study.json").write_text(json.dumps(head, indent=1)[:-2] + f',\n "results": [\n{rows}\n]}}\n', encoding="utf-8")
     for part, subjects in dict.fromkeys((row["run"]["part"], tuple(row["run"]["subjects"])) for row in results.rows if row["run"]["seed"] == SEEDS[0]):
-        save_png(sheet(results, part, subjects, SEEDS[0]), results.folder / f"{'-'.join((part, *subjects))}.png")
+        few_colours = sheet(results, part, subjects, SEEDS[0]).quantize(256)  # a third of the bytes
+        save_png(few_colours, results.folder / f"{'-'.join((part, *subjects))}.png")
     return text
