@@ -223,7 +223,7 @@ def study(
 
 
 def report(out: tyro.conf.Positional[Path], /) -> None:
-    """Tables, findings and sheets of a study's runs: OUT/study.md, study.json, methods-SUBJECT.png.
+    """Tables, findings and sheets of a study's runs: OUT/study.md, study.json, PART-SUBJECTS.png.
 
     Args:
         out: folder of the study
