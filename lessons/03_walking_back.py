@@ -24,9 +24,9 @@
 # %% [markdown]
 # ## A guess at every noise level
 #
-# What the U-Net answers, noise or the mixture v, is a guess at the clean latent $x_0$ in other words (lesson 01). The guess is `x0_hat`. To
-# get it there are a few lines here, with the guidance of lesson 00 around the U-Net. Everything below works on `look(x_t, t)` and nothing
-# else.
+# The U-Net answers with the noise, or with the mixture v. From either follows a guess at the clean latent $x_0$ (lesson 01), called
+# `x0_hat`. The lines below work it out, with the guidance of lesson 00 around the U-Net, in a function `look(x_t, t)`. A walk needs nothing
+# else of the model.
 
 # %%
 from itertools import pairwise
@@ -72,8 +72,9 @@ assert x0_hat.shape == x_T.shape == (B, C, H, W)
 print(f"timesteps: {', '.join(map(str, timesteps[:4]))}, ... {timesteps[-2]}, {timesteps[-1]}")
 
 # %% [markdown]
-# The first of these timesteps is noise alone, so the first guess is made from nothing but the words: of everything that the words allow,
-# the average. It cannot be used as it is, but it says where to go.
+# A walk visits these timesteps one after the other. At the first, `x_t` is noise alone, so the first guess is made from nothing but the
+# words. The best answer is an average over all that may be behind the noise (lesson 02), here over everything that the words allow: a blur.
+# It is no picture yet, but it says where to go. At timestep `0` hardly any noise is left, and the walk ends.
 
 # %% [markdown]
 # ## A step: all the noise out, less of it in
@@ -94,8 +95,8 @@ print(f"timesteps: {', '.join(map(str, timesteps[:4]))}, ... {timesteps[-2]}, {t
 # %% [markdown]
 # ## Your turn: ddim_step
 #
-# `alpha_bar` is the table, `now` and `then` are numbers of timesteps, so that `alpha_bar[now]` is one value. Two lines, one for each
-# equation.
+# `alpha_bar` is the table of lesson 01, `now` and `then` are timesteps as whole numbers, so that `alpha_bar[now]` is one value. Two lines,
+# one for each equation.
 
 # %%
 def ddim_step(alpha_bar, x_t, x0_hat, now, then):
@@ -140,12 +141,12 @@ print(f"{steps} steps end within {(ddim[-1][1] - own.x_t).abs().max():.0e} of th
 # ## DDPM: a part of the noise is new
 #
 # DDPM came first, and reasons otherwise. The way into noise was random: many $x_{then}$ lead to the same $x_{now}$. So on the way back it
-# *draws* one of them, among those that fit both $x_{now}$ and the guess at $x_0$. Worked out, this is the same step with other noise: a
-# share $r$ of it is replaced by noise freshly drawn (Song et al. 2021, eq. 16 with $\eta = 1$):
+# *draws* one of them, among those that fit both $x_{now}$ and the guess at $x_0$. Worked out, this is the same step with other noise: of
+# its variance a share $r$ comes from noise freshly drawn (Song et al. 2021, eq. 16 with $\eta = 1$):
 #
 # $$r = \frac{1 - \bar\alpha_{now} / \bar\alpha_{then}}{1 - \bar\alpha_{now}} \qquad \mathrm{noise} = \sqrt{1 - r} \; \hat\epsilon + \sqrt{r} \; \epsilon_{new}$$
 #
-# Roots, since variances add (lesson 01): $(1 - r) + r = 1$.
+# Roots, since variances add (lesson 01): $(1 - r) + r = 1$. The longer the step, the larger $r$; with $r = 0$ it would be DDIM's step.
 
 # %%
 def renewed(now, then):
@@ -206,9 +207,10 @@ fig = picture_grid([row], ["DDIM", "DDPM", "DDPM"] * 2)
 lesson.show(fig, "ends", "Fox and mushroom, three walks each: every walk ends elsewhere.")
 
 # %% [markdown]
-# The third guess is right. DDIM is a function of its start: one noise, one picture. DDPM replaces the noise on the way, and the start with
-# it. In this model's first step it replaces all, since timestep `999` is noise alone and tells nothing of what was before. And then? Below
-# is what is left in $x_t$ of the latent after the first step: the factor that brings that latent nearest to $x_t$.
+# The third guess is right. All pictures are clean and show what the words say; they differ in what the words leave open. DDIM is a function
+# of its start: one noise, one picture. DDPM replaces the noise on the way, and the start with it. In this model's first step it replaces
+# all: timestep `999` is noise alone, and any latent may have led to it. And then? Below is how much of the latent after the first step is
+# left in each later $x_t$. As in lesson 01 it is measured by the factor that brings the one nearest to the other.
 
 # %%
 fig, axis = plt.subplots()
@@ -224,16 +226,16 @@ axis.legend()
 lesson.show(fig, "forgets", "DDIM keeps its first noise as long as any; DDPM soon loses it.")
 
 # %% [markdown]
-# The thin line is all the noise that there should be. DDIM stays above it: to the end its noise is the first noise, and the picture that
-# appears takes after it too. That is why DDIM walks can be compared, blended and walked backwards, and why a seed means something to it. Of
-# DDPM's start hardly anything is left after a few steps.
+# The thin line is the size of the noise at each timestep. DDIM stays above it: to the end its noise is the first noise, and the picture
+# that appears resembles that noise a little as well. So with DDIM the start alone decides the picture: two starts can be blended, and one
+# can walk backwards from a picture to its start. Of DDPM's start hardly anything is left after a few steps.
 
 # %% [markdown]
 # ## Error against the number of steps
 #
-# DDIM with more and more steps comes to a fixed picture, so it has an error: the distance to a walk with very many steps. The axes are
-# logarithmic; a law like "twice the steps, half the error" is then a straight line that falls by one where the other goes on by one: slope
-# $-1$.
+# With more and more steps DDIM comes to one fixed picture. So it has an error: how far it ends from a walk of very many steps. Both axes
+# below are logarithmic. On such axes a law like "twice the steps, half the error" is a straight line of slope $-1$: where the steps become
+# ten times as many, the error becomes a tenth.
 
 # %%
 counts, many = ((1, 2, 4, 8), 16) if lesson.quick else ((1, 2, 4, 8, 16, 32), 128)
@@ -263,14 +265,19 @@ axis.legend()
 lesson.show(fig, "error", "DDIM's error falls in a straight line on logarithmic axes.")
 
 # %% [markdown]
-# DDPM has no such goal: each walk ends elsewhere, and rightly so. Its error is in the *distribution* of its ends. That is hard to measure
-# in pictures, and easy for data so simple that the best guess is known. Let the data be one number, normally distributed with deviation
-# $s$. Then the best guess is
+# The error falls about as the dashed line does: with twice the steps about half of it is left.
+#
+# DDPM has no such goal: each walk ends elsewhere, and rightly so. Its error is in the *distribution* of its ends: all of them together
+# should be spread as the data are. That is hard to measure in pictures, and easy for data so simple that the best guess is known. Let the
+# data be one number, normally distributed around zero with standard deviation $s$. Then the best guess, the average over all $x_0$ that may
+# have led to $x_t$, is
 #
 # $$\hat x_0 = \frac{\sqrt{\bar\alpha} \; s^2}{\bar\alpha \, s^2 + 1 - \bar\alpha} \; x_t$$
 #
-# and a step multiplies $x_t$ by a factor and may add noise. So the deviation at the end can be followed exactly, without drawing anything,
-# and compared with $s$.
+# With it a step only multiplies $x_t$ by a factor, and adds noise if it is DDPM's. The variance is then multiplied by the square of the
+# factor, and the variance of the noise is added. So the deviation at the end, the root of the variance, can be followed exactly, without
+# drawing anything, and compared with $s$. The code gets the factor from a step that is given $1$ and no fresh noise, and the size of the
+# noise from one that is given nothing but fresh noise of $1$.
 
 # %%
 s, more_counts = 0.5, (2, 4, 8, 16, 32, 64, 128, 256)
@@ -307,9 +314,9 @@ axis.legend()
 lesson.show(fig, "exact", "Both errors fall with the steps; DDPM's stays the larger.")
 
 # %% [markdown]
-# Both come out too narrow: with few steps there is too much of the average in the ends. But DDIM needs about half of DDPM's steps for the
-# same error, and DDPM's line is the flatter one: its fresh noise is right only for short steps. DDPM was meant to visit all timesteps,
-# one after the other. DDIM's authors got by with ten to fifty times fewer. Lesson 11 has samplers whose lines fall more steeply.
+# Both come out too narrow: with few steps the ends lie too near the average. But DDIM needs about half of DDPM's steps for the same error,
+# and DDPM's line is the flatter one: its fresh noise is right only for short steps. DDPM was meant to visit all timesteps, one after the
+# other. DDIM's authors got by with ten to fifty times fewer. Lesson 11 has samplers whose lines fall more steeply.
 
 # %% [markdown]
 # ## Break it: new noise without making room
@@ -343,8 +350,8 @@ lesson.show(fig, "crowded", "Three pictures, each beside what is left of it with
 # ## On real Stable Diffusion
 #
 # `python lessons/03_walking_back.py --model v1-5-pruned-emaonly.safetensors` draws the same figures for a checkpoint that you have. Which
-# timesteps a sampler visits is a choice as well, called *spacing*. The original counts in strides from 1 (`leading`) and so never begins at
-# the last timestep; this model counts down from it (`trailing`).
+# timesteps a sampler visits is a choice as well, called *spacing*. The original counts up from 1 in equal strides (`leading`) and stops
+# short of the last timestep; the bundled model counts down from it (`trailing`).
 
 # %%
 sd1 = NoiseSchedule(SD1.schedule)
@@ -355,9 +362,9 @@ for spacing in ("leading", "trailing"):
     print(f"  {kept:.1%} of the picture expected at the start")
 
 # %% [markdown]
-# Stable Diffusion 1.x is told at its first step that 951 is the timestep and that a little of a picture is there, and gets pure noise. It
-# has learnt to draw on what little there should be: its mean colour, for one. So it rarely makes a picture that is nearly black or nearly
-# white as a whole (Lin et al. 2023).
+# At its first step Stable Diffusion 1.x is told the timestep 951, at which a little of a picture should be left, and is given pure noise.
+# In training it has learnt to make use of that little: the mean colour, for one, can be read from it. Pure noise always reads as a middling
+# colour. So it rarely makes a picture that is nearly black or nearly white as a whole (Lin et al. 2023).
 
 # %% [markdown]
 # ## On a GPU
