@@ -24,9 +24,9 @@
 # %% [markdown]
 # ## Maps over the picture
 #
-# `attention_maps=True` records the share of each word in each cell, in every layer, at every step. `word_map` takes the mean over the
-# layers. Four prompts are drawn; the maps of the first one are laid over its picture, light where the word's share is large, each map on a
-# scale of its own.
+# `attention_maps=True` records which share of its looking each cell gives to each word (lesson 04), in every layer, at every step.
+# `word_map` takes the mean over the layers. Four prompts are drawn; the maps of the first one are laid over its picture, light where the
+# word's share is large, each map on a scale of its own.
 
 # %%
 import numpy as np
@@ -76,8 +76,9 @@ fig = picture_grid(rows, [f"t = {steps[i].t}" for i in shown], [r"$\hat{x}_0$", 
 lesson.show(fig, "maps", "A frog and a rose appear; below, where cells look for each word.")
 
 # %% [markdown]
-# Above stands `x0_hat`, what the U-Net takes the clean picture for. At the first step that is two blobs, made from pure noise. Yet the
-# maps have found their places. Is that so in numbers? For each map, where is its middle between the left edge, `0`, and the right one, `1`?
+# The top row is `x0_hat`, what the U-Net takes the clean picture for (lesson 00). At the first step that is two blobs, made from pure
+# noise, and the two maps have found their places already. Is that so in numbers? For each map, where is its middle between the left edge,
+# `0`, and the right one, `1`?
 
 # %%
 def middle(shares):
@@ -92,15 +93,15 @@ for word in named:
 assert lesson.model != "tiny" or middle(maps[0, "frog"]) < middle(maps[0, "rose"])
 
 # %% [markdown]
-# From the first look on one word is asked on the left, the other on the right. A cell that is going to be frog has to ask for the frog
+# From the first step on the one word is asked on the left, the other on the right. A cell that is going to be frog has to ask for the frog
 # before there is one.
 
 # %% [markdown]
 # ## Late steps look away
 #
 # A cell's shares add up to one over the whole row of tokens: the start token, the words, and what comes after them, the end token and
-# the padding (lesson 09). So a cell that has nothing to ask must look somewhere too. Follow the three over the steps, as a mean over all
-# cells, layers and the four prompts.
+# the padding (lesson 09). So a cell that has nothing to ask must look somewhere too. Follow the three over the steps, the end token counted
+# as padding, as a mean over all cells, all layers and the four prompts.
 
 # %%
 lengths = [len(sd.tokenizer.encode(prompt)) for prompt in prompts]
@@ -134,8 +135,8 @@ lesson.show(fig, "looks", "From step to step the words' share falls, and the sta
 # ## When is it decided?
 #
 # Looking is not yet doing. So change the words on the way: begin with a burger, go on with a frog, and ask which of the two is in the
-# picture. The asking is done by a *judge*, a small network that was trained to name what is in scenes like these, and that had no part in
-# drawing. It says how much of the picture each subject covers.
+# picture. The answer comes from a *judge*, a small network that was trained to name what is in scenes like these, and that has no part in
+# drawing. It says how much of the picture each subject covers. Of the two, the one that covers more counts as being there.
 
 # %%
 judge = weights_loader.load_judge(device=lesson.device)
@@ -202,9 +203,9 @@ lesson.show(fig, "changed", "The later the change of words, the more the first s
 #
 # $$\hat\epsilon = \epsilon_\text{uncond} + g \; (\epsilon_\text{cond} - \epsilon_\text{uncond})$$
 #
-# A scale $g$ of 0 is no words, 1 the plain model, more is louder. For this the model must know what an empty prompt is: in training one
-# caption in ten was left out. The name says what came before: another network, a classifier, used to do the pushing. Both questions are
-# asked in one batch.
+# The same line serves models that answer with v (lesson 01), as the bundled one does. A scale $g$ of 0 is no words, 1 the plain model, more
+# is louder. For this the model must know what an empty prompt is: in training one caption in ten was left empty. It is "classifier-free"
+# because, before, another network did the pushing, a classifier. Both questions are asked in one batch.
 
 # %% [markdown]
 # ## Your turn: guided_answer
@@ -284,10 +285,10 @@ lesson.show(fig, "scales", "Two things a picture: at 0 neither, then ever cleare
 
 # %% [markdown]
 # At 0 the words are not heard: anything comes, and most varied. At 1 the pictures have the right colours and are often mush; this is the
-# model as it was trained. Up to about 4 a picture says ever more clearly what was asked for, and then nothing is gained. What it costs
-# is, first, variety: both seeds end in much the same picture. For prompts that say as much as these, nearly all of that is lost as soon
-# as the words are heard, and little more by pushing. Second, colours run to the ends of their range and contrasts grow hard; look at the
-# last column.
+# model as it was trained. Up to about 4 a picture says ever more clearly what was asked for; after that hardly anything is gained. What it
+# costs is, first, variety: both seeds end in much the same picture. With prompts that say as much as these, nearly all that is lost of it
+# is lost as soon as the words are heard, and pushing takes little more. Second, colours run to the ends of their range and contrasts grow
+# hard; look at the last column.
 
 # %% [markdown]
 # ## Negative prompts
@@ -321,7 +322,8 @@ lesson.show(fig, "negative", "Six frogs, and below the same seeds with a negativ
 
 # %% [markdown]
 # The colour becomes rarer, or paler: the pictures start from the same noise, and go elsewhere. A negative prompt is a direction and no
-# command. One or the other may keep its background, and with it the frogs lose some of their own colours too.
+# command. One or the other may keep its background. And the push is not for backgrounds alone: the frogs lose some of their own colours
+# too, in their mouths for instance.
 
 # %% [markdown]
 # ## Break it: three mistakes in one line
@@ -365,10 +367,11 @@ fig = picture_grid(list(rows.values()), columns, list(rows))
 lesson.show(fig, "mistakes", "Right pictures; ruined ones; and some that look like the first.")
 
 # %% [markdown]
-# The first is seen at once: things are gone, and the backgrounds have turned to opposite colours. The other two are not. The judge is
-# content with them, or nearly, and nobody who sees one row alone would say that something is wrong. One more is nothing but a scale that
-# is larger by one, so that everybody's numbers mean something else; the fourth channel moves the colours a little. What finds them is a model whose
-# answer is known. Let it say 1 with a prompt and 0 without, in four channels, and guide by 4:
+# The first is seen at once: things are gone, and most backgrounds have turned to something like the opposite colour. The other two are not
+# seen. The judge is content with them, or nearly, and nobody who sees their pictures alone would say that something is wrong. One more is
+# nothing but a scale that is larger by one, so its pictures are not shown; but with it a scale means something else than in every other
+# program. The fourth channel moves the colours a little. What finds both is a model whose answer is known. Let it say 1 with a prompt and 0
+# without, in four channels, and guide by 4:
 
 # %%
 def known(x_t, t, context):
@@ -388,8 +391,8 @@ for name, answer in answers.items():
 # ## On real Stable Diffusion
 #
 # `python lessons/10_cross_attention_and_guidance.py --model v1-5-pruned-emaonly.safetensors` draws the maps and the scales with a
-# checkpoint that you have. (The judge knows nothing but the bundled scenes; of photographs its word means little.) Such models are used at
-# a scale of 7.5. The true answer, noise or v, has numbers of size 1 or so. How large are guided ones?
+# checkpoint that you have. (The judge knows only scenes of emoji; of photographs its word means little.) Such models are mostly used at a
+# scale of 7.5. The true answer, noise or v, has numbers of size 1 or so (that is their standard deviation). How large are guided ones?
 
 # %%
 print(f"usual scale: {SD1.guidance_scale}; this model's: {sd.config.guidance_scale}")
