@@ -102,15 +102,17 @@ for caption in shown:
     print(caption)
 
 # %% [markdown]
-# Scenes are composed anew for each training and never stored: an emoji or two on a plain colour, with a caption made of the labels. The
-# autoencoder encodes each once, before the training, so that a step needs no pixels.
+# Scenes are composed anew for each training and never stored: an emoji or two on a plain colour, with a caption made of the labels. (A
+# *style* is one of three sets of emoji, each drawn by other hands.) The autoencoder encodes each scene once, before the training, so that a
+# step needs no pixels.
 #
-# `DiffusionTask` says what is trained and what its loss is, `Settings` says how, and `Training` is the loop. The optimizers are two: Muon
-# for the matrices, which makes a step equally large in all directions of a matrix, and AdamW for everything else, a relative of the Adam in
-# lesson 02, in which every number moves about equally far. Captions are left empty for one sample in ten, so that guidance (lesson 00) has
-# an answer without words to compare with. The recipe of the bundled model lets cells with an object count more in the loss, by
-# `object_weight`, because a plain background is soon learnt. For a run as short as this one, the background is enough, and all cells count
-# the same.
+# `DiffusionTask` says what is trained and what its loss is, `Settings` says how, and `Training` is the loop. There are two optimizers, Muon
+# for the matrices and AdamW for everything else. AdamW is a relative of the Adam in lesson 02: in a step every number moves about equally
+# far. Muon treats a matrix as a whole, and makes its step equally large in all directions, so that rare ones are learnt as fast as common
+# ones. Captions are left empty for one sample in ten, so that guidance (lesson 10) has an answer without words to compare with. Timesteps
+# are not all drawn equally often, as they were in lesson 02: there are more from the middle on, where the words decide, and few early ones.
+# The recipe of the bundled model lets cells with an object count more in the loss, by `object_weight`, because a plain background is soon
+# learnt. For a run as short as this one, the background is enough, and all cells count the same.
 
 # %%
 # Few samples a step and a high rate: best for so little time, by trial.
@@ -135,7 +137,7 @@ begin = "nothing learnt" if bundled else "before"
 nothing = draw(beginner.text_encoder, beginner.unet, shown)
 rows = [to_images(pixels[: len(shown)]), nothing]
 fig = picture_grid(rows, labels=["scenes", begin.replace(" ", "\n")])
-lesson.show(fig, "nothing", "Scenes; below, the same coloured noise for every caption.")
+lesson.show(fig, "nothing", "Scenes; below, coloured noise of one kind for every caption.")
 
 # %% [markdown]
 # Noise goes in, and noise comes out, alike for every caption.
@@ -202,11 +204,13 @@ axis.legend(fontsize=11, ncols=2, loc="upper right", bbox_to_anchor=(1, 0.95))
 lesson.show(fig, "targets", "Loss of v stays below one line at 1; loss of eps falls to zero.")
 
 # %% [markdown]
-# Full lines are the half-trained model, which answers with v; its errors can be counted as errors of $\epsilon$ too, by the factor
-# $\bar\alpha_t$. As $\epsilon$ its late answers look perfect, and so do those of a network that knows nothing. As v they are the worst.
+# Full lines are the half-trained model, which answers with v. From v follows
+# $\epsilon = \sqrt{\bar\alpha_t} \; v + \sqrt{1 - \bar\alpha_t} \; x_t$, where $x_t$ is known. So the same answers have, as $\epsilon$, the
+# loss times $\bar\alpha_t$. As $\epsilon$ the late ones look perfect, and so do those of a network that knows nothing. As v they are the
+# worst.
 #
-# The very last timestep shows it best. The schedule ends in pure noise (lesson 01), so $\sqrt{\bar\alpha_t}$ is zero there. Then $x_t =
-# \epsilon$ and $v = -x_0$: the words are all that there is to go by, and the target is the whole picture.
+# The very last timestep shows it best. The schedule ends in pure noise (lesson 01), so $\sqrt{\bar\alpha_t}$ is zero there. Then
+# $x_t = \epsilon$ and $v = -x_0$: the words are all that there is to go by, and the target is the whole picture.
 
 # %%
 last = torch.full((len(x_0),), T - 1, device=lesson.device)
@@ -222,21 +226,22 @@ back = schedule.x0_from_v(x_t, last, v)
 print(f"x_0 from v: {int(back.isfinite().sum())} of {back.numel()}")
 
 # %% [markdown]
-# From a perfect $\epsilon$ nothing can be got back there; it is 0 / 0. A model that begins its pictures at pure noise has to be asked for
-# something else, and v is that.
+# There even a perfect $\epsilon$ says nothing about the picture: the way back of lesson 01 divides zero by zero. A model that begins its
+# pictures at pure noise has to be asked for something else, and v is that.
 
 # %% [markdown]
 # ## Your turn: ema_update
 #
 # Each step of training follows the gradient of a few samples, and which samples they are is chance. So the weights shake. Two things tame
-# that. The first is a running mean of all weights, kept beside them and never trained itself; it is called EMA, *exponential moving
-# average*, and the file that is given away holds it, as that of `half` does. After every step, with $n$ the number of steps before it,
+# that. The first is a running mean of all weights, kept beside them and never trained itself. It is called EMA, *exponential moving
+# average*, and in the end it is what is saved to a file, in place of the weights, as for `half`. After every step, with $n$ the number of
+# steps before it,
 #
 # $$\bar w \leftarrow d \, \bar w + (1 - d) \, w \qquad d = \min \left( \mathrm{decay}, \; \frac{1 + n}{10 + n} \right)$$
 #
 # With a decay of 0.9995 it looks back over some 2,000 steps. But at the beginning the mean is only the weights that training began with, so
 # d starts low and rises with n: the mean looks back over the last tenth or so of the steps taken, until the decay is reached. In a run as
-# short as ours these are some dozen steps.
+# short as ours these are never twenty steps.
 
 # %%
 def ema_update(mean, weight, decay, n):
@@ -264,8 +269,9 @@ for n in (0, 10, 100, 1000, 100_000):
 # %% [markdown]
 # ## A rate that stays, a rate that falls
 #
-# The other is the learning rate. At a constant rate the weights keep shaking, however long it goes on. A rate that falls lets them come to
-# rest. `constant` and `linear` are the library's names for the two.
+# The second thing that tames the shaking is the learning rate. At a constant rate the weights keep shaking, however long it goes on. A rate
+# that falls lets them come to rest. `constant` and `linear` are the library's names for the two. `linear` falls to zero in a straight line
+# after a *warm-up*, some first steps in which the rate rises. Here the steps already taken count as the warm-up, so that it falls at once.
 #
 # Now train. After four fifths of the steps a second run takes up the first where it stands, with its weights and the memory of its
 # optimizers; from there on both see the same samples, and only the rate is another. After every step the weights of the U-Net's last
@@ -383,11 +389,12 @@ for label, (own, _) in curves.items():
 
 # %% [markdown]
 # The second guess: the loss falls first in the middle. There $x_t$ shows enough of the picture to go on with, and enough noise to be told
-# from it. At early timesteps v is nearly the noise, and of that a part cannot be told (lesson 02). At late ones it is nearly the picture,
-# of which only the words speak; there the loss stays highest. The longer trainings have the same shape, lower down.
+# from it. At early timesteps v is nearly the noise, and of that a part cannot be told (lesson 02); they are also the ones that training
+# draws least. At late ones v is nearly the picture, but for its sign, and only the words speak of that; there the loss stays highest. The
+# longer trainings have the same shape, lower down.
 #
-# A network that answers nothing would have a loss of one. Before its first step the model is above that: it answers something, and
-# something wrong.
+# A network that always answers zero would have a loss of one. Before its first step the model is above that: its answers are not zero, and
+# have nothing to do with the question.
 
 # %% [markdown]
 # ## Does the model read?
@@ -426,10 +433,10 @@ fig = picture_grid(list(stations.values()), labels=list(stations))
 lesson.show(fig, "stations", "Scenes; noise; backgrounds; patches on backgrounds; things.")
 
 # %% [markdown]
-# The first guess: backgrounds come first. At nothing all pictures are alike. After your run white backgrounds are white and black ones
-# black. Red shows at the edges, where hardly any scene has a thing; the yellow background has become red too. Nowhere is there a thing, and
-# much of the noise is left. After forty times as many samples `half` has the backgrounds, the colours of things, and patches in place of
-# the things. The bundled model, with ten times as many again, draws things that can be named, most of them.
+# The first guess: backgrounds come first. With nothing learnt all pictures are alike. After your run white backgrounds are white and black
+# ones black. Red shows at the edges, where hardly any scene has a thing; the yellow background has become red too. Nowhere is there a
+# thing, and much of the noise is left. After forty times as many samples `half` has the backgrounds, the colours of things, and patches in
+# place of the things. The bundled model, with ten times as many again, draws things, most of which can be named.
 
 # %% [markdown]
 # ## Break it: exchange the target
@@ -459,8 +466,8 @@ lesson.show(fig, "exchanged", "Backgrounds above; nearly plain grey with the tar
 # %% [markdown]
 # After these few steps the loss is far below that of your whole run, and looks well. It is cheaply earned: at late timesteps $x_t$ is the
 # noise. The sampler still takes the answer for v, and every caption gives nearly the same grey. By the right target the model is now worse
-# than one that answers nothing, whose loss is one. No loss says anything alone: hold it against that of an answer that knows nothing, as
-# above, and look at pictures early.
+# than one that always answers zero, whose loss is one. No loss says anything alone: hold it against that of an answer that knows nothing,
+# as above, and look at pictures early.
 
 # %% [markdown]
 # ## On real Stable Diffusion
@@ -468,8 +475,8 @@ lesson.show(fig, "exchanged", "Backgrounds above; nearly plain grey with the tar
 # `python lessons/12_train_a_text_to_image_model.py --model v1-5-pruned-emaonly.safetensors --device cuda` does the same with a checkpoint
 # of yours, on the same scenes, enlarged. It does not begin from nothing: the checkpoint goes on learning, at a rate 100 times lower than
 # the bundled model's, because it has seen far more than emoji, and a larger rate would take that from it. `emaonly` in its name says that
-# the file holds the averages alone, as those of the bundled models do. It answers with $\epsilon$, as all of Stable Diffusion 1.x do, and
-# Stable Diffusion 2.x in its larger version with v.
+# the file holds the averages alone, as those of the bundled models do. It answers with $\epsilon$, as all of Stable Diffusion 1.x does. Of
+# Stable Diffusion 2.x the version for larger pictures answers with v.
 #
 # What stands in memory while all of it is trained, without any activations? Each number four times in float32: the weight, its gradient,
 # Muon's memory of earlier gradients, and the average.
@@ -508,5 +515,6 @@ print(f"learning rates: {RATE:g} and {RATE / 100:g}, 100 times lower")
 # - `minidiff/trainers/loop.py`: `Training.run` is the loop, `minidiff/trainers/optimizer.py` has `ExponentialAverage`, your two lines, and
 #   Muon.
 # - Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models", eq. 3; Salimans and Ho 2022, "Progressive
-#   distillation for fast sampling of diffusion models", section 4, on v; Lin et al. 2023 on the last timestep.
+#   distillation for fast sampling of diffusion models", section 4, on v; Lin et al. 2023, "Common diffusion noise schedules and sample
+#   steps are flawed", on the last timestep.
 # - Lesson 14: to teach a finished model one thing more.
