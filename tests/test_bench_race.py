@@ -17,7 +17,7 @@ def job(seconds=1.0, result=(1.0, 1.0), memory=10, dtype="float32", untimed=Fals
 
 def test_each_is_checked_and_timed_and_one_that_refuses_or_fails_stops_nobody(tmp_path):
     jobs = {
-        "theirs": job(2.0, memory=2 * 10**9, result=(1.0, 1.1), dtype="bfloat16"),
+        "theirs": job(2.0, memory=2 * 10**9, result=(1.0, 1.1), dtype="bfloat16", folder=str(tmp_path)),
         "ours": job(0.5, memory=10**9, result=(1.0, 1.02), dtype="bfloat16"),
         "refuses": job(refuses="no such layout"),
         "fails": job(fails=True),
@@ -32,6 +32,7 @@ def test_each_is_checked_and_timed_and_one_that_refuses_or_fails_stops_nobody(tm
     assert rows["exact"][:2] == ["", ""]
     written = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert written["lora: ours"]["rounds"] == [0.5] * 3 and written["lora: ours"]["job"] == jobs["ours"]
+    assert jobs["theirs"] == written["lora: theirs"]["job"] | {"folder": str(tmp_path)} and str(tmp_path) not in str(written)
     assert written["lora: exact"]["rounds"] == [] and written["lora: refuses"]["refused"]
 
 

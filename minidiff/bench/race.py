@@ -24,21 +24,22 @@ MOST_REPEATS = 100
 def race(module: str, jobs: dict[str, dict], rounds: int, record: Record, part: str = "") -> Iterator[str]:
     """Every contender's check, then rounds of all that passed; yields lines of Markdown. The first job is the one to compare with.
 
-    part: put before the names in the record. Errors are those of results against the first float32 job's that ran, as root mean square
-    of the difference over that of the result.
+    part: put before the names in the record. A job's folder is a temporary one, and not recorded. Errors are those of results against the
+    first float32 job's that ran, as root mean square of the difference over that of the result.
     """
     with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
         contenders, found, given = {}, {}, {}
         try:
             for name, job in jobs.items():
                 contenders[name] = Contender(module, job)
+                told = {key: value for key, value in job.items() if key != "folder"}
                 try:
                     path = Path(folder) / "result.npy"
-                    found[name] = contenders[name].ask(do="check", result=str(path)) | {"job": job, "rounds": []}
+                    found[name] = contenders[name].ask(do="check", result=str(path)) | {"job": told, "rounds": []}
                     given[name] = torch.from_numpy(np.load(path))
                 except Refused as reason:
                     contenders.pop(name).close()
-                    found[name] = {"job": job, "refused": str(reason)}
+                    found[name] = {"job": told, "refused": str(reason)}
                 record.keep(part + name, found[name])
             exact = next((name for name in given if jobs[name]["dtype"] == "float32"), None)
             for name in given if exact else ():
