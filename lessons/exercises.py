@@ -57,7 +57,7 @@ def difference(got, expected, mistakes: Mapping[str, object] | None = None, of: 
         mistakes = {sentence: torch.tensor(float(value)) for sentence, value in (mistakes or {}).items()}
     if not isinstance(expected, Tensor):
         for sentence, value in (mistakes or {}).items():
-            if got == value:
+            if got == value != expected:
                 return sentence
         return None if got == expected else f"gives {got!r}{at}, expected {expected!r}"
     if not isinstance(got, Tensor):
