@@ -20,7 +20,7 @@ def test_every_run_of_the_seeds_is_there():
 
 
 def test_tables_and_findings_follow_from_the_results():
-    assert as_text(RESULTS, DISTANCES) == (FOLDER / "study.md").read_text(encoding="utf-8")
+    assert as_text(tables(RESULTS, DISTANCES), findings(RESULTS)) == (FOLDER / "study.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_tells_the_same():

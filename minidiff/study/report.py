@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from minidiff.bench.common import machine
+from minidiff.bench.common import header, machine
+from minidiff.bench.common import row as table_row
 from minidiff.evaluation.alignment import Encoder
 from minidiff.evaluation.kid import KID, kid
 from minidiff.evaluation.weights import KINDS
@@ -115,7 +116,7 @@ def read(folder: Path) -> Results:
 
 def lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+    return "\n".join((header(head), *map(table_row, rows)))
 
 
 def shown(value: Interval | None) -> str:
@@ -279,16 +280,12 @@ FIRST_ROWS = {"custom": STANDARD, "compression": STANDARD, "pictures": STANDARD,
 def sheet(results: Results, part: str, subjects: Sequence[str], seed: int) -> Image.Image:
     """The pictures that were learnt from, and a row for each variant of a part, its name beside it."""
 
-    def row(part: str, variant: str) -> tuple[str, Image.Image] | None:
-        name = Run(part, variant, tuple(subjects), seed).name
-        path = results.folder / "rows" / f"{name}.png"
-        return (variant, Image.open(path).convert("RGB")) if path.exists() else None
-
-    variants = dict.fromkeys(r["run"]["variant"] for r in results.rows if r["run"]["part"] == part)
-    order = [run.variant for run in runs(part) if run.variant in variants]
-    named = [row(*one) for one in (FIRST_ROWS.get(part), *((part, variant) for variant in dict.fromkeys(order))) if one]
-    images = [one for one in named if one]
-    images[:0] = [(f"pictures: {subject}", grid(training_pictures(subject, seed), columns=PICTURES)) for subject in subjects]
+    images = [(f"pictures: {subject}", grid(training_pictures(subject, seed), columns=PICTURES)) for subject in subjects]
+    first = [FIRST_ROWS[part]] if part in FIRST_ROWS else []
+    for place, variant in (*first, *dict.fromkeys((part, run.variant) for run in runs(part))):
+        path = results.folder / "rows" / f"{Run(place, variant, tuple(subjects), seed).name}.png"
+        if path.exists():
+            images.append((variant, Image.open(path).convert("RGB")))
     label = 150
     width, height = max(image.width for _, image in images), images[0][1].height
     made = Image.new("RGB", (label + width, height * len(images)), "white")
@@ -299,19 +296,19 @@ def sheet(results: Results, part: str, subjects: Sequence[str], seed: int) -> Im
     return made
 
 
-def as_text(results: Results, distances: Mapping[str, KID]) -> str:
+def as_text(made: Mapping[str, str], claims: Sequence[Finding]) -> str:
     """All tables and findings, as Markdown."""
-    text = "\n\n".join(f"### {title}\n\n{table}" for title, table in tables(results, distances).items())
-    return text + "\n\n### Findings\n\n" + "\n".join(f"- {one.claim} This **{one.holds}** here: {one.figures}." for one in findings(results)) + "\n"
+    text = "\n\n".join(f"### {title}\n\n{table}" for title, table in made.items())
+    return text + "\n\n### Findings\n\n" + "\n".join(f"- {one.claim} This **{one.holds}** here: {one.figures}." for one in claims) + "\n"
 
 
 def write(results: Results, judge: Encoder) -> str:
     """folder/study.json, folder/study.md and the sheets of the first seed, PART-SUBJECTS.png; gives the text of study.md."""
-    distances = kids(results, judge)
-    text = as_text(results, distances)
+    distances, claims = kids(results, judge), findings(results)
+    text = as_text(tables(results, distances), claims)
     (results.folder / "study.md").write_text(text, encoding="utf-8")
     head = {"commands": ["minidiff evaluate study OUT", "minidiff evaluate report OUT"], "machine": machine()}
-    head |= {"findings": [asdict(one) for one in findings(results)], "kid": {name: asdict(one) for name, one in distances.items()}}
+    head |= {"findings": [asdict(one) for one in claims], "kid": {name: asdict(one) for name, one in distances.items()}}
     rows = ",\n".join(json.dumps(row) for row in results.rows)  # a line each
     (results.folder / "study.json").write_text(json.dumps(head, indent=1)[:-2] + f',\n "results": [\n{rows}\n]}}\n', encoding="utf-8")
     for part, subjects in dict.fromkeys((row["run"]["part"], tuple(row["run"]["subjects"])) for row in results.rows if row["run"]["seed"] == SEEDS[0]):
