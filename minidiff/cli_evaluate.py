@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from minidiff.cli_flags import File, Whole
+from minidiff.cli_flags import File, Folder, Whole
 from minidiff.cli_model import load, say
 
 if TYPE_CHECKING:
@@ -23,62 +23,72 @@ Parts = Literal["all", "methods", "pairs", "compression", "custom", "lora", "pic
 def pictures(
     folder: tyro.conf.Positional[Path],
     /,
-    references: File = None,
-    real: File = None,
+    references: Folder = None,
+    before: Folder = None,
+    real: Folder = None,
     clip: File = None,
     clip_model: str = "ViT-B-32",
-    size: int = 64,
     out: File = None,
     device: str = "auto",
 ) -> None:
-    """How well pictures follow their captions, resemble reference pictures, and how far they are from real ones (KID).
+    """How well pictures follow their prompts, resemble a subject, moved with training, and how far they are from real ones (KID).
 
-    Captions are read from NAME.txt beside each picture, metadata.jsonl or captions.json.
+    Prompts are read from NAME.txt beside each picture, metadata.jsonl or captions.json; without these from the pictures, where `generate`
+    wrote them. A new word means nothing to a CLIP: write captions that call the subject by its class.
 
     Args:
         folder: the pictures
         references: a folder with pictures of the subject: the mean cosine of each picture with all of them
+        before: what the model drew before training, under the same names: 1 - cosine of each picture with its counterpart
         real: a folder with real pictures, for KID; 500 or more of either are advised
         clip: weights of a CLIP as open_clip reads them; without, the judge of the bundled scenes, which knows nothing else
         clip_model: what open_clip calls the CLIP's network
-        size: side of the square that is cut from each picture; the judge reads 64
         out: a .json file for the numbers, of each picture too
         device: auto, cpu, cuda, cuda:1, mps
     """
     import torch
 
     from minidiff.cli_model import choose_device
-    from minidiff.evaluation.alignment import image_alignment, text_alignment
+    from minidiff.evaluation.alignment import drift, image_alignment, text_alignment
+    from minidiff.evaluation.folder import drawn_pictures, prompts_of
     from minidiff.evaluation.kid import kid
-    from minidiff.trainers.data import caption_sources, picture_paths, read_captions
 
+    paths = drawn_pictures(folder)
+    prompts = prompts_of(folder, paths)
+    counterparts = [] if before is None else same_names(paths, drawn_pictures(before), before)
+    subject, others = ([] if other is None else drawn_pictures(other) for other in (references, real))
+    if not (prompts or counterparts or subject or others):
+        raise ValueError(f"{folder}: nothing to compare with; write captions beside the pictures, or give --references, --before or --real")
     encoder = choose_encoder(clip, clip_model, choose_device(device))
-    paths = picture_paths(folder)
-    if not paths:
-        raise ValueError(f"{folder}: no picture in it")
-    features = features_of(encoder, paths, size)
+    features = features_of(encoder, paths)
     found: dict[str, torch.Tensor] = {}
-    if caption_sources(folder):
-        captions = read_captions(folder, paths)
-        found["text alignment"] = text_alignment(features, encoder.encode_texts([captions[path.name] for path in paths]).cpu())
-    if references is not None:
-        found["image alignment"] = image_alignment(features, features_of(encoder, picture_paths(references), size))
+    if prompts:
+        found["text alignment"] = text_alignment(features, encoder.encode_texts(prompts).cpu())
+    if subject:
+        found["image alignment"] = image_alignment(features, features_of(encoder, subject))
+    if counterparts:
+        found["drift"] = drift(features, features_of(encoder, counterparts))
     numbers: dict[str, object] = {}
     for name, values in found.items():
         error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
         numbers[name] = {"mean": float(values.mean()), "error": error, "pictures": len(values), "each": values.tolist()}
         print(f"{name:16} {float(values.mean()):.4f} ± {error:.4f}  {len(values)} pictures")
-    if real is not None:
-        others = features_of(encoder, picture_paths(real), size)
-        distance = kid(scaled(features), scaled(others), blocks=10)
+    if others:
+        distance = kid(scaled(features), scaled(features_of(encoder, others)), blocks=10)
         numbers["KID"] = {"value": distance.value, "error": distance.error, "pictures": len(features), "real": len(others)}
         print(f"{'KID':16} {distance.value:.4f} ± {distance.error:.4f}  {len(features)} pictures, {len(others)} real ones")
         if min(len(features), len(others)) < 500:
             say([f"KID of {len(features)} and {len(others)} pictures: fewer than 500, so its error is large"])
-    if not numbers:
-        raise ValueError(f"{folder}: nothing to compare with; write captions beside the pictures, or give --references or --real")
     if out is not None:
         out.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+
+
+def same_names(paths: list[Path], others: list[Path], folder: Path) -> list[Path]:
+    """The counterpart of each picture."""
+    named = {path.name: path for path in others}
+    if missing := [path.name for path in paths if path.name not in named]:
+        raise ValueError(f"{folder}: no {missing[0]} in it; draw the same prompts on the same seeds, under the same names")
+    return [named[path.name] for path in paths]
 
 
 def choose_encoder(clip: Path | None, name: str, device) -> "Encoder":
@@ -88,16 +98,14 @@ def choose_encoder(clip: Path | None, name: str, device) -> "Encoder":
     return weights_loader.load_judge(device=device) if clip is None else OpenClip(name, clip, device)
 
 
-def features_of(encoder: "Encoder", paths: list[Path], size: int):
+def features_of(encoder: "Encoder", paths: list[Path]):
     import torch
 
     from minidiff.trainers.data import fit, load_picture
 
-    if not paths:
-        raise ValueError("a folder without pictures; give one with .png or .jpg files")
     parts = []
     for start in range(0, len(paths), 32):
-        pixels = torch.stack([fit(load_picture(path), size) for path in paths[start : start + 32]])
+        pixels = torch.stack([fit(load_picture(path), encoder.image_size) for path in paths[start : start + 32]])
         with torch.no_grad():
             parts.append(encoder.encode_pictures(pixels).float().cpu())
     return torch.cat(parts)

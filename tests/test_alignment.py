@@ -3,8 +3,8 @@
 import torch
 from torch.testing import assert_close
 
-from minidiff.evaluation.alignment import Encoder, image_alignment, text_alignment
-from minidiff.evaluation.clip import Judge
+import weights_loader
+from minidiff.evaluation.alignment import Encoder, drift, image_alignment, text_alignment
 
 
 def test_text_alignment_is_each_pictures_cosine_with_its_own_text():
@@ -23,5 +23,11 @@ def test_the_length_of_features_does_not_matter():
     assert_close(image_alignment(5 * x, 0.2 * y), image_alignment(x, y))
 
 
+def test_drift_is_0_of_what_stayed_and_2_of_the_opposite():
+    before = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]])
+    assert_close(drift(before * torch.tensor([[2.0], [-1.0], [1.0]]), before), torch.tensor([0.0, 2.0, 0.0]))
+    assert_close(drift(torch.tensor([[1.0, 0.0]]), before[:1]), torch.tensor([0.4]))
+
+
 def test_the_judge_is_an_encoder():
-    assert issubclass(Judge, Encoder)
+    assert isinstance(weights_loader.load_judge(), Encoder)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from minidiff.cli import slug
 from minidiff.scenes.scenes import Item, compose
 from tests.command import runner
 
@@ -46,6 +47,43 @@ def test_kid_needs_pictures_and_says_when_they_are_few(run, tmp_path):
     one, other = scenes(tmp_path / "one", names, captions=False), scenes(tmp_path / "other", names, captions=False)
     code, out, err = run("evaluate", "pictures", one, "--real", other)
     assert code == 0 and "KID" in out and "fewer than 500" in err
+
+
+def test_pictures_that_generate_drew_say_their_prompts_and_drift_from_what_was_before(run, tmp_path):
+    prompts = ["a cat on a green background", "a pizza on a blue background"]
+    for folder, seed in (("a", 0), ("again", 0), ("b", 1)):
+        (tmp_path / folder).mkdir()
+        assert run("generate", *prompts, "--steps", "4", "--seed", str(seed), "--out", tmp_path / folder / "x.png")[0] == 0
+    code, out, err = run("evaluate", "pictures", "a", "--before", "again", "--out", "out.json")
+    assert code == 0 and "grids of several pictures are left out: x.png" in err
+    scores = json.loads((tmp_path / "out.json").read_text())
+    assert scores["drift"]["each"] == pytest.approx([0, 0], abs=1e-6)  # the same pictures; float32
+    (tmp_path / "a" / "captions.json").write_text(json.dumps({f"x-{i}-{slug(text)}-0.png": text for i, text in enumerate(prompts)}))
+    assert run("evaluate", "pictures", "a", "--out", "out.json")[0] == 0
+    assert json.loads((tmp_path / "out.json").read_text())["text alignment"] == scores["text alignment"]
+    code, out, err = run("evaluate", "pictures", "a", "--before", "b")
+    assert code == 2 and "b: no x-0-a-cat-on-a-green-background-0.png in it; draw the same prompts" in err
+    for path in (tmp_path / "b").glob("x-*.png"):
+        path.rename(path.with_name(path.name.replace("-1.png", "-0.png")))
+    assert run("evaluate", "pictures", "a", "--before", "b", "--out", "out.json")[0] == 0
+    assert min(json.loads((tmp_path / "out.json").read_text())["drift"]["each"]) > 0.001
+
+
+def test_a_clip_of_ones_own_is_given_pictures_of_its_own_size(run, tmp_path, monkeypatch):
+    asked = []
+
+    class Clip:
+        def __init__(self, name, weights, device):
+            self.image_size = 96
+
+        def encode_pictures(self, pixels):
+            asked.append(tuple(pixels.shape))
+            return pixels.mean(dim=(2, 3)) + 2
+
+    monkeypatch.setattr("minidiff.evaluation.open_clip.OpenClip", Clip)
+    folder = scenes(tmp_path / "cats", ("cat", "cat"), captions=False)
+    assert run("evaluate", "pictures", folder, "--before", folder, "--clip", "weights.pt")[0] == 0
+    assert asked == [(2, 3, 96, 96)] * 2
 
 
 def test_nothing_to_compare_with_is_said(run, tmp_path):

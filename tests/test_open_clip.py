@@ -9,6 +9,7 @@ from PIL import Image
 
 from minidiff.evaluation.alignment import Encoder
 from minidiff.evaluation.open_clip import OpenClip
+from minidiff.trainers.data import fit
 
 SMALL = {
     "embed_dim": 32,
@@ -45,15 +46,16 @@ def test_features_are_open_clips_own(small):
     torch.testing.assert_close(encoder.encode_texts(texts), words, rtol=1e-4, atol=1e-5)
 
 
-def test_other_sizes_are_scaled_as_open_clip_does(small):
+def test_other_sizes_are_cut_and_scaled_as_open_clip_does(small):
     path, model, preprocess, _ = small
-    rng = np.random.default_rng(1)
+    encoder, rng = OpenClip("small-clip", path), np.random.default_rng(1)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((120, 90), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(smooth)).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
         expected = model.encode_image(preprocess(smooth)[None], normalize=True)
-    cosine = float((OpenClip("small-clip", path).encode_pictures(pixels) * expected).sum())
-    assert cosine > 0.999  # Pillow rounds to 8 bits after scaling, and cuts on whole pixels
+    cosine = float((encoder.encode_pictures(fit(smooth, encoder.image_size)[None]) * expected).sum())
+    assert cosine > 0.999  # open_clip scales first, rounds to 8 bits, and cuts on whole pixels
+    with pytest.raises(ValueError, match="pictures of 120 x 90 pixels given, the CLIP reads 32 x 32"):
+        encoder.encode_pictures(torch.zeros(1, 3, 90, 120))
 
 
 def test_unknown_names_missing_files_and_other_weights_are_named(small, tmp_path):

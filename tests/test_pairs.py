@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from minidiff.evaluation.pairs import LABEL, make_sheet, tally, wilson
+from minidiff.viz import save_png
 
 
 def folder(tmp_path, name, colour, count=6):
@@ -71,9 +72,28 @@ def test_a_form_with_a_gap_or_another_word_is_named(tmp_path, answers, message):
 
 def test_nothing_in_common_and_a_second_sheet_are_refused(tmp_path):
     out = sheet(tmp_path)
-    empty = tmp_path / "empty"
-    empty.mkdir()
+    other = folder(tmp_path, "other", "red", count=1)
+    (other / "0.png").rename(other / "z.png")
     with pytest.raises(ValueError, match="no picture of the same name"):
-        make_sheet(tmp_path / "red", empty, tmp_path / "other")
+        make_sheet(tmp_path / "red", other, tmp_path / "none")
     with pytest.raises(ValueError, match="holds a sheet already"):
         make_sheet(tmp_path / "red", tmp_path / "blue", out)
+
+
+def test_pictures_keep_their_shape_and_those_without_a_counterpart_are_named(tmp_path):
+    wide, tall = folder(tmp_path, "wide", "red", count=2), folder(tmp_path, "tall", "blue", count=1)
+    Image.new("RGB", (16, 8), "red").save(wide / "0.png")
+    (wide / "1.png").rename(wide / "1.jpg")
+    with pytest.warns(UserWarning, match="in one of the two folders only, and left out: 1.jpg"):
+        assert make_sheet(wide, tall, tmp_path / "sheet", size=16) == 1
+    with Image.open(tmp_path / "sheet" / "sheet.png") as picture:
+        column = {picture.getpixel((x + 8, 2)) for x in (LABEL, LABEL + 24)}
+    assert column == {(255, 255, 255), (0, 0, 255)}  # white above the wide one
+
+
+def test_a_grid_of_several_pictures_is_no_row(tmp_path):
+    a, b = (folder(tmp_path, name, name, count=1) for name in ("red", "blue"))
+    for one in (a, b):
+        save_png(Image.new("RGB", (16, 16)), one / "grid.png", "a cat\nSteps: 1, Size: 8x8")
+    with pytest.warns(UserWarning, match="grids of several pictures are left out: grid.png"):
+        assert make_sheet(a, b, tmp_path / "sheet", size=16) == 1

@@ -90,7 +90,7 @@ def examples() -> list[partial]:
         reading = judge.read(pixels)
     verdict = bundled.Verdict(True, True, None, None, None, 0.5)
     public_clip = OpenClip.__new__(OpenClip)  # around any network
-    public_clip.model, public_clip.size, public_clip.device = SimpleNamespace(encode_image=lambda x, normalize: x.mean((2, 3))), 8, torch.device("cpu")
+    public_clip.model, public_clip.image_size, public_clip.device = SimpleNamespace(encode_image=lambda x, normalize: x.mean((2, 3))), 64, torch.device("cpu")
     public_clip.mean = public_clip.std = torch.ones(3, 1, 1)
     return [
         partial(family.Adapter(8, 2, torch.Generator()).forward, q),
@@ -114,7 +114,6 @@ def examples() -> list[partial]:
         partial(weights.relative_changes, changes, changes),
         partial(public_clip.encode_pictures, pixels),
         partial(measure.chroma, pixels),
-        partial(measure.drift, q[0], q[0]),
         partial(blocks.timestep_embedding, t, 8),
         partial(blocks.TimeEmbedding(8).forward, t),
         partial(blocks.norm_silu, nn.GroupNorm(4, 8), x),
@@ -168,6 +167,7 @@ def examples() -> list[partial]:
         partial(kid.kid, features, features + 1, blocks=2),
         partial(alignment.text_alignment, features, features + 1),
         partial(alignment.image_alignment, features, features + 1),
+        partial(alignment.drift, features, features + 1),
         partial(clip.scaled, features),
         partial(clip.contrastive_loss, features, features + 1, torch.tensor(1.0)),
         partial(clip.AttentionPool(8, 4, 2).forward, x),

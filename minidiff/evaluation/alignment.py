@@ -18,7 +18,9 @@ Features = Float[Tensor, "B D"]
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What turns pictures and texts into features of the same width: the judge, or another CLIP."""
+    """What turns pictures of its size and texts into features of the same width: the judge, or another CLIP."""
+
+    image_size: int
 
     def encode_pictures(self, pixels: Pixels) -> Features: ...
 
@@ -33,3 +35,8 @@ def text_alignment(pictures: Float[Tensor, "B D"], texts: Float[Tensor, "B D"]) 
 def image_alignment(pictures: Float[Tensor, "B D"], references: Float[Tensor, "R D"]) -> Float[Tensor, " B"]:
     """The mean cosine of each picture's features with those of all reference pictures, -1..1."""
     return (F.normalize(pictures, dim=1) @ F.normalize(references, dim=1).T).mean(dim=1)
+
+
+def drift(pictures: Float[Tensor, "B D"], before: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
+    """1 - the cosine of each picture's features with those of its counterpart, the same prompt and noise before training; 0 if it stayed, to 2."""
+    return 1 - F.cosine_similarity(pictures, before, dim=1)

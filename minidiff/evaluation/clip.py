@@ -141,6 +141,7 @@ class Judge(nn.Module):
     def __init__(self, config: JudgeConfig):
         super().__init__()
         self.config = config
+        self.image_size = config.image_size
         self.tokenizer = Tokenizer(config.tokenizer)
         width = config.widths[-1]
         self.pictures = PictureTower(config)
@@ -155,7 +156,7 @@ class Judge(nn.Module):
 
     def read(self, pixels: Float[Tensor, "B 3 H W"]) -> Reading:
         """What is in each picture. Raises ValueError for pictures of another size."""
-        size = self.config.image_size
+        size = self.image_size
         if pixels.shape[2:] != (size, size):
             raise ValueError(f"pictures of {pixels.shape[3]} x {pixels.shape[2]} pixels given, the judge reads {size} x {size}; scale them first")
         cells, pooled = self.pictures(pixels)

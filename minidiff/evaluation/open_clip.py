@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -34,19 +33,16 @@ class OpenClip:
         self.tokenizer = open_clip.get_tokenizer(name)
         self.device = device
         visual = self.model.visual
-        self.size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
+        self.image_size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
         self.mean, self.std = (torch.tensor(getattr(visual, f"image_{part}"), device=device)[:, None, None] for part in ("mean", "std"))
 
     @torch.no_grad()
     def encode_pictures(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """Pixels in [-1, 1]; the shorter side is scaled to the network's size, the middle is taken."""
-        height, width = pixels.shape[2:]
-        scale = self.size / min(height, width)
-        size = (max(self.size, round(height * scale)), max(self.size, round(width * scale)))
-        x = F.interpolate(pixels.to(self.device).float(), size=size, mode="bicubic", antialias=True).clamp(-1, 1)
-        top, left = (size[0] - self.size) // 2, (size[1] - self.size) // 2
-        x = x[:, :, top : top + self.size, left : left + self.size]
-        return self.model.encode_image(((x + 1) / 2 - self.mean) / self.std, normalize=True).float()
+        """Pixels in [-1, 1] of the network's size. Raises ValueError for another one."""
+        size = self.image_size
+        if pixels.shape[2:] != (size, size):
+            raise ValueError(f"pictures of {pixels.shape[3]} x {pixels.shape[2]} pixels given, the CLIP reads {size} x {size}; scale them first")
+        return self.model.encode_image(((pixels.to(self.device).float() + 1) / 2 - self.mean) / self.std, normalize=True).float()
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:

@@ -8,13 +8,16 @@ As in Custom Diffusion's user study (Kumari et al. 2023, section 4.3): people se
 import csv
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
+from minidiff.evaluation.folder import drawn_pictures
+from minidiff.trainers.data import load_picture
 from minidiff.viz import save_png
 
 ANSWERS = ("left", "right", "equal")
@@ -39,11 +42,14 @@ def make_sheet(first: Path, second: Path, out: Path, seed: int = 0, size: int = 
 
     size: pixels of each picture on the sheet. Raises ValueError for folders without common names, and for an `out` that holds a sheet already.
     """
-    names = sorted(path.name for path in first.glob("*.png") if (second / path.name).is_file())
+    found = [{path.name for path in drawn_pictures(folder)} for folder in (first, second)]
+    names = sorted(found[0] & found[1])
     if not names:
         raise ValueError(f"{first} and {second} have no picture of the same name; make both with the same prompts and seeds")
     if (out / "key.json").exists():
         raise ValueError(f"{out} holds a sheet already; choose another folder")
+    if alone := sorted(found[0] ^ found[1]):
+        warnings.warn(f"in one of the two folders only, and left out: {', '.join(alone)}", stacklevel=2)
     out.mkdir(parents=True, exist_ok=True)
     swapped = np.random.default_rng(seed).random(len(names)) < 0.5
     sheet = Image.new("RGB", (LABEL + 2 * size + GAP, len(names) * (size + GAP)), "white")
@@ -51,8 +57,8 @@ def make_sheet(first: Path, second: Path, out: Path, seed: int = 0, size: int = 
     for i, (name, swap) in enumerate(zip(names, swapped)):
         draw.text((6, i * (size + GAP) + size // 2), str(i + 1), fill="black")
         for side, folder in enumerate((second, first) if swap else (first, second)):
-            with Image.open(folder / name) as picture:
-                sheet.paste(picture.convert("RGB").resize((size, size)), (LABEL + side * (size + GAP), i * (size + GAP)))
+            picture = ImageOps.pad(load_picture(folder / name), (size, size), color="white")
+            sheet.paste(picture, (LABEL + side * (size + GAP), i * (size + GAP)))
     save_png(sheet, out / "sheet.png")
     with open(out / "form.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("row", f"better ({', '.join(ANSWERS)})"), *((i + 1, "") for i in range(len(names)))])

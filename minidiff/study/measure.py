@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -139,11 +138,6 @@ def other_features(sd: StableDiffusion, judge: Judge, class_words: Sequence[str]
     prompts = others(class_words)
     reading = judge.read(drawn(sd, [p.text for p in prompts], range(len(prompts))))
     return reading.features, share([names[0] == p.subjects[0] for names, p in zip(likeliest(judge, reading), prompts)])
-
-
-def drift(now: Float[Tensor, "N D"], untouched: Float[Tensor, "N D"]) -> float:
-    """How far the features of the same prompts' pictures moved: the mean of 1 - cosine."""
-    return float((1 - F.cosine_similarity(now, untouched)).mean())
 
 
 @torch.no_grad()

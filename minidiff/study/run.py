@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minidiff.evaluation.alignment import drift
 from minidiff.evaluation.clip import Judge
 from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.study import measure
@@ -77,7 +78,7 @@ def one(folder: Path, run: Run, load: Callable[[], StableDiffusion], load_judge:
     learning = learnt(sd, run, folder)
     with learning.on(sd):
         found = looked_at(sd, judge, run, learning)
-    scores = found.scores | {"drift": measure.drift(found.of_others, before)}
+    scores = found.scores | {"drift": float(drift(found.of_others, before).mean())}
     for name in ("results", "features", "rows"):
         (folder / name).mkdir(exist_ok=True)
     save_png(grid(to_images(found.pictures), columns=len(found.pictures)), folder / "rows" / f"{run.name}.png")
