@@ -80,6 +80,8 @@ def made_up(tmp_path):
 class FakeJudge:
     """Features of real pictures, by chance: KID needs some."""
 
+    image_size = 64
+
     def encode_pictures(self, pixels):
         return torch.randn(len(pixels), 128, generator=torch.Generator().manual_seed(0))
 
