@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from minidiff.cli_flags import File, Folder, Whole
+from minidiff.cli_flags import File, Folder, Text, Whole
 from minidiff.cli_model import load, say
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def pictures(
     before: Folder = None,
     real: Folder = None,
     clip: File = None,
-    clip_model: str = "ViT-B-32",
+    clip_model: Text = None,
     out: File = None,
     device: str = "auto",
 ) -> None:
@@ -42,26 +42,27 @@ def pictures(
         before: what the model drew before training, under the same names: 1 - cosine of each picture with its counterpart
         real: a folder with real pictures, for KID; 500 or more of either are advised
         clip: weights of a CLIP as open_clip reads them; without, the judge of the bundled scenes, which knows nothing else
-        clip_model: what open_clip calls the CLIP's network
+        clip_model: what open_clip calls the CLIP's network, such as ViT-L-14; ViT-B-32 by default
         out: a .json file for the numbers, of each picture too
         device: auto, cpu, cuda, cuda:1, mps
     """
-    import torch
-
     from minidiff.cli_model import choose_device
     from minidiff.evaluation.alignment import drift, image_alignment, text_alignment
     from minidiff.evaluation.folder import drawn_pictures, prompts_of
-    from minidiff.evaluation.kid import kid
 
+    if out is not None and not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
     paths = drawn_pictures(folder)
     prompts = prompts_of(folder, paths)
     counterparts = [] if before is None else same_names(paths, drawn_pictures(before), before)
     subject, others = ([] if other is None else drawn_pictures(other) for other in (references, real))
     if not (prompts or counterparts or subject or others):
         raise ValueError(f"{folder}: nothing to compare with; write captions beside the pictures, or give --references, --before or --real")
+    if others and min(len(paths), len(others)) < 4:
+        raise ValueError(f"{folder} and {real} have {len(paths)} and {len(others)} pictures; KID needs 4 of either, and 500 to say much")
     encoder = choose_encoder(clip, clip_model, choose_device(device))
     features = features_of(encoder, paths)
-    found: dict[str, torch.Tensor] = {}
+    found = {}
     if prompts:
         found["text alignment"] = text_alignment(features, encoder.encode_texts(prompts).cpu())
     if subject:
@@ -70,17 +71,33 @@ def pictures(
         found["drift"] = drift(features, features_of(encoder, counterparts))
     numbers: dict[str, object] = {}
     for name, values in found.items():
-        error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
-        numbers[name] = {"mean": float(values.mean()), "error": error, "pictures": len(values), "each": values.tolist()}
-        print(f"{name:16} {float(values.mean()):.4f} ± {error:.4f}  {len(values)} pictures")
+        error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+        each = {path.name: value for path, value in zip(paths, values.tolist())}
+        numbers[name] = {"mean": float(values.mean()), "error": error, "pictures": len(values), "each": each}
+        print(f"{name:16} {float(values.mean()):.4f}{'' if error is None else f' ± {error:.4f}'}  {len(values)} pictures")
     if others:
-        distance = kid(scaled(features), scaled(features_of(encoder, others)), blocks=10)
+        distance = kid_of(features, features_of(encoder, others), prompts)
         numbers["KID"] = {"value": distance.value, "error": distance.error, "pictures": len(features), "real": len(others)}
         print(f"{'KID':16} {distance.value:.4f} ± {distance.error:.4f}  {len(features)} pictures, {len(others)} real ones")
         if min(len(features), len(others)) < 500:
             say([f"KID of {len(features)} and {len(others)} pictures: fewer than 500, so its error is large"])
     if out is not None:
-        out.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+        temporary = out.with_name(f".{out.name}.tmp")
+        temporary.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+        temporary.replace(out)
+
+
+def kid_of(features, others, prompts: list[str]):
+    """KID. Its error is of other prompts where there are 20 or more, or else of other noise for the same ones."""
+    import torch
+
+    from minidiff.evaluation.clip import scaled
+    from minidiff.evaluation.kid import kid
+
+    names = list(dict.fromkeys(prompts))
+    group = torch.tensor([names.index(prompt) for prompt in prompts]) if len(names) >= 20 else torch.arange(len(features))
+    groups = (group, len(features) + torch.arange(len(others)))
+    return kid(scaled(features), scaled(others), groups=groups, blocks=min(10, len(group.unique()) // 2, len(others) // 2))
 
 
 def same_names(paths: list[Path], others: list[Path], folder: Path) -> list[Path]:
@@ -91,11 +108,13 @@ def same_names(paths: list[Path], others: list[Path], folder: Path) -> list[Path
     return [named[path.name] for path in paths]
 
 
-def choose_encoder(clip: Path | None, name: str, device) -> "Encoder":
+def choose_encoder(clip: Path | None, name: str | None, device) -> "Encoder":
     import weights_loader
     from minidiff.evaluation.open_clip import OpenClip
 
-    return weights_loader.load_judge(device=device) if clip is None else OpenClip(name, clip, device)
+    if clip is None and name is not None:
+        raise ValueError(f"--clip-model {name} without its weights; give them as --clip FILE")
+    return weights_loader.load_judge(device=device) if clip is None else OpenClip(name or "ViT-B-32", clip, device)
 
 
 def features_of(encoder: "Encoder", paths: list[Path]):
@@ -109,13 +128,6 @@ def features_of(encoder: "Encoder", paths: list[Path]):
         with torch.no_grad():
             parts.append(encoder.encode_pictures(pixels).float().cpu())
     return torch.cat(parts)
-
-
-def scaled(features):
-    """At length sqrt(D), as KID's kernel takes them from every encoder."""
-    import torch.nn.functional as F
-
-    return F.normalize(features, dim=1) * features.shape[1] ** 0.5
 
 
 def weights(base: tyro.conf.Positional[str], tuned: tyro.conf.Positional[str], /, top: int = 10) -> None:
@@ -203,7 +215,13 @@ def bundled(
 
 
 def study(
-    out: tyro.conf.Positional[Path], /, part: Parts = "all", jobs: int = 1, threads: Whole = None, limit: Whole = None
+    out: tyro.conf.Positional[Path],
+    /,
+    part: Parts = "all",
+    jobs: int = 1,
+    threads: Whole = None,
+    device: str = "auto",
+    limit: Whole = None,
 ) -> None:
     """Train every method on subjects that the bundled model has never seen, and measure what each gives; hours on a CPU.
 
@@ -214,18 +232,23 @@ def study(
         part: which runs: all, methods, pairs, compression, custom, lora, pictures or style
         jobs: runs at once, each in a process of its own
         threads: CPU threads of each; the cores are shared out by default
+        device: auto, cpu, cuda, cuda:1, mps
         limit: so many runs, and stop
     """
+    import torch
     from tqdm import tqdm
 
     import weights_loader
+    from minidiff.cli_model import choose_device
     from minidiff.study.plan import runs
     from minidiff.study.run import study as make
 
+    device = choose_device(device)
     chosen = [run for run in runs(part) if not (out / "results" / f"{run.name}.json").exists()][:limit]
-    load_tiny = partial(weights_loader.load, "tiny")
+    load_tiny = partial(weights_loader.load, "tiny", dtype=torch.float32, device=device)
+    load_judge = partial(weights_loader.load_judge, device=device)
     with tqdm(total=len(chosen), unit="run", file=sys.stderr) as bar:
-        for progress in make(out, chosen, load_tiny, weights_loader.load_judge, jobs=jobs, threads=threads):
+        for progress in make(out, chosen, load_tiny, load_judge, jobs=jobs, threads=threads):
             bar.set_postfix_str(f"{progress.name}, {progress.left / 3600:.1f} h left", refresh=False)
             bar.update()
 

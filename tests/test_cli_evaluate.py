@@ -4,9 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import weights_loader
 from minidiff.cli import slug
+from minidiff.cli_evaluate import kid_of
+from minidiff.evaluation.weights import kind_of
 from minidiff.scenes.scenes import Item, compose
 from tests.command import runner
 
@@ -38,7 +42,7 @@ def test_real_scenes_follow_their_captions_better_than_others(run, tmp_path):
         assert code == 0 and "text alignment" in out, err
         scores[folder.name] = json.loads((tmp_path / "out.json").read_text())
     assert scores["right"]["text alignment"]["mean"] > scores["wrong"]["text alignment"]["mean"] + 0.2
-    likeness = scores["right"]["image alignment"]["each"]
+    likeness = list(scores["right"]["image alignment"]["each"].values())
     assert likeness[0] == pytest.approx(1, abs=1e-5) and max(likeness[1:]) < 0.9  # the cat itself; float32
 
 
@@ -57,7 +61,9 @@ def test_pictures_that_generate_drew_say_their_prompts_and_drift_from_what_was_b
     code, out, err = run("evaluate", "pictures", "a", "--before", "again", "--out", "out.json")
     assert code == 0 and "grids of several pictures are left out: x.png" in err
     scores = json.loads((tmp_path / "out.json").read_text())
-    assert scores["drift"]["each"] == pytest.approx([0, 0], abs=1e-6)  # the same pictures; float32
+    same = scores["drift"]["each"]
+    assert list(same) == ["x-0-a-cat-on-a-green-background-0.png", "x-1-a-pizza-on-a-blue-background-0.png"]
+    assert list(same.values()) == pytest.approx([0, 0], abs=1e-6)  # the same pictures; float32
     (tmp_path / "a" / "captions.json").write_text(json.dumps({f"x-{i}-{slug(text)}-0.png": text for i, text in enumerate(prompts)}))
     assert run("evaluate", "pictures", "a", "--out", "out.json")[0] == 0
     assert json.loads((tmp_path / "out.json").read_text())["text alignment"] == scores["text alignment"]
@@ -66,7 +72,7 @@ def test_pictures_that_generate_drew_say_their_prompts_and_drift_from_what_was_b
     for path in (tmp_path / "b").glob("x-*.png"):
         path.rename(path.with_name(path.name.replace("-1.png", "-0.png")))
     assert run("evaluate", "pictures", "a", "--before", "b", "--out", "out.json")[0] == 0
-    assert min(json.loads((tmp_path / "out.json").read_text())["drift"]["each"]) > 0.001
+    assert min(json.loads((tmp_path / "out.json").read_text())["drift"]["each"].values()) > 0.001
 
 
 def test_a_clip_of_ones_own_is_given_pictures_of_its_own_size(run, tmp_path, monkeypatch):
@@ -92,9 +98,60 @@ def test_nothing_to_compare_with_is_said(run, tmp_path):
     assert code == 2 and "nothing to compare with; write captions beside the pictures" in err
 
 
-def test_weights_of_one_model_did_not_move(run, tmp_path):
+def test_the_error_of_kid_is_over_prompts_where_there_are_many():
+    # 30 prompts, each with 10 pictures around a place of its own: what differs from set to set are the prompts.
+    def normals(*shape, seed):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    real, prompts = normals(300, 16, seed=999), [f"prompt {i // 10}" for i in range(300)]
+    drawn = [(normals(30, 16, seed=2 * i)[torch.arange(300) // 10] + 0.2 * normals(300, 16, seed=2 * i + 1)) for i in range(30)]
+    spread = torch.tensor([kid_of(features, real, prompts).value for features in drawn]).std()
+    by_prompt, alone = (torch.tensor([kid_of(features, real, texts).error for features in drawn]).mean() for texts in (prompts, []))
+    # the spread of 30 draws is known to 13 %, and the jackknife's error is at most 1.41 times too large (test_kid)
+    assert 0.7 < by_prompt / spread < 1.7 and alone < 0.6 * spread
+
+
+def test_features_of_any_length_have_the_same_kid():
+    x, y = (torch.randn(40, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert kid_of(5 * x, 0.1 * y, []).value == pytest.approx(kid_of(x, y, []).value, rel=1e-5)  # features are float32
+    assert kid_of(x, y, []).value != pytest.approx(kid_of(x, y + 1, []).value, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--real", "few"), "cats and few have 2 and 3 pictures; KID needs 4 of either"),
+        (("--references", "few", "--out", "nowhere/out.json"), "there is no folder nowhere; make it first"),
+        (("--references", "few", "--clip-model", "ViT-L-14"), "--clip-model ViT-L-14 without its weights; give them as --clip FILE"),
+        (("--references", "empty"), "empty: no picture in it"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is(run, tmp_path, words, message):
+    scenes(tmp_path / "cats", ("cat", "cat"), captions=False)
+    scenes(tmp_path / "few", ("cat", "dog", "car"), captions=False)
+    (tmp_path / "empty").mkdir()
+    code, out, err = run("evaluate", "pictures", "cats", *words)
+    assert code == 2 and message in err and not out
+
+
+def test_one_picture_has_no_error(run, tmp_path):
+    scenes(tmp_path / "cat", ("cat",))
+    assert run("evaluate", "pictures", "cat", "--out", "out.json")[1].startswith("text alignment   0.")
+    assert json.loads((tmp_path / "out.json").read_text())["text alignment"]["error"] is None
+
+
+def test_weights_that_did_not_move_are_told_from_those_that_did(run, tmp_path):
     code, out, err = run("evaluate", "weights", "tiny", "tiny", "--top", "1")
     assert code == 0 and out.splitlines()[0].split() == ["cross-attention", "0.000", "%"]
+    sd = weights_loader.load("tiny")
+    name = next(name for name, _ in sd.unet.named_parameters() if kind_of(name) == "cross-attention")
+    with torch.no_grad():
+        sd.unet.get_parameter(name).mul_(3)
+    weights_loader.save(sd, tmp_path / "moved.safetensors")
+    lines = run("evaluate", "weights", "tiny", "moved.safetensors", "--top", "1")[1].splitlines()
+    moved = {line.split()[0]: float(line.split()[1]) for line in lines[:3]}
+    assert moved["cross-attention"] > 0 == moved["self-attention"] == moved["other"]
+    assert lines[3].split() == ["200.000", "%", "cross-attention", name]  # |3 W - W| / |W|
 
 
 def test_a_sheet_is_made_and_counted(run, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from minidiff.evaluation.folder import drawn_pictures, prompts_of, settings_inside
+from minidiff.evaluation.folder import drawn_pictures, is_grid, prompts_of, settings_inside
 from minidiff.viz import save_png
 
 
@@ -35,10 +35,25 @@ def test_prompts_inside_count_only_if_all_have_one_and_captions_come_first(tmp_p
     paths = [picture(tmp_path / f"{i}.png", f"cat {i}\nSteps: 1, Size: 64x48") for i in range(2)]
     assert prompts_of(tmp_path, paths) == ["cat 0", "cat 1"]
     picture(tmp_path / "1.png")
-    assert prompts_of(tmp_path, paths) == []
+    with pytest.warns(UserWarning, match="1 of 2 pictures do not say their prompt, so none is read"):
+        assert prompts_of(tmp_path, paths) == []
     for i in range(2):
         (tmp_path / f"{i}.txt").write_text(f"dog {i}")
     assert prompts_of(tmp_path, paths) == ["dog 0", "dog 1"]
+    (tmp_path / "1.txt").write_text(" ")
+    with pytest.raises(ValueError, match="1.png: its caption is empty"):
+        prompts_of(tmp_path, paths)
+
+
+@pytest.mark.parametrize(
+    "size, settings, passed_over",
+    [
+        ((128, 48), "Size: 64x48", True), ((128, 96), "Size: 64x48, Seed: 3", True), ((64, 48), "Size: 64x48", False),
+        ((128, 96), "Size: 64x48, Hires upscale: 2", False), ((96, 72), "Size: 64x48", False), ((128, 96), "Seed: 3", False),
+    ],
+)  # fmt: skip
+def test_a_grid_is_told_from_a_picture_that_was_enlarged(tmp_path, size, settings, passed_over):
+    assert is_grid(picture(tmp_path / "a.png", f"a cat\nSteps: 20, {settings}", size)) == passed_over
 
 
 def test_a_folder_without_pictures_is_named(tmp_path):

@@ -3,10 +3,11 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from minidiff.evaluation.pairs import LABEL, make_sheet, tally, wilson
+from minidiff.evaluation.pairs import LABEL, dependence, make_sheet, tally, wilson
 from minidiff.viz import save_png
 
 
@@ -47,10 +48,11 @@ def test_who_always_prefers_red_is_counted_for_red_whichever_side_it_is_on(tmp_p
 
 
 def test_the_order_depends_on_the_seed_alone(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    keys = [json.loads((sheet(tmp_path / name, seed=3) / "key.json").read_text())["left is second"] for name in ("a", "b")]
-    assert keys[0] == keys[1]
+    def key(name, seed):
+        (tmp_path / name).mkdir()
+        return json.loads((sheet(tmp_path / name, seed) / "key.json").read_text())["left is second"]
+
+    assert key("a", 3) == key("b", 3) != key("c", 4)
 
 
 def test_wilsons_interval_is_the_closed_form():
@@ -59,15 +61,56 @@ def test_wilsons_interval_is_the_closed_form():
     for edge in (low, high):
         assert (0.7 - edge) ** 2 == pytest.approx(1.96**2 * edge * (1 - edge) / 10)
     assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(28, 40, times=4) == pytest.approx((low, high))  # 40 answers that are worth 10
+
+
+def test_answers_that_resemble_each_other_count_less():
+    rows = np.array([1.0, 1, -1, 1, -1, 0])
+    assert dependence(rows[None]) == 1  # of one person each row counts
+    # four who answer alike are one: the variance of the share is that of one person's five answers, not of twenty
+    assert dependence(np.tile(rows, (4, 1))) == pytest.approx(4)
+    assert dependence(np.array([[1.0] * 6, [-1.0] * 6])) == pytest.approx(6)  # everybody the same in every row
+    assert dependence(np.zeros((2, 3))) == dependence(np.ones((2, 3))) == 1
+
+
+def test_the_interval_covers_what_it_should_where_rows_differ():
+    rng = np.random.default_rng(0)
+    rows = lambda: 1 / (1 + np.exp(-1.5 * rng.normal(size=20)))  # noqa: E731
+    covered = {True: 0, False: 0}
+    for _ in range(500):
+        values = np.where(rng.random((10, 20)) < rows(), 1.0, -1.0)
+        for aware in covered:
+            low, high = wilson(int((values > 0).sum()), 200, dependence(values) if aware else 1.0)
+            covered[aware] += low <= 0.5 <= high
+    # of 500 draws 95 % are 475 +- 5; with 20 rows the estimate of the variance costs some of it
+    assert covered[True] > 440 > 380 > covered[False]
 
 
 @pytest.mark.parametrize(
-    "answers, message", [(["left"] * 5, "row 6: ''"), (["left"] * 5 + ["both"], "row 6: 'both'; write left, right or equal")]
+    "text, message",
+    [
+        ("row,better\n1,left\n2,left\n3,left\n4,left\n5,left\n", "row 6: ''; write left, right or equal"),
+        ("row,better\n1,both\n", "row 1: 'both'; write left, right or equal"),
+        ("row,better\n1,left\n1,right\n", "row 1 stands there twice"),
+        ("row,better\n7,left\n", "a row '7', but the sheet has rows 1 to 6; is it another sheet's form"),
+    ],
 )
-def test_a_form_with_a_gap_or_another_word_is_named(tmp_path, answers, message):
+def test_a_form_with_a_gap_or_another_word_or_row_is_named(tmp_path, text, message):
     out = sheet(tmp_path)
+    (out / "a.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
-        tally(out / "key.json", [filled(out, "a.csv", answers)])
+        tally(out / "key.json", [out / "a.csv"])
+
+
+def test_forms_of_other_spreadsheets_are_read_and_files_that_are_no_key_refused(tmp_path):
+    out = sheet(tmp_path)
+    (out / "a.csv").write_text("\ufeffrow;better (left, right, equal)\n" + "".join(f"{i};Left\n" for i in range(1, 7)) + ";\n", encoding="utf-8")
+    found = tally(out / "key.json", [out / "a.csv"])
+    assert found.first + found.second == 6
+    with pytest.raises(ValueError, match="given twice"):
+        tally(out / "key.json", [out / "a.csv", tmp_path / "sheet" / "." / "a.csv"])
+    with pytest.raises(ValueError, match="a.csv: not the key of a sheet"):
+        tally(out / "a.csv", [out / "a.csv"])
 
 
 def test_nothing_in_common_and_a_second_sheet_are_refused(tmp_path):

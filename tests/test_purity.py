@@ -22,7 +22,7 @@ from minidiff.adapters import custom_diffusion, family, lora
 from minidiff.bench import attention_cases
 from minidiff.bench import race as bench_race
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
-from minidiff.evaluation import alignment, bundled, clip, kid, weights
+from minidiff.evaluation import alignment, bundled, clip, kid, pairs, weights
 from minidiff.evaluation.open_clip import OpenClip
 from minidiff.evaluation.prompts import fixed_prompts
 from minidiff.kernels import cross_attention, geglu, group_norm_silu, self_attention, tiles
@@ -167,6 +167,7 @@ def examples() -> list[partial]:
         partial(kid.kid, features, features + 1, blocks=2),
         partial(alignment.text_alignment, features, features + 1),
         partial(alignment.image_alignment, features, features + 1),
+        partial(pairs.dependence, np.array([[1.0, -1.0, 0.0]])),
         partial(alignment.drift, features, features + 1),
         partial(clip.scaled, features),
         partial(clip.contrastive_loss, features, features + 1, torch.tensor(1.0)),

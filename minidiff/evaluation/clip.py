@@ -159,7 +159,7 @@ class Judge(nn.Module):
         size = self.image_size
         if pixels.shape[2:] != (size, size):
             raise ValueError(f"pictures of {pixels.shape[3]} x {pixels.shape[2]} pixels given, the judge reads {size} x {size}; scale them first")
-        cells, pooled = self.pictures(pixels)
+        cells, pooled = self.pictures(pixels.to(self.log_scale.device))
         return Reading(
             self.subjects(cells).float().log_softmax(dim=1),
             self.tints(cells).float().log_softmax(dim=1),

@@ -18,27 +18,30 @@ SETTINGS = re.compile(r"(?P<prompt>.*?)\n(?:Negative prompt: .*?\n)?Steps: [^\n]
 
 def drawn_pictures(folder: Path) -> list[Path]:
     """The pictures, without grids, of which a warning tells. Raises ValueError for a folder without pictures, and as `picture_paths` does."""
-    pictures, grids = [], []
-    for path in picture_paths(folder):
-        settings = settings_inside(path)
-        (grids if settings and settings[1] != picture_size(path) else pictures).append(path)
+    paths = picture_paths(folder)
+    grids = [path for path in paths if is_grid(path)]
     if grids:
         warnings.warn(f"{folder}: grids of several pictures are left out: {', '.join(path.name for path in grids)}", stacklevel=2)
+    pictures = [path for path in paths if path not in grids]
     if not pictures:
         raise ValueError(f"{folder}: no picture in it; give a folder with .png or .jpg files")
     return pictures
 
 
 def prompts_of(folder: Path, pictures: Sequence[Path]) -> list[str]:
-    """The caption of each picture; none at all if the folder has no captions and a picture does not say its prompt.
+    """The caption of each picture; none at all, and a warning, if the folder has no captions and only some pictures say their prompt.
 
-    Raises ValueError for captions that miss a picture.
+    Raises ValueError for captions that miss a picture or are empty.
     """
     if caption_sources(folder):
         captions = read_captions(folder, pictures)
+        if empty := [path for path in pictures if not captions[path.name].strip()]:
+            raise ValueError(f"{empty[0]}: its caption is empty; write what the picture shows")
         return [captions[path.name] for path in pictures]
-    inside = [settings_inside(path) for path in pictures]
-    return [settings[0] for settings in inside if settings] if all(inside) else []
+    inside = [settings[0] for path in pictures if (settings := settings_inside(path)) and settings[0].strip()]
+    if 0 < len(inside) < len(pictures):
+        warnings.warn(f"{folder}: {len(pictures) - len(inside)} of {len(pictures)} pictures do not say their prompt, so none is read", stacklevel=2)
+    return inside if len(inside) == len(pictures) else []
 
 
 def settings_inside(path: Path) -> tuple[str, tuple[int, int]] | None:
@@ -51,6 +54,11 @@ def settings_inside(path: Path) -> tuple[str, tuple[int, int]] | None:
     return (found["prompt"], (int(found["width"]), int(found["height"]))) if found else None
 
 
-def picture_size(path: Path) -> tuple[int, int]:
+def is_grid(path: Path) -> bool:
+    """Whether it is a whole number of times as wide or as high as its settings say, and nothing says that it was enlarged."""
+    settings = settings_inside(path)
+    if settings is None:
+        return False
     with Image.open(path) as image:
-        return image.size
+        size, text = image.size, image.info["parameters"]
+    return size != settings[1] and not any(side % one for side, one in zip(size, settings[1])) and "upscale" not in text.lower()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageOps
 
 from minidiff.evaluation.folder import drawn_pictures
@@ -27,7 +28,8 @@ GAP = 8
 
 @dataclass(frozen=True)
 class Tally:
-    """preferred: of the answers that chose, the share that chose the first folder's picture; low, high: Wilson's 95 % interval of it."""
+    """preferred: of the answers that chose, the share that chose the first folder's picture; low, high: its 95 % interval, Wilson's for as many
+    answers as they are worth (see dependence)."""
 
     first: int
     second: int
@@ -68,26 +70,63 @@ def make_sheet(first: Path, second: Path, out: Path, seed: int = 0, size: int = 
 
 
 def tally(key: Path, forms: Sequence[Path]) -> Tally:
-    """Counts filled forms. Raises ValueError for a row that is missing, not filled, or filled with something else."""
-    swapped = json.loads(key.read_text(encoding="utf-8"))["left is second"]
-    counts = {"first": 0, "second": 0, "equal": 0}
-    for form in forms:
-        with open(form, newline="", encoding="utf-8") as file:
-            answers = {row[0].strip(): row[1].strip().lower() for row in list(csv.reader(file))[1:] if len(row) > 1}
-        for i, swap in enumerate(swapped, start=1):
-            answer = answers.get(str(i), "")
-            if answer not in ANSWERS:
-                raise ValueError(f"{form}, row {i}: {answer!r}; write {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}")
-            counts["equal" if answer == "equal" else "second" if (answer == "left") == swap else "first"] += 1
-    chosen = counts["first"] + counts["second"]
-    return Tally(**counts, preferred=counts["first"] / chosen if chosen else math.nan, **dict(zip(("low", "high"), wilson(counts["first"], chosen))))
+    """Counts filled forms. Raises ValueError for a file that is no key, a form given twice, and a row that is missing, not filled, filled with
+    something else, given twice, or not of the sheet."""
+    try:
+        swapped = json.loads(key.read_text(encoding="utf-8"))["left is second"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{key}: not the key of a sheet; give the key.json that stands beside sheet.png") from error
+    if len({form.resolve() for form in forms}) < len(forms):
+        raise ValueError(f"one of {', '.join(map(str, forms))} is given twice; give each person's form once")
+    values = np.zeros((len(forms), len(swapped)))  # 1 the first folder's, -1 the second's, 0 neither
+    for i, form in enumerate(forms):
+        for row, answer in answers_of(form, len(swapped)).items():
+            if answer != "equal":
+                values[i, row] = -1 if (answer == "left") == swapped[row] else 1
+    first, second, equal = (int((values == value).sum()) for value in (1, -1, 0))
+    chosen = first + second
+    low, high = wilson(first, chosen, dependence(values))
+    return Tally(first, second, equal, first / chosen if chosen else math.nan, low, high)
 
 
-def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The score interval of a share (Wilson 1927); all of 0..1 for nothing counted."""
+def answers_of(form: Path, rows: int) -> dict[int, str]:
+    """What a person chose, by row from 0."""
+    text = form.read_text(encoding="utf-8-sig")
+    delimiter = ";" if text.partition("\n")[0].count(";") else ","  # spreadsheets of many countries write the former
+    answers: dict[int, str] = {}
+    for cells in list(csv.reader(text.splitlines(), delimiter=delimiter))[1:]:
+        number, answer = (cells + ["", ""])[0].strip(), (cells + ["", ""])[1].strip().lower()
+        if not number and not answer:
+            continue
+        if number not in map(str, range(1, rows + 1)):
+            raise ValueError(f"{form}: a row {number!r}, but the sheet has rows 1 to {rows}; is it another sheet's form?")
+        if int(number) - 1 in answers:
+            raise ValueError(f"{form}: row {number} stands there twice")
+        answers[int(number) - 1] = answer
+    for row in range(rows):
+        if answers.get(row, "") not in ANSWERS:
+            raise ValueError(f"{form}, row {row + 1}: {answers.get(row, '')!r}; write {', '.join(ANSWERS[:-1])} or {ANSWERS[-1]}")
+    return answers
+
+
+def dependence(values: Float[np.ndarray, "forms rows"]) -> float:
+    """How many times larger the variance of the share is than that of independent answers, 1 or more: answers to one row resemble each other, and
+    so do those of one person (the design effect, clustered both ways: Cameron, Gelbach and Miller 2011; never less than by one way alone).
+    values: 1, -1, and 0 for neither."""
+    chose = values != 0
+    if not chose.any():
+        return 1.0
+    residuals = np.where(chose, (values > 0) - (values[chose] > 0).mean(), 0.0)
+    alone = np.square(residuals).sum()
+    by_row, by_person = (np.square(residuals.sum(axis=axis)).sum() for axis in (0, 1))
+    return float(max(alone, by_row, by_person, by_row + by_person - alone) / alone) if alone else 1.0
+
+
+def wilson(successes: int, count: int, times: float = 1.0, z: float = 1.96) -> tuple[float, float]:
+    """The score interval of a share (Wilson 1927); all of 0..1 for nothing counted. times: as many answers count as one."""
     if count == 0:
         return 0.0, 1.0
-    p = successes / count
-    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    p, n = successes / count, count / times
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)

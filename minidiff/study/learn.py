@@ -3,6 +3,7 @@
     Run -> training pictures -> methods.py -> Learnt: adapters to attach, or the model itself changed
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,6 @@ RANK = 8  # of the adapters of family.py
 RIDGE = 0.1  # of a merge: the bundled model's text has few directions
 RARE, RARE_TOO = "sks", "qhy"  # names of DreamBooth and LoRA; the words of Custom Diffusion start from others
 FIRST_WORDS = ("ktn", "pll")  # that two words start from
-
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ def pair(sd: StableDiffusion, run: Run, folder: Path) -> Learnt:
     targets = [[f"a photo of a {words}"] for words in (first.words, second.words)]
     merged, _ = merge_concepts(sd, [one.adapters[0], other.adapters[0]], targets, captions, RIDGE)
     seconds = one.seconds + other.seconds + time.perf_counter() - start
-    return replace(one, adapters=(merged,), called=(first.words, second.words), seconds=seconds, trained=one.trained + other.trained)
+    size = 4 * sum(p.numel() for p in merged.parameters())
+    return replace(one, adapters=(merged,), called=(first.words, second.words), seconds=seconds, trained=one.trained + other.trained, bytes=size)
 
 
 def custom_diffusion_of(sd: StableDiffusion, subject: str, seed: int, folder: Path, second: bool = False) -> Learnt:
@@ -203,14 +204,14 @@ def custom_diffusion_of(sd: StableDiffusion, subject: str, seed: int, folder: Pa
     one = concept("custom-diffusion", subject, seed, folder, second=second)
     if path.exists():
         kept = torch.load(path, weights_only=True)
-        delta = CustomDiffusion(kept.pop("layers"), methods.NewTokens(kept.pop("rows")))
+        delta = CustomDiffusion(kept.pop("layers"), methods.NewTokens(kept.pop("rows"))).to(sd.device)
         return Learnt((delta,), (one.words,), **kept)
     options: CustomDiffusionOptions = replace(standard("custom-diffusion"), start=FIRST_WORDS[second:])
     result = trained(sd, Variant("custom-diffusion", options), [one], seed)
     (delta,) = result.adapters
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers = {name: getattr(result, name) for name in ("trained", "bytes", "seconds", "memory")}
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # another process may train the same
     torch.save({"layers": _detached(delta.layers), "rows": _detached(delta.tokens.rows), **numbers}, temporary)
     temporary.replace(path)
     return result

@@ -118,12 +118,12 @@ def class_prompts(class_word: str) -> list[tuple[str, int]]:
     return [(on(with_article(class_word), background), i) for i, background in enumerate(cycled(backgrounds, OF_THE_CLASS))]
 
 
-def class_features(judge: Encoder, class_word: str) -> Float[Tensor, "N D"]:
-    """Features of real scenes of the class's prompts, for KID."""
+def class_features(judge: Encoder, class_word: str, seed: int) -> Float[Tensor, "N D"]:
+    """Features of real scenes of the class's prompts, for KID; others for each seed of the study."""
     scenes = []
-    for text, seed in class_prompts(class_word):
+    for text, i in class_prompts(class_word):
         background = text.removesuffix(" background").rsplit(" ", 1)[1]
-        scenes.append(real_scene(FixedPrompt(text, "one", (class_word,), background), np.random.default_rng([77, seed])))
+        scenes.append(real_scene(FixedPrompt(text, "one", (class_word,), background), np.random.default_rng([77, seed, i])))
     return judge.encode_pictures(pixels_of(np.stack([scene.image for scene in scenes])))
 
 
@@ -137,7 +137,7 @@ def other_features(sd: StableDiffusion, judge: Judge, class_words: Sequence[str]
     """Features of the other prompts' pictures, and the share of them in which the subject is likeliest."""
     prompts = others(class_words)
     reading = judge.read(drawn(sd, [p.text for p in prompts], range(len(prompts))))
-    return reading.features, share([names[0] == p.subjects[0] for names, p in zip(likeliest(judge, reading), prompts)])
+    return reading.features.cpu(), share([names[0] == p.subjects[0] for names, p in zip(likeliest(judge, reading), prompts)])
 
 
 @torch.no_grad()
@@ -170,7 +170,7 @@ def measured(sd: StableDiffusion, judge: Judge, things: Sequence[Thing]) -> Meas
     scores = {"likeness": float(np.mean(likeness)), "named": share(named), "text": float(text.mean()), "kept": share(kept), "others": right}
     if len(things) == 2:
         scores["both"] = share([sorted(names) == sorted(true) for names in likeliest(judge, reading, 2)])
-    return Measured(scores, torch.cat(features), now, torch.cat(shown))
+    return Measured(scores, torch.cat(features).cpu(), now, torch.cat(shown).cpu())
 
 
 def chroma(pixels: Float[Tensor, "B 3 H W"]) -> float:
@@ -187,4 +187,4 @@ def style_measured(sd: StableDiffusion, judge: Judge, style: str, shown: Sequenc
     reading = judge.read(pictures)
     named = share([names[0] == p.subjects[0] for names, p in zip(likeliest(judge, reading), prompts)])
     now, right = other_features(sd, judge, [])
-    return Measured({"chroma": chroma(pictures), "named": named, "others": right}, reading.features, now, pictures[:8])
+    return Measured({"chroma": chroma(pictures), "named": named, "others": right}, reading.features.cpu(), now, pictures[:8].cpu())

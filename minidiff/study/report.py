@@ -1,7 +1,7 @@
 """The runs' small files to tables, findings, and sheets of pictures.
 
-Each number is a mean over subjects and seeds with its 95 % interval: the hierarchical bootstrap, which draws subjects with replacement and then,
-for each, seeds with replacement; percentiles of the means. Differences are taken run by run, on the same subject, seed and noise.
+Each number is a mean over subjects and seeds with its 95 % interval for other subjects: Student's, over the subjects' own means. Differences are
+taken run by run, on the same subject, seed and noise.
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from minidiff.bench.common import header, machine
+from minidiff.bench.common import header
 from minidiff.bench.common import row as table_row
 from minidiff.evaluation.alignment import Encoder
 from minidiff.evaluation.kid import KID, kid
@@ -21,10 +21,13 @@ from minidiff.evaluation.weights import KINDS
 from minidiff.study.learn import training_pictures
 from minidiff.study.measure import class_features
 from minidiff.study.plan import PAIR_VARIANTS, PICTURES, SEEDS, SHARES, SUBJECTS, UNTOUCHED, Run, custom, lora, methods, pictures, runs
+from minidiff.study.run import made_on
 from minidiff.viz import grid, save_png
 
-DRAWS = 10_000
+STUDENT = (12.706, 4.303, 3.182, 2.776)  # 97.5 % quantiles of Student's t with 1, 2, 3 and 4 degrees of freedom
 SCORES = ("likeness", "named", "text", "kept", "others", "drift")
+ALIGNMENTS = ("text", "likeness")  # the paper's two
+SHARES_OF_PICTURES = ("named", "kept", "others", "both")
 STANDARD = ("methods", "custom-diffusion")
 
 Values = Mapping[tuple[str, int], float]  # by subject (or subjects) and seed
@@ -32,7 +35,7 @@ Values = Mapping[tuple[str, int], float]  # by subject (or subjects) and seed
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and where it lies with 95 % of the draws."""
+    """A mean and its 95 % interval."""
 
     mean: float
     low: float
@@ -43,19 +46,14 @@ class Interval:
 
 
 def interval(values: Values) -> Interval:
-    """The mean over subjects of their means over seeds, with its hierarchical bootstrap. Raises ValueError for no values."""
-    if not values:
-        raise ValueError("no values to take a mean of")
-    by_subject = [[value for (name, _), value in values.items() if name == subject] for subject in dict.fromkeys(name for name, _ in values)]
-    rng = np.random.default_rng(0)
-    draws = np.zeros(DRAWS)
-    for _ in by_subject:  # a drawn subject each
-        chosen = rng.integers(len(by_subject), size=DRAWS)
-        for i, seeds in enumerate(by_subject):
-            rows = np.flatnonzero(chosen == i)
-            draws[rows] += np.asarray(seeds)[rng.integers(len(seeds), size=(len(rows), len(seeds)))].mean(axis=1)
-    low, high = np.percentile(draws / len(by_subject), (2.5, 97.5))
-    return Interval(float(np.mean([np.mean(seeds) for seeds in by_subject])), float(low), float(high))
+    """The mean over subjects of their means over seeds. A subject's seeds are alike, so that each subject counts as one observation; of one alone
+    nothing is known about others. Raises ValueError for no values, and for more subjects than the study has."""
+    subjects = list(dict.fromkeys(name for name, _ in values))
+    if not 0 < len(subjects) <= len(SUBJECTS):
+        raise ValueError(f"values of {len(subjects)} subjects; give those of 1 to {len(SUBJECTS)}")
+    means = np.asarray([np.mean([value for (name, _), value in values.items() if name == subject]) for subject in subjects])
+    half = STUDENT[len(means) - 2] * means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else np.inf
+    return Interval(float(means.mean()), float(means.mean() - half), float(means.mean() + half))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +91,8 @@ class Results:
             (subject,) = run["subjects"]
             drawn.append(torch.from_numpy(np.load(path).astype(np.float32)))
             with torch.no_grad():
-                real.append(class_features(judge, SUBJECTS[subject]))
-            # Pictures of one class resemble each other across runs too, and so does what they are compared with.
+                real.append(class_features(judge, SUBJECTS[subject], run["seed"]))
+            # Pictures of one prompt resemble each other across runs too, and so does what they are compared with.
             groups.append(torch.full((len(drawn[-1]),), list(SUBJECTS).index(subject)) * 1000 + torch.arange(len(drawn[-1])))
         if not drawn:
             return None
@@ -119,16 +117,22 @@ def lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join((header(head), *map(table_row, rows)))
 
 
-def shown(value: Interval | None) -> str:
-    """In a table, where the intervals are wide."""
+def shown(value: Interval | None, share: bool = False) -> str:
+    """In a table, where the intervals are wide. share: of what lies in 0..1, and so does its interval."""
     if value is None:
         return ""
-    mean, low, high = (f"{round(number, 2) + 0.0:.2f}" for number in (value.mean, value.low, value.high))  # + 0.0: no minus before 0.00
+    low, high = (max(0.0, value.low), min(1.0, value.high)) if share else (value.low, value.high)
+    mean, low, high = (f"{round(number, 2) + 0.0:.2f}" for number in (value.mean, low, high))  # + 0.0: no minus before 0.00
     return f"{mean} [{low}, {high}]"
 
 
 def mean(values: Values) -> float:
     return sum(values.values()) / len(values)
+
+
+def size(count: float) -> str:
+    """Of so many bytes."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def kids(results: Results, judge: Encoder) -> dict[str, KID]:
@@ -137,43 +141,53 @@ def kids(results: Results, judge: Encoder) -> dict[str, KID]:
     return {name: distance for name, distance in found.items() if distance}
 
 
+def scores_of(results: Results, part: str, name: str, scores: Sequence[str]) -> list[str]:
+    return [shown(interval(results.of(part, name, score)), score in SHARES_OF_PICTURES) for score in scores]
+
+
 def methods_table(results: Results, distances: Mapping[str, KID]) -> str:
-    """What each method gives, and forgets."""
+    """What each method gives, and forgets. gain: in likeness over the untouched model. learnt: whether the interval of `named` excludes 0, which it
+    is without training."""
     rows = []
     for name in (UNTOUCHED, *methods()):
         if not results.of("methods", name, "likeness"):
             continue
-        gain = results.difference(("methods", name), ("methods", UNTOUCHED), "likeness")
+        gain, named = (results.difference(("methods", name), ("methods", UNTOUCHED), score) for score in ("likeness", "named"))
+        likeness, *others = scores_of(results, "methods", name, SCORES)
+        untouched = name == UNTOUCHED
         rows.append([
-            name, *(shown(interval(results.of("methods", name, score))) for score in SCORES),
-            f"{1000 * distances[name].value:.0f} ± {1000 * distances[name].error:.0f}", "" if name == UNTOUCHED else "yes" if gain and gain.low > 0 else "no",
+            name, likeness, "" if untouched else shown(gain), *others, f"{1000 * distances[name].value:.0f} ± {1000 * distances[name].error:.0f}",
+            "" if untouched else "yes" if named and named.low > 0 else "no",
         ])  # fmt: skip
-    return lines(("method", *SCORES, "KID x 1000", "learnt"), rows)
+    return lines(("method", "likeness", "gain", *SCORES[1:], "KID x 1000", "learnt"), rows)
 
 
 def costs_table(results: Results) -> str:
-    """What each method costs."""
+    """What each method costs, and what two subjects cost."""
     rows = []
-    for name in methods():
-        if seconds := results.of("methods", name, "seconds"):
-            trained, kept, memory = (mean(results.of("methods", name, number)) for number in ("trained", "bytes", "memory"))
-            rows.append([name, f"{trained:,.0f}", f"{kept / 1e6:.2f} MB", f"{mean(seconds):.0f} s", f"{memory / 1e6:.0f} MB"])
-    return lines(("method", "numbers trained", "file, float32", "training", "memory"), rows)
+    places = [("methods", name, name) for name in methods()] + [("pairs", name, f"two subjects: {name}") for name in PAIR_VARIANTS]
+    for part, name, label in places:
+        if seconds := results.of(part, name, "seconds"):
+            trained, kept, memory = (mean(results.of(part, name, number)) for number in ("trained", "bytes", "memory"))
+            rows.append([label, f"{trained:,.0f}", size(kept), f"{mean(seconds):.0f} s", size(memory)])
+    return lines(("method", "numbers trained", "file, float32", "training", "memory, computed"), rows)
 
 
-def changes_table(results: Results, part: str, names: Sequence[str], standard: tuple[str, str], scores: Sequence[str]) -> str:
-    """Each variant's difference to the standard, on the same runs."""
+def changes_table(results: Results, part: str, names: Sequence[str], standard: tuple[str, str], scores: Sequence[str] = SCORES) -> str:
+    """Each variant's difference to the standard, on the same runs; and what its file takes, where that is not the same for all."""
+    present = [name for name in names if results.of(part, name, "bytes")]
+    sizes = {name: size(mean(results.of(part, name, "bytes"))) for name in present}
+    differ = len(set(sizes.values())) > 1
     rows = [
-        [name, *(shown(results.difference((part, name), standard, score)) for score in scores)]
-        for name in names
-        if results.of(part, name, scores[0])
+        [name, *(shown(results.difference((part, name), standard, score)) for score in scores), *([sizes[name]] if differ else [])]
+        for name in present
     ]
-    return lines((f"minus {standard[1]}", *scores), rows)
+    return lines((f"minus {standard[1]}", *scores, *(["file"] if differ else [])), rows)
 
 
 def pairs_table(results: Results) -> str:
     rows = [
-        [name, *(shown(interval(results.of("pairs", name, score))) for score in ("both", *SCORES))]
+        [name, *scores_of(results, "pairs", name, ("both", *SCORES))]
         for name in (UNTOUCHED, *PAIR_VARIANTS)
         if results.of("pairs", name, "both")
     ]
@@ -196,10 +210,10 @@ def tables(results: Results, distances: Mapping[str, KID]) -> dict[str, str]:
         "Methods": methods_table(results, distances),
         "What they cost": costs_table(results),
         "Two subjects": pairs_table(results),
-        "Custom Diffusion, one thing changed": changes_table(results, "custom", list(custom()), STANDARD, SCORES),
+        "Custom Diffusion, one thing changed": changes_table(results, "custom", list(custom()), STANDARD),
         "Compression": changes_table(results, "compression", compression, STANDARD, ("likeness", "named", "text", "kept")),
-        "Number of pictures": changes_table(results, "pictures", list(pictures()), STANDARD, SCORES),
-        "LoRA, one thing changed": changes_table(results, "lora", list(lora()), ("methods", "lora"), SCORES),
+        "Number of pictures": changes_table(results, "pictures", list(pictures()), STANDARD),
+        "LoRA, one thing changed": changes_table(results, "lora", list(lora()), ("methods", "lora")),
         "A style from ten pictures": style_table(results),
     }
     return {title: table for title, table in made.items() if table.count("\n") > 1}
@@ -220,23 +234,25 @@ class Finding:
 
 
 LITTLE = 0.05  # of scores that run from 0 to 1
+LEAST = {"better": 0.0, "at least as good": -LITTLE}  # what a difference has to be above
 
 
 def decided(difference: Interval | None, wanted: str) -> str:
-    """Whether a difference is as a claim says: "above" 0, "below" 0, or "little", nearer to 0 than LITTLE; by its whole interval."""
+    """Whether a difference is as a claim says, by its whole interval: "better", "worse", "at least as good" and "at most as good" but for LITTLE."""
     if difference is None:
         return NOT_DECIDED
     low, high = difference.low, difference.high
-    if wanted == "below":
-        low, high = -high, -low
-    if wanted == "little":
-        return HOLDS if -LITTLE < low and high < LITTLE else FAILS if low > LITTLE or high < -LITTLE else NOT_DECIDED
-    return HOLDS if low > 0 else FAILS if high < 0 else NOT_DECIDED
+    if wanted in ("worse", "at most as good"):
+        low, high, wanted = -high, -low, {"worse": "better", "at most as good": "at least as good"}[wanted]
+    return HOLDS if low > LEAST[wanted] else FAILS if high < LEAST[wanted] else NOT_DECIDED
 
 
 def together(*verdicts: str) -> str:
     """Of a claim in several parts."""
     return next((word for word in (FAILS, NOT_DECIDED) if word in verdicts), HOLDS)
+
+
+Gap = tuple[tuple[str, str], tuple[str, str], str, str]  # one, minus another, in a score, and what the claim wants it to be
 
 
 def findings(results: Results) -> list[Finding]:
@@ -248,22 +264,27 @@ def findings(results: Results) -> list[Finding]:
         cross, *rest = kinds.values()
         gap = interval({key: cross[key] - max(kind[key] for kind in rest) for key in cross})
         figures = "; ".join(f"{kind} {100 * mean(values):.2f} %" for kind, values in kinds.items())
-        found.append(Finding("In full fine-tuning the weights of cross-attention move most.", decided(gap, "above"), f"mean of |W' - W| / |W|: {figures}"))
+        found.append(Finding("In full fine-tuning the weights of cross-attention move most.", decided(gap, "better"), f"mean of |W' - W| / |W|: {figures}"))
 
-    def compare(claim: str, one: tuple[str, str], other: tuple[str, str], wanted: Mapping[str, str]) -> None:
-        gaps = {score: results.difference(one, other, score) for score in wanted}
-        if all(gap is not None for gap in gaps.values()):
-            figures = "; ".join(f"{score} {gap}" for score, gap in gaps.items())
-            found.append(Finding(claim, together(*(decided(gap, wanted[score]) for score, gap in gaps.items())), f"{one[1]} minus {other[1]}: {figures}"))
-
-    compare("Keys and values suffice: all weights are not better.", ("custom", "all weights"), STANDARD, {"likeness": "little", "text": "little"})
-    compare("Regularisation prevents forgetting.", ("custom", "no regularisation"), STANDARD, {"kept": "below"})
-    compare("Joint training is better than the merge, by little.", ("pairs", "joint"), ("pairs", "merged"), {"text": "above"})
-    compare("The merge is better than training one after the other, by little.", ("pairs", "merged"), ("pairs", "sequential"), {"text": "above"})
-    compare("Compression to 60 % costs little.", ("compression", "share 0.6"), STANDARD, {"likeness": "little", "text": "little"})
-    for other in ("lora", "dreambooth", "custom-diffusion"):
-        wanted = {"kept": "above", "likeness": "below"}
-        compare("Textual Inversion keeps the class best and the subject least.", ("methods", "textual-inversion"), ("methods", other), wanted)
+    everything, without, smaller = ("custom", "all weights"), ("custom", "no regularisation"), ("compression", "share 0.6")
+    joint, merged, sequential = (("pairs", name) for name in ("joint", "merged", "sequential"))
+    inversion, others = ("methods", "textual-inversion"), (STANDARD, ("methods", "dreambooth"))
+    best = [(inversion, other, "kept", "better") for other in others]
+    claims: dict[str, list[Gap]] = {
+        "Keys and values suffice: all weights are not better.": [(everything, STANDARD, score, "at most as good") for score in ALIGNMENTS],
+        "Regularisation prevents forgetting: without it the class is lost more often.": [(without, STANDARD, "kept", "worse")],
+        "Joint training is better than the merge.": [(joint, merged, score, "better") for score in ALIGNMENTS],
+        "The merge is better than training one after the other.": [(merged, sequential, score, "better") for score in ALIGNMENTS],
+        "Compression to 60 % costs little.": [(smaller, STANDARD, score, "at least as good") for score in ALIGNMENTS],
+        "Of Custom Diffusion, DreamBooth and itself, Textual Inversion keeps the class best.": best,
+        "Of the three Textual Inversion keeps the subject least.": [(inversion, other, "likeness", "worse") for other in others],
+    }
+    for claim, gaps in claims.items():
+        differences = [results.difference(one, other, score) for one, other, score, _ in gaps]
+        if all(difference is not None for difference in differences):
+            verdicts = [decided(difference, wanted) for difference, (*_, wanted) in zip(differences, gaps)]
+            figures = [f"{one[1]} minus {other[1]}: {score} {difference}" for difference, (one, other, score, _) in zip(differences, gaps)]
+            found.append(Finding(claim, together(*verdicts), "; ".join(figures)))
     return found
 
 
@@ -307,7 +328,7 @@ def write(results: Results, judge: Encoder) -> str:
     distances, claims = kids(results, judge), findings(results)
     text = as_text(tables(results, distances), claims)
     (results.folder / "study.md").write_text(text, encoding="utf-8")
-    head = {"commands": ["minidiff evaluate study OUT", "minidiff evaluate report OUT"], "machine": machine()}
+    head = {"commands": ["minidiff evaluate study OUT", "minidiff evaluate report OUT"], "machine": made_on(results.folder)}
     head |= {"findings": [asdict(one) for one in claims], "kid": {name: asdict(one) for name, one in distances.items()}}
     rows = ",\n".join(json.dumps(row) for row in results.rows)  # a line each
     (results.folder / "study.json").write_text(json.dumps(head, indent=1)[:-2] + f',\n "results": [\n{rows}\n]}}\n', encoding="utf-8")

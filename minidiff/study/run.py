@@ -1,15 +1,17 @@
 """All runs of the study, one after the other or several at once; each leaves one small file, so that the study can be stopped anywhere.
 
+    folder/made-by.json          of which model and which plan the runs are, and the machine that began them
     folder/results/NAME.json     the run, its scores, what it cost
     folder/features/NAME.npy     the judge's features of its class pictures, float16: for KID over many runs
     folder/rows/NAME.png         a row of its pictures: subject, class, new prompts
     folder/pictures, class, learnt    what runs are given, and share
 """
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -18,12 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minidiff.bench.common import machine
 from minidiff.evaluation.alignment import drift
 from minidiff.evaluation.clip import Judge
 from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.study import measure
 from minidiff.study.learn import Learnt, learnt, style_pictures, training_pictures
-from minidiff.study.plan import SUBJECTS, UNTOUCHED, Run
+from minidiff.study.plan import STEPS, SUBJECTS, UNTOUCHED, Run, variants
 from minidiff.trainers.from_scratch import pixels_of
 from minidiff.viz import grid, save_png
 
@@ -51,7 +54,7 @@ def study(
 
     jobs: processes at once. threads: of each; by default the cores are shared out. Raises ValueError for a folder of another model's runs.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    belong(folder, load())
     waiting = [run for run in runs if not (folder / "results" / f"{run.name}.json").exists()]
     start, total = time.monotonic(), len(waiting)
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
@@ -69,6 +72,31 @@ def study(
                 yield Progress(done, total, going[future].name, (time.monotonic() - start) / done * (total - done))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def belong(folder: Path, sd: StableDiffusion) -> None:
+    """Notes in a new folder which model and which plan its runs are of. Raises ValueError for a folder of others: their numbers do not mix."""
+    plan = {part: variants(part) for part in ("methods", "custom", "lora", "pictures")}
+    of = {"model": digest(p.detach().cpu().float().numpy().tobytes() for p in sd.unet.parameters()), "plan": digest([repr((plan, STEPS)).encode()])}
+    path = folder / "made-by.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(of | {"machine": machine()}, indent=1), encoding="utf-8")
+    known = json.loads(path.read_text(encoding="utf-8"))
+    if other := [name for name in of if known[name] != of[name]]:
+        raise ValueError(f"{folder} has runs of another {' and another '.join(other)}; give a new folder")
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()[:16]
+
+
+def made_on(folder: Path) -> dict[str, object]:
+    """The machine on which the runs of a folder were begun."""
+    return json.loads((folder / "made-by.json").read_text(encoding="utf-8"))["machine"]
 
 
 def one(folder: Path, run: Run, load: Callable[[], StableDiffusion], load_judge: Callable[[], Judge]) -> None:
