@@ -17,7 +17,7 @@ from minidiff.cli_model import load, say
 if TYPE_CHECKING:
     from minidiff.evaluation.alignment import Encoder
 
-Parts = Literal["all", "methods", "pairs", "compression", "custom", "lora", "pictures", "style"]
+Parts = Literal["all", "methods", "before", "pairs", "compression", "custom", "lora", "pictures", "style"]
 
 
 def pictures(
@@ -229,7 +229,7 @@ def study(
 
     Args:
         out: folder of the study
-        part: which runs: all, methods, pairs, compression, custom, lora, pictures or style
+        part: which runs: all, methods, before, pairs, compression, custom, lora, pictures or style
         jobs: runs at once, each in a process of its own
         threads: CPU threads of each; the cores are shared out by default
         device: auto, cpu, cuda, cuda:1, mps

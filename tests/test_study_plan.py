@@ -21,7 +21,7 @@ def steps(options):
     return sum(part.settings.steps * part.settings.batch for part in parts)
 
 
-@pytest.mark.parametrize("part", ["methods", "custom", "lora", "pictures"])
+@pytest.mark.parametrize("part", list(plan.VARIANTS))
 def test_all_methods_see_as_many_samples(part):
     assert {name: steps(variant.options) for name, variant in plan.variants(part).items()} == dict.fromkeys(plan.variants(part), 4 * plan.STEPS)
 
@@ -31,6 +31,12 @@ def test_a_variant_of_custom_diffusion_differs_in_one_thing():
     for name, changed in (("augmentation", "sizes"), ("no regularisation", "prior"), ("random first token", "start"), ("all of cross-attention", "all_of_attention")):
         options = plan.custom()[name].options
         assert [field for field in vars(base) if getattr(base, field) != getattr(options, field)] == [changed], name
+
+
+def test_what_was_mended_differs_in_its_numbers_alone():
+    for name, old in plan.before().items():
+        new = plan.methods()[name]
+        assert old.method == new.method == name and type(old.options) is type(new.options) and old.options != new.options
 
 
 def test_unknown_parts_are_named():

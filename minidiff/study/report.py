@@ -20,7 +20,7 @@ from minidiff.evaluation.kid import KID, kid
 from minidiff.evaluation.weights import KINDS
 from minidiff.study.learn import training_pictures
 from minidiff.study.measure import class_features
-from minidiff.study.plan import PAIR_VARIANTS, PICTURES, SEEDS, SHARES, SUBJECTS, UNTOUCHED, Run, custom, lora, methods, pictures, runs
+from minidiff.study.plan import PAIR_VARIANTS, PICTURES, SEEDS, SHARES, SUBJECTS, UNTOUCHED, Run, before, custom, lora, methods, pictures, runs
 from minidiff.study.run import made_on
 from minidiff.viz import grid, save_png
 
@@ -194,6 +194,21 @@ def pairs_table(results: Results) -> str:
     return lines(("two subjects", "both", *SCORES), rows)
 
 
+def before_table(results: Results) -> str:
+    """Methods by the numbers that they had, and by those that they have, on the same runs."""
+    rows = []
+    for name in before():
+        cells = []
+        for score in ("likeness", "named", "text"):
+            old, new = results.of("before", name, score), results.of("methods", name, score)
+            if same := [key for key in old if key in new]:
+                gain = results.difference(("methods", name), ("before", name), score)
+                cells += [f"{mean({key: values[key] for key in same}):.2f}" for values in (old, new)] + [shown(gain)]
+        if cells:
+            rows.append([name, *cells])
+    return lines(("mended", *(f"{score}{part}" for score in ("likeness", "named", "text") for part in (" before", " after", " gain"))), rows)
+
+
 def style_table(results: Results) -> str:
     scores = ("chroma", "chroma_given", "named", "others", "drift")
     rows = []
@@ -209,6 +224,7 @@ def tables(results: Results, distances: Mapping[str, KID]) -> dict[str, str]:
     made = {
         "Methods": methods_table(results, distances),
         "What they cost": costs_table(results),
+        "Before and after": before_table(results),
         "Two subjects": pairs_table(results),
         "Custom Diffusion, one thing changed": changes_table(results, "custom", list(custom()), STANDARD),
         "Compression": changes_table(results, "compression", compression, STANDARD, ("likeness", "named", "text", "kept")),

@@ -26,7 +26,7 @@ from minidiff.evaluation.clip import Judge
 from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.study import measure
 from minidiff.study.learn import Learnt, learnt, style_pictures, training_pictures
-from minidiff.study.plan import STEPS, SUBJECTS, UNTOUCHED, Run, variants
+from minidiff.study.plan import STEPS, SUBJECTS, UNTOUCHED, VARIANTS, Run, variants
 from minidiff.trainers.from_scratch import pixels_of
 from minidiff.viz import grid, save_png
 
@@ -76,7 +76,7 @@ def study(
 
 def belong(folder: Path, sd: StableDiffusion) -> None:
     """Notes in a new folder which model and which plan its runs are of. Raises ValueError for a folder of others: their numbers do not mix."""
-    plan = {part: variants(part) for part in ("methods", "custom", "lora", "pictures")}
+    plan = {part: variants(part) for part in VARIANTS}
     of = {"model": digest(p.detach().cpu().float().numpy().tobytes() for p in sd.unet.parameters()), "plan": digest([repr((plan, STEPS)).encode()])}
     path = folder / "made-by.json"
     if not path.exists():
