@@ -139,7 +139,7 @@ def test_the_tables_say_what_learnt_and_what_it_cost(made_up):
 def test_findings_hold_or_do_not_by_the_results(made_up):
     found = {one.claim: one for one in findings(read(made_up))}
     assert found["In full fine-tuning the weights of cross-attention move most."].holds == "holds"
-    best = found["Of Custom Diffusion, DreamBooth and itself, Textual Inversion keeps the class best."]
+    best = found["Of Custom Diffusion, DreamBooth and Textual Inversion the last keeps the class best."]
     assert best.holds == "holds" and "textual-inversion minus dreambooth: kept 0.400 [0.400, 0.400]" in best.figures
     assert found["Of the three Textual Inversion keeps the subject least."].holds == "holds"
     assert len(found) == 3  # no runs of the others: nothing is said
@@ -183,9 +183,21 @@ def test_the_report_writes_its_files(made_up):
     kept = json.loads((made_up / "study.json").read_text())
     assert len(kept["results"]) == len(LIKENESS) * len(SUBJECTS) * len(SEEDS) and kept["findings"]
     assert kept["machine"] == {"processor": "an abacus"}  # the runs', not the report's
+    assert (made_up / "findings.png").exists() and (made_up / "compression.png").exists()
     with Image.open(made_up / "methods-tiger.png") as picture:
         # below the five pictures that were learnt from
         assert picture.size == (150 + 5 * 64, 64 * (1 + len(LIKENESS)))
+
+
+def test_intervals_are_drawn_where_they_are():
+    rows = [("a", Interval(0.1, -0.1, 0.3)), ("of one subject", Interval(0.1, -np.inf, np.inf)), ("b", Interval(-0.2, -0.25, -0.15))]
+    picture = np.asarray(report.drawn_intervals(rows))
+    assert picture.shape[0] == 3 * report.LINE  # two lines and the axis
+    blue = (picture == (65, 105, 225)).all(axis=2)
+    for line, one in ((0, rows[0][1]), (1, rows[2][1])):
+        across = np.flatnonzero(blue[report.LINE * line : report.LINE * (line + 1)].any(axis=0))
+        ends = [(x - report.NAMES) / report.SCALE - 0.3 for x in (across[0], across[-1])]  # the axis begins at -0.3
+        assert ends == pytest.approx([one.low, one.high], abs=2 / report.SCALE)  # pixels
 
 
 def test_a_folder_without_results_says_what_to_run(tmp_path):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from minidiff.evaluation.kid import KID
-from minidiff.study.plan import SEEDS, SUBJECTS, UNTOUCHED, methods, runs
+from minidiff.study.plan import PAIR_VARIANTS, SEEDS, SUBJECTS, UNTOUCHED, before, methods, runs
 from minidiff.study.report import Results, as_text, findings, tables
 
 ROOT = Path(__file__).parents[1]
@@ -26,8 +26,8 @@ def test_tables_and_findings_follow_from_the_results():
 def test_the_readme_tells_the_same():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     made = tables(RESULTS, DISTANCES)
-    told = [line for title in ("Methods", "What they cost", "Two subjects") for line in made[title].splitlines()[2:]]
-    assert len(told) == len(methods()) * 2 + 1 + 5 and [line for line in told if line not in readme] == []
+    told = [line for title in ("Methods", "What they cost", "Before and after", "Two subjects") for line in made[title].splitlines()[2:]]
+    assert len(told) == len(methods()) + 1 + len(methods()) + len(PAIR_VARIANTS) + len(before()) + 1 + len(PAIR_VARIANTS) and [line for line in told if line not in readme] == []
     words = " ".join(readme.split())
     assert [one.claim for one in findings(RESULTS) if f"{one.claim} This **{one.holds}** here: {one.figures}" not in words] == []
 

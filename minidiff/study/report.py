@@ -29,6 +29,7 @@ SCORES = ("likeness", "named", "text", "kept", "others", "drift")
 ALIGNMENTS = ("text", "likeness")  # the paper's two
 SHARES_OF_PICTURES = ("named", "kept", "others", "both")
 STANDARD = ("methods", "custom-diffusion")
+SMALLER = [f"share {share}" for share in SHARES]
 
 Values = Mapping[tuple[str, int], float]  # by subject (or subjects) and seed
 
@@ -42,7 +43,8 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        mean, low, high = (f"{round(number, 3) + 0.0:.3f}" for number in (self.mean, self.low, self.high))  # + 0.0: no minus before 0.000
+        return f"{mean} [{low}, {high}]"
 
 
 def interval(values: Values) -> Interval:
@@ -214,20 +216,19 @@ def style_table(results: Results) -> str:
     rows = []
     for name in (UNTOUCHED, "custom-diffusion", "lora"):
         if results.of("style", name, "chroma"):
-            rows.append([name, *(f"{mean(results.of('style', name, score)):.3f}" for score in scores)])
+            rows.append([name, *(f"{round(mean(results.of('style', name, score)), 3) + 0.0:.3f}" for score in scores)])
     return lines(("style", *scores), rows)
 
 
 def tables(results: Results, distances: Mapping[str, KID]) -> dict[str, str]:
     """All tables that the results give, by title; of parts without results none. distances: of `kids`."""
-    compression = [f"share {share}" for share in SHARES]
     made = {
         "Methods": methods_table(results, distances),
         "What they cost": costs_table(results),
         "Before and after": before_table(results),
         "Two subjects": pairs_table(results),
         "Custom Diffusion, one thing changed": changes_table(results, "custom", list(custom()), STANDARD),
-        "Compression": changes_table(results, "compression", compression, STANDARD, ("likeness", "named", "text", "kept")),
+        "Compression": changes_table(results, "compression", SMALLER, STANDARD, ("likeness", "named", "text", "kept")),
         "Number of pictures": changes_table(results, "pictures", list(pictures()), STANDARD),
         "LoRA, one thing changed": changes_table(results, "lora", list(lora()), ("methods", "lora")),
         "A style from ten pictures": style_table(results),
@@ -242,11 +243,12 @@ HOLDS, FAILS, NOT_DECIDED = "holds", "does not hold", "is not decided"
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence of the paper, whether it holds here, and the figures that say so."""
+    """A sentence of the paper, whether it holds here, and the figures that say so. gaps: the differences among these, by name."""
 
     claim: str
     holds: str
     figures: str
+    gaps: tuple[tuple[str, Interval], ...] = ()
 
 
 LITTLE = 0.05  # of scores that run from 0 to 1
@@ -292,15 +294,15 @@ def findings(results: Results) -> list[Finding]:
         "Joint training is better than the merge.": [(joint, merged, score, "better") for score in ALIGNMENTS],
         "The merge is better than training one after the other.": [(merged, sequential, score, "better") for score in ALIGNMENTS],
         "Compression to 60 % costs little.": [(smaller, STANDARD, score, "at least as good") for score in ALIGNMENTS],
-        "Of Custom Diffusion, DreamBooth and itself, Textual Inversion keeps the class best.": best,
+        "Of Custom Diffusion, DreamBooth and Textual Inversion the last keeps the class best.": best,
         "Of the three Textual Inversion keeps the subject least.": [(inversion, other, "likeness", "worse") for other in others],
     }
     for claim, gaps in claims.items():
         differences = [results.difference(one, other, score) for one, other, score, _ in gaps]
         if all(difference is not None for difference in differences):
             verdicts = [decided(difference, wanted) for difference, (*_, wanted) in zip(differences, gaps)]
-            figures = [f"{one[1]} minus {other[1]}: {score} {difference}" for difference, (one, other, score, _) in zip(differences, gaps)]
-            found.append(Finding(claim, together(*verdicts), "; ".join(figures)))
+            named = tuple((f"{one[1]} minus {other[1]}: {score}", difference) for difference, (one, other, score, _) in zip(differences, gaps))
+            found.append(Finding(claim, together(*verdicts), "; ".join(f"{name} {difference}" for name, difference in named), named))
     return found
 
 
@@ -333,6 +335,33 @@ def sheet(results: Results, part: str, subjects: Sequence[str], seed: int) -> Im
     return made
 
 
+STEP, NAMES, SCALE, LINE = 0.1, 360, 480, 20  # of the axis; pixels: of the names, of 1 on the axis, of a line
+
+
+def drawn_intervals(rows: Sequence[tuple[str, Interval]]) -> Image.Image:
+    """Each interval as a line with a dot at its mean, over one axis with a line at 0; unbounded ones are left out."""
+    rows = [(name, one) for name, one in rows if np.isfinite((one.low, one.high)).all()]
+    first, last = (int(way(edge / STEP)) for way, edge in (
+        (np.floor, min([0.0, *(one.low for _, one in rows)])), (np.ceil, max([0.0, *(one.high for _, one in rows)])),
+    ))  # fmt: skip
+
+    def at(value: float) -> float:
+        return NAMES + (value - first * STEP) * SCALE
+
+    height = LINE * (len(rows) + 1)
+    made = Image.new("RGB", (int(at(last * STEP)) + LINE, height), "white")
+    draw = ImageDraw.Draw(made)
+    for i in range(first, last + 1):
+        draw.line([(at(i * STEP), 0), (at(i * STEP), height - LINE)], fill="black" if i == 0 else "lightgrey")
+        draw.text((at(i * STEP) - 10, height - LINE + 4), f"{i * STEP + 0.0:.1f}", fill="black")
+    for i, (name, one) in enumerate(rows):
+        middle = LINE * i + LINE // 2
+        draw.text((6, middle - 5), name, fill="black")
+        draw.line([(at(one.low), middle), (at(one.high), middle)], fill="royalblue", width=2)
+        draw.ellipse([at(one.mean) - 4, middle - 4, at(one.mean) + 4, middle + 4], fill="royalblue")
+    return made
+
+
 def as_text(made: Mapping[str, str], claims: Sequence[Finding]) -> str:
     """All tables and findings, as Markdown."""
     text = "\n\n".join(f"### {title}\n\n{table}" for title, table in made.items())
@@ -340,7 +369,8 @@ def as_text(made: Mapping[str, str], claims: Sequence[Finding]) -> str:
 
 
 def write(results: Results, judge: Encoder) -> str:
-    """folder/study.json, folder/study.md and the sheets of the first seed, PART-SUBJECTS.png; gives the text of study.md."""
+    """folder/study.json, study.md, the intervals of the findings and of compression as findings.png and compression.png, and the sheets of the
+    first seed, PART-SUBJECTS.png; gives the text of study.md."""
     distances, claims = kids(results, judge), findings(results)
     text = as_text(tables(results, distances), claims)
     (results.folder / "study.md").write_text(text, encoding="utf-8")
@@ -348,6 +378,9 @@ def write(results: Results, judge: Encoder) -> str:
     head |= {"findings": [asdict(one) for one in claims], "kid": {name: asdict(one) for name, one in distances.items()}}
     rows = ",\n".join(json.dumps(row) for row in results.rows)  # a line each
     (results.folder / "study.json").write_text(json.dumps(head, indent=1)[:-2] + f',\n "results": [\n{rows}\n]}}\n', encoding="utf-8")
+    curve = [(f"{name}: {score}", results.difference(("compression", name), STANDARD, score)) for score in (*ALIGNMENTS, "kept") for name in SMALLER]
+    for name, shown_rows in (("findings", [gap for one in claims for gap in one.gaps]), ("compression", [(label, gap) for label, gap in curve if gap])):
+        save_png(drawn_intervals(shown_rows), results.folder / f"{name}.png")
     for part, subjects in dict.fromkeys((row["run"]["part"], tuple(row["run"]["subjects"])) for row in results.rows if row["run"]["seed"] == SEEDS[0]):
         few_colours = sheet(results, part, subjects, SEEDS[0]).quantize(256)  # a third of the bytes
         save_png(few_colours, results.folder / f"{'-'.join((part, *subjects))}.png")
