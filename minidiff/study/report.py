@@ -282,6 +282,7 @@ def findings(results: Results) -> list[Finding]:
         cross, *rest = kinds.values()
         gap = interval({key: cross[key] - max(kind[key] for kind in rest) for key in cross})
         figures = "; ".join(f"{kind} {100 * mean(values):.2f} %" for kind, values in kinds.items())
+        figures += f"; cross-attention minus the larger of the others {100 * gap.mean:.2f} [{100 * gap.low:.2f}, {100 * gap.high:.2f}] %"
         found.append(Finding("In full fine-tuning the weights of cross-attention move most.", decided(gap, "better"), f"mean of |W' - W| / |W|: {figures}"))
 
     everything, without, smaller = ("custom", "all weights"), ("custom", "no regularisation"), ("compression", "share 0.6")
@@ -362,10 +363,18 @@ def drawn_intervals(rows: Sequence[tuple[str, Interval]]) -> Image.Image:
     return made
 
 
+LEGEND = """Means with 95 % intervals for other subjects (Student's, over the subjects' own means); differences are taken run by run. The judge of the scenes looks at all
+pictures. likeness: cosine of the subject's pictures with those it was learnt from; gain: what training added. named: share of them in which the judge
+finds the subject likelier than any other; learnt: whether its interval excludes 0, the untouched model's value. text: cosine of new prompts' pictures with
+their text. kept: share of the class's pictures that show the class; others: the same of other subjects; drift: 1 - cosine with what the untouched model
+drew. KID: of the class's pictures and real scenes, with its standard error over prompts. both: share of new prompts of two subjects in which these are the
+two likeliest. Training leaves out the drawing of class pictures. "all weights" are trained as DreamBooth does, so that its word and rate differ too."""
+
+
 def as_text(made: Mapping[str, str], claims: Sequence[Finding]) -> str:
     """All tables and findings, as Markdown."""
     text = "\n\n".join(f"### {title}\n\n{table}" for title, table in made.items())
-    return text + "\n\n### Findings\n\n" + "\n".join(f"- {one.claim} This **{one.holds}** here: {one.figures}." for one in claims) + "\n"
+    return LEGEND + "\n\n" + text + "\n\n### Findings\n\n" + "\n".join(f"- {one.claim} This **{one.holds}** here: {one.figures}." for one in claims) + "\n"
 
 
 def write(results: Results, judge: Encoder) -> str:
