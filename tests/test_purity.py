@@ -168,6 +168,7 @@ def examples() -> list[partial]:
         partial(alignment.text_alignment, features, features + 1),
         partial(alignment.image_alignment, features, features + 1),
         partial(pairs.dependence, np.array([[1.0, -1.0, 0.0]])),
+        partial(alignment.check_size, pixels, 64, "judge"),
         partial(alignment.drift, features, features + 1),
         partial(clip.scaled, features),
         partial(clip.contrastive_loss, features, features + 1, torch.tensor(1.0)),

@@ -27,6 +27,12 @@ class Encoder(Protocol):
     def encode_texts(self, texts: Sequence[str]) -> Features: ...
 
 
+def check_size(pixels: Float[Tensor, "B 3 H W"], size: int, reader: str) -> None:
+    """Raises ValueError for pictures that are not `size` pixels wide and high."""
+    if pixels.shape[2:] != (size, size):
+        raise ValueError(f"pictures of {pixels.shape[3]} x {pixels.shape[2]} pixels given, the {reader} reads {size} x {size}; scale them first")
+
+
 def text_alignment(pictures: Float[Tensor, "B D"], texts: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
     """The cosine of each picture's features with those of its own text, -1..1."""
     return F.cosine_similarity(pictures, texts, dim=1)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from minidiff.attention import Attention
 from minidiff.blocks import ResBlock
 from minidiff.config import TextEncoderConfig, TokenizerConfig
+from minidiff.evaluation.alignment import check_size
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
 
@@ -156,9 +157,7 @@ class Judge(nn.Module):
 
     def read(self, pixels: Float[Tensor, "B 3 H W"]) -> Reading:
         """What is in each picture. Raises ValueError for pictures of another size."""
-        size = self.image_size
-        if pixels.shape[2:] != (size, size):
-            raise ValueError(f"pictures of {pixels.shape[3]} x {pixels.shape[2]} pixels given, the judge reads {size} x {size}; scale them first")
+        check_size(pixels, self.image_size, "judge")
         cells, pooled = self.pictures(pixels.to(self.log_scale.device))
         return Reading(
             self.subjects(cells).float().log_softmax(dim=1),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from minidiff.trainers.data import UNREADABLE, caption_sources, picture_paths, read_captions
+from minidiff.trainers.data import UNREADABLE, caption_sources, check_caption, picture_paths, read_captions
 
 SETTINGS = re.compile(r"(?P<prompt>.*?)\n(?:Negative prompt: .*?\n)?Steps: [^\n]*\bSize: (?P<width>\d+)x(?P<height>\d+)", re.DOTALL)
 
@@ -35,30 +35,38 @@ def prompts_of(folder: Path, pictures: Sequence[Path]) -> list[str]:
     """
     if caption_sources(folder):
         captions = read_captions(folder, pictures)
-        if empty := [path for path in pictures if not captions[path.name].strip()]:
-            raise ValueError(f"{empty[0]}: its caption is empty; write what the picture shows")
+        for path in pictures:
+            check_caption(path, captions[path.name])
         return [captions[path.name] for path in pictures]
-    inside = [settings[0] for path in pictures if (settings := settings_inside(path)) and settings[0].strip()]
-    if 0 < len(inside) < len(pictures):
-        warnings.warn(f"{folder}: {len(pictures) - len(inside)} of {len(pictures)} pictures do not say their prompt, so none is read", stacklevel=2)
-    return inside if len(inside) == len(pictures) else []
+    prompts = [settings[0] for path in pictures if (settings := settings_inside(path)) and settings[0].strip()]
+    if 0 < len(prompts) < len(pictures):
+        warnings.warn(f"{folder}: {len(pictures) - len(prompts)} of {len(pictures)} pictures do not say their prompt, so none is read", stacklevel=2)
+    return prompts if len(prompts) == len(pictures) else []
 
 
 def settings_inside(path: Path) -> tuple[str, tuple[int, int]] | None:
     """The prompt, and width and height, as they stand in a PNG's text chunk "parameters"; None without one."""
-    try:
-        with Image.open(path) as image:
-            found = SETTINGS.match(image.info.get("parameters", ""))
-    except UNREADABLE:
-        return None  # who reads its pixels says what is wrong with it
-    return (found["prompt"], (int(found["width"]), int(found["height"]))) if found else None
+    return parsed(inside(path)[0])
 
 
 def is_grid(path: Path) -> bool:
     """Whether it is a whole number of times as wide or as high as its settings say, and nothing says that it was enlarged."""
-    settings = settings_inside(path)
-    if settings is None:
+    text, size = inside(path)
+    settings = parsed(text)
+    if settings is None or size == settings[1] or "upscale" in text.lower():
         return False
-    with Image.open(path) as image:
-        size, text = image.size, image.info["parameters"]
-    return size != settings[1] and not any(side % one for side, one in zip(size, settings[1])) and "upscale" not in text.lower()
+    return not any(side % one for side, one in zip(size, settings[1]))
+
+
+def inside(path: Path) -> tuple[str, tuple[int, int]]:
+    """The text chunk "parameters" of a picture, and its width and height."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("parameters", ""), image.size
+    except UNREADABLE:
+        return "", (0, 0)  # who reads its pixels says what is wrong with it
+
+
+def parsed(text: str) -> tuple[str, tuple[int, int]] | None:
+    found = SETTINGS.match(text)
+    return (found["prompt"], (int(found["width"]), int(found["height"]))) if found else None

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minidiff.evaluation.alignment import check_size
+
 
 class OpenClip:
     """An Encoder (alignment.py). Features have length 1; float32.
@@ -39,9 +41,7 @@ class OpenClip:
     @torch.no_grad()
     def encode_pictures(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         """Pixels in [-1, 1] of the network's size. Raises ValueError for another one."""
-        size = self.image_size
-        if pixels.shape[2:] != (size, size):
-            raise ValueError(f"pictures of {pixels.shape[3]} x {pixels.shape[2]} pixels given, the CLIP reads {size} x {size}; scale them first")
+        check_size(pixels, self.image_size, "CLIP")
         return self.model.encode_image(((pixels.to(self.device).float() + 1) / 2 - self.mean) / self.std, normalize=True).float()
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ taken run by run, on the same subject, seed and noise.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,11 @@ SMALLER = [f"share {share}" for share in SHARES]
 Values = Mapping[tuple[str, int], float]  # by subject (or subjects) and seed
 
 
+def fixed(number: float, digits: int) -> str:
+    """So many digits behind the point, and no minus before zeros."""
+    return f"{round(number, digits) + 0.0:.{digits}f}"
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean and its 95 % interval."""
@@ -43,8 +49,7 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        mean, low, high = (f"{round(number, 3) + 0.0:.3f}" for number in (self.mean, self.low, self.high))  # + 0.0: no minus before 0.000
-        return f"{mean} [{low}, {high}]"
+        return f"{fixed(self.mean, 3)} [{fixed(self.low, 3)}, {fixed(self.high, 3)}]"
 
 
 def interval(values: Values) -> Interval:
@@ -124,8 +129,7 @@ def shown(value: Interval | None, share: bool = False) -> str:
     if value is None:
         return ""
     low, high = (max(0.0, value.low), min(1.0, value.high)) if share else (value.low, value.high)
-    mean, low, high = (f"{round(number, 2) + 0.0:.2f}" for number in (value.mean, low, high))  # + 0.0: no minus before 0.00
-    return f"{mean} [{low}, {high}]"
+    return f"{fixed(value.mean, 2)} [{fixed(low, 2)}, {fixed(high, 2)}]"
 
 
 def mean(values: Values) -> float:
@@ -216,7 +220,7 @@ def style_table(results: Results) -> str:
     rows = []
     for name in (UNTOUCHED, "custom-diffusion", "lora"):
         if results.of("style", name, "chroma"):
-            rows.append([name, *(f"{round(mean(results.of('style', name, score)), 3) + 0.0:.3f}" for score in scores)])
+            rows.append([name, *(fixed(mean(results.of("style", name, score)), 3) for score in scores)])
     return lines(("style", *scores), rows)
 
 
@@ -252,17 +256,16 @@ class Finding:
 
 
 LITTLE = 0.05  # of scores that run from 0 to 1
-LEAST = {"better": 0.0, "at least as good": -LITTLE}  # what a difference has to be above
+WANTED = {"better": (1, 0.0), "worse": (-1, 0.0), "at least as good": (1, -LITTLE), "at most as good": (-1, -LITTLE)}  # sign, and what it is above
 
 
 def decided(difference: Interval | None, wanted: str) -> str:
     """Whether a difference is as a claim says, by its whole interval: "better", "worse", "at least as good" and "at most as good" but for LITTLE."""
     if difference is None:
         return NOT_DECIDED
-    low, high = difference.low, difference.high
-    if wanted in ("worse", "at most as good"):
-        low, high, wanted = -high, -low, {"worse": "better", "at most as good": "at least as good"}[wanted]
-    return HOLDS if low > LEAST[wanted] else FAILS if high < LEAST[wanted] else NOT_DECIDED
+    sign, least = WANTED[wanted]
+    low, high = sorted((sign * difference.low, sign * difference.high))
+    return HOLDS if low > least else FAILS if high < least else NOT_DECIDED
 
 
 def together(*verdicts: str) -> str:
@@ -342,9 +345,8 @@ STEP, NAMES, SCALE, LINE = 0.1, 360, 480, 20  # of the axis; pixels: of the name
 def drawn_intervals(rows: Sequence[tuple[str, Interval]]) -> Image.Image:
     """Each interval as a line with a dot at its mean, over one axis with a line at 0; unbounded ones are left out."""
     rows = [(name, one) for name, one in rows if np.isfinite((one.low, one.high)).all()]
-    first, last = (int(way(edge / STEP)) for way, edge in (
-        (np.floor, min([0.0, *(one.low for _, one in rows)])), (np.ceil, max([0.0, *(one.high for _, one in rows)])),
-    ))  # fmt: skip
+    first = math.floor(min([0.0, *(one.low for _, one in rows)]) / STEP)
+    last = math.ceil(max([0.0, *(one.high for _, one in rows)]) / STEP)
 
     def at(value: float) -> float:
         return NAMES + (value - first * STEP) * SCALE
@@ -354,7 +356,7 @@ def drawn_intervals(rows: Sequence[tuple[str, Interval]]) -> Image.Image:
     draw = ImageDraw.Draw(made)
     for i in range(first, last + 1):
         draw.line([(at(i * STEP), 0), (at(i * STEP), height - LINE)], fill="black" if i == 0 else "lightgrey")
-        draw.text((at(i * STEP) - 10, height - LINE + 4), f"{i * STEP + 0.0:.1f}", fill="black")
+        draw.text((at(i * STEP) - 10, height - LINE + 4), fixed(i * STEP, 1), fill="black")
     for i, (name, one) in enumerate(rows):
         middle = LINE * i + LINE // 2
         draw.text((6, middle - 5), name, fill="black")
@@ -363,18 +365,21 @@ def drawn_intervals(rows: Sequence[tuple[str, Interval]]) -> Image.Image:
     return made
 
 
-LEGEND = """Means with 95 % intervals for other subjects (Student's, over the subjects' own means); differences are taken run by run. The judge of the scenes looks at all
-pictures. likeness: cosine of the subject's pictures with those it was learnt from; gain: what training added. named: share of them in which the judge
-finds the subject likelier than any other; learnt: whether its interval excludes 0, the untouched model's value. text: cosine of new prompts' pictures with
-their text. kept: share of the class's pictures that show the class; others: the same of other subjects; drift: 1 - cosine with what the untouched model
-drew. KID: of the class's pictures and real scenes, with its standard error over prompts. both: share of new prompts of two subjects in which these are the
-two likeliest. Training leaves out the drawing of class pictures. "all weights" are trained as DreamBooth does, so that its word and rate differ too."""
+LEGEND = """\
+Means with 95 % intervals for other subjects (Student's, over the subjects' own means); differences are taken run by run. The judge of
+the scenes looks at all pictures. likeness: cosine of the subject's pictures with those it was learnt from; gain: what training added.
+named: share of them in which the judge finds the subject likelier than any other; learnt: whether its interval excludes 0, the
+untouched model's value. text: cosine of new prompts' pictures with their text. kept: share of the class's pictures that show the class;
+others: the same of other subjects; drift: 1 - cosine with what the untouched model drew. KID: of the class's pictures and real scenes,
+with its standard error over prompts. both: share of new prompts of two subjects in which these are the two likeliest. Training leaves
+out the drawing of class pictures. "all weights" are trained as DreamBooth does, so that its word and rate differ too."""
 
 
 def as_text(made: Mapping[str, str], claims: Sequence[Finding]) -> str:
     """All tables and findings, as Markdown."""
     text = "\n\n".join(f"### {title}\n\n{table}" for title, table in made.items())
-    return LEGEND + "\n\n" + text + "\n\n### Findings\n\n" + "\n".join(f"- {one.claim} This **{one.holds}** here: {one.figures}." for one in claims) + "\n"
+    told = "\n".join(f"- {one.claim} This **{one.holds}** here: {one.figures}." for one in claims)
+    return f"{LEGEND}\n\n{text}\n\n### Findings\n\n{told}\n"
 
 
 def write(results: Results, judge: Encoder) -> str:
@@ -387,9 +392,9 @@ def write(results: Results, judge: Encoder) -> str:
     head |= {"findings": [asdict(one) for one in claims], "kid": {name: asdict(one) for name, one in distances.items()}}
     rows = ",\n".join(json.dumps(row) for row in results.rows)  # a line each
     (results.folder / "study.json").write_text(json.dumps(head, indent=1)[:-2] + f',\n "results": [\n{rows}\n]}}\n', encoding="utf-8")
+    save_png(drawn_intervals([gap for one in claims for gap in one.gaps]), results.folder / "findings.png")
     curve = [(f"{name}: {score}", results.difference(("compression", name), STANDARD, score)) for score in (*ALIGNMENTS, "kept") for name in SMALLER]
-    for name, shown_rows in (("findings", [gap for one in claims for gap in one.gaps]), ("compression", [(label, gap) for label, gap in curve if gap])):
-        save_png(drawn_intervals(shown_rows), results.folder / f"{name}.png")
+    save_png(drawn_intervals([(name, gap) for name, gap in curve if gap]), results.folder / "compression.png")
     for part, subjects in dict.fromkeys((row["run"]["part"], tuple(row["run"]["subjects"])) for row in results.rows if row["run"]["seed"] == SEEDS[0]):
         few_colours = sheet(results, part, subjects, SEEDS[0]).quantize(256)  # a third of the bytes
         save_png(few_colours, results.folder / f"{'-'.join((part, *subjects))}.png")

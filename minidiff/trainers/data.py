@@ -53,8 +53,7 @@ def read_folder(folder: Path, *, size: int, caption: str | Callable[[Path], str]
     else:
         captions = {path.name: caption(path) if callable(caption) else caption for path in paths}
     for path in paths:
-        if not captions[path.name].strip():
-            raise ValueError(f"{path}: its caption is empty; write what the picture shows")
+        check_caption(path, captions[path.name])
         check_picture(path, size)
     return [Example(path, " ".join(captions[path.name].split())) for path in paths]
 
@@ -80,6 +79,12 @@ def check_picture(path: Path, size: int) -> None:
         raise ValueError(
             f"{path}: {width} x {height} pixels are too few to learn {size} x {size} from; give at least {-(-size // 2)} a side"
         )
+
+
+def check_caption(path: Path, caption: str) -> None:
+    """Raises ValueError for a caption that says nothing."""
+    if not caption.strip():
+        raise ValueError(f"{path}: its caption is empty; write what the picture shows")
 
 
 def check_distinct(folders: Sequence[Path]) -> None:

@@ -251,7 +251,8 @@ STABLE_DIFFUSION: dict[str, Options] = {
     "fine-tune": FineTuneOptions(settings=_settings(2000, 1e-5)),
 }
 
-# Tried on five held-out subjects in five pictures each, with 200 steps (minidiff evaluate study), but for fine-tune, which is not tried yet. Custom Diffusion shows its pictures in one size: subjects of 64 pixels lose what they are known by when they shrink.
+# Tried on five held-out subjects in five pictures each, with 200 steps (minidiff evaluate study), but for fine-tune, which is not tried yet.
+# Custom Diffusion shows its pictures in one size: subjects of 64 pixels lose what they are known by when they shrink.
 BUNDLED: dict[str, Options] = {
     "lora": LoRAOptions(settings=_settings(300, 2e-3), low_rank=LowRankOptions(rank=8, layers=("transformer",))),
     "dreambooth": DreamBoothOptions(settings=_settings(300, 5e-4), prior=Prior(kind="generated", count=48, steps=20)),
