@@ -79,7 +79,7 @@ latent = film[-1].x_t
 pixels = sd.decode(latent)
 
 B, C, h, w = latent.shape
-assert (B, C) == (1, sd.config.vae.latent_channels) and h == w == size // sd.config.vae.factor
+assert (1, sd.config.vae.latent_channels) == (B, C) and h == w == size // sd.config.vae.factor
 assert pixels.shape == (B, 3, size, size)
 for name, tensor in {"context": context, "latent": latent, "pixels": pixels}.items():
     print(f"{name:8} {list(tensor.shape)}")
@@ -104,10 +104,7 @@ print(f"{differ} values differ")
 
 # %%
 shown = [film[i] for i in np.linspace(0, steps - 1, 6).round().astype(int)]
-rows = [
-    to_images(sd.decode(torch.cat([getattr(step, name) for step in shown])))
-    for name in ("x_t", "x0_hat")
-]
+rows = [to_images(sd.decode(torch.cat([getattr(step, name) for step in shown]))) for name in ("x_t", "x0_hat")]
 columns = [f"step {step.i + 1}" for step in shown]
 fig = picture_grid(rows, columns, ["$x_t$", "guess\n$\\hat{x}_0$"])
 print(f"steps begin at t = {', '.join(str(step.t) for step in film[:3])}, ... {film[-1].t}")
@@ -116,6 +113,7 @@ lesson.show(fig, "film", "Above, noise becomes a cactus; below, a blurred cactus
 # %% [markdown]
 # The very first guess has the colours right and is a blob. Soon it has the shape, and the rest of the time goes into making it sharp. How
 # far is each from the latent at the end? The distance below is the root of the mean squared difference; for two tensors of noise it is 1.4.
+
 
 # %%
 def distance(a, b):
@@ -162,9 +160,7 @@ lesson.show(fig, "seeds", "Four foxes: same prompt, four seeds.")
 
 # %%
 counts = (1, 2, 4, 8) if lesson.quick else (1, 2, 4, 8, 16, 32)
-ends = {
-    n: list(sd.denoise("a fox on a green background", steps=n, seeds=[1]))[-1].x_t for n in counts
-}
+ends = {n: list(sd.denoise("a fox on a green background", steps=n, seeds=[1]))[-1].x_t for n in counts}
 for n in counts[:-1]:
     print(f"{n:2} steps: {distance(ends[n], ends[counts[-1]]):.2f} from {counts[-1]} steps")
 foxes = to_images(sd.decode(torch.cat(list(ends.values()))))
@@ -188,9 +184,7 @@ lesson.show(fig, "steps", "A fox in more and more steps: first a blur, then hard
 # %%
 scales = (0, 1, 4, 16) if lesson.quick else (0, 1, 2, 4, 8, 16)
 asked = ["a burger on a white background", "a fox on a green background"]
-ends = [
-    list(sd.denoise(asked, steps=steps, seeds=[4, 5], guidance_scale=g))[-1].x_t for g in scales
-]
+ends = [list(sd.denoise(asked, steps=steps, seeds=[4, 5], guidance_scale=g))[-1].x_t for g in scales]
 for g, end in zip(scales, ends):
     print(f"guidance {g:2}: the latent's numbers have size {end.std():.2f}")
 pixels = [to_images(sd.decode(end)) for end in ends]
@@ -211,6 +205,7 @@ print(f"this model's own scale: {sd.config.guidance_scale:g}")
 #
 # `clamp`, `round`, `permute` and `to` are the methods of a tensor that you need.
 
+
 # %%
 def to_bytes(pixels):
     """From numbers in about [-1, 1] of shape [B, 3, H, W] to uint8 of shape [B, H, W, 3]."""
@@ -228,6 +223,7 @@ to_bytes = lesson.check(to_bytes, instead=library)
 #
 # A byte has no room for 260. Turned into one it wraps round, like a mileage counter: 256 becomes 0, 260 becomes 4. What should have been
 # brighter than white becomes black. `sd.decode` clamps, as you did; the decoder by itself, `sd.vae.decode`, does not.
+
 
 # %%
 def to_bytes_without_clamp(pixels):

@@ -51,10 +51,10 @@ size = sd.config.image_size  # 64, the scene's own; a larger model's picture is 
 x_0 = F.interpolate(pixels, size=(size, size), mode="bicubic").clamp(-1, 1)
 
 B, C, H, W = x_0.shape
-assert (B, C, H, W) == (1, 3, size, size)
+assert (1, 3, size, size) == (B, C, H, W)
 print(f'"{scene.caption}": shape {list(x_0.shape)}')
 print(f"values from {x_0.min():.2f} to {x_0.max():.2f}")
-assert -1 <= x_0.min() and x_0.max() <= 1
+assert x_0.min() >= -1 and x_0.max() <= 1
 
 # %% [markdown]
 # ## One step, and then all of them
@@ -147,6 +147,7 @@ lesson.show(fig, "signal", "The picture's factor falls to zero, the noise's rise
 # Write the jump. `x_0` and `eps` have shape B C H W, and `t` has shape B: every picture of the batch has its own timestep.
 # `alpha_bar[t]` then has shape B too, and has to be brought to `[B, 1, 1, 1]` before it can multiply a picture.
 
+
 # %%
 def q_sample(alpha_bar, x_0, t, eps):
     """DDPM eq. 4; alpha_bar [T], x_0 and eps [B, C, H, W], t [B]."""
@@ -227,6 +228,7 @@ lesson.show(fig, "latents", "Noise in pixels is fine grain, noise in latents col
 #
 # The classic slip is to mix with $\bar\alpha_t$ and $1 - \bar\alpha_t$ themselves: they add up to 1, which looks right. But noises add by their variances, not by
 # their sizes. Where both are a half the variance is $0.5^2 + 0.5^2 = 0.5$ instead of 1.
+
 
 # %%
 def q_sample_without_roots(alpha_bar, x_0, t, eps):

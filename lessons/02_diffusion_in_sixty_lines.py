@@ -3,7 +3,7 @@
 #
 # **What does the network learn, and how is it taught?**
 #
-# - Explains: [minidiff/trainers/diffusion_loss.py](../minidiff/trainers/diffusion_loss.py)
+# - Explains: [minidiff/trainers/engine/diffusion_loss.py](../minidiff/trainers/diffusion_loss.py)
 # - You change: `diffusion_loss`, what every Stable Diffusion was trained on
 # - Minutes: 25
 # - Picture: [figures/02-cloud.png](figures/02-cloud.png)
@@ -41,7 +41,8 @@ from lessons.common import BLUE, ORANGE, PINK, start
 from minidiff.config import SD1
 from minidiff.scenes.scenes import Item, compose
 from minidiff.schedule import NoiseSchedule
-from minidiff.trainers.diffusion_loss import Draws, diffusion_loss as library_loss
+from minidiff.trainers.engine.diffusion_loss import Draws
+from minidiff.trainers.engine.diffusion_loss import diffusion_loss as library_loss
 from minidiff.unet import UNet
 
 lesson = start("02_diffusion_in_sixty_lines")
@@ -65,12 +66,10 @@ def spiral(n):
 # %%
 data = spiral(2000)
 shown = [0, 59, 139, 259, 499, T - 1]
-into_noise = [
-    schedule.q_sample(data, torch.full((len(data),), t, device=lesson.device), normal(*data.shape))
-    for t in shown
-]
+into_noise = [schedule.q_sample(data, torch.full((len(data),), t, device=lesson.device), normal(*data.shape)) for t in shown]
 assert all(x_t.shape == data.shape == (len(data), 2) for x_t in into_noise)
 print(f"{T} timesteps; variance of the data {data.var():.1f}")
+
 
 # %%
 def draw_clouds(rows, labels, colours):
@@ -97,17 +96,21 @@ lesson.show(fig, "data", "A spiral dissolves into a round cloud.")
 # 1 than of a single one up to 999; lesson 06 looks at that closely. The place comes in as waves besides, so that fine detail is learnt
 # sooner.
 
+
 # %%
 class Denoiser(nn.Module):
     def __init__(self, width=128):
         super().__init__()
         self.register_buffer("frequency", torch.pi * 2.0 ** torch.arange(8) / T)
         self.layers = nn.Sequential(
-            nn.Linear(2 + 2 * (8 + 4), width), nn.SiLU(),
-            nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(2 + 2 * (8 + 4), width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
             nn.Linear(width, 2),
-        )  # fmt: skip
+        )
 
     def forward(self, x_t, t):
         angles = torch.cat([t[:, None] * self.frequency, 2 * x_t, 4 * x_t], dim=-1)
@@ -140,6 +143,7 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 # The noise is known because we put it in ourselves: no labels are needed, and no two networks that fight each other. Give back one loss a
 # sample, shape `[B]`: the *mean* of the squares over a sample's two numbers. So you can see later which timesteps are hard.
 # `schedule.q_sample(x_0, t, eps)` is the jump.
+
 
 # %%
 def diffusion_loss(model, schedule, x_0, t, eps):
@@ -213,6 +217,7 @@ print(f"{time.perf_counter() - begin:.0f} seconds")
 # Now the network draws. Start with points that are nothing but noise. Ask for the noise, take it out completely for a guess at $x_0$, and
 # put *less* of it back: as much as belongs to a timestep a little lower. Then ask again. Lesson 03 says why this is right. The timesteps
 # stand at even distances and begin with the last one, which is called `trailing`.
+
 
 # %%
 @torch.no_grad()
@@ -295,6 +300,7 @@ lesson.show(fig, "bins", "The loss falls with t, and training brings it near the
 # The classic slip: `t` is drawn, used for the jump, and never reaches the network, or reaches it as a constant. Nothing crashes, and the
 # loss still falls.
 
+
 # %%
 class WithoutTime(Denoiser):
     def forward(self, x_t, t):
@@ -325,7 +331,7 @@ lesson.show(fig, "without-time", "Without the time a spiral forms too early; man
 # ## On real Stable Diffusion
 #
 # `python lessons/02_diffusion_in_sixty_lines.py --model v1-5-pruned-emaonly.safetensors` measures the loss of a checkpoint that you have.
-# It is the same loss: `diffusion_loss` of `minidiff/trainers/diffusion_loss.py` has a caption besides, the context of lesson 00. What the
+# It is the same loss: `diffusion_loss` of `minidiff/trainers/engine/diffusion_loss.py` has a caption besides, the context of lesson 00. What the
 # bundled model answers is not the noise but the mixture v that lesson 01 mentioned, so its curve has another shape. Below it is measured
 # twice on four scenes: with their captions, and with empty ones.
 
@@ -338,7 +344,7 @@ pixels = F.interpolate(pixels / 127.5 - 1, size=(sd.config.image_size,) * 2, mod
 with torch.no_grad():
     x_0 = sd.vae.encode(pixels.to(lesson.device)).mean * sd.config.vae.scaling_factor
 B, C, H, W = x_0.shape
-assert (B, C) == (len(scenes), sd.config.vae.latent_channels)
+assert (len(scenes), sd.config.vae.latent_channels) == (B, C)
 captions = {"with captions": [scene.caption for scene in scenes], "without": [""] * B}
 edges = torch.linspace(0, sd.schedule.config.timesteps, 4 if lesson.quick else 11).long()
 
@@ -386,8 +392,8 @@ print(f"U-Net of Stable Diffusion 1.x: {millions:.0f} million")
 # %% [markdown]
 # ## Read next
 #
-# - `minidiff/trainers/diffusion_loss.py`: `draw` draws t and noise, `squared_error` is your first two lines, `diffusion_loss` your mean,
+# - `minidiff/trainers/engine/diffusion_loss.py`: `draw` draws t and noise, `squared_error` is your first two lines, `diffusion_loss` your mean,
 #   with a mask and a weight for who wants them.
-# - `minidiff/trainers/loop.py` is the loop around it.
+# - `minidiff/trainers/engine/loop.py` is the loop around it.
 # - Ho, Jain and Abbeel 2020, "Denoising diffusion probabilistic models", algorithm 1 and eq. 14.
 # - Lesson 03: why the walk back is right, and how few steps it needs.

@@ -98,6 +98,7 @@ print(f"timesteps: {', '.join(map(str, timesteps[:4]))}, ... {timesteps[-2]}, {t
 # `alpha_bar` is the table of lesson 01, `now` and `then` are timesteps as whole numbers, so that `alpha_bar[now]` is one value. Two lines,
 # one for each equation.
 
+
 # %%
 def ddim_step(alpha_bar, x_t, x0_hat, now, then):
     """From timestep now to then < now; alpha_bar [T], x_t and x0_hat [B, C, H, W]."""
@@ -122,6 +123,7 @@ landed = ddim_step(alpha_bar, schedule.q_sample(true_x_0, high, eps), true_x_0, 
 off = (landed - schedule.q_sample(true_x_0, low, eps)).abs().max()
 assert off < 1e-4
 print(f"with the true x_0 one step is off by {off:.0e}")
+
 
 # %%
 def ddim_walk(x_t, timesteps):
@@ -148,6 +150,7 @@ print(f"{steps} steps end within {(ddim[-1][1] - own.x_t).abs().max():.0e} of th
 #
 # Roots, since variances add (lesson 01): $(1 - r) + r = 1$. The longer the step, the larger $r$; with $r = 0$ it would be DDIM's step.
 
+
 # %%
 def renewed(now, then):
     return (1 - alpha_bar[now] / alpha_bar[then]) / (1 - alpha_bar[now])
@@ -162,6 +165,7 @@ def ddpm_step(alpha_bar, x_t, x0_hat, now, then, eps_new):
 
 for now, then in list(pairwise(timesteps))[:: steps // 4]:
     print(f"t = {now:3} to {then:3}: {renewed(now, then):.0%} of the noise is new")
+
 
 # %%
 def ddpm_walk(x_t, timesteps, draw, step=ddpm_step):
@@ -323,6 +327,7 @@ lesson.show(fig, "exact", "Both errors fall with the steps; DDPM's stays the lar
 #
 # The classic slip with DDPM: the fresh noise is added, and $\hat\epsilon$ is not shortened by $\sqrt{1 - r}$ for it. There is then more
 # noise in $x_t$ than belongs to its timestep, and the U-Net, which is told `t`, takes out only what belongs there.
+
 
 # %%
 def crowded_step(alpha_bar, x_t, x0_hat, now, then, eps_new):

@@ -49,6 +49,7 @@ from minidiff.pipeline import to_images
 
 lesson = start("04_attention_by_hand")
 
+
 # %%
 def towards(degrees):
     radians = torch.deg2rad(torch.as_tensor(degrees, dtype=torch.float32))
@@ -119,7 +120,7 @@ with torch.no_grad():
 B, N, D = q.shape
 L = k.shape[1]
 rows, columns = steps[now].x_t.shape[2:]
-assert k.shape == v.shape == (B, L, D) and N == rows * columns
+assert k.shape == v.shape == (B, L, D) and rows * columns == N
 print(f"N = {N} queries, one for each of {rows} x {columns} cells; L = {L} keys; D = {D}")
 
 # %% [markdown]
@@ -146,18 +147,12 @@ print(f"h = {h} heads of d = {d}: weights {list(weights.shape)}")
 words = dict(sd.tokenizer.words(prompt))  # each word, and where its tokens stand among the L
 picture = to_images(sd.decode(steps[-1].x_t))[0]
 asked, heads_shown = ("frog", "pink", "background"), range(min(h, 2))
-maps = {
-    (head, word): rearrange(weights[0, head, :, words[word]].sum(-1), "(H W) -> H W", H=rows)
-    for head in heads_shown
-    for word in asked
-}
+maps = {(head, word): rearrange(weights[0, head, :, words[word]].sum(-1), "(H W) -> H W", H=rows) for head in heads_shown for word in asked}
 for (head, word), shares in maps.items():
     print(f"head {head}, {word}: {shares.mean():.2f} on average, {shares.max():.2f} at most")
 
 # %%
-grid = [
-    [None if head else picture, *(maps[head, word].cpu() for word in asked)] for head in heads_shown
-]
+grid = [[None if head else picture, *(maps[head, word].cpu() for word in asked)] for head in heads_shown]
 fig = picture_grid(grid, ["picture", *asked], [f"head {head}" for head in heads_shown])
 lesson.show(fig, "words", "A frog, and where two heads look at frog, pink and background.")
 
@@ -172,6 +167,7 @@ lesson.show(fig, "words", "A frog, and where two heads look at frog, pink and ba
 #
 # Write the whole formula. In come `q` of shape B N D and `k`, `v` of shape B L D; out goes B N D. Split the heads, compare, scale, softmax,
 # mix, and merge the heads. `rearrange`, `math` and `torch` are at hand.
+
 
 # %%
 def attend(q, k, v, heads):
@@ -189,6 +185,7 @@ assert mixed.shape == (B, N, D)
 # The library itself uses these lines only to record maps. To make pictures it calls a *fused kernel*, one function on the processor that goes through the
 # keys in blocks and never writes the N x L weights down (lesson 05 takes one apart). The answer is the same but for rounding. What differs is memory, and
 # with it time: by hand the weights grow as N x L, and where cells ask cells L is N.
+
 
 # %%
 def milliseconds(function, *arguments):

@@ -120,6 +120,7 @@ lesson.show(fig, "running", "Where the largest logit jumps, the sum falls; else 
 #
 # `m` and `l` have shape `[N]`, so they need one axis more, `[:, None]`, where they meet `s` or `o`. Give back all three.
 
+
 # %%
 def absorb(m, l, o, s, v):
     """m', l', O' after one more block of keys; m, l [N], o [N, d], s [N, block], v [block, d]."""
@@ -142,6 +143,7 @@ absorb = lesson.check(absorb, instead=all_before_as_one_key)
 #
 # With that step, attention is a loop. At the end $O / l$ is the answer. The kernel keeps one number more for each query, the *log-sum-exp*
 # $\mathrm{LSE} = m + \log l$: from it the gradients get back any share they need, $e^{s - \mathrm{LSE}}$, without having stored one.
+
 
 # %%
 def walk(update, q, k, v, block):
@@ -338,7 +340,7 @@ axis.legend(title="each of")
 lesson.show(fig, "trap", "Known, d is loaded 16 bytes at a time; as an argument, 2 at a time.")
 
 # %% [markdown]
-# Same results, same tests, and the third kernel asks memory for every number singly. `tests/test_kernels_compiled.py` counts like this for every shape of
+# Same results, same tests, and the third kernel asks memory for every number singly. `tests/kernels/test_compiled.py` counts like this for every shape of
 # Stable Diffusion, so that nobody without a GPU can bring the trap back.
 
 # %% [markdown]
@@ -346,6 +348,7 @@ lesson.show(fig, "trap", "Known, d is loaded 16 bytes at a time; as an argument,
 #
 # The classic slip is to take the new largest logit and forget $\alpha$. The sums before then count too much, by $e^{m' - m}$. Both sums do, so every answer is
 # still a mixture of values and nothing looks impossible. With one block it is even right.
+
 
 # %%
 def forgets(m, l, o, s, v):
@@ -375,10 +378,7 @@ steps = 6 if lesson.quick else 16
 # %%
 def drawn_with(update):
     def instead(layer, args, output):
-        q, k, v = (
-            rearrange(f(args[0]), "B N (h d) -> (B h) N d", h=layer.heads)
-            for f in (layer.to_q, layer.to_k, layer.to_v)
-        )
+        q, k, v = (rearrange(f(args[0]), "B N (h d) -> (B h) N d", h=layer.heads) for f in (layer.to_q, layer.to_k, layer.to_v))
         block = max(1, k.shape[1] // 16)
         o = torch.stack([walk(update, *head, block)[0] for head in zip(q, k, v)])
         return layer.to_out(rearrange(o, "(B h) N d -> B N (h d)", h=layer.heads))
@@ -446,6 +446,6 @@ for width, heads, has in zip(unet.widths, unet.heads, unet.attention):
 #
 # - `minidiff/kernels/self_attention.py`: `forward_kernel` is the walk, `load_head` the two tiles; `dk_dv_kernel` and `dq_kernel` compute the shares again from the LSE.
 #   `cross_attention.py` beside it has so few keys that one block holds them all: no walk at all.
-# - `tests/test_kernels_compiled.py`: the loads of every shape, counted.
+# - `tests/kernels/test_compiled.py`: the loads of every shape, counted.
 # - Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3; Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2", algorithm 1.
 # - Lesson 06: the other half of the U-Net, residual blocks and the time.

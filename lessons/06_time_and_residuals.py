@@ -42,9 +42,8 @@ from lessons.common import picture_grid, start
 from minidiff import blocks
 from minidiff.blocks import ResBlock
 from minidiff.config import SD1
-from minidiff.pipeline import to_images
+from minidiff.pictures import pixels_of
 from minidiff.scenes.scenes import sample_scene
-from minidiff.trainers.from_scratch import pixels_of
 
 lesson = start("06_time_and_residuals")
 sd = lesson.load()
@@ -162,6 +161,7 @@ lesson.show(fig, "products", "Two equal peaks, each where the timesteps are the 
 # first, then the sines in the same order. `t[:, None]` has shape `[B, 1]`, and multiplied by the frequencies of shape `[h]` it gives
 # `[B, h]`.
 
+
 # %%
 def timestep_embedding(t, width):
     """cos(t omega_i), then sin(t omega_i), omega_i = 10000^(-i/h); t [B] -> [B, width]."""
@@ -233,6 +233,7 @@ lesson.show(fig, "channels", "A map: what each channel is given falls, rises or 
 # The sum says: keep $x$, and learn only what to change, the *residual* (He et al. 2016). What that is good for shows when many blocks
 # stand in a row. Here a row of freshly drawn ResBlocks learns to find the noise in small pictures, once as it is, and once with a hook
 # that takes $x$ away again.
+
 
 # %%
 class Row(torch.nn.Module):
@@ -330,6 +331,7 @@ for name, images in drawn.items():
 # For the bundled model the second guess is right: the right things in the right place, and noise left all over them. Why noise? Let us
 # find out for how late the network takes each timestep: among its answers to all that we told it above, which one is nearest to the
 # answer it gives now?
+
 
 # %%
 def believed(t, prediction):

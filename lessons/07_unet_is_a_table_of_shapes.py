@@ -43,9 +43,8 @@ from matplotlib import pyplot as plt
 from lessons.common import BLUE, GREEN, ORANGE, picture_grid, start
 from minidiff.blocks import ResBlock, TransformerBlock
 from minidiff.config import SD1
-from minidiff.pipeline import to_images
+from minidiff.pictures import pixels_of
 from minidiff.scenes.scenes import sample_scene
-from minidiff.trainers.from_scratch import pixels_of
 from minidiff.unet import UNet
 
 lesson = start("07_unet_is_a_table_of_shapes")
@@ -53,6 +52,7 @@ lesson = start("07_unet_is_a_table_of_shapes")
 # %%
 sd = lesson.load()
 unet, config = sd.unet, sd.config.unet
+
 
 # %%
 def parts(unet):
@@ -150,6 +150,7 @@ def skip_shapes(widths, blocks_per_level, side):
 # The library has no such function; its U-Net is the table. So what stands in for yours, until it is right, builds a U-Net on the device
 # `meta`, where tensors have shapes and no numbers, and watches it. This costs neither memory nor time even for Stable Diffusion's.
 
+
 # %%
 def empty_unet(config):
     with torch.device("meta"):
@@ -221,6 +222,7 @@ for label, network in (("Stable Diffusion 1.x", real), ("this model", unet)):
     for kind, count in found.most_common():
         print(f"    {kind:15} {count / sum(found.values()):5.1%}")
 
+
 # %%
 @torch.no_grad()
 def by_level(unet, side):
@@ -291,6 +293,7 @@ with torch.no_grad():
 eps = torch.randn(x_0.shape, generator=generator).to(lesson.device)
 predicts_eps = sd.schedule.config.prediction == "eps"
 x0_from = sd.schedule.x0_from_eps if predicts_eps else sd.schedule.x0_from_v
+
 
 # %%
 @torch.no_grad()

@@ -40,9 +40,9 @@ from matplotlib import pyplot as plt
 
 from lessons.common import picture_grid, start
 from minidiff.config import SD1
+from minidiff.pictures import pixels_of
 from minidiff.pipeline import to_images
 from minidiff.scenes.scenes import sample_scene
-from minidiff.trainers.from_scratch import pixels_of
 from minidiff.vae import VAE
 
 lesson = start("08_pixels_to_latents")
@@ -64,9 +64,10 @@ with torch.no_grad():
     encoded = [vae.encode(part.to(lesson.device)) for part in pixels.split(8)]
 mean, logvar = (torch.cat([getattr(part, of) for part in encoded]) for of in ("mean", "logvar"))
 B, C, H, W = mean.shape
-assert (C, H, W) == (config.latent_channels, size // config.factor, size // config.factor)
+assert (config.latent_channels, size // config.factor, size // config.factor) == (C, H, W)
 print(f"picture {list(pixels.shape[1:])}, latent {[C, H, W]}")
 print(f"{pixels[0].numel() / mean[0].numel():.0f} times fewer numbers")
+
 
 # %%
 def psnr(x, x_hat):
@@ -79,7 +80,7 @@ def decoded(z):
     return torch.cat([vae.decode(part) for part in z.split(8)]).clamp(-1, 1).cpu()
 
 
-few = pixels[:8 if lesson.quick else 16]
+few = pixels[: 8 if lesson.quick else 16]
 back = decoded(mean[: len(few)])
 assert back.shape == few.shape
 print(f"PSNR of {len(few)} pictures: {psnr(few, back):.1f} dB")
@@ -187,6 +188,7 @@ lesson.show(fig, "noise", "PSNR stays at first, and falls beyond the spread of t
 #
 # Write it: from latents of shape B C H W one number, as a tensor without axes. The standard deviation is measured from the mean of all
 # the numbers, which need not be zero.
+
 
 # %%
 def scaling_factor(latents):

@@ -73,8 +73,7 @@ for i, row in enumerate(steps):
         letters = len(piece.removesuffix("</w>"))
         colour = BLUE if letters > 1 else SKY
         axis.barh(i, letters, left=left, color=colour, edgecolor="white", linewidth=2)
-        axis.text(left + letters / 2, i, piece.removesuffix("</w>"), color="white", fontsize=11,
-                  ha="center", va="center")  # fmt: skip
+        axis.text(left + letters / 2, i, piece.removesuffix("</w>"), color="white", fontsize=11, ha="center", va="center")
         left += letters
 axis.set(xticks=[], xlim=(0, left))
 axis.set_yticks([0, len(steps) - 1], ["letters", "pieces"])
@@ -91,6 +90,7 @@ lesson.show(fig, "pieces", "Row by row the letters of mushroomburger join to a f
 #
 # Write that loop. `word` is a string, and `merges` a dict from pairs to their place in the list. The last letter gets its `</w>` first. `join_pair(pieces, pair)`
 # joins a pair wherever it stands. Give back the pieces as a tuple.
+
 
 # %%
 def spell(word, merges):
@@ -117,7 +117,7 @@ for word in ("mushroom", "mushrooms", "unbelievable"):
 prompt = "a small red cat on a blue background"
 tokens = tokenizer([prompt])
 B, L = tokens.shape
-assert (B, L) == (1, sd.config.text_encoder.context_length)
+assert (1, sd.config.text_encoder.context_length) == (B, L)
 length = len(tokenizer.encode(prompt))
 print(f"L = {L}: start, {length} tokens, end, {L - length - 2} of padding")
 print(tokens[0, : length + 4].tolist(), "...")
@@ -327,9 +327,7 @@ draw = noise_source([1] * len(prompts), shape, lesson.device)
 x_T, empty = draw(), [""] * len(prompts)
 rows = []
 for reader in (tokenizer, theirs):
-    model = guided(
-        sd.unet, encode(prompts, reader), encode(empty, reader), sd.config.guidance_scale
-    )
+    model = guided(sd.unet, encode(prompts, reader), encode(empty, reader), sd.config.guidance_scale)
     with torch.no_grad():
         *_, last = sample(model, x_T, sd.schedule, steps=8 if lesson.quick else 16)
     rows.append(to_images(sd.decode(last.x_t)))

@@ -38,10 +38,10 @@ import weights_loader
 from lessons.common import picture_grid, start
 from minidiff.attention_maps import word_map
 from minidiff.config import SD1
-from minidiff.evaluation.prompts import fixed_prompts
 from minidiff.guidance import guided
 from minidiff.pipeline import noise_source, to_images
 from minidiff.samplers import sample
+from minidiff.scenes.prompts import fixed_prompts
 
 lesson = start("10_cross_attention_and_guidance")
 
@@ -55,12 +55,9 @@ steps = list(sd.denoise(prompts, steps=count, seeds=range(1, B + 1), attention_m
 
 named, words = ("frog", "rose"), dict(sd.tokenizer.words(prompts[0]))
 shown = [0, count // 4, count // 2, 3 * count // 4, count - 1]
-maps = {
-    (i, word): word_map(steps[i].attention_maps, words[word], (side, side))[0].cpu()
-    for i in shown
-    for word in named
-}
+maps = {(i, word): word_map(steps[i].attention_maps, words[word], (side, side))[0].cpu() for i in shown for word in named}
 assert maps[0, "frog"].shape == (side, side)
+
 
 # %%
 def over(picture, shares):
@@ -79,6 +76,7 @@ lesson.show(fig, "maps", "A frog and a rose appear; below, where cells look for 
 # The top row is `x0_hat`, what the U-Net takes the clean picture for (lesson 00). At the first step that is two blobs, made from pure
 # noise, and the two maps have found their places already. Is that so in numbers? For each map, where is its middle between the left edge,
 # `0`, and the right one, `1`?
+
 
 # %%
 def middle(shares):
@@ -213,6 +211,7 @@ lesson.show(fig, "changed", "The later the change of words, the more the first s
 # `model(x_t, t, context)` answers for a batch. Ask it once, with `uncond` for the first half of the batch and `cond` for the second; `x_t`
 # and `t` come twice. Cut the answer into halves with `chunk(2)`, and combine them.
 
+
 # %%
 def guided_answer(model, x_t, t, cond, uncond, guidance_scale):
     """uncond + guidance_scale (cond - uncond); x_t [B, C, H, W], t [B], contexts [B, L, D]."""
@@ -337,6 +336,7 @@ lesson.show(fig, "negative", "Six frogs, and below the same seeds with a negativ
 #
 # Which of them would you see?
 
+
 # %%
 def exchanged(model, x_t, t, cond, uncond, g):
     return guided_answer(model, x_t, t, uncond, cond, g)
@@ -372,6 +372,7 @@ lesson.show(fig, "mistakes", "Right pictures; ruined ones; and some that look li
 # nothing but a scale that is larger by one, so its pictures are not shown; but with it a scale means something else than in every other
 # program. The fourth channel moves the colours a little. What finds both is a model whose answer is known. Let it say 1 with a prompt and 0
 # without, in four channels, and guide by 4:
+
 
 # %%
 def known(x_t, t, context):

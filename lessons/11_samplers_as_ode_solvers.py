@@ -102,6 +102,7 @@ def visited(steps):
 
 print(f"sigma: {', '.join(f'{level.sigma:.2f}' for level in visited(8))}")
 
+
 # %%
 def euler_step(slope, x, now, then):
     return x + (then.sigma - now.sigma) * slope(x, now)
@@ -171,6 +172,7 @@ lesson.show(fig, "curve", "Two curves, and Euler's straight pieces beside them."
 # `slope` is a function, like the one above: `slope(x, now)` is $\hat\epsilon(x, \sigma_{now})$. `now` and `then` are levels, so that
 # $\sigma_{now}$ is `now.sigma`.
 
+
 # %%
 def heun_step(slope, x, now, then):
     """From level now to level then; slope(x, level) and x are [B, C, H, W]."""
@@ -196,6 +198,7 @@ heun_step = lesson.check(heun_step, instead=library)
 # has a formula, $x$ is proportional to $\sqrt{s^2 + \sigma^2}$. So its slope is $x \, \sigma / (s^2 + \sigma^2)$, and its end is known
 # exactly.
 
+
 # %%
 def known(x, level):
     return x * level.sigma / (0.25 + level.sigma**2)  # the data: numbers of deviation 0.5
@@ -208,7 +211,7 @@ for step, label in ((euler_step, "Euler"), (heun_step, "Heun")):
         x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
         for now, then in pairwise(on_the_way):
             x = step(known, x, now, then)
-        exact = ((0.25 + then.sigma**2) / (0.25 + on_the_way[0].sigma**2)) ** 0.5
+        exact = ((0.25 + then.sigma**2) / (0.25 + on_the_way[0].sigma ** 2)) ** 0.5
         known_errors[label, n] = abs(float(x) / exact - 1)
     factor = known_errors[label, 64] / known_errors[label, 128]
     print(f"{label}: twice the steps, {factor:.1f} times nearer")
@@ -242,6 +245,7 @@ for (x, now), (x_then, then) in pairwise(zip(fine, level)):
     x0_hat.append(x - now.sigma * (x_then - x) / (then.sigma - now.sigma))
 x0_hat = torch.stack(x0_hat)
 lam = -torch.tensor([one.sigma for one in level[:-1]]).log()
+
 
 # %%
 def guesses(steps):
@@ -284,6 +288,7 @@ lesson.show(fig, "middle", "x0_hat along the walk; stairs, and points near their
 #
 # Now all three with the model, and the distance of their ends to that of a walk with very many steps. Calls are what costs, so they are
 # what is counted.
+
 
 # %%
 def dpm_walk(visited):
@@ -352,6 +357,7 @@ print(f"Euler comes as far as DPM++ 2M with {counts[2]} calls after about {dpm_a
 #
 # Most samplers of the library visit timesteps that are even in `t`, as in lesson 03. Near the picture $\sigma$ then falls by large
 # factors: of sixteen steps the last goes from 0.26 to 0.03. Here is DPM++ 2M with as many calls, over such levels:
+
 
 # %%
 def even_in_t(steps):
@@ -425,6 +431,7 @@ for label, first in (("Heun", plain_heun), ("the library's heun", library)):
 # Programs that write samplers in $\sigma$ have to scale $x$ by $1 / \sqrt{\sigma^2 + 1}$ before the U-Net sees it, because the U-Net was
 # trained on $x_t$. To forget that is the classic slip when a sampler is carried over from a paper: at the end of the walk the factor is
 # nearly $1$, and nothing crashes anywhere.
+
 
 # %%
 def unscaled(x, level):

@@ -3,7 +3,7 @@
 #
 # **What does it take to train such a model, and how does one see that it learns?**
 #
-# - Explains: [minidiff/trainers/from_scratch.py](../minidiff/trainers/from_scratch.py), [minidiff/trainers/optimizer.py](../minidiff/trainers/optimizer.py)
+# - Explains: [minidiff/bundled/tasks.py](../minidiff/trainers/from_scratch.py), [minidiff/trainers/engine/optimizer.py](../minidiff/trainers/optimizer.py)
 # - You change: `ema_update`, the running mean of all weights, which is what is kept
 # - Minutes: 35
 # - Picture: [figures/12-stations.png](figures/12-stations.png)
@@ -40,17 +40,19 @@ import torch.nn.functional as F
 from matplotlib import pyplot as plt
 
 from lessons.common import BLUE, ORANGE, picture_grid, start
+from minidiff.bundled.recipe import RECIPES
+from minidiff.bundled.tasks import DiffusionTask, Latents
 from minidiff.config import SD1
+from minidiff.pictures import pixels_of
 from minidiff.pipeline import to_images
 from minidiff.scenes.scenes import sample_scene
 
 # %%
 from minidiff.text_encoder import TextEncoder
-from minidiff.trainers.diffusion_loss import Draws, squared_error
-from minidiff.trainers.from_scratch import DiffusionTask, Latents, pixels_of
-from minidiff.trainers.loop import Training
-from minidiff.trainers.optimizer import ExponentialAverage
-from minidiff.trainers.recipe import RECIPES, Settings
+from minidiff.trainers.engine.diffusion_loss import Draws, squared_error
+from minidiff.trainers.engine.loop import Training
+from minidiff.trainers.engine.optimizer import ExponentialAverage
+from minidiff.trainers.engine.settings import Settings
 from minidiff.unet import UNet
 
 # %%
@@ -89,6 +91,7 @@ def draw(text_encoder, unet, prompts):
     pixels = sd.decode(last.x_t)
     assert pixels.shape == (len(prompts), 3, size, size)
     return to_images(pixels)
+
 
 # %%
 count, steps, batch = (24, 4, 2) if lesson.quick else (300, 160, 8)
@@ -243,6 +246,7 @@ print(f"x_0 from v: {int(back.isfinite().sum())} of {back.numel()}")
 # d starts low and rises with n: the mean looks back over the last tenth or so of the steps taken, until the decay is reached. In a run as
 # short as ours these are never twenty steps.
 
+
 # %%
 def ema_update(mean, weight, decay, n):
     """The new mean; mean and weight of one shape, decay a number, n the steps before this one."""
@@ -276,6 +280,7 @@ for n in (0, 10, 100, 1000, 100_000):
 # Now train. After four fifths of the steps a second run takes up the first where it stands, with its weights and the memory of its
 # optimizers; from there on both see the same samples, and only the rate is another. After every step the weights of the U-Net's last
 # convolution are written down, to follow one of them. The loss is measured after a third of the steps, and at both ends.
+
 
 # %%
 def weight_of(unet):
@@ -321,9 +326,7 @@ for falls, weights in seen.items():
 fig, (top, bottom) = plt.subplots(2, figsize=(6, 4.6), sharex=True, height_ratios=(1, 2))
 for falls, style in (("constant", "-"), ("linear", "--")):
     top.plot(range(1, steps + 1), [1000 * rate for rate in rates[falls]], style)
-    one, mean = (
-        [float(weight.flatten()[0]) for weight in history[falls]] for history in (seen, averages)
-    )
+    one, mean = ([float(weight.flatten()[0]) for weight in history[falls]] for history in (seen, averages))
     bottom.plot(one, style, label=f"{falls}, the weight")
     bottom.plot(mean, style, color="black", linewidth=1, label=f"{falls}, its mean")
 top.set(ylabel="1000 × rate", ylim=(0, None))
@@ -511,8 +514,8 @@ print(f"learning rates: {RATE:g} and {RATE / 100:g}, 100 times lower")
 # %% [markdown]
 # ## Read next
 #
-# - `minidiff/trainers/from_scratch.py`: `DiffusionTask`, what you have trained, and before it `AutoencoderTask`, which comes first.
-# - `minidiff/trainers/loop.py`: `Training.run` is the loop, `minidiff/trainers/optimizer.py` has `ExponentialAverage`, your two lines, and
+# - `minidiff/bundled/tasks.py`: `DiffusionTask`, what you have trained, and before it `AutoencoderTask`, which comes first.
+# - `minidiff/trainers/engine/loop.py`: `Training.run` is the loop, `minidiff/trainers/engine/optimizer.py` has `ExponentialAverage`, your two lines, and
 #   Muon.
 # - Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models", eq. 3; Salimans and Ho 2022, "Progressive
 #   distillation for fast sampling of diffusion models", section 4, on v; Lin et al. 2023, "Common diffusion noise schedules and sample

@@ -50,11 +50,11 @@ from lessons.common import picture_grid, start
 from minidiff.adapters import lora as library
 from minidiff.config import SD1
 from minidiff.evaluation.alignment import image_alignment
+from minidiff.pictures import pixels_of
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
-from minidiff.trainers import methods
-from minidiff.trainers.from_scratch import pixels_of
-from minidiff.trainers.presets import Concept, preset
+from minidiff.trainers.methods import common
+from minidiff.trainers.methods.options import Concept, preset
 from weights_loader import load_judge
 
 # %%
@@ -117,10 +117,8 @@ lesson.show(fig, "five", "Five tigers; below, the lions that the model draws ins
 names = library.choose(list(library.layers_of(sd)), library.PATTERNS["transformer"])
 options = preset("fine-tune", "bundled")
 settings = replace(options.settings, steps=2 if lesson.quick else 70, batch=4)
-options = replace(
-    options, settings=settings, weights=tuple(f"^{re.escape(name)}\\.weight$" for name in names)
-)
-training = methods.fine_tune(tuned, [concept], options)
+options = replace(options, settings=settings, weights=tuple(f"^{re.escape(name)}\\.weight$" for name in names))
+training = common.fine_tune(tuned, [concept], options)
 losses = [float(step.loss) for _, step in training.run(lesson.device)]
 after, verdict_after = draw(tuned)
 print(f"{len(names)} matrices, {len(losses)} steps of {settings.batch} pictures")
@@ -257,6 +255,7 @@ lesson.show(fig, "ranks", "Lions turn orange and lose their manes up to rank 4, 
 # `down` is A of shape `[r, in]`, `up` is B of shape `[out, r]`, and out comes `[..., out]`. A matrix that multiplies rows is transposed: `x
 # @ down.T`.
 
+
 # %%
 def low_rank(x, down, up, alpha):
     """(alpha / r) up down x; x [..., in], down [r, in], up [out, r], r from down's shape."""
@@ -291,7 +290,7 @@ settings = replace(options.settings, steps=1 if lesson.quick else 50, batch=4)
 trained = {}
 for r in (8,) if lesson.quick else (1, 8):
     low = replace(options.low_rank, rank=r)
-    method = methods.lora(sd, [concept], replace(options, settings=settings, low_rank=low))
+    method = common.lora(sd, [concept], replace(options, settings=settings, low_rank=low))
     for _ in method.run(lesson.device):
         pass
     method.lora.attach(sd)
@@ -351,7 +350,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 # with B. Three beginnings, each before its first step. With a zero among the two, the picture is that of the model as it was.
 
 # %%
-task = methods.lora(sd, [concept], replace(options, settings=settings)).phases[0]
+task = common.lora(sd, [concept], replace(options, settings=settings)).phases[0]
 (adapter,) = task.adapters
 beginnings = {"B zero": (1, 0), "both zero": (0, 0), "both drawn": (1, 1)}  # of A, of B
 

@@ -3,8 +3,8 @@
 #
 # **How does a model learn one new animal from five pictures, and what does it forget meanwhile?**
 #
-# - Explains: [minidiff/trainers/methods.py](../minidiff/trainers/methods.py),
-#   [minidiff/trainers/personalise.py](../minidiff/trainers/personalise.py)
+# - Explains: [minidiff/trainers/methods/common.py](../minidiff/trainers/methods.py),
+#   [minidiff/trainers/methods/finetuning.py](../minidiff/trainers/personalise.py)
 # - You change: `with_prior`, the loss that keeps the class
 # - Minutes: 35
 # - Picture: [figures/15-forgotten.png](figures/15-forgotten.png)
@@ -45,11 +45,11 @@ from matplotlib import pyplot as plt
 # %%
 from lessons.common import picture_grid, start
 from minidiff.config import SD1
+from minidiff.pictures import pixels_of
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
-from minidiff.trainers import methods
-from minidiff.trainers.from_scratch import pixels_of
-from minidiff.trainers.presets import Concept, Prior, preset
+from minidiff.trainers.methods import common
+from minidiff.trainers.methods.options import Concept, Prior, preset
 from minidiff.unet import UNet
 from weights_loader import load_judge
 
@@ -115,7 +115,7 @@ settings = replace(options.settings, batch=2, precision="bfloat16")
 def learn(model, concept, prior, steps, look_every):
     """Trains, and stops to look; by step, what is drawn for the name and for the class."""
     now = replace(options, settings=replace(settings, steps=steps), prior=prior)
-    method = methods.dreambooth(model, [concept], now)
+    method = common.dreambooth(model, [concept], now)
     seen = {0: before}
     for _, step in method.run(lesson.device):
         if step.i % look_every == 0:
@@ -152,6 +152,7 @@ seen_alone = learn(alone, concept, Prior(), *((1, 1) if lesson.quick else (60, 2
 # The trainer runs both parts through the U-Net in one batch and gets one loss a row, `loss` of shape `[B]`: the first `subjects` rows
 # belong to the subject, the rest to the class. Write the sum of the equation, with `weight` for $\lambda$.
 
+
 # %%
 def with_prior(loss, subjects, weight):
     """Mean of the first rows + weight * mean of the others; loss [B], the first are subjects."""
@@ -173,7 +174,7 @@ print(f"two losses of the subject, two of the class: {with_prior(rows, 2, 1.0):.
 # %%
 count, drawn_in = (2, 2) if lesson.quick else (16, 12)
 prior = Prior(kind="generated", count=count, steps=drawn_in)
-for filled in methods.fill_class_images(sd, concept, prior, options.prompt, options.samples):
+for filled in common.fill_class_images(sd, concept, prior, options.prompt, options.samples):
     pass
 print(f"{filled.i} pictures of a lion, drawn by the model itself")
 
@@ -214,7 +215,7 @@ nameless = replace(concept, token="", prompt="a photo of a lion")
 broken = lesson.load()
 fine = replace(preset("fine-tune", "bundled"), prior=prior, weights=("^unet", "^text_encoder"))
 fine = replace(fine, settings=replace(settings, steps=1 if lesson.quick else 80))
-for _ in methods.fine_tune(broken, [nameless], fine).run(lesson.device):
+for _ in common.fine_tune(broken, [nameless], fine).run(lesson.device):
     pass
 pictures, lion, tiger = draw(broken, lions)
 print(f'"a lion", without a name: {lion:.0%} lion, {tiger:.0%} tiger')
@@ -256,7 +257,7 @@ print(f"{weights / 1e6:.0f} million, {4 * 4 * weights / 1e9:.1f} GB before any p
 # %% [markdown]
 # ## Read next
 #
-# - `minidiff/trainers/methods.py`: `dreambooth` puts the pieces together; `minidiff/trainers/personalise.py`: the last line of
+# - `minidiff/trainers/methods/common.py`: `dreambooth` puts the pieces together; `minidiff/trainers/methods/finetuning.py`: the last line of
 #   `Personalisation.loss` is yours.
 # - Ruiz et al. 2023, "DreamBooth: fine tuning text-to-image diffusion models for subject-driven generation", section 3.3 and eq. 2.
 # - Lesson 16: nothing of the model moves, and one word is learnt.

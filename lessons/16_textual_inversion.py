@@ -40,11 +40,11 @@ from matplotlib import pyplot as plt
 # %%
 from lessons.common import picture_grid, start
 from minidiff.config import SD1, SD2
+from minidiff.pictures import pixels_of
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
-from minidiff.trainers import methods
-from minidiff.trainers.from_scratch import pixels_of
-from minidiff.trainers.presets import Concept, preset
+from minidiff.trainers.methods import common
+from minidiff.trainers.methods.options import Concept, preset
 from weights_loader import load_judge
 
 # %%
@@ -67,7 +67,7 @@ of_word = replace(options.tokens.settings, steps=steps, **fast)
 of_lora = replace(options.lora.settings, steps=lora_steps, **fast)
 low_rank = replace(options.lora, settings=of_lora)
 options = replace(options, tokens=replace(options.tokens, settings=of_word), lora=low_rank)
-method = methods.pivotal(sd, [concept], options)
+method = common.pivotal(sd, [concept], options)
 
 # %%
 table = sd.text_encoder.token_embedding.weight.detach().clone()
@@ -84,6 +84,7 @@ print(f"the caption: {ids.tolist()}")
 #
 # Write the look-up. `ids` has shape `[..., L]`, `table` `[T, D]`, and `new` holds the new vectors, `[n, D]`: the id `T` means `new[0]`,
 # `T + 1` means `new[1]`. Out comes `[..., L, D]`. Leave the table as it is.
+
 
 # %%
 def embed(ids, table, new):
@@ -184,13 +185,13 @@ assert torch.equal(sd.text_encoder.token_embedding.weight, table)
 
 # %%
 sks = replace(concept, token="sks")
-alone = methods.lora(sd, [sks], low_rank)
+alone = common.lora(sd, [sks], low_rank)
 for _, step in alone.run(lesson.device):
     if step.i == lora_steps:
         results["LoRA"] = draw("sks lion"), draw("lion")
 
 # %%
-print("        tiger for the name, lion for \"lion\"")
+print('        tiger for the name, lion for "lion"')
 for label, ((_, tiger, _), (_, _, lion)) in results.items():
     print(f"{label:6} {tiger:15.0%} {lion:18.0%}")
 rows = [to_images(five)[: len(backgrounds)], *(named for (named, *_), _ in results.values())]

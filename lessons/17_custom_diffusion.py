@@ -35,12 +35,12 @@ from minidiff.adapters import custom_diffusion as library
 from minidiff.adapters.tokens import RARE_TOKENS, NewTokens
 from minidiff.config import SD1
 from minidiff.evaluation.weights import KINDS, kind_of, layer_changes
+from minidiff.pictures import pixels_of
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
 from minidiff.scenes.scenes import sample_scene
-from minidiff.trainers import methods
-from minidiff.trainers.from_scratch import pixels_of
-from minidiff.trainers.presets import Concept, preset
+from minidiff.trainers.methods import common
+from minidiff.trainers.methods.options import Concept, preset
 from minidiff.unet import UNet
 from weights_loader import load_judge
 
@@ -76,6 +76,7 @@ for subject, (token, class_word) in subjects.items():
     words = {"token": token, "class_word": class_word}
     near = Path(root.name) / f"scenes like a {class_word}"
     concepts[subject] = Concept(images=folder, class_images=near, **words)
+
 
 # %%
 @torch.no_grad()
@@ -118,7 +119,7 @@ lesson.show(fig, "five", "Five tigers and five violins, each on another backgrou
 tuned = lesson.load()
 options = preset("fine-tune", "bundled")
 settings = replace(options.settings, steps=1 if lesson.quick else 25, batch=4)
-training = methods.fine_tune(tuned, [concepts["tiger"]], replace(options, settings=settings))
+training = common.fine_tune(tuned, [concepts["tiger"]], replace(options, settings=settings))
 for _ in training.run(lesson.device):
     pass
 old, new = (dict(one.unet.named_parameters()) for one in (sd, tuned))
@@ -164,13 +165,13 @@ settings = replace(options.settings, steps=count, **fast)
 prior = replace(options.prior, count=4 if lesson.quick else 40)
 options = replace(options, settings=settings, prior=prior)
 for concept in concepts.values():
-    for _ in methods.fill_class_images(sd, concept, prior, options.prompt, options.samples):
+    for _ in common.fill_class_images(sd, concept, prior, options.prompt, options.samples):
         pass
 
 
 def learn(chosen, starts, steps):
     now = replace(options, start=starts, settings=replace(settings, steps=steps))
-    method = methods.custom_diffusion(sd, chosen, now)
+    method = common.custom_diffusion(sd, chosen, now)
     for _ in method.run(lesson.device):
         pass
     return method.custom_diffusion
@@ -210,6 +211,7 @@ lesson.show(fig, "apart", "Lions, tigers for the new word, guitars, violins for 
 #
 # Two things at once are hard for the bundled model, even two that it knows (lesson 10). So that we know what can be expected, the model as
 # it was draws a lion and a guitar first.
+
 
 # %%
 def of_two(a, b):
@@ -256,6 +258,7 @@ print(f"joint training: {found}")
 # `C_reg` `[n, D]`; out goes W, `[out, D]`. The inverse of $C_{reg}^\top C_{reg}$ is symmetric, so d is the transposed of the solution for
 # $C^\top$.
 
+
 # %%
 def merge(W0, C, V, C_reg):
     """Eq. 4 and 5; W0 [out, D], C [s, D], V [s, out], C_reg [n, D]; W [out, D] with W C^T = V^T."""
@@ -275,6 +278,7 @@ merge = lesson.check(merge, instead=of_the_library)
 # Words of two numbers and a map to one, so that it can be drawn: words of length one stand in a circle, and for each the map gives one
 # number. One word is to get another number than before. The other captions lie around another direction. "Nothing to keep" is the same
 # with a $C_{reg}$ of all directions alike.
+
 
 # %%
 def on_the_circle(degrees):
@@ -341,6 +345,7 @@ context = sd.encode_prompts([target for (target,) in targets])
 positions = [dict(sd.tokenizer.words(target)) for (target,) in targets]
 added.detach()
 print(f"added up: {found}")
+
 
 # %%
 @torch.no_grad()

@@ -85,6 +85,7 @@ for layout, table in tables.items():
 #
 # To see it at full size no weights are needed. PyTorch's device `meta` makes modules that have shapes and no numbers.
 
+
 # %%
 def full_size(config):
     with torch.device("meta"), NoInit():  # no memory is taken, no weight is drawn
@@ -117,8 +118,9 @@ for rows, side, color in ((down, "input", BLUE), (up[::-1], "output", RED)):
     for i, steps in enumerate(rows):
         for j, step in enumerate(steps):
             x = j + i * 0.45 if side == "input" else 9.4 - i * 0.45 - (len(steps) - 1 - j)
-            axis.text(x, -i, str(step), color="white", ha="center", va="center", fontsize=13,
-                      bbox={"boxstyle": "square,pad=0.35", "color": color})  # fmt: skip
+            axis.text(
+                x, -i, str(step), color="white", ha="center", va="center", fontsize=13, bbox={"boxstyle": "square,pad=0.35", "color": color}
+            )
         axis.text(4.7, -i, f"level {i}", ha="center", va="center", fontsize=12)
 axis.text(0, 0.75, "input_blocks", color=BLUE)
 axis.text(9.7, 0.75, "output_blocks", color=RED, ha="right")
@@ -139,6 +141,7 @@ lesson.show(fig, "steps", "A U of numbered steps: down 1 to 11, up from the deep
 # | `up.1.blocks.2` | `output_blocks.5.0` |
 #
 # `up.0` is the deepest level in both. Enlarging, `up.1.upsample`, is left out.
+
 
 # %%
 def place_in_ldm(ours, blocks_per_level):
@@ -199,6 +202,7 @@ with tempfile.TemporaryDirectory() as folder:
 #
 # How equal is equal? The same weights in float64 show it: what differs then is rounding alone. Differences are given relative to the largest value of the layer.
 
+
 # %%
 def in_float64(sd):
     sd = copy.deepcopy(sd)
@@ -233,6 +237,7 @@ assert worst < 1e-4
 # Each function makes one of the five mistakes in a copy of the model. Three do it by moving weights, because that has the same effect as the wrong line of code and
 # can be undone by throwing the copy away.
 
+
 # %%
 def wrong_eps(sd):
     for module in sd.unet.modules():
@@ -250,6 +255,7 @@ def gate_first(sd):
         if isinstance(module, FeedForward):
             for p in module.proj_in.parameters():
                 p.copy_(p.roll(len(p) // 2, dims=0))
+
 
 # %%
 def other_gelu(sd):
@@ -361,4 +367,3 @@ for config in (SD1, SD2):
 # - `tests/parity/test_traps.py`: more mistakes of the field, each made on purpose against the originals' code.
 # - Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models", and the code published with it, whose names these are.
 # - This is the last lesson of the path "I want to understand". The other path goes on with lesson 14: changing weights that you have loaded.
-

@@ -8,7 +8,9 @@ from pathlib import Path
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lessons", description="Notebooks and a web page of the lessons; a check of what you wrote.")
+    parser = argparse.ArgumentParser(
+        prog="python -m lessons", description="Notebooks and a web page of the lessons; a check of what you wrote."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     builder = commands.add_parser("build", help="run the lessons; write notebooks and a web page of them")
     builder.add_argument("numbers", nargs="*", metavar="NUMBER", help="lessons, as 01 04; all of them by default")

@@ -62,7 +62,7 @@ def find(number: str) -> Entry:
 def readme(text: str) -> str:
     """The text of README.md with its table and paths made anew, between their marks."""
     rows = [
-        f"| [{e.number} {e.title}]({e.name}.py) | {e.explains} | {e.minutes} | {e.change} | <img src=\"{e.picture}\" width=\"240\" alt=\"\"> |"
+        f'| [{e.number} {e.title}]({e.name}.py) | {e.explains} | {e.minutes} | {e.change} | <img src="{e.picture}" width="240" alt=""> |'
         for e in entries()
     ]
     table = "\n".join(["| lesson | explains | minutes | you change | |", "|---|---|---|---|---|", *rows])
@@ -82,7 +82,9 @@ def _between(text: str, mark: str, content: str) -> str:
 def _entry(path: Path) -> Entry:
     head = HEAD.match(jupytext.read(path, fmt="py:percent").cells[0].source)
     if head is None:
-        raise ValueError(f"{path.name}: its first cell must have title, question, Explains, You change, Minutes and Picture; see catalogue.py")
+        raise ValueError(
+            f"{path.name}: its first cell must have title, question, Explains, You change, Minutes and Picture; see catalogue.py"
+        )
     fields = {name: " ".join(value.split()) for name, value in head.groupdict().items()}
     if fields["number"] != path.stem[:2]:
         raise ValueError(f"{path.name}: its title says lesson {fields['number']}")

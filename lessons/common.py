@@ -29,7 +29,7 @@ from PIL import Image
 
 import weights_loader
 from lessons.exercises import complaint
-from minidiff.cli_model import choose_device
+from minidiff.cli.model import choose_device
 from minidiff.pipeline import StableDiffusion
 
 HERE = Path(__file__).parent
@@ -40,11 +40,24 @@ BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 
 # 720 pixels wide; at half the size, on a phone, the letters are still 10 pixels high.
 STYLE = {
-    "figure.figsize": (6.0, 3.6), "figure.dpi": 120, "savefig.dpi": 120, "figure.constrained_layout.use": True,
-    "font.size": 14, "axes.titlesize": 14, "axes.labelsize": 14, "legend.fontsize": 13, "legend.frameon": False,
-    "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, PINK, RED, SKY]), "lines.linewidth": 2.2, "image.cmap": "cividis",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "axes.axisbelow": True,
-}  # fmt: skip
+    "figure.figsize": (6.0, 3.6),
+    "figure.dpi": 120,
+    "savefig.dpi": 120,
+    "figure.constrained_layout.use": True,
+    "font.size": 14,
+    "axes.titlesize": 14,
+    "axes.labelsize": 14,
+    "legend.fontsize": 13,
+    "legend.frameon": False,
+    "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, PINK, RED, SKY]),
+    "lines.linewidth": 2.2,
+    "image.cmap": "cividis",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "axes.axisbelow": True,
+}
 plt.rcParams.update(STYLE)
 
 
@@ -100,7 +113,9 @@ def start(name: str, options: str = "") -> Lesson:
     parser.add_argument("--model", default="tiny", help="the bundled model, a .safetensors or .ckpt file, or a diffusers folder")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--quick", action="store_true", help="less of everything: to see that it runs")
-    parser.add_argument("--figures", type=Path, help="folder for the pictures; lessons/figures, or runs/lessons with another model or --quick")
+    parser.add_argument(
+        "--figures", type=Path, help="folder for the pictures; lessons/figures, or runs/lessons with another model or --quick"
+    )
     is_program = Path(sys.argv[0]).stem == name
     args = parser.parse_args(sys.argv[1:] if is_program else shlex.split(options or os.environ.get("LESSON_OPTIONS", "")))
     usual = args.model == "tiny" and not args.quick

@@ -1,3 +1,3 @@
-from minidiff.cli import main
+from minidiff.cli.main import main
 
 main()

@@ -11,9 +11,6 @@ or those of kernels/, which never build the N x L matrix in memory. The tests ho
 """
 
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minidiff.kernels import cross_attention, self_attention
-
-ATTENTION = ("auto", "by_hand", "pytorch", "triton")
-_asked_for = "auto"  # in the whole process: autograd works in threads of its own, and torch.compile guards on it
-_tried: dict[torch.device, bool] = {}  # whether our kernels run there
+from minidiff.kernels.dispatch import chosen
 
 
 def attention_weights(q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], heads: int, causal: bool = False) -> Float[Tensor, "B h N L"]:
@@ -48,64 +42,6 @@ def attention_by_hand(
     weights = attention_weights(q, k, heads, causal)
     v = rearrange(v, "B L (h d) -> B h L d", h=heads)
     return rearrange(weights @ v, "B h N d -> B N (h d)")
-
-
-@contextmanager
-def attention_backend(name: str) -> Iterator[None]:
-    """Within the block attention is worked out as the name says, and with "triton" GroupNorm + SiLU and GEGLU too (see blocks.py).
-
-    auto: what is fastest for the device and the shape; by_hand: the plain steps; pytorch: PyTorch's fused kernels; triton: those of
-    kernels/, and a ValueError where none takes the tensors. Results are the same but for rounding. A backward pass that computes parts
-    again (checkpointing) belongs into the block too. Raises ValueError for another name.
-    """
-    global _asked_for
-    if name not in ATTENTION:
-        raise ValueError(f"attention {name!r} unknown; choose {', '.join(ATTENTION)}")
-    before, _asked_for = _asked_for, name
-    try:
-        yield
-    finally:
-        _asked_for = before
-
-
-def backend() -> str:
-    """The name that `attention_backend` was given last, "auto" without it."""
-    return _asked_for
-
-
-def chosen(q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False) -> str:
-    """How `attention` works this out: "by_hand", "pytorch", or by our kernel for "self"- or "cross"-attention.
-
-    Raises ValueError where our kernels were asked for by name and none takes these tensors, with the reason.
-    """
-    if _asked_for in ("by_hand", "pytorch"):
-        return _asked_for
-    if _asked_for == "triton" or q.device.type == "cuda" and kernels_run(q.device):
-        if not causal and q.shape[1] != k.shape[1] and cross_attention.unsupported(q, k, v, heads, causal) is None:
-            return "cross"
-        reason = self_attention.unsupported(q, k, v, heads, causal)
-        if reason is None:
-            return "self"
-        if _asked_for == "triton":
-            raise ValueError(f"attention 'triton' does not take this: {reason}; choose attention 'auto' or 'pytorch'")
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[1] <= 256:
-        return "by_hand"  # PyTorch's kernel for this case is slow (2.11 to 2.15): 2 to 7 times, forward and backward, at 16 to 256 keys
-    return "pytorch"
-
-
-@torch.compiler.assume_constant_result
-def kernels_run(device: torch.device) -> bool:
-    """Whether Triton works on this GPU, tried once: it also needs a C compiler and Python's headers, which a machine may not have."""
-    if device not in _tried:
-        x = torch.zeros(1, 16, 16, device=device)
-        _tried[device] = self_attention.unsupported(x, x, x, 1, False) is None
-        try:
-            if _tried[device]:
-                self_attention.fused_self_attention(x, x, x, 1)
-        except Exception as error:  # whatever it is, PyTorch's kernels do not have it
-            _tried[device] = False
-            warnings.warn(f"Triton does not work here, PyTorch's attention is used instead: {error}", stacklevel=2)
-    return _tried[device]
 
 
 def attention(

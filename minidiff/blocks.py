@@ -16,9 +16,10 @@ from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from minidiff.attention import Attention, backend
+from minidiff.attention import Attention
 from minidiff.kernels import geglu as geglu_kernel
 from minidiff.kernels import group_norm_silu
+from minidiff.kernels.dispatch import backend
 
 
 def timestep_embedding(t: Shaped[Tensor, " B"], width: int) -> Float[Tensor, "B {width}"]:

@@ -63,7 +63,11 @@ def compare_models(a: StableDiffusion, b: StableDiffusion, prompt: str, t: int, 
 def config_differences(a: StableDiffusion, b: StableDiffusion) -> list[str]:
     """The numbers that the two differ in, "unet.groups: 32 and 16" a line."""
     parts = ("tokenizer", "text_encoder", "unet", "vae", "schedule")
-    pairs = [(f"{part}.{f.name}", *(getattr(getattr(sd.config, part), f.name) for sd in (a, b))) for part in parts for f in fields(getattr(a.config, part))]
+    pairs = [
+        (f"{part}.{f.name}", *(getattr(getattr(sd.config, part), f.name) for sd in (a, b)))
+        for part in parts
+        for f in fields(getattr(a.config, part))
+    ]
     return [f"{name}: {one} and {other}" for name, one, other in pairs if one != other]
 
 

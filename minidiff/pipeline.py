@@ -21,12 +21,12 @@ from torch import Tensor
 
 from minidiff.attention_maps import record_cross_attention
 from minidiff.config import ModelConfig
+from minidiff.cuda_graph import Savings, channels_last, saving
 from minidiff.guidance import guided
 from minidiff.samplers import Step, levels, sample
-from minidiff.savings import Savings, channels_last, saving
 from minidiff.schedule import NoiseSchedule
-from minidiff.strips import decode_in_strips, worth_strips
 from minidiff.text_encoder import TextEncoder
+from minidiff.tiled_decode import decode_in_strips, worth_strips
 from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
 from minidiff.vae import VAE
@@ -90,7 +90,7 @@ class StableDiffusion:
         prompts and seeds: one picture each; a single one of either is used for all of the other. size: pixels, one number for a square
         or (width, height); None is the model's own. guidance_scale: None is the model's own; 1 follows the prompt alone. attention_maps:
         each Step carries the cross-attention of its first model call, for the prompt, by layer (see attention_maps.py). savings: what is
-        not worked out twice (see savings.py); all of it by default.
+        not worked out twice (see cuda_graph.py); all of it by default.
         Everything is checked before the first step: raises ValueError for what the model cannot do.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -118,8 +118,14 @@ class StableDiffusion:
         model = saving(model, self.unet, lambda: [level.t for level in levels(self.schedule, sampler, steps, spacing)], savings)
         x = draw()
         walk = sample(
-            lambda x_t, t: model(x_t.to(self.dtype), t).to(x_t.dtype), x, self.schedule,
-            sampler=sampler, steps=steps, spacing=spacing, eta=eta, noise=draw,
+            lambda x_t, t: model(x_t.to(self.dtype), t).to(x_t.dtype),
+            x,
+            self.schedule,
+            sampler=sampler,
+            steps=steps,
+            spacing=spacing,
+            eta=eta,
+            noise=draw,
         )
         return self._steps(walk, count, attention_maps)
 
@@ -149,7 +155,9 @@ class StableDiffusion:
         decode = partial(decode_in_strips, self.vae) if strips and worth_strips(self.config.vae, z) else self.vae.decode
         pixels = decode(z.to(dtype))
         if not pixels.isfinite().all() and dtype.itemsize < 4:
-            warnings.warn(f"the decoder overflowed in {dtype}: decoded again in float32", stacklevel=4)  # past no_grad's wrapper, to who called decode
+            warnings.warn(
+                f"the decoder overflowed in {dtype}: decoded again in float32", stacklevel=4
+            )  # past no_grad's wrapper, to who called decode
             try:
                 self.vae.float()
                 pixels = decode(z.float())
@@ -178,9 +186,16 @@ class StableDiffusion:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         walk = self.denoise(
             [prompt for prompt in prompts for _ in range(batch)],
-            steps=steps, sampler=sampler, guidance_scale=guidance_scale, negative_prompt=negative_prompt,
-            seeds=[seed + i for _ in prompts for i in range(batch)], size=size, spacing=spacing, eta=eta, savings=savings,
-        )  # fmt: skip
+            steps=steps,
+            sampler=sampler,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            seeds=[seed + i for _ in prompts for i in range(batch)],
+            size=size,
+            spacing=spacing,
+            eta=eta,
+            savings=savings,
+        )
         *_, last = walk
         return to_images(self.decode(last.x_t))
 

@@ -69,7 +69,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         L = tokens.shape[1]
-        if L > self.config.context_length:
+        if self.config.context_length < L:
             raise ValueError(f"{L} tokens given, the text encoder has {self.config.context_length} positions; cut the prompt")
         x = self.embed(tokens) + self.position_embedding.weight[:L]
         for block in self.blocks:

@@ -15,9 +15,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minidiff.attention import Attention, attention_backend, backend
+from minidiff.attention import Attention
 from minidiff.blocks import ResBlock, norm_silu
 from minidiff.config import VAEConfig
+from minidiff.kernels.dispatch import attention_backend, backend
 
 EPS = 1e-6
 

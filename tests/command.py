@@ -2,7 +2,7 @@
 
 import sys
 
-from minidiff.cli import main
+from minidiff.cli.main import main
 
 
 def runner(monkeypatch, tmp_path, capsys):

@@ -7,14 +7,15 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from minidiff.bundled.recipe import Recipe
+from minidiff.bundled.tasks import DiffusionTask, Latents, bundled_config
 from minidiff.config import SD1, ModelConfig
 from minidiff.schedule import NoiseSchedule
-from minidiff.trainers.diffusion_loss import diffusion_loss, draw
-from minidiff.trainers.from_scratch import DiffusionTask, Latents, bundled_config
-from minidiff.trainers.loop import rng_for, train
-from minidiff.trainers.memory import estimate_memory
-from minidiff.trainers.optimizer import adamw
-from minidiff.trainers.recipe import Recipe, Settings
+from minidiff.trainers.engine.diffusion_loss import diffusion_loss, draw
+from minidiff.trainers.engine.loop import rng_for, train
+from minidiff.trainers.engine.memory import estimate_memory
+from minidiff.trainers.engine.optimizer import adamw
+from minidiff.trainers.engine.settings import Settings
 from minidiff.unet import UNet
 
 CPU = torch.device("cpu")

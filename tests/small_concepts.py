@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from minidiff.trainers.methods import custom_diffusion, dreambooth, fine_tune, lora, pivotal, textual_inversion
-from minidiff.trainers.presets import (
+from minidiff.trainers.engine.settings import Settings
+from minidiff.trainers.methods.common import custom_diffusion, dreambooth, fine_tune, lora, pivotal, textual_inversion
+from minidiff.trainers.methods.options import (
     Concept,
     CustomDiffusionOptions,
     DreamBoothOptions,
@@ -17,7 +18,6 @@ from minidiff.trainers.presets import (
     Prior,
     TextualInversionOptions,
 )
-from minidiff.trainers.recipe import Settings
 
 FOLDER = Prior(kind="folder")
 
@@ -51,7 +51,11 @@ def small_methods() -> dict:
     low = LowRankOptions(rank=2)
     words = TextualInversionOptions(settings=quick(), vectors=2)
     return {
-        "lora": (lora, LoRAOptions(settings=quick(), low_rank=LowRankOptions(rank=2, text_encoder=True, text_scale=0.5, dropout=0.1)), "sks"),
+        "lora": (
+            lora,
+            LoRAOptions(settings=quick(), low_rank=LowRankOptions(rank=2, text_encoder=True, text_scale=0.5, dropout=0.1)),
+            "sks",
+        ),
         "dreambooth": (dreambooth, DreamBoothOptions(settings=quick(), prior=FOLDER), "sks"),
         "dreambooth, text encoder": (dreambooth, DreamBoothOptions(settings=quick(), prior=FOLDER, text_encoder=True), "sks"),
         "dreambooth with LoRA": (dreambooth, DreamBoothOptions(settings=quick(), prior=FOLDER, low_rank=low), "sks"),

@@ -4,11 +4,11 @@ import dataclasses
 
 import torch
 
+from minidiff.bundled.tasks import CONTEXT_LENGTH, WITHOUT_MERGES, bundled_config
 from minidiff.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
-from minidiff.trainers.from_scratch import CONTEXT_LENGTH, WITHOUT_MERGES, bundled_config
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 

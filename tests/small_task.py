@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from minidiff.trainers import processes
-from minidiff.trainers.loop import normals, rng_for
-from minidiff.trainers.optimizer import adamw
-from minidiff.trainers.recipe import Settings
+from minidiff.trainers.engine import distributed
+from minidiff.trainers.engine.loop import normals, rng_for
+from minidiff.trainers.engine.optimizer import adamw
+from minidiff.trainers.engine.settings import Settings
 
 CPU = torch.device("cpu")
 
@@ -61,9 +61,9 @@ def together(count: int, function: Callable[[], None]) -> list[int | None]:
     def member(number: int):
         names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "RANK": number, "LOCAL_RANK": number}
         os.environ.update({name: str(value) for name, value in names.items()} | {"TORCHELASTIC_RUN_ID": "test"})
-        processes.join_processes(CPU)
+        distributed.join_processes(CPU)
         function()
-        processes.leave_processes()
+        distributed.leave_processes()
 
     members = [multiprocessing.get_context("fork").Process(target=member, args=(number,)) for number in range(count)]
     for one in members:

@@ -24,12 +24,13 @@ import minidiff.attention
 import minidiff.vae
 from minidiff.adapters.custom_diffusion import create_custom_diffusion
 from minidiff.adapters.lora import PATTERNS, create_lora
-from minidiff.attention import ATTENTION, Attention, attention, attention_backend, attention_by_hand, attention_weights, backend, chosen
+from minidiff.attention import Attention, attention, attention_by_hand, attention_weights
 from minidiff.attention_maps import record_cross_attention
 from minidiff.blocks import TransformerBlock
-from minidiff.cli_flags import Attentions
+from minidiff.cli.flags import Attentions
 from minidiff.kernels import self_attention, tiles
-from minidiff.trainers.checkpointing import checkpointed
+from minidiff.kernels.dispatch import ATTENTION, attention_backend, backend, chosen
+from minidiff.trainers.engine.checkpointing import checkpointed
 from minidiff.vae import AttentionBlock
 from tests.small_models import small_model, training_config
 
@@ -313,7 +314,10 @@ def test_an_unknown_name_is_refused():
 )
 def test_our_kernels_by_name_for_what_they_do_not_take_is_an_error_with_the_reason(changes, reason):
     usual = dict(N=16, L=16, heads=1, d=8, device=DEVICE)
-    with attention_backend("triton"), pytest.raises(ValueError, match=f"attention 'triton' does not take this: .*{reason}.*; choose attention 'auto'"):
+    with (
+        attention_backend("triton"),
+        pytest.raises(ValueError, match=f"attention 'triton' does not take this: .*{reason}.*; choose attention 'auto'"),
+    ):
         way(**usual | changes)
 
 

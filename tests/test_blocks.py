@@ -7,12 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minidiff.attention import attention_backend
 from minidiff.blocks import (
-    FeedForward, ResBlock, SpatialTransformer, TimeEmbedding, TransformerBlock, as_many_rows, geglu, norm_silu, timestep_embedding,
-)  # fmt: skip
+    FeedForward,
+    ResBlock,
+    SpatialTransformer,
+    TimeEmbedding,
+    TransformerBlock,
+    as_many_rows,
+    geglu,
+    norm_silu,
+    timestep_embedding,
+)
 from minidiff.kernels import geglu as geglu_kernel
 from minidiff.kernels import group_norm_silu, tiles
+from minidiff.kernels.dispatch import attention_backend
 
 CLOSE = dict(rtol=1e-11, atol=1e-11)  # float64, over a few hundred additions a value
 
@@ -130,8 +138,9 @@ def test_a_resblock_does_not_mix_the_rows_of_a_batch():
 
 
 CASES = pytest.mark.parametrize(
-    ("name", "as_it_should_be", "by_kernel"), [("auto", True, False), ("pytorch", True, False), ("triton", True, True), ("triton", False, False)]
-)  # fmt: skip
+    ("name", "as_it_should_be", "by_kernel"),
+    [("auto", True, False), ("pytorch", True, False), ("triton", True, True), ("triton", False, False)],
+)
 
 
 def counted(monkeypatch, module, name):
@@ -142,7 +151,9 @@ def counted(monkeypatch, module, name):
 
 
 @CASES
-def test_norm_and_silu_are_one_kernel_where_kernels_are_asked_for_and_the_input_is_channels_last(monkeypatch, name, as_it_should_be, by_kernel):
+def test_norm_and_silu_are_one_kernel_where_kernels_are_asked_for_and_the_input_is_channels_last(
+    monkeypatch, name, as_it_should_be, by_kernel
+):
     calls = counted(monkeypatch, group_norm_silu, "fused_group_norm_silu")
     norm, x = nn.GroupNorm(4, 8).to(tiles.DEVICE), noise(2, 8, 5, 6).float().to(tiles.DEVICE)
     with attention_backend(name):

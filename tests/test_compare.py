@@ -40,8 +40,18 @@ def test_a_model_agrees_with_itself_in_every_layer_in_the_order_they_run(sd):
     ]
     # the text encoder takes the rows of its position embedding without calling it
     assert set(leaves) - set(layers) == {"text_encoder.position_embedding"}
-    shown = ["text_encoder.token_embedding", "text_encoder", "unet.time_embedding.linear_1", "unet.down.0.blocks.0.norm_1", "unet",
-             "vae.encoder", "vae.quant_conv", "vae.post_quant_conv", "vae.decoder.conv_in", "vae.decoder"]  # fmt: skip
+    shown = [
+        "text_encoder.token_embedding",
+        "text_encoder",
+        "unet.time_embedding.linear_1",
+        "unet.down.0.blocks.0.norm_1",
+        "unet",
+        "vae.encoder",
+        "vae.quant_conv",
+        "vae.post_quant_conv",
+        "vae.decoder.conv_in",
+        "vae.decoder",
+    ]
     assert sorted(shown, key=layers.index) == shown
 
 

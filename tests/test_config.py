@@ -14,7 +14,7 @@ ALL = (TokenizerConfig, TextEncoderConfig, UNetConfig, VAEConfig, ScheduleConfig
 
 
 def test_the_defaults_are_stable_diffusion_1():
-    assert SD1 == ModelConfig(TokenizerConfig(), TextEncoderConfig(), UNetConfig(), VAEConfig(), ScheduleConfig(), 512, 7.5)
+    assert ModelConfig(TokenizerConfig(), TextEncoderConfig(), UNetConfig(), VAEConfig(), ScheduleConfig(), 512, 7.5) == SD1
     assert SD1.schedule.prediction == "eps" and SD1.vae.scaling_factor == 0.18215
     assert SD1.tokenizer.padding == "end" and SD1.text_encoder.activation == "quick_gelu"
 

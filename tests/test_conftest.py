@@ -12,7 +12,7 @@ from tests.parity.check import markdown
 
 ROOT = Path(__file__).parent.parent
 
-SAMPLE = '''
+SAMPLE = """
 import pytest
 
 def test_passes(record_property):
@@ -34,7 +34,7 @@ def test_slow():
 
 @pytest.mark.xfail
 def test_expected_to_fail(): assert False
-'''
+"""
 
 
 def printed(folder: Path, *options: str, ci: bool) -> str:

@@ -17,22 +17,38 @@ import torch
 from torch import Tensor, nn
 
 import minidiff
-from minidiff import attention, attention_maps, blocks, compare, guidance, pipeline, samplers, savings, strips, text_encoder, unet, vae
-from minidiff.adapters import custom_diffusion, family, lora
+from minidiff import (
+    attention,
+    attention_maps,
+    blocks,
+    compare,
+    cuda_graph,
+    guidance,
+    pipeline,
+    samplers,
+    text_encoder,
+    tiled_decode,
+    unet,
+    vae,
+)
+from minidiff.adapters import custom_diffusion, lora, parallel
 from minidiff.bench import attention_cases
 from minidiff.bench import race as bench_race
+from minidiff.bundled import evaluate, tasks
+from minidiff.bundled import train_judge as judge_trainer
+from minidiff.bundled.train_judge import JudgeTask, judge_config
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
-from minidiff.evaluation import alignment, bundled, clip, kid, pairs, weights
+from minidiff.evaluation import alignment, kid, pairs, weights
+from minidiff.evaluation import judge as judge_network
 from minidiff.evaluation.open_clip import OpenClip
-from minidiff.evaluation.prompts import fixed_prompts
 from minidiff.kernels import cross_attention, geglu, group_norm_silu, self_attention, tiles
 from minidiff.samplers import Denoiser, Level
 from minidiff.scenes import art
+from minidiff.scenes.prompts import fixed_prompts
 from minidiff.schedule import NoiseSchedule, zero_terminal_snr
 from minidiff.study import measure
-from minidiff.trainers import diffusion_loss, from_scratch, loop, memory, optimizer, processes, regularisation
-from minidiff.trainers import judge as judge_trainer
-from minidiff.trainers.judge import JudgeTask, judge_config
+from minidiff.trainers.data import regularisation
+from minidiff.trainers.engine import diffusion_loss, distributed, loop, memory, optimizer
 from tests.small_models import small_model
 
 SOURCES = ("model", "real", "reconstructed")  # of the evaluation's figures
@@ -85,17 +101,24 @@ def examples() -> list[partial]:
     answer, draws = lambda x_t, t, context: 0.5 * x_t, diffusion_loss.Draws(t, eps)
     judge = JudgeTask(judge_config(), 0, torch.device("cpu")).judge
     pixels, two = torch.rand(2, 3, 64, 64), torch.tensor([0, 1])
-    features, labels = torch.randn(8, 4), judge_trainer.Labels(torch.rand(2, 2, 8, 8) / 2, two[:, None].repeat(1, 2), two[:, None].repeat(1, 2), two, two)
+    features, labels = (
+        torch.randn(8, 4),
+        judge_trainer.Labels(torch.rand(2, 2, 8, 8) / 2, two[:, None].repeat(1, 2), two[:, None].repeat(1, 2), two, two),
+    )
     with torch.no_grad():
         reading = judge.read(pixels)
-    verdict = bundled.Verdict(True, True, None, None, None, 0.5)
+    verdict = evaluate.Verdict(True, True, None, None, None, 0.5)
     public_clip = OpenClip.__new__(OpenClip)  # around any network
-    public_clip.model, public_clip.image_size, public_clip.device = SimpleNamespace(encode_image=lambda x, normalize: x.mean((2, 3))), 64, torch.device("cpu")
+    public_clip.model, public_clip.image_size, public_clip.device = (
+        SimpleNamespace(encode_image=lambda x, normalize: x.mean((2, 3))),
+        64,
+        torch.device("cpu"),
+    )
     public_clip.mean = public_clip.std = torch.ones(3, 1, 1)
     return [
-        partial(family.Adapter(8, 2, torch.Generator()).forward, q),
-        partial(family.ParallelAdapter(8, 2, torch.Generator()).forward, q),
-        partial(family.MultiHeadParallelAdapter(8, 2, 2, torch.Generator()).forward, q),
+        partial(parallel.Adapter(8, 2, torch.Generator()).forward, q),
+        partial(parallel.ParallelAdapter(8, 2, torch.Generator()).forward, q),
+        partial(parallel.MultiHeadParallelAdapter(8, 2, 2, torch.Generator()).forward, q),
         partial(lora.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0).forward, q),
         partial(lora.kept, torch.tensor([3.0, 1.0]), 0.5, "sum"),
         partial(attention.attention_weights, q, k, 2),
@@ -149,17 +172,17 @@ def examples() -> list[partial]:
         partial(text_encoder.TextBlock(text_config).forward, q),
         partial(text_encoder.TextEncoder(text_config).embed, torch.tensor([[1, 2, 3]])),
         partial(text_encoder.TextEncoder(text_config).forward, torch.tensor([[1, 2, 3]])),
-        partial(from_scratch.pixels_of, np.zeros((1, 4, 4, 3), np.uint8)),
-        partial(from_scratch.resized, x_t, 3),
-        partial(from_scratch.encoded, np.zeros((1, 8, 8, 3), np.uint8), vae.VAE(vae_config), torch.device("cpu")),
-        partial(from_scratch.reconstruction_loss, torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)),
-        partial(from_scratch.Latents(x_t, t[:, None], x_t[:, :1]).scaling_factor),
+        partial(tasks.pixels_of, np.zeros((1, 4, 4, 3), np.uint8)),
+        partial(tasks.resized, x_t, 3),
+        partial(tasks.encoded, np.zeros((1, 8, 8, 3), np.uint8), vae.VAE(vae_config), torch.device("cpu")),
+        partial(tasks.reconstruction_loss, torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)),
+        partial(tasks.Latents(x_t, t[:, None], x_t[:, :1]).scaling_factor),
         partial(diffusion_loss.squared_error, answer, schedule, x_t, context, draws),
         partial(diffusion_loss.diffusion_loss, answer, schedule, x_t, context, draws, mask=x_t[:, :1], min_snr=5.0),
         partial(diffusion_loss.min_snr_weight, schedule, t, 5.0),
         partial(loop.on, torch.device("cpu"), x_t),
         partial(memory.bytes_of, [x_t]),
-        partial(processes.average_gradients, [weight], x_t.sum()),
+        partial(distributed.average_gradients, [weight], x_t.sum()),
         partial(optimizer.orthogonalise, torch.randn(4, 6)),
         partial(regularisation.nearest, torch.randn(4), torch.randn(6, 4)),
         partial(kid.kernel, features, features + 1),
@@ -170,9 +193,9 @@ def examples() -> list[partial]:
         partial(pairs.dependence, np.array([[1.0, -1.0, 0.0]])),
         partial(alignment.check_size, pixels, 64, "judge"),
         partial(alignment.drift, features, features + 1),
-        partial(clip.scaled, features),
-        partial(clip.contrastive_loss, features, features + 1, torch.tensor(1.0)),
-        partial(clip.AttentionPool(8, 4, 2).forward, x),
+        partial(judge_network.scaled, features),
+        partial(judge_network.contrastive_loss, features, features + 1, torch.tensor(1.0)),
+        partial(judge_network.AttentionPool(8, 4, 2).forward, x),
         partial(judge.pictures.forward, pixels),
         partial(judge.read, pixels),
         partial(judge.encode_pictures, pixels),
@@ -180,9 +203,14 @@ def examples() -> list[partial]:
         partial(reading.shares),
         partial(reading.centroids, two),
         partial(reading.tint_of, two),
-        partial(bundled.reconstructed, sd, torch.rand(1, 3, 32, 32)),
-        partial(bundled.judged, judge, pixels, fixed_prompts()[:2]),
-        partial(bundled.figures_of, fixed_prompts()[:4], {name: [verdict] * 4 for name in SOURCES}, dict.fromkeys((*SOURCES, "reference"), features[:4])),
+        partial(evaluate.reconstructed, sd, torch.rand(1, 3, 32, 32)),
+        partial(evaluate.judged, judge, pixels, fixed_prompts()[:2]),
+        partial(
+            evaluate.figures_of,
+            fixed_prompts()[:4],
+            {name: [verdict] * 4 for name in SOURCES},
+            dict.fromkeys((*SOURCES, "reference"), features[:4]),
+        ),
         partial(judge_trainer.augmented, pixels, [np.random.default_rng(i) for i in range(2)]),
         partial(labels.to, torch.device("cpu")),
         partial(unet.DownLevel(8, 8, 2, False, unet_config).forward, x, time, context),
@@ -200,12 +228,12 @@ def examples() -> list[partial]:
         partial(group_norm_silu.unsupported, cells, 4, ones, ones),
         partial(tiles.no_kernel_for, ones),
         partial(tiles.device_of, ones),
-        partial(strips.worth_strips, vae_config, x_t),
-        partial(strips.decode_in_strips, vae.VAE(vae_config), x_t),
-        partial(savings.SameInput(nn.Linear(8, 8)).__call__, q),
-        partial(savings.TimeTable(sd.unet, lambda: [10, 700]).embed, t),
-        partial(savings.TimeTable(sd.unet, lambda: [10, 700]).project, nn.Linear(32, 8), time),
-        partial(savings.Recorded(lambda x_t, t: 0.5 * x_t, sd.unet).__call__, x_t, t),
+        partial(tiled_decode.worth_strips, vae_config, x_t),
+        partial(tiled_decode.decode_in_strips, vae.VAE(vae_config), x_t),
+        partial(cuda_graph.SameInput(nn.Linear(8, 8)).__call__, q),
+        partial(cuda_graph.TimeTable(sd.unet, lambda: [10, 700]).embed, t),
+        partial(cuda_graph.TimeTable(sd.unet, lambda: [10, 700]).project, nn.Linear(32, 8), time),
+        partial(cuda_graph.Recorded(lambda x_t, t: 0.5 * x_t, sd.unet).__call__, x_t, t),
         partial(gaussian.sample, torch.Generator()),
         partial(gaussian.kl),
         partial(vae.AttentionBlock(8, 4).forward, x),
@@ -248,7 +276,9 @@ def assert_pure(call: partial):
     if isinstance(result, Iterator):
         list(result)
     for now, then in zip(given, before):
-        assert np.array_equal(now, then) if isinstance(now, np.ndarray) else torch.equal(now.detach(), then), f"{name(call)} changed its input"
+        assert np.array_equal(now, then) if isinstance(now, np.ndarray) else torch.equal(now.detach(), then), (
+            f"{name(call)} changed its input"
+        )
 
 
 @pytest.mark.parametrize("call", [pytest.param(call, id=name(call)) for call in examples()])

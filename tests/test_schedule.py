@@ -107,7 +107,7 @@ def test_the_timesteps_equal_those_of_diffusers_for_every_number_of_steps(spacin
     for steps in range(1, 1000):
         t = schedule.timesteps(steps, spacing)
         theirs.set_timesteps(steps)
-        assert t.shape == (steps,) and 0 <= t.min() and t.max() <= 999
+        assert t.shape == (steps,) and t.min() >= 0 and t.max() <= 999
         # where a fraction makes diffusers' arange one too long, the extra timestep is its last
         assert torch.equal(t, theirs.timesteps[:steps]), steps
         assert (t.diff() < 0).all(), steps

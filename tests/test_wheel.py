@@ -66,7 +66,9 @@ def test_installed_in_an_empty_place_it_makes_a_picture(installed, tmp_path, mod
     else:
         save(small_model(), tmp_path / "small.safetensors")
         options = ["--model", tmp_path / "small.safetensors"]
-    where = run("-c", "import minidiff, weights_loader; print(minidiff.__path__[0], weights_loader.__path__[0])", cwd=folder, path=installed)
+    where = run(
+        "-c", "import minidiff, weights_loader; print(minidiff.__path__[0], weights_loader.__path__[0])", cwd=folder, path=installed
+    )
     assert where.split() == [str(installed / name) for name in PACKAGES]
     run("-m", "minidiff", "generate", "a red apple", "--steps", "2", "--out", "apple.png", *options, cwd=folder, path=installed)
     assert [path.name for path in folder.iterdir()] == ["apple.png"]

@@ -1,12 +1,12 @@
 """Files in, minidiff modules out, and back.
 
-    sd = weights_loader.load("model.safetensors")            # or .ckpt, a diffusers folder, "tiny"
-    weights_loader.save(sd, "folder", layout="diffusers")
-    print(weights_loader.inspect("model.ckpt"))
-    weights_loader.convert("model.ckpt", "model.safetensors")
+sd = weights_loader.load("model.safetensors")            # or .ckpt, a diffusers folder, "tiny"
+weights_loader.save(sd, "folder", layout="diffusers")
+print(weights_loader.inspect("model.ckpt"))
+weights_loader.convert("model.ckpt", "model.safetensors")
 
-    sd = weights_loader.load("tiny", embeddings=("cat.safetensors",), lora=(("style.safetensors", 0.7),))
-    weights_loader.write_lora("style.safetensors", lora, sd, names="kohya")
+sd = weights_loader.load("tiny", embeddings=("cat.safetensors",), lora=(("style.safetensors", 0.7),))
+weights_loader.write_lora("style.safetensors", lora, sd, names="kohya")
 """
 
 from weights_loader.attach import attach

@@ -214,9 +214,7 @@ def _vectors(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {word: vectors[0] for word, vectors in rows.items()}
 
 
-def _write_folder(
-    path: Path, changes: Mapping[str, Change], rows: Mapping[str, Tensor], sd: StableDiffusion, metadata: dict[str, str]
-):
+def _write_folder(path: Path, changes: Mapping[str, Change], rows: Mapping[str, Tensor], sd: StableDiffusion, metadata: dict[str, str]):
     """diffusers gives every attention a processor of its own: a changed one holds all its layers, also those that stayed as they were."""
     if any(not isinstance(change, Tensor) for change in changes.values()):
         raise ValueError(f"{path}: diffusers' folders hold whole weights; write a compressed one as .safetensors, .bin or .ckpt")

@@ -1,8 +1,8 @@
 """What a file is: by the names and shapes of its tensors, and for one question by asking the model.
 
-    names   -> a whole model, or a LoRA, a VAE, an SDXL, ...       foreign
-    shapes  -> widths and depths -> SD 1.x, SD 2.x, or neither      sizes, family_config
-    weights -> does it predict the noise or the velocity?           noise_correlation
+names   -> a whole model, or a LoRA, a VAE, an SDXL, ...       foreign
+shapes  -> widths and depths -> SD 1.x, SD 2.x, or neither      sizes, family_config
+weights -> does it predict the noise or the velocity?           noise_correlation
 """
 
 import re
@@ -57,7 +57,10 @@ FOREIGN = (
 # The same for the parts of a model. They stand inside a whole model too, so they count only where its U-Net is missing.
 PARTS = (
     (r"^unet[./]|^text_encoder[./]", "a whole model in diffusers names in one file; save it as a diffusers folder"),
-    (r"^(first_stage_model\.)?(en|de)coder\.(down|up|mid)(_blocks?)?\.", "a VAE alone; load a whole model and give this as vae=FILE (--vae)"),
+    (
+        r"^(first_stage_model\.)?(en|de)coder\.(down|up|mid)(_blocks?)?\.",
+        "a VAE alone; load a whole model and give this as vae=FILE (--vae)",
+    ),
     (r"^(down_blocks|mid_block|up_blocks)\.", "the U-Net of a diffusers model alone; give the folder with model_index.json"),
     (r"^(text_model\.)?(encoder\.layers|embeddings)\.|^cond_stage_model\.", "a text encoder alone; give the whole model"),
 )

@@ -208,7 +208,9 @@ def _added_words(folder: Path, settings: dict, first: int) -> tuple[str, ...]:
         ids |= {token["id"]: token["content"] for token in read_json(folder / "tokenizer.json").get("added_tokens", [])}
     added = sorted((i, word) for i, word in ids.items() if i >= first)
     if [i for i, _ in added] != list(range(first, first + len(added))):
-        raise ValueError(f"{folder}: added words have the ids {', '.join(f'{i} {word!r}' for i, word in added)}; expected {first}, {first + 1}, ...")
+        raise ValueError(
+            f"{folder}: added words have the ids {', '.join(f'{i} {word!r}' for i, word in added)}; expected {first}, {first + 1}, ..."
+        )
     return tuple(word for _, word in added)
 
 
@@ -335,5 +337,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer):
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.config.context_length, "do_lower_case": True}
     if tokenizer.config.added:
         kind = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": False}
-        settings["added_tokens_decoder"] = {str(bpe.vocab_size + i): {"content": word} | kind for i, word in enumerate(tokenizer.config.added)}
+        settings["added_tokens_decoder"] = {
+            str(bpe.vocab_size + i): {"content": word} | kind for i, word in enumerate(tokenizer.config.added)
+        }
     write_json(folder / "tokenizer_config.json", special | settings)

@@ -1,12 +1,12 @@
 """A checkpoint to a StableDiffusion: the road from a file's bytes to modules that run.
 
-    path -> tensors, by part        one LDM-named file, or a diffusers folder (contents.py)
-         -> config                  the caller's, the file's own, or the family's that the shapes show
-         -> empty modules           on the meta device: names and shapes, no memory
-         -> account of every name   or one error, before anything is built
-         -> weights assigned        views of the mapped file, converted only if another dtype or device is asked for
-         -> eps or v                if nothing has said it yet, the model is asked
-         -> small files             learned words, Custom Diffusion and LoRA, attached beside the weights (attach.py)
+path -> tensors, by part        one LDM-named file, or a diffusers folder (contents.py)
+     -> config                  the caller's, the file's own, or the family's that the shapes show
+     -> empty modules           on the meta device: names and shapes, no memory
+     -> account of every name   or one error, before anything is built
+     -> weights assigned        views of the mapped file, converted only if another dtype or device is asked for
+     -> eps or v                if nothing has said it yet, the model is asked
+     -> small files             learned words, Custom Diffusion and LoRA, attached beside the weights (attach.py)
 """
 
 import math
@@ -188,7 +188,9 @@ def _with_prediction(config: ModelConfig, prediction: str) -> ModelConfig:
 def _ask_prediction(config: ModelConfig, unet: UNet, text_encoder: TextEncoder, tokenizer: Tokenizer) -> tuple[ModelConfig, str]:
     correlation = detect.noise_correlation(unet, text_encoder, tokenizer, config.schedule.timesteps)
     if not math.isfinite(correlation):
-        raise ValueError("the U-Net's answer is not finite: broken weights, or too large for their dtype; prediction= (--prediction) skips the test")
+        raise ValueError(
+            "the U-Net's answer is not finite: broken weights, or too large for their dtype; prediction= (--prediction) skips the test"
+        )
     prediction = "eps" if correlation > detect.EPS_CORRELATION else "v"
     note = (
         f"predicts {prediction}: decided by a numerical test (at the highest noise its answer correlates {correlation:.2f} with its input; "

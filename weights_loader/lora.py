@@ -62,7 +62,7 @@ REFUSED = (
     (r"dora_scale|lora_magnitude_vector", "a DoRA, which scales the weight too"),
     (r"\.lora_mid\.", "a LoRA with Tucker's middle factor"),
     (r"^(unet|text_encoder):\d+:(up|down)$", "a LoRA of cloneofsimo/lora, which numbers its layers instead of naming them"),
-)  # fmt: skip
+)
 CONTEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 
 
@@ -320,8 +320,9 @@ def _peft_metadata(factors: dict[str, Factors], places: dict[str, Place]) -> dic
     for part in PARTS:
         layers = {
             places[ours].name.removeprefix(f"{part}.").removeprefix("text_model."): one
-            for ours, one in factors.items() if ours.startswith(f"{part}.")
-        }  # fmt: skip
+            for ours, one in factors.items()
+            if ours.startswith(f"{part}.")
+        }
         if not layers:
             continue
         rank, alpha = _commonest(layers)
@@ -340,7 +341,7 @@ def _peft_metadata(factors: dict[str, Factors], places: dict[str, Place]) -> dic
 
 
 def parse_weighted(text: str) -> tuple[str, float]:
-    """"style.safetensors:0.7" -> ("style.safetensors", 0.7); without a number behind the last colon the weight is 1.
+    """ "style.safetensors:0.7" -> ("style.safetensors", 0.7); without a number behind the last colon the weight is 1.
 
     Raises ValueError for a weight that is not finite, or is no number behind a name that ends a file's.
     """

@@ -76,7 +76,9 @@ def rebuild_tensor(storage: Tensor, offset: int, shape: tuple, stride: tuple, *_
     if not isinstance(storage, Tensor) or storage.dim() != 1:
         raise Refused(f"damaged: a tensor is built from {type(storage).__name__}; expected a storage")
     if len(shape) != len(stride) or not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise Refused(f"damaged: a tensor has offset {offset}, shape {shape}, stride {stride}; expected integers from 0, one stride an axis")
+        raise Refused(
+            f"damaged: a tensor has offset {offset}, shape {shape}, stride {stride}; expected integers from 0, one stride an axis"
+        )
     end = offset + 1 + sum((size - 1) * step for size, step in zip(shape, stride)) if 0 not in shape else offset
     if end > storage.numel():
         raise Refused(f"damaged: a tensor of shape {shape} needs {end} elements of a storage that has {storage.numel()}")
@@ -140,8 +142,28 @@ STORAGES = {f"torch.{name}Storage": dtype for name, dtype in _STORAGE_DTYPES.ite
 _DTYPES = {str(dtype): dtype for dtype in STORAGES.values()}
 
 _CONSTANTS = set(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES "
-    "BINBYTES8 BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8".split()
+    [
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG",
+        "LONG1",
+        "LONG4",
+        "FLOAT",
+        "BINFLOAT",
+        "STRING",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+        "UNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE",
+        "BINUNICODE8",
+    ]
 )
 
 
@@ -194,7 +216,7 @@ class _Machine:
         stack = self.stack
         match name:
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack[-int(name[-1]):] = [tuple(stack[-int(name[-1]):])]
+                stack[-int(name[-1]) :] = [tuple(stack[-int(name[-1]) :])]
             case "TUPLE":
                 stack.append(tuple(self.pop_to_mark()))
             case "EMPTY_TUPLE":
@@ -243,7 +265,7 @@ class _Machine:
             case "EXT1" | "EXT2" | "EXT4":
                 raise Refused(f"refused: the file asks for number {argument} of Python's registered extensions ({name})")
             case "NEWOBJ" | "NEWOBJ_EX":
-                del stack[-1 if name == "NEWOBJ" else -2:]
+                del stack[-1 if name == "NEWOBJ" else -2 :]
                 cls = stack.pop()
                 if not isinstance(cls, Name) or cls.path in self.calls:
                     _refuse_call(cls)
@@ -299,7 +321,9 @@ class _Machine:
 
 
 def _refuse_call(function: object):
-    raise Refused(f"refused: the file asks to call {_describe(function)}, and weights need no call; nothing in it was run. Ask for a safetensors file")
+    raise Refused(
+        f"refused: the file asks to call {_describe(function)}, and weights need no call; nothing in it was run. Ask for a safetensors file"
+    )
 
 
 def _describe(value: object) -> str:

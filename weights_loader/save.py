@@ -41,7 +41,9 @@ def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm", settings: d
     else:
         _save_folder(sd, path, metadata)
     if attached := ", ".join(str(one) for one in sd.adapters if one.adapter.attached):
-        warnings.warn(f"{path}: the model without what is attached to it ({attached}); merge that into the weights to save it", stacklevel=2)
+        warnings.warn(
+            f"{path}: the model without what is attached to it ({attached}); merge that into the weights to save it", stacklevel=2
+        )
 
 
 def _save_ldm(sd: StableDiffusion, path: Path, metadata: dict[str, str]):

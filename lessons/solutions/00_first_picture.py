@@ -14,7 +14,9 @@ def check_to_bytes(function) -> str | None:
     """On pixels a little beyond their range, two pictures that are not square."""
     pixels = torch.linspace(-1.2, 1.2, 2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
     mistakes = {
-        "lets values beyond -1 and 1 wrap round, so that the brightest become black: clamp before turning into uint8": without_clamp(pixels),
+        "lets values beyond -1 and 1 wrap round, so that the brightest become black: clamp before turning into uint8": without_clamp(
+            pixels
+        ),
         "cuts the fractions off, so that values are one too dark: round before turning into uint8": without_round(pixels),
         "leaves the colours where they were, shape [2, 3, 4, 5]: permute to [2, 4, 5, 3]": colours_first(pixels),
         "gives shape [2, 4, 5, 3] by reshape, which mixes colours with places: move the axis with permute": reshaped(pixels),

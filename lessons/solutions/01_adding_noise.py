@@ -19,7 +19,8 @@ def check_q_sample(function) -> str | None:
     a = alpha_bar[t].reshape(-1, 1, 1, 1)
     across = alpha_bar[t]
     mistakes = {
-        "mixes by alpha_bar and 1 - alpha_bar themselves, so the variance does not stay 1: take the square root of each": a * x_0 + (1 - a) * eps,
+        "mixes by alpha_bar and 1 - alpha_bar themselves, so the variance does not stay 1: take the square root of each": a * x_0
+        + (1 - a) * eps,
         "gives the picture the factor of the noise and the noise the picture's: alpha_bar is near 1 at t = 0, where x_t is almost x_0": (
             (1 - a).sqrt() * x_0 + a.sqrt() * eps
         ),

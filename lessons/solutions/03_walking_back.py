@@ -17,8 +17,12 @@ def check_ddim_step(function) -> str | None:
     alpha_bar = torch.linspace(0.99, 0.0, 10)
     arguments = (alpha_bar, x_t, x0_hat, 6, 2)
     mistakes = {
-        "puts back as much noise as it took out, which ends at x_t again: the second line wants alpha_bar[then] in both places": unmoved(*arguments),
-        "scales x_t itself instead of the noise in it: take sqrt(alpha_bar[now]) x0_hat off x_t, and divide by sqrt(1 - alpha_bar[now])": not_separated(*arguments),
+        "puts back as much noise as it took out, which ends at x_t again: the second line wants alpha_bar[then] in both places": unmoved(
+            *arguments
+        ),
+        "scales x_t itself instead of the noise in it: take sqrt(alpha_bar[now]) x0_hat off x_t, and divide by sqrt(1 - alpha_bar[now])": not_separated(
+            *arguments
+        ),
         "does not divide by sqrt(1 - alpha_bar[now]), so that eps_hat is too small, its variance not 1": undivided(*arguments),
         "mixes by alpha_bar and 1 - alpha_bar without their square roots": without_roots(*arguments),
         "gives the picture alone, with no noise put back: x0_hat is only a guess, too rough to keep": without_noise(*arguments),

@@ -25,7 +25,9 @@ def check_attend(function) -> str | None:
         "leaves out the scale: divide the products by sqrt(d), here sqrt(4), before the softmax": without_scale(*arguments),
         "divides by sqrt(8), the root of the whole width D: d, the width of one head, is 4 here": scaled_by_width(*arguments),
         "takes the softmax over the queries: each query's shares of the 5 keys must add up to 1, so dim=-1": over_queries(*arguments),
-        "takes every second number for a head: head 0 is the first 4 of the 8 numbers, so split them as (h d), not (d h)": interleaved(*arguments),
+        "takes every second number for a head: head 0 is the first 4 of the 8 numbers, so split them as (h d), not (d h)": interleaved(
+            *arguments
+        ),
         "gives shape [2, 2, 6, 4], with the heads still apart: merge them to [2, 6, 8]": unmerged(*arguments),
         "merges the heads in the wrong order: reshape keeps the memory's order B h N d; bring N before h first": badly_merged(*arguments),
     }

@@ -5,7 +5,7 @@ import torch
 from lessons.exercises import Exercise, difference
 
 
-def absorb(m, l, o, s, v):  # noqa: E741  the paper's name
+def absorb(m, l, o, s, v):
     m_new = torch.maximum(m, s.amax(dim=1))
     alpha, p = (m - m_new).exp(), (s - m_new[:, None]).exp()
     return m_new, l * alpha + p.sum(dim=1), o * alpha[:, None] + p @ v
@@ -16,7 +16,7 @@ def inputs(first: bool):
     generator = torch.Generator().manual_seed(0)
     s, o = torch.randn(4, 4, generator=generator), torch.randn(4, 2, generator=generator)
     v = torch.randn(4, 2, generator=generator)
-    m, l = torch.tensor([-2.0, 3.0, -1.0, 2.5]), torch.tensor([1.5, 2.0, 1.2, 3.0])  # noqa: E741
+    m, l = torch.tensor([-2.0, 3.0, -1.0, 2.5]), torch.tensor([1.5, 2.0, 1.2, 3.0])
     return (torch.full_like(m, -torch.inf), torch.zeros(4), torch.zeros(4, 2), s, v) if first else (m, l, o, s, v)
 
 
@@ -38,41 +38,43 @@ def check_absorb(function) -> str | None:
             return f"gives a {type(got).__name__}, expected three tensors: m', l' and O'"
         for i, name in enumerate(("m'", "l'", "O'")):
             mistakes = {} if first else {sentence: wrong(*inputs(first))[i] for sentence, wrong in sentences.items()}
-            said = difference(got[i], absorb(*inputs(first))[i], mistakes, of=f"for {name}" + (" of the first block, where m is -inf" if first else ""))
+            said = difference(
+                got[i], absorb(*inputs(first))[i], mistakes, of=f"for {name}" + (" of the first block, where m is -inf" if first else "")
+            )
             if said:
                 return said
     return None
 
 
-def over_queries(m, l, o, s, v):  # noqa: E741
+def over_queries(m, l, o, s, v):
     m_new = torch.maximum(m, s.amax(dim=0))
     alpha, p = (m - m_new).exp(), (s - m_new[:, None]).exp()
     return m_new, l * alpha + p.sum(dim=1), o * alpha[:, None] + p @ v
 
 
-def block_only(m, l, o, s, v):  # noqa: E741
+def block_only(m, l, o, s, v):
     m_new = s.amax(dim=1)
     alpha, p = (m - m_new).exp(), (s - m_new[:, None]).exp()
     return m_new, l * alpha + p.sum(dim=1), o * alpha[:, None] + p @ v
 
 
-def upside_down(m, l, o, s, v):  # noqa: E741
+def upside_down(m, l, o, s, v):
     m_new = torch.maximum(m, s.amax(dim=1))
     alpha, p = (m_new - m).exp(), (s - m_new[:, None]).exp()
     return m_new, l * alpha + p.sum(dim=1), o * alpha[:, None] + p @ v
 
 
-def forgets_l(m, l, o, s, v):  # noqa: E741
+def forgets_l(m, l, o, s, v):
     m_new, _, o_new = absorb(m, l, o, s, v)
     return m_new, l + (s - m_new[:, None]).exp().sum(dim=1), o_new
 
 
-def forgets_o(m, l, o, s, v):  # noqa: E741
+def forgets_o(m, l, o, s, v):
     m_new, l_new, _ = absorb(m, l, o, s, v)
     return m_new, l_new, o + (s - m_new[:, None]).exp() @ v
 
 
-def divides(m, l, o, s, v):  # noqa: E741
+def divides(m, l, o, s, v):
     m_new, l_new, o_new = absorb(m, l, o, s, v)
     return m_new, l_new, o_new / l_new[:, None]
 

@@ -19,7 +19,9 @@ def check_skip_shapes(function) -> str | None:
         arguments = ((32, 64, 96), 2, side)
         mistakes = {
             "leaves out what leaves conv_in: the first skip is (32, side), before any block": without_conv_in(*arguments),
-            "leaves out what leaves the halvings: each is a skip too, with its level's channels and the smaller side": without_halvings(*arguments),
+            "leaves out what leaves the halvings: each is a skip too, with its level's channels and the smaller side": without_halvings(
+                *arguments
+            ),
             "halves after the last level too: the last level has no halving, the middle has its size": halved_at_the_end(*arguments),
             "gives the halving the next level's channels: it keeps its own, the next ResBlock widens": widened_by_the_halving(*arguments),
             "rounds down: 5 cells become 3, so (side + 1) // 2": rounded_down(*arguments),

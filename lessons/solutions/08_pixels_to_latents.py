@@ -18,8 +18,12 @@ def check_scaling_factor(function) -> str | None:
         "divides by the variance: multiplied by s it becomes s^2 as large, so take the root: 1 / latents.std()": over_variance(latents),
         "gives sigma itself, and the latents would grow further: take 1 / sigma": sigma(latents),
         "gives a factor for each channel, shape [4]: one number for all of them": for_each_channel(latents),
-        "takes the mean square for the variance: the mean of all the numbers is not zero here and has to be taken off first": without_the_mean(latents),
-        "averages over pictures that were measured one by one, which leaves out how they differ: take std over everything at once": by_picture(latents),
+        "takes the mean square for the variance: the mean of all the numbers is not zero here and has to be taken off first": without_the_mean(
+            latents
+        ),
+        "averages over pictures that were measured one by one, which leaves out how they differ: take std over everything at once": by_picture(
+            latents
+        ),
     }
     return difference(function(latents), scaling_factor(latents), mistakes, tolerance=1e-4)
 

@@ -17,14 +17,20 @@ def check_spell(function) -> str | None:
     """With merges that lead to another end in every other order."""
     merges = {("e", "r</w>"): 0, ("l", "o"): 1, ("o", "w"): 2, ("w", "er</w>"): 3, ("lo", "w"): 4}
     mistakes = {
-        "joins the pair that stands first in 'lower'; of the pairs that are in merges take the one with the lowest rank": leftmost("lower", merges),
+        "joins the pair that stands first in 'lower'; of the pairs that are in merges take the one with the lowest rank": leftmost(
+            "lower", merges
+        ),
         "joins the pair with the highest rank; the lowest, 0, comes first: ('e', 'r</w>') in 'lower'": highest("lower", merges),
-        "forgets that the last letter of 'lower' is 'r</w>', by which a piece at the end of a word is told from one inside": without_end("lower", merges),
+        "forgets that the last letter of 'lower' is 'r</w>', by which a piece at the end of a word is told from one inside": without_end(
+            "lower", merges
+        ),
         "stops after one merge of 'lower'; go on until no pair of neighbours is in merges": once("lower", merges),
     }
     for word in ("lower", "low", "e"):
         got = function(word, dict(merges))
-        wrong = difference(tuple(got) if isinstance(got, list) else got, spell(word, merges), mistakes if word == "lower" else None, of=f"for {word!r}")
+        wrong = difference(
+            tuple(got) if isinstance(got, list) else got, spell(word, merges), mistakes if word == "lower" else None, of=f"for {word!r}"
+        )
         if wrong is not None:
             return wrong
     return None

@@ -26,7 +26,9 @@ def check_guided_answer(function) -> str | None:
     mistakes = {
         "swaps the two halves: what is cut off first belongs to the context that was put first": swapped(*arguments),
         "guides three of the four channels and leaves the last as it was: index no channels at all": three_channels(*arguments),
-        "adds scale times the difference to the answer with the prompt, so that 1 guides already: start from the answer without it": from_cond(*arguments),
+        "adds scale times the difference to the answer with the prompt, so that 1 guides already: start from the answer without it": from_cond(
+            *arguments
+        ),
         "gives the answer with the prompt alone, without guidance": with_prompt_only(*arguments),
     }
     return difference(function(*arguments), guided_answer(*arguments), mistakes)

@@ -24,11 +24,15 @@ def check_heun_step(function) -> str | None:
         "uses the slope at the beginning alone, which is Euler's step: ask for one at its end too": with_one_slope(slope, x, now, then),
         "uses the slope at the end alone: halve the sum of both": with_the_last_slope(slope, x, now, then),
         "asks for the second slope at x, not at the point that the first one leads to": without_moving(slope, x, now, then),
-        "asks for the second slope with the noise level of now: the point that the first one leads to lies at then": at_the_old_level(slope, x, now, then),
+        "asks for the second slope with the noise level of now: the point that the first one leads to lies at then": at_the_old_level(
+            slope, x, now, then
+        ),
         "adds up two slopes without halving: the step is twice too long": without_halving(slope, x, now, then),
         "sets off again from Euler's point: both slopes count from x": from_the_wrong_point(slope, x, now, then),
         "looks for the second slope on the wrong side: ask at x + (then.sigma - now.sigma) * d_now": on_the_wrong_side(slope, x, now, then),
-        "walks up to more noise: sigma falls, so that the width of a step, then.sigma - now.sigma, is negative": upwards(slope, x, now, then),
+        "walks up to more noise: sigma falls, so that the width of a step, then.sigma - now.sigma, is negative": upwards(
+            slope, x, now, then
+        ),
     }
     return difference(function(slope, x.clone(), now, then), heun_step(slope, x, now, then), mistakes)
 

@@ -22,14 +22,18 @@ def check_ema_update(function) -> str | None:
             "gives the old mean the share 1 - d and the new weight the share d: the mean is to stay nearly as it is, so it gets d": (
                 exchanged(mean, weight, DECAY, n)
             ),
-            "takes the decay as it is from the first step on: d has to rise, min(decay, (1 + n) / (10 + n))": without_a_rise(mean, weight, DECAY, n),
+            "takes the decay as it is from the first step on: d has to rise, min(decay, (1 + n) / (10 + n))": without_a_rise(
+                mean, weight, DECAY, n
+            ),
             "takes the larger of the two numbers, so that d never stops at the decay: take min(decay, (1 + n) / (10 + n))": (
                 the_larger(mean, weight, DECAY, n)
             ),
         }
         wrong = difference(function(mean.clone(), weight, DECAY, n), ema_update(mean, kept, DECAY, n), mistakes, of=f"at n = {n}")
         if not torch.equal(weight, kept):
-            return "changes the weight itself, from which training goes on: give back a new tensor, and nothing that ends in _ or = on the old"
+            return (
+                "changes the weight itself, from which training goes on: give back a new tensor, and nothing that ends in _ or = on the old"
+            )
         if wrong is not None:
             return wrong
     return None

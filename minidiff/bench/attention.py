@@ -146,10 +146,16 @@ def case_rows(case: Case, result: dict, contenders: Sequence[str]) -> Iterator[s
         picks = result["ways"].get("minidiff", {}).get("picks")
         where = f"{case}" + (f" ({picks})" if picks else "")
         wrong = worst_error(case, result)
-        yield row([
-            where, case.calls or "", direction, *(seconds(median(one)) if one else "refused" for one in found), compared,
-            "" if wrong is None else f"{wrong:.2f}" + (" !" if wrong > ALLOWED else "") + unequal(result),
-        ])  # fmt: skip
+        yield row(
+            [
+                where,
+                case.calls or "",
+                direction,
+                *(seconds(median(one)) if one else "refused" for one in found),
+                compared,
+                "" if wrong is None else f"{wrong:.2f}" + (" !" if wrong > ALLOWED else "") + unequal(result),
+            ]
+        )
 
 
 def unequal(result: dict) -> str:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
+from minidiff.bundled.tasks import bundled_config
 from minidiff.config import SD1, SD2, ModelConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
-from minidiff.trainers.from_scratch import bundled_config
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 

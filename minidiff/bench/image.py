@@ -81,9 +81,14 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype) -> Callable[
 
     def run() -> Tensor:
         return pipe(
-            PROMPT, num_inference_steps=job["steps"], guidance_scale=GUIDANCE, latents=noise,
-            height=job["size"], width=job["size"], output_type="pt",
-        ).images  # fmt: skip
+            PROMPT,
+            num_inference_steps=job["steps"],
+            guidance_scale=GUIDANCE,
+            latents=noise,
+            height=job["size"],
+            width=job["size"],
+            output_type="pt",
+        ).images
 
     return run
 

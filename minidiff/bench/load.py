@@ -75,7 +75,9 @@ def bench(
     for case in cases:
         found = measure_case(case, config, CONTENDERS if against else CONTENDERS[:1], rounds)
         summary = summarize(case, found)
-        record["cases"].append({"case": asdict(case)} | summary | {"runs": {name: [asdict(run) for run in runs] for name, runs in found.items()}})
+        record["cases"].append(
+            {"case": asdict(case)} | summary | {"runs": {name: [asdict(run) for run in runs] for name, runs in found.items()}}
+        )
         missed += [f"missed: {case}: {goal}" for goal in goals_missed(summary)]
         yield table_row(case, summary)
     if out:

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from minidiff.attention import attention, attention_backend, attention_by_hand, chosen
+from minidiff.attention import attention, attention_by_hand
 from minidiff.bench.answers import Peak, wait_for
 from minidiff.bench.attention_cases import Case, directions, exact, inputs
 from minidiff.bench.contender import serve
+from minidiff.kernels.dispatch import attention_backend, chosen
 
 SDPA = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
 GRAPH = 5e-3  # seconds of work in a CUDA graph

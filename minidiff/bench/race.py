@@ -82,12 +82,14 @@ def table(results: dict[str, dict], first: str) -> Iterator[str]:
             continue
         compared = result["rounds"] and len(result["rounds"]) == len(base.get("rounds", ()))
         memory, whole = result.get("memory"), base.get("memory")
-        yield row([
-            name,
-            seconds(median(result["rounds"])) if result["rounds"] else "",
-            ratio(base["rounds"], result["rounds"]) if compared else "",
-            f"{memory / 1e9:.2f} GB" if memory else "",
-            f"{memory / whole:.2f}" if memory and whole else "",
-            f"{result['error']:.1e}" if "error" in result else "",
-            {True: "equal", False: "differ"}.get(result.get("bit_equal"), ""),
-        ])  # fmt: skip
+        yield row(
+            [
+                name,
+                seconds(median(result["rounds"])) if result["rounds"] else "",
+                ratio(base["rounds"], result["rounds"]) if compared else "",
+                f"{memory / 1e9:.2f} GB" if memory else "",
+                f"{memory / whole:.2f}" if memory and whole else "",
+                f"{result['error']:.1e}" if "error" in result else "",
+                {True: "equal", False: "differ"}.get(result.get("bit_equal"), ""),
+            ]
+        )

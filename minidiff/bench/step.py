@@ -90,8 +90,8 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
 
 def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> Callable[[], Tensor]:
     """As the pipeline does it."""
+    from minidiff.cuda_graph import channels_last, saving
     from minidiff.guidance import guided
-    from minidiff.savings import channels_last, saving
 
     sd, savings = minidiff_model(job, device, dtype)
     if savings.channels_last:

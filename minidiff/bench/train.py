@@ -37,7 +37,7 @@ def bench(
     rounds: int | None = None,
     model: str | ModelConfig = "sd1",
     size: int | None = None,
-    methods: tuple[str, ...] = METHODS,
+    common: tuple[str, ...] = METHODS,
     device: str = "cpu",
 ) -> Iterator[str]:
     """Measure, and yield the lines of Markdown tables. size: pixels; None is the model's own, on a CPU half of it.
@@ -47,11 +47,11 @@ def bench(
     on_cpu = torch.device(device).type == "cpu"
     rounds = (2 if on_cpu else 10) if rounds is None else rounds
     check(rounds, out, against, ("diffusers", "peft"))
-    if unknown := [name for name in methods if name not in METHODS]:
+    if unknown := [name for name in common if name not in METHODS]:
         raise ValueError(f"method {unknown[0]!r} unknown; choose {', '.join(METHODS)}")
     config = model_config(model) if isinstance(model, str) else model
     size = size or config.image_size // (2 if on_cpu else 1)
-    settings = {"bench": "train", "model": str(config), "size": size, "methods": list(methods), "rounds": rounds, "device": device}
+    settings = {"bench": "train", "model": str(config), "size": size, "methods": list(common), "rounds": rounds, "device": device}
     record = Record(out, settings)
     yield in_a_line(record.values["machine"])
     with model_folder(config) as folder:
@@ -60,7 +60,7 @@ def bench(
             pixels = np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / "0.png")
         torch.save(sample(config, size), folder / "sample.pt")
-        for method in methods:
+        for method in common:
             more = {"folder": str(folder), "method": method, "size": size}
             yield f"\nA step of {method}, {size} x {size}\n"
             jobs = {name: job | more for name, job in train_jobs(device, against).items()}
@@ -110,11 +110,11 @@ def prepare(job: dict) -> Callable[[dict], dict]:
 
 def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> tuple[Callable, Callable]:
     """As `minidiff train` does it."""
-    from minidiff.trainers import methods
-    from minidiff.trainers.diffusion_loss import Draws, diffusion_loss
-    from minidiff.trainers.loop import Training
-    from minidiff.trainers.presets import Concept, Prior, Samples, family_of, preset
-    from minidiff.trainers.recipe import Settings
+    from minidiff.trainers.engine.diffusion_loss import Draws, diffusion_loss
+    from minidiff.trainers.engine.loop import Training
+    from minidiff.trainers.engine.settings import Settings
+    from minidiff.trainers.methods import common
+    from minidiff.trainers.methods.options import Concept, Prior, Samples, family_of, preset
 
     sd, _ = minidiff_model(job, device, dtype)
     folder = Path(job["folder"])
@@ -125,11 +125,11 @@ def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[s
     options = replace(options, settings=settings, samples=Samples(size=job["size"]))
     if job["method"] == "lora":
         options = replace(options, low_rank=replace(options.low_rank, rank=RANK, layers=("attention",)))
-        method = methods.lora(sd, [Concept(images=folder / "subject", prompt="a photo of a dog")], options)
+        method = common.lora(sd, [Concept(images=folder / "subject", prompt="a photo of a dog")], options)
     else:
         options = replace(options, sizes="none", prior=Prior(kind="folder"))
         concept = Concept(images=folder / "subject", class_images=folder / "class", token="<new1>", class_word="dog")
-        method = methods.custom_diffusion(sd, [concept], options)
+        method = common.custom_diffusion(sd, [concept], options)
     phase = method.phases[0].__enter__()
     walk = Training(phase, settings, device).run()
 

@@ -18,8 +18,8 @@ from minidiff.config import ModelConfig
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
+    from minidiff.cuda_graph import Savings
     from minidiff.pipeline import StableDiffusion
-    from minidiff.savings import Savings
 
 COMPILED = {"compiled": "reduce-overhead", "max-autotune": "max-autotune"}
 
@@ -92,7 +92,7 @@ def diffusers_pipeline(job: dict, device: torch.device, dtype: torch.dtype) -> "
 def minidiff_model(job: dict, device: torch.device, dtype: torch.dtype) -> "tuple[StableDiffusion, Savings]":
     """The model, and every exact saving or none."""
     import weights_loader
-    from minidiff.savings import NO_SAVINGS, Savings
+    from minidiff.cuda_graph import NO_SAVINGS, Savings
 
     sd = weights_loader.load(f"{job['folder']}/model", dtype=dtype, device=device)
     return sd, Savings() if job["savings"] else NO_SAVINGS

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-
 Pixels = Float[Tensor, "B 3 H W"]  # in [-1, 1]
 Features = Float[Tensor, "B D"]
 
@@ -30,7 +29,9 @@ class Encoder(Protocol):
 def check_size(pixels: Float[Tensor, "B 3 H W"], size: int, reader: str) -> None:
     """Raises ValueError for pictures that are not `size` pixels wide and high."""
     if pixels.shape[2:] != (size, size):
-        raise ValueError(f"pictures of {pixels.shape[3]} x {pixels.shape[2]} pixels given, the {reader} reads {size} x {size}; scale them first")
+        raise ValueError(
+            f"pictures of {pixels.shape[3]} x {pixels.shape[2]} pixels given, the {reader} reads {size} x {size}; scale them first"
+        )
 
 
 def text_alignment(pictures: Float[Tensor, "B D"], texts: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:

@@ -1,6 +1,6 @@
 """A folder of pictures that were drawn: which they are, and from which prompts.
 
-Captions stand in the folder as for training (trainers/data.py). Without any, the PNGs of `minidiff generate` and of the web interfaces
+Captions stand in the folder as for training (trainers/data/folder.py). Without any, the PNGs of `minidiff generate` and of the web interfaces
 say their prompts themselves. A grid of several pictures says the size of one of them, and is passed over.
 """
 
@@ -11,7 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from minidiff.trainers.data import UNREADABLE, caption_sources, check_caption, picture_paths, read_captions
+from minidiff.captions import caption_sources, read_captions
+from minidiff.pictures import UNREADABLE, picture_paths
+from minidiff.trainers.data.folder import check_caption
 
 SETTINGS = re.compile(r"(?P<prompt>.*?)\n(?:Negative prompt: .*?\n)?Steps: [^\n]*\bSize: (?P<width>\d+)x(?P<height>\d+)", re.DOTALL)
 
@@ -40,7 +42,9 @@ def prompts_of(folder: Path, pictures: Sequence[Path]) -> list[str]:
         return [captions[path.name] for path in pictures]
     prompts = [settings[0] for path in pictures if (settings := settings_inside(path)) and settings[0].strip()]
     if 0 < len(prompts) < len(pictures):
-        warnings.warn(f"{folder}: {len(pictures) - len(prompts)} of {len(pictures)} pictures do not say their prompt, so none is read", stacklevel=2)
+        warnings.warn(
+            f"{folder}: {len(pictures) - len(prompts)} of {len(pictures)} pictures do not say their prompt, so none is read", stacklevel=2
+        )
     return prompts if len(prompts) == len(pictures) else []
 
 

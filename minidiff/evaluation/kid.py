@@ -80,9 +80,7 @@ def kid(
     return KID(estimate(every >= 0), error)
 
 
-def block_sums(
-    pairs: Float64[Tensor, "M N"], rows: Tensor, columns: Tensor, blocks: int
-) -> Float64[Tensor, "{blocks} {blocks}"]:
+def block_sums(pairs: Float64[Tensor, "M N"], rows: Tensor, columns: Tensor, blocks: int) -> Float64[Tensor, "{blocks} {blocks}"]:
     """Sums of a matrix over pairs of blocks; rows and columns say which block each row and column is in."""
     by_row = torch.zeros(blocks, pairs.shape[1], dtype=pairs.dtype, device=pairs.device).index_add(0, rows, pairs)
     return torch.zeros(blocks, blocks, dtype=pairs.dtype, device=pairs.device).index_add(1, columns, by_row)

@@ -30,7 +30,9 @@ class OpenClip:
         try:
             open_clip.load_checkpoint(self.model, str(weights))
         except (RuntimeError, KeyError) as error:
-            raise ValueError(f"{weights}: not the weights of {name} ({str(error).splitlines()[0]}); give the name they belong to") from error
+            raise ValueError(
+                f"{weights}: not the weights of {name} ({str(error).splitlines()[0]}); give the name they belong to"
+            ) from error
         self.model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(name)
         self.device = device

@@ -18,8 +18,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageOps
 
 from minidiff.evaluation.folder import drawn_pictures
-from minidiff.trainers.data import load_picture
-from minidiff.viz import save_png
+from minidiff.pictures import load_picture, save_png
 
 ANSWERS = ("left", "right", "equal")
 LABEL = 40  # pixels before each row, for its number

@@ -1,6 +1,6 @@
 """How far training moved a model's weights, by kind of layer (Kumari et al. 2023, section 3.2 and figure 3).
 
-    change of a layer = |W' - W| / |W|,  Frobenius norms
+change of a layer = |W' - W| / |W|,  Frobenius norms
 """
 
 from collections.abc import Mapping

@@ -27,8 +27,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minidiff.kernels.tiles import (
-    LOG2_E, device_of, dot_add, dot_heads, head_of, head_tiles, jit, load_head, refusal, store_head, tl, triton, zeros_head,
-)  # fmt: skip
+    LOG2_E,
+    device_of,
+    dot_add,
+    dot_heads,
+    head_of,
+    head_tiles,
+    jit,
+    load_head,
+    refusal,
+    store_head,
+    tl,
+    triton,
+    zeros_head,
+)
 
 MOST_KEYS = 256
 MOST_BYTES = 64 * 1024  # of a head's keys, padded; as much again for its values: threads of an A100 can share 163 KiB
@@ -38,9 +50,26 @@ ADDED = 1024  # numbers of dK and dV that a program adds up
 
 @jit
 def forward_kernel(
-    q, k, v, out, N, L, q_batch, q_token, k_batch, k_token, v_batch, v_token, scale: tl.constexpr, d: tl.constexpr,
-    D_1: tl.constexpr, D_2: tl.constexpr, L_1: tl.constexpr, L_2: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
+    q,
+    k,
+    v,
+    out,
+    N,
+    L,
+    q_batch,
+    q_token,
+    k_batch,
+    k_token,
+    v_batch,
+    v_token,
+    scale: tl.constexpr,
+    d: tl.constexpr,
+    D_1: tl.constexpr,
+    D_2: tl.constexpr,
+    L_1: tl.constexpr,
+    L_2: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """O of BLOCK_N queries. The keys stand in two tiles, L_1 and L_2 (see `key_tiles`); scale: log2(e) / sqrt(d)."""
     width = tl.num_programs(1) * d  # of all heads: the token stride of what is contiguous
     q, k, v, out = head_of(q, q_batch, d), head_of(k, k_batch, d), head_of(v, v_batch, d), head_of(out, N * width, d)
@@ -56,7 +85,7 @@ def forward_kernel(
     # m = max_j S_j    p = exp(S - m)    l = sum_j p_j
     m = tl.maximum(tl.max(s_1, 1), tl.max(s_2, 1))
     p_1, p_2 = tl.exp2(s_1 - m[:, None]), tl.exp2(s_2 - m[:, None])
-    l = tl.sum(p_1, 1) + tl.sum(p_2, 1)  # noqa: E741  the paper's name
+    l = tl.sum(p_1, 1) + tl.sum(p_2, 1)
     # O = p v / l
     pv = dot_add(p_1.to(q[0].dtype), *v_1, *zeros_head(BLOCK_N, D_1, D_2), D_2)
     pv = dot_add(p_2.to(q[0].dtype), *v_2, *pv, D_2)
@@ -65,10 +94,32 @@ def forward_kernel(
 
 @jit
 def backward_kernel(
-    q, k, v, dout, dq, dk_strips, dv_strips, N, L, q_batch, q_token, k_batch, k_token, v_batch, v_token,
-    scale: tl.constexpr, d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
-    STRIP: tl.constexpr, NEED_DQ: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr
-):  # fmt: skip
+    q,
+    k,
+    v,
+    dout,
+    dq,
+    dk_strips,
+    dv_strips,
+    N,
+    L,
+    q_batch,
+    q_token,
+    k_batch,
+    k_token,
+    v_batch,
+    v_token,
+    scale: tl.constexpr,
+    d: tl.constexpr,
+    D_1: tl.constexpr,
+    D_2: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STRIP: tl.constexpr,
+    NEED_DQ: tl.constexpr,
+    NEED_DK: tl.constexpr,
+    NEED_DV: tl.constexpr,
+):
     """dQ of a strip of STRIP queries, BLOCK_N at a time, and what they add to dK and dV of all keys (BLOCK_L: L, padded).
 
     Everything is computed transposed, [keys, queries], as the products with dO and q want it. Queries beyond N are 0, and so is their dO:
@@ -205,7 +256,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     with device_of(q):
         forward_kernel[triton.cdiv(N, blocks.queries), heads, B](
             q, k, v, out, N, L, *_strides(q, k, v), *_constants(D // heads), *key_tiles(L), blocks.queries, **_launch(blocks)
-        )  # fmt: skip
+        )
     return out
 
 
@@ -229,9 +280,23 @@ def _backward(
         for needed in passes:
             if any(needed):
                 backward_kernel[strips, heads, B](
-                    q, k, v, dout, dq, dk_strips, dv_strips, N, L, *_strides(q, k, v), *_constants(D // heads),
-                    padded_keys(L), blocks.queries, strip, *needed, **_launch(blocks)
-                )  # fmt: skip
+                    q,
+                    k,
+                    v,
+                    dout,
+                    dq,
+                    dk_strips,
+                    dv_strips,
+                    N,
+                    L,
+                    *_strides(q, k, v),
+                    *_constants(D // heads),
+                    padded_keys(L),
+                    blocks.queries,
+                    strip,
+                    *needed,
+                    **_launch(blocks),
+                )
         for partial, total in ((dk_strips, dk), (dv_strips, dv)):
             if total.numel():
                 add_strips_kernel[(triton.cdiv(total.numel(), ADDED),)](partial, total, total.numel(), strips, ADDED)

@@ -81,9 +81,17 @@ def _place(C: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr):
 
 @jit
 def statistics_kernel(
-    x, means, M2s, HW, TILES,
-    C: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    x,
+    means,
+    M2s,
+    HW,
+    TILES,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """means, M2s: [batch, strips, groups]. A strip has TILES tiles of ROWS rows; a chunk has GROUPS groups of PER_GROUP channels."""
     strip, first_group, first_c, batch, groups = _place(C, GROUPS, PER_GROUP)
     x += batch * HW * C + first_c
@@ -118,10 +126,25 @@ def statistics_kernel(
 
 @jit
 def normalise_kernel(
-    x, means, M2s, weight, bias, y, mean_out, rstd_out, HW, TILES, eps,
-    C: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    STRIPS: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
+    x,
+    means,
+    M2s,
+    weight,
+    bias,
+    y,
+    mean_out,
+    rstd_out,
+    HW,
+    TILES,
+    eps,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    STRIPS: tl.constexpr,
+    SILU: tl.constexpr,
+):
     """mean_out, rstd_out: [batch, groups], for the gradients. STRIPS: a power of two, as many as there are or more."""
     strip, first_group, first_c, batch, groups = _place(C, GROUPS, PER_GROUP)
     g, s = tl.arange(0, GROUPS), tl.arange(0, STRIPS)
@@ -162,10 +185,24 @@ def _through_silu(dy, u, SILU: tl.constexpr):
 
 @jit
 def sums_kernel(
-    dy, x, mean, rstd, weight, bias, group_sums, channel_sums, HW, TILES,
-    C: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    SILU: tl.constexpr, NEED_AFFINE: tl.constexpr,
-):  # fmt: skip
+    dy,
+    x,
+    mean,
+    rstd,
+    weight,
+    bias,
+    group_sums,
+    channel_sums,
+    HW,
+    TILES,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    SILU: tl.constexpr,
+    NEED_AFFINE: tl.constexpr,
+):
     """group_sums [2, batch, strips, groups]: of weight du, and weight du xhat. channel_sums [2, batch, strips, C]: of du, and du xhat."""
     strip, first_group, first_c, batch, groups = _place(C, GROUPS, PER_GROUP)
     g, c = tl.arange(0, GROUPS), tl.arange(0, BLOCK_C)
@@ -201,10 +238,24 @@ def sums_kernel(
 
 @jit
 def gradient_kernel(
-    dy, x, mean, rstd, weight, bias, group_sums, dx, HW, TILES,
-    C: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    STRIPS: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
+    dy,
+    x,
+    mean,
+    rstd,
+    weight,
+    bias,
+    group_sums,
+    dx,
+    HW,
+    TILES,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    STRIPS: tl.constexpr,
+    SILU: tl.constexpr,
+):
     strip, first_group, first_c, batch, groups = _place(C, GROUPS, PER_GROUP)
     g, s, c = tl.arange(0, GROUPS), tl.arange(0, STRIPS)[:, None], tl.arange(0, BLOCK_C)
 

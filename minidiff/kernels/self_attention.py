@@ -37,8 +37,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minidiff.kernels.tiles import (
-    LOG2_E, device_of, dot_add, dot_heads, head_of, head_tiles, jit, load_head, refusal, store_head, tl, triton, zeros_head,
-)  # fmt: skip
+    LOG2_E,
+    device_of,
+    dot_add,
+    dot_heads,
+    head_of,
+    head_tiles,
+    jit,
+    load_head,
+    refusal,
+    store_head,
+    tl,
+    triton,
+    zeros_head,
+)
 
 
 @jit
@@ -59,9 +71,28 @@ def numbers_of(x, N):
 
 @jit
 def forward_kernel(
-    q, k, v, out, lse, N, L, q_batch, q_token, k_batch, k_token, v_batch, v_token, scale: tl.constexpr, d: tl.constexpr,
-    D_1: tl.constexpr, D_2: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
-):  # fmt: skip
+    q,
+    k,
+    v,
+    out,
+    lse,
+    N,
+    L,
+    q_batch,
+    q_token,
+    k_batch,
+    k_token,
+    v_batch,
+    v_token,
+    scale: tl.constexpr,
+    d: tl.constexpr,
+    D_1: tl.constexpr,
+    D_2: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
     """O and LSE of BLOCK_N queries. EVEN: L is a multiple of BLOCK_L; scale: log2(e) / sqrt(d)."""
     width = tl.num_programs(1) * d  # of all heads: the token stride of what is contiguous
     q, k, v, out = head_of(q, q_batch, d), head_of(k, k_batch, d), head_of(v, v_batch, d), head_of(out, N * width, d)
@@ -70,7 +101,7 @@ def forward_kernel(
     q_1, q_2 = load_head(q, rows, N, q_token, d, D_1, D_2, False)
 
     m = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_N], tl.float32)  # noqa: E741  the paper's name
+    l = tl.zeros([BLOCK_N], tl.float32)
     o_1, o_2 = zeros_head(BLOCK_N, D_1, D_2)
     end = L
     if CAUSAL:
@@ -86,7 +117,7 @@ def forward_kernel(
         p = tl.exp2(s - m_new[:, None])
         alpha = tl.exp2(m - m_new)
         # l' = alpha l + sum_j p_j    O' = alpha O + p v
-        l = l * alpha + tl.sum(p, 1)  # noqa: E741
+        l = l * alpha + tl.sum(p, 1)
         v_1, v_2 = load_head(v, keys, L, v_token, d, D_1, D_2, EVEN)
         o_1, o_2 = dot_add(p.to(v_1.dtype), v_1, v_2, o_1 * alpha[:, None], o_2 * alpha[:, None], D_2)
         m = m_new
@@ -97,9 +128,7 @@ def forward_kernel(
 
 
 @jit
-def delta_kernel(
-    out, dout, delta, N, d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
+def delta_kernel(out, dout, delta, N, d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, BLOCK_N: tl.constexpr):
     """delta_n = sum_c dO_nc O_nc of BLOCK_N queries."""
     width = tl.num_programs(1) * d
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -113,9 +142,31 @@ def delta_kernel(
 
 @jit
 def dk_dv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, N, L, q_batch, q_token, k_batch, k_token, v_batch, v_token, scale: tl.constexpr,
-    d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
-):  # fmt: skip
+    q,
+    k,
+    v,
+    dout,
+    lse,
+    delta,
+    dk,
+    dv,
+    N,
+    L,
+    q_batch,
+    q_token,
+    k_batch,
+    k_token,
+    v_batch,
+    v_token,
+    scale: tl.constexpr,
+    d: tl.constexpr,
+    D_1: tl.constexpr,
+    D_2: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
     """dK and dV of BLOCK_L keys, from all queries, BLOCK_N at a time. EVEN: N is a multiple of BLOCK_N.
 
     S and dP are computed transposed, [keys, queries], as their products with dO and q want them. Queries beyond N and keys beyond L
@@ -159,9 +210,30 @@ def dk_dv_kernel(
 
 @jit
 def dq_kernel(
-    q, k, v, dout, lse, delta, dq, N, L, q_batch, q_token, k_batch, k_token, v_batch, v_token, scale: tl.constexpr,
-    d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, CAUSAL: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
-):  # fmt: skip
+    q,
+    k,
+    v,
+    dout,
+    lse,
+    delta,
+    dq,
+    N,
+    L,
+    q_batch,
+    q_token,
+    k_batch,
+    k_token,
+    v_batch,
+    v_token,
+    scale: tl.constexpr,
+    d: tl.constexpr,
+    D_1: tl.constexpr,
+    D_2: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
     """dQ of BLOCK_N queries, from all keys, BLOCK_L at a time. EVEN: L is a multiple of BLOCK_L."""
     width = tl.num_programs(1) * d
     q, k, v, dout = head_of(q, q_batch, d), head_of(k, k_batch, d), head_of(v, v_batch, d), head_of(dout, N * width, d)
@@ -243,8 +315,20 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> tuple
     blocks = blocks_of("forward", N, d, q.dtype)
     with device_of(q):
         forward_kernel[triton.cdiv(N, blocks.queries), heads, len(q)](
-            q, k, v, out, lse, N, L, *_strides(q, k, v), *_constants(d, causal), L % blocks.keys == 0, blocks.queries, blocks.keys, **_launch(blocks)
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            out,
+            lse,
+            N,
+            L,
+            *_strides(q, k, v),
+            *_constants(d, causal),
+            L % blocks.keys == 0,
+            blocks.queries,
+            blocks.keys,
+            **_launch(blocks),
+        )
     return out, lse
 
 
@@ -264,15 +348,42 @@ def _backward(
         if need_dk_dv:
             blocks = blocks_of("dk_dv", L, d, q.dtype)
             dk_dv_kernel[triton.cdiv(L, blocks.keys), heads, len(q)](
-                q, k, v, dout, lse, delta, dk, dv, N, L, *_strides(q, k, v), *_constants(d, causal), N % blocks.queries == 0, blocks.queries, blocks.keys,
-                **_launch(blocks)
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                dout,
+                lse,
+                delta,
+                dk,
+                dv,
+                N,
+                L,
+                *_strides(q, k, v),
+                *_constants(d, causal),
+                N % blocks.queries == 0,
+                blocks.queries,
+                blocks.keys,
+                **_launch(blocks),
+            )
         if need_dq:
             blocks = blocks_of("dq", N, d, q.dtype)
             dq_kernel[triton.cdiv(N, blocks.queries), heads, len(q)](
-                q, k, v, dout, lse, delta, dq, N, L, *_strides(q, k, v), *_constants(d, causal), L % blocks.keys == 0, blocks.queries, blocks.keys,
-                **_launch(blocks)
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                dout,
+                lse,
+                delta,
+                dq,
+                N,
+                L,
+                *_strides(q, k, v),
+                *_constants(d, causal),
+                L % blocks.keys == 0,
+                blocks.queries,
+                blocks.keys,
+                **_launch(blocks),
+            )
     return dq, dk, dv
 
 

@@ -50,9 +50,7 @@ class Subject:
 def subjects() -> dict[str, Subject]:
     """All subjects by name, in the order of the sheet's rows; 110 for training, 20 held out."""
     rows = json.loads((HERE / "subjects.json").read_text())
-    return {
-        row["name"]: Subject(row["name"], row["class"], i, row["held_out"]) for i, row in enumerate(rows)
-    }
+    return {row["name"]: Subject(row["name"], row["class"], i, row["held_out"]) for i, row in enumerate(rows)}
 
 
 def subject_names(*, held_out: bool) -> tuple[str, ...]:

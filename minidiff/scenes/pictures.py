@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from minidiff.pictures import save_png
 from minidiff.scenes.art import COLOURS, STYLES, known, scaled_size, subject_names, subjects, visible_backgrounds
 from minidiff.scenes.scenes import SIZE, Item, Scene, compose
-from minidiff.viz import save_png
 
 SIZES = (58, 46, 52, 40, 55)  # pixels of the longer side, in turn
 

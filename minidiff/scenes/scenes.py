@@ -23,11 +23,27 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from minidiff.scenes.art import COLOURS, HERE, SIZE, STYLES, known, paint_background, scaled_size, sprite
-from minidiff.scenes.art import subject_names, subjects, visible_backgrounds
+from minidiff.scenes.art import (
+    COLOURS,
+    HERE,
+    SIZE,
+    STYLES,
+    known,
+    paint_background,
+    scaled_size,
+    sprite,
+    subject_names,
+    subjects,
+    visible_backgrounds,
+)
 
 RELATIONS = ("and", "left of", "above")
-MEDIA = ("photo", "picture", "image", "icon")  # "a photo of ...", as people and the templates of personalisation write; it means nothing here
+MEDIA = (
+    "photo",
+    "picture",
+    "image",
+    "icon",
+)  # "a photo of ...", as people and the templates of personalisation write; it means nothing here
 SPLITS = ("train", "held_out_subjects", "held_out_pairs", "all_subjects")
 
 
@@ -89,7 +105,7 @@ def is_held_out_pair(subject: str, other: str) -> bool:
 
 
 def with_article(words: str) -> str:
-    """"an apple", "a blue apple". By the first letter, which is right for every word of the captions."""
+    """ "an apple", "a blue apple". By the first letter, which is right for every word of the captions."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -99,9 +115,7 @@ def noun_phrase(item: Item) -> str:
     return with_article(" ".join(word for word in (item.size, item.colour, noun) if word))
 
 
-def caption_of(
-    items: Sequence[Item], relation: str | None, background: str | None, style: str | None, medium: str | None = None
-) -> str:
+def caption_of(items: Sequence[Item], relation: str | None, background: str | None, style: str | None, medium: str | None = None) -> str:
     """The caption; `background`, `style` and `medium` are None where it does not name them."""
     words = f" {relation} ".join(noun_phrase(item) for item in items)
     if medium is not None:
@@ -123,8 +137,7 @@ def picture_of(item: Item, style: str) -> tuple[tuple[int, int, int, int], UInt8
     x, y = round(item.centre[0] - width / 2), round(item.centre[1] - height / 2)
     if min(x, y) < 0 or x + width > SIZE or y + height > SIZE:
         raise ValueError(
-            f"{item.subject} of {width} x {height} at centre {item.centre} leaves the {SIZE} x {SIZE} picture; "
-            "move it or lower px"
+            f"{item.subject} of {width} x {height} at centre {item.centre} leaves the {SIZE} x {SIZE} picture; move it or lower px"
         )
     picture = np.asarray(sprite(item.subject, style, item.colour).resize((width, height), Image.Resampling.BICUBIC))
     picture = np.minimum(picture, picture[..., 3:])  # bicubic scaling may overshoot to more colour than alpha
@@ -227,9 +240,7 @@ def place_one(rng: np.random.Generator, subject: str, style: str) -> tuple[int, 
     return px, size, (float(x), float(y))
 
 
-def place_two(
-    rng: np.random.Generator, names: Sequence[str], style: str, upright: bool
-) -> tuple[list[int], list[tuple[float, float]]]:
+def place_two(rng: np.random.Generator, names: Sequence[str], style: str, upright: bool) -> tuple[list[int], list[tuple[float, float]]]:
     """Sizes and centres of two objects that do not overlap: beside each other, or `upright` one above the other."""
     along, across = (1, 0) if upright else (0, 1)
     first = int(rng.integers(28, 35))

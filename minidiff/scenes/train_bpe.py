@@ -21,13 +21,54 @@ from minidiff.scenes.scenes import COLOURS, STYLES, subjects
 
 HERE = Path(__file__).parent
 RARE_WORDS = ("sks", "ktn", "pll", "ucd", "ohwx", "zqj", "vbx", "wkf", "jgd", "qhy")
-GRAMMAR_WORDS = "a an small large on background in style and left of above".split()
+GRAMMAR_WORDS = ["a", "an", "small", "large", "on", "background", "in", "style", "and", "left", "of", "above"]
 # The templates of DreamBooth and Textual Inversion, and what people are likely to try.
-TEMPLATE_WORDS = """
-    photo picture image drawing painting rendering rendition icon emoji the my this that one two with no close up very
-    zoomed in far away cropped bright dark dirty clean cool weird nice good big little right below under next to new old
-    object thing
-""".split()
+TEMPLATE_WORDS = [
+    "photo",
+    "picture",
+    "image",
+    "drawing",
+    "painting",
+    "rendering",
+    "rendition",
+    "icon",
+    "emoji",
+    "the",
+    "my",
+    "this",
+    "that",
+    "one",
+    "two",
+    "with",
+    "no",
+    "close",
+    "up",
+    "very",
+    "zoomed",
+    "in",
+    "far",
+    "away",
+    "cropped",
+    "bright",
+    "dark",
+    "dirty",
+    "clean",
+    "cool",
+    "weird",
+    "nice",
+    "good",
+    "big",
+    "little",
+    "right",
+    "below",
+    "under",
+    "next",
+    "to",
+    "new",
+    "old",
+    "object",
+    "thing",
+]
 
 
 def needed_words() -> tuple[str, ...]:

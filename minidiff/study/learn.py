@@ -1,6 +1,6 @@
 """One run's training: its pictures, its method, and what it cost.
 
-    Run -> training pictures -> methods.py -> Learnt: adapters to attach, or the model itself changed
+Run -> training pictures -> methods.py -> Learnt: adapters to attach, or the model itself changed
 """
 
 import os
@@ -16,18 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff.adapters.custom_diffusion import CustomDiffusion, compress, from_deltas, merge_concepts
-from minidiff.adapters.family import METHODS, PATTERNS, create_adapters
+from minidiff.adapters.parallel import METHODS, PATTERNS, create_adapters
 from minidiff.evaluation.weights import relative_changes
+from minidiff.pictures import save_png
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.pictures import subject_scenes
 from minidiff.scenes.scenes import sample_scene, with_article
 from minidiff.study.plan import PICTURES, STEPS, SUBJECTS, UNTOUCHED, Run, Variant, standard, variants
-from minidiff.trainers import methods
-from minidiff.trainers.memory import estimate_memory
-from minidiff.trainers.methods import Method
-from minidiff.trainers.personalise import Adapter, Group
-from minidiff.trainers.presets import Concept, CustomDiffusionOptions, LoRAOptions, Options, PivotalOptions, Prior
-from minidiff.viz import save_png
+from minidiff.trainers.engine.memory import estimate_memory
+from minidiff.trainers.methods import common
+from minidiff.trainers.methods.common import Method
+from minidiff.trainers.methods.finetuning import Adapter, Group
+from minidiff.trainers.methods.options import Concept, CustomDiffusionOptions, LoRAOptions, Options, PivotalOptions, Prior
 
 RANK = 8  # of the adapters of family.py
 RIDGE = 0.1  # of a merge: the bundled model's text has few directions
@@ -40,7 +40,7 @@ class Learnt:
     """What a run leaves. adapters: to be attached for drawing. called: how each subject, or the style, is asked for.
 
     trained: how many numbers were trained; bytes: of what is to be kept, in float32. seconds: of training, class pictures not among them.
-    memory: bytes at the peak, by trainers/memory.py. changes: |W' - W| / |W| by kind of layer where the model's own weights moved.
+    memory: bytes at the peak, by trainers/engine/memory.py. changes: |W' - W| / |W| by kind of layer where the model's own weights moved.
     """
 
     adapters: tuple[Adapter, ...]
@@ -108,18 +108,18 @@ def with_class_pictures(sd: StableDiffusion, one: Concept, options: Options) -> 
         return one
     words = one.class_word or "style"
     one = replace(one, class_images=one.images.parent.parent / "class" / f"{words}-{prior.kind}-{prior.count}")
-    for _ in methods.fill_class_images(sd, one, prior, options.prompt, options.samples):
+    for _ in common.fill_class_images(sd, one, prior, options.prompt, options.samples):
         pass
     return one
 
 
 FUNCTIONS: dict[str, Callable[..., Method]] = {
-    "lora": methods.lora,
-    "dreambooth": methods.dreambooth,
-    "dreambooth-lora": methods.dreambooth,
-    "textual-inversion": methods.textual_inversion,
-    "pivotal-tuning": methods.pivotal,
-    "custom-diffusion": methods.custom_diffusion,
+    "lora": common.lora,
+    "dreambooth": common.dreambooth,
+    "dreambooth-lora": common.dreambooth,
+    "textual-inversion": common.textual_inversion,
+    "pivotal-tuning": common.pivotal,
+    "custom-diffusion": common.custom_diffusion,
 }
 
 
@@ -162,10 +162,16 @@ def small_modules(sd: StableDiffusion, name: str, concepts: Sequence[Concept], o
     """A method of family.py at the attentions, trained as a LoRA is."""
     generator = torch.Generator().manual_seed(options.settings.seed)
     adapters = create_adapters(sd, PATTERNS["attention"], method=name, rank=RANK, generator=generator)
-    phase = methods.phase_of(
-        sd, name, methods.captioned(sd, concepts, options, None), options, None,
-        modules={name: adapters}, adapters=[adapters], groups=[Group(tuple(adapters.parameters()))],
-    )  # fmt: skip
+    phase = common.phase_of(
+        sd,
+        name,
+        common.captioned(sd, concepts, options, None),
+        options,
+        None,
+        modules={name: adapters},
+        adapters=[adapters],
+        groups=[Group(tuple(adapters.parameters()))],
+    )
     return Method((phase,)), (adapters,)
 
 
@@ -193,7 +199,9 @@ def pair(sd: StableDiffusion, run: Run, folder: Path) -> Learnt:
     merged, _ = merge_concepts(sd, [one.adapters[0], other.adapters[0]], targets, captions, RIDGE)
     seconds = one.seconds + other.seconds + time.perf_counter() - start
     size = 4 * sum(p.numel() for p in merged.parameters())
-    return replace(one, adapters=(merged,), called=(first.words, second.words), seconds=seconds, trained=one.trained + other.trained, bytes=size)
+    return replace(
+        one, adapters=(merged,), called=(first.words, second.words), seconds=seconds, trained=one.trained + other.trained, bytes=size
+    )
 
 
 def custom_diffusion_of(sd: StableDiffusion, subject: str, seed: int, folder: Path, second: bool = False) -> Learnt:
@@ -204,7 +212,7 @@ def custom_diffusion_of(sd: StableDiffusion, subject: str, seed: int, folder: Pa
     one = concept("custom-diffusion", subject, seed, folder, second=second)
     if path.exists():
         kept = torch.load(path, weights_only=True)
-        delta = CustomDiffusion(kept.pop("layers"), methods.NewTokens(kept.pop("rows"))).to(sd.device)
+        delta = CustomDiffusion(kept.pop("layers"), common.NewTokens(kept.pop("rows"))).to(sd.device)
         return Learnt((delta,), (one.words,), **kept)
     options: CustomDiffusionOptions = replace(standard("custom-diffusion"), start=FIRST_WORDS[second:])
     result = trained(sd, Variant("custom-diffusion", options), [one], seed)

@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minidiff.bundled.evaluate import spread
 from minidiff.evaluation.alignment import Encoder, image_alignment, text_alignment
-from minidiff.evaluation.bundled import spread
-from minidiff.evaluation.clip import Judge, Reading
-from minidiff.evaluation.prompts import FixedPrompt, fixed_prompts, real_scene
+from minidiff.evaluation.judge import Judge, Reading
+from minidiff.pictures import pixels_of
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.art import STYLES, visible_backgrounds
+from minidiff.scenes.prompts import FixedPrompt, fixed_prompts, real_scene
 from minidiff.scenes.scenes import with_article
-from minidiff.trainers.from_scratch import pixels_of
 
 DRAWING_STEPS = 15
 BATCH = 16
@@ -89,9 +89,15 @@ def new_prompts(called: str, backgrounds: Sequence[str]) -> list[str]:
     """What the training pictures do not show: sizes, a colour, places, company, styles."""
     a = with_article(called)
     phrases = (
-        with_article(f"small {called}"), with_article(f"large {called}"), with_article(f"purple {called}"),
-        f"{a} left of a burger", f"a car above {a}", f"{a} and an apple", a, a,
-    )  # fmt: skip
+        with_article(f"small {called}"),
+        with_article(f"large {called}"),
+        with_article(f"purple {called}"),
+        f"{a} left of a burger",
+        f"a car above {a}",
+        f"{a} and an apple",
+        a,
+        a,
+    )
     texts = [on(phrase, background) for phrase, background in zip(phrases, cycled(backgrounds, len(phrases)))]
     return [*texts[:-2], f"{texts[-2]} in noto style", f"{texts[-1]} in twemoji style"]
 

@@ -16,15 +16,12 @@ All methods take the same number of steps of the same batch: the budget is equal
 
 from dataclasses import dataclass, replace
 
-from minidiff.trainers.presets import (
-    CustomDiffusionOptions,
+from minidiff.trainers.methods.options import (
     DreamBoothOptions,
     LoRAOptions,
-    LowRankOptions,
     Options,
     PivotalOptions,
     Prior,
-    TextualInversionOptions,
     preset,
 )
 
@@ -59,7 +56,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Variant:
-    """A method and its numbers. method: of presets, or one of adapters/family.py's. pictures: how many of the subject it is given."""
+    """A method and its numbers. method: of presets, or one of adapters/parallel.py's. pictures: how many of the subject it is given."""
 
     method: str
     options: Options
@@ -92,7 +89,10 @@ def before() -> dict[str, Variant]:
     """Custom Diffusion shrank its pictures, as it should larger ones, and its weights learnt slowly beside its word; the prefix had LoRA's rate."""
     new = standard("custom-diffusion")
     old = replace(new, settings=replace(new.settings, learning_rate=1e-3), token_scale=10.0, sizes="paper")
-    return {"custom-diffusion": Variant("custom-diffusion", old), "prefix": Variant("prefix", LoRAOptions(settings=standard("lora").settings))}
+    return {
+        "custom-diffusion": Variant("custom-diffusion", old),
+        "prefix": Variant("prefix", LoRAOptions(settings=standard("lora").settings)),
+    }
 
 
 def custom() -> dict[str, Variant]:
@@ -153,10 +153,13 @@ def runs(part: str) -> list[Run]:
     } | {
         part: [Run(part, name, (s,), seed) for seed in FEWER_SEEDS for s in subjects for name in names]
         for part, names, subjects in (
-            ("before", before(), SUBJECTS), ("compression", [f"share {share}" for share in SHARES], SUBJECTS), ("custom", custom(), SUBJECTS),
-            ("lora", lora(), FEWER_SUBJECTS), ("pictures", pictures(), FEWER_SUBJECTS),
+            ("before", before(), SUBJECTS),
+            ("compression", [f"share {share}" for share in SHARES], SUBJECTS),
+            ("custom", custom(), SUBJECTS),
+            ("lora", lora(), FEWER_SUBJECTS),
+            ("pictures", pictures(), FEWER_SUBJECTS),
         )
-    }  # fmt: skip
+    }
     if part == "all":  # a seed at a time: stopped early, the study has fewer seeds, and all of its tables
         return sorted((run for one in parts.values() for run in one), key=lambda run: run.seed)
     if part not in parts:

@@ -19,11 +19,25 @@ from minidiff.bench.common import row as table_row
 from minidiff.evaluation.alignment import Encoder
 from minidiff.evaluation.kid import KID, kid
 from minidiff.evaluation.weights import KINDS
+from minidiff.pictures import grid, save_png
 from minidiff.study.learn import training_pictures
 from minidiff.study.measure import class_features
-from minidiff.study.plan import PAIR_VARIANTS, PICTURES, SEEDS, SHARES, SUBJECTS, UNTOUCHED, Run, before, custom, lora, methods, pictures, runs
+from minidiff.study.plan import (
+    PAIR_VARIANTS,
+    PICTURES,
+    SEEDS,
+    SHARES,
+    SUBJECTS,
+    UNTOUCHED,
+    Run,
+    before,
+    custom,
+    lora,
+    methods,
+    pictures,
+    runs,
+)
 from minidiff.study.run import made_on
-from minidiff.viz import grid, save_png
 
 STUDENT = (12.706, 4.303, 3.182, 2.776)  # 97.5 % quantiles of Student's t with 1, 2, 3 and 4 degrees of freedom
 SCORES = ("likeness", "named", "text", "kept", "others", "drift")
@@ -161,10 +175,16 @@ def methods_table(results: Results, distances: Mapping[str, KID]) -> str:
         gain, named = (results.difference(("methods", name), ("methods", UNTOUCHED), score) for score in ("likeness", "named"))
         likeness, *others = scores_of(results, "methods", name, SCORES)
         untouched = name == UNTOUCHED
-        rows.append([
-            name, likeness, "" if untouched else shown(gain), *others, f"{1000 * distances[name].value:.0f} ± {1000 * distances[name].error:.0f}",
-            "" if untouched else "yes" if named and named.low > 0 else "no",
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                likeness,
+                "" if untouched else shown(gain),
+                *others,
+                f"{1000 * distances[name].value:.0f} ± {1000 * distances[name].error:.0f}",
+                "" if untouched else "yes" if named and named.low > 0 else "no",
+            ]
+        )
     return lines(("method", "likeness", "gain", *SCORES[1:], "KID x 1000", "learnt"), rows)
 
 
@@ -212,7 +232,9 @@ def before_table(results: Results) -> str:
                 cells += [f"{mean({key: values[key] for key in same}):.2f}" for values in (old, new)] + [shown(gain)]
         if cells:
             rows.append([name, *cells])
-    return lines(("mended", *(f"{score}{part}" for score in ("likeness", "named", "text") for part in (" before", " after", " gain"))), rows)
+    return lines(
+        ("mended", *(f"{score}{part}" for score in ("likeness", "named", "text") for part in (" before", " after", " gain"))), rows
+    )
 
 
 def style_table(results: Results) -> str:
@@ -256,7 +278,12 @@ class Finding:
 
 
 LITTLE = 0.05  # of scores that run from 0 to 1
-WANTED = {"better": (1, 0.0), "worse": (-1, 0.0), "at least as good": (1, -LITTLE), "at most as good": (-1, -LITTLE)}  # sign, and what it is above
+WANTED = {
+    "better": (1, 0.0),
+    "worse": (-1, 0.0),
+    "at least as good": (1, -LITTLE),
+    "at most as good": (-1, -LITTLE),
+}  # sign, and what it is above
 
 
 def decided(difference: Interval | None, wanted: str) -> str:
@@ -286,7 +313,13 @@ def findings(results: Results) -> list[Finding]:
         gap = interval({key: cross[key] - max(kind[key] for kind in rest) for key in cross})
         figures = "; ".join(f"{kind} {100 * mean(values):.2f} %" for kind, values in kinds.items())
         figures += f"; cross-attention minus the larger of the others {100 * gap.mean:.2f} [{100 * gap.low:.2f}, {100 * gap.high:.2f}] %"
-        found.append(Finding("In full fine-tuning the weights of cross-attention move most.", decided(gap, "better"), f"mean of |W' - W| / |W|: {figures}"))
+        found.append(
+            Finding(
+                "In full fine-tuning the weights of cross-attention move most.",
+                decided(gap, "better"),
+                f"mean of |W' - W| / |W|: {figures}",
+            )
+        )
 
     everything, without, smaller = ("custom", "all weights"), ("custom", "no regularisation"), ("compression", "share 0.6")
     joint, merged, sequential = (("pairs", name) for name in ("joint", "merged", "sequential"))
@@ -305,7 +338,9 @@ def findings(results: Results) -> list[Finding]:
         differences = [results.difference(one, other, score) for one, other, score, _ in gaps]
         if all(difference is not None for difference in differences):
             verdicts = [decided(difference, wanted) for difference, (*_, wanted) in zip(differences, gaps)]
-            named = tuple((f"{one[1]} minus {other[1]}: {score}", difference) for difference, (one, other, score, _) in zip(differences, gaps))
+            named = tuple(
+                (f"{one[1]} minus {other[1]}: {score}", difference) for difference, (one, other, score, _) in zip(differences, gaps)
+            )
             found.append(Finding(claim, together(*verdicts), "; ".join(f"{name} {difference}" for name, difference in named), named))
     return found
 
@@ -317,7 +352,12 @@ def key_of(row: dict) -> tuple[str, int]:
 # --- sheets -----------------------------------------------------------------------------------------------------------
 
 
-FIRST_ROWS = {"custom": STANDARD, "compression": STANDARD, "pictures": STANDARD, "lora": ("methods", "lora")}  # what a part's variants differ from
+FIRST_ROWS = {
+    "custom": STANDARD,
+    "compression": STANDARD,
+    "pictures": STANDARD,
+    "lora": ("methods", "lora"),
+}  # what a part's variants differ from
 
 
 def sheet(results: Results, part: str, subjects: Sequence[str], seed: int) -> Image.Image:
@@ -393,9 +433,15 @@ def write(results: Results, judge: Encoder) -> str:
     rows = ",\n".join(json.dumps(row) for row in results.rows)  # a line each
     (results.folder / "study.json").write_text(json.dumps(head, indent=1)[:-2] + f',\n "results": [\n{rows}\n]}}\n', encoding="utf-8")
     save_png(drawn_intervals([gap for one in claims for gap in one.gaps]), results.folder / "findings.png")
-    curve = [(f"{name}: {score}", results.difference(("compression", name), STANDARD, score)) for score in (*ALIGNMENTS, "kept") for name in SMALLER]
+    curve = [
+        (f"{name}: {score}", results.difference(("compression", name), STANDARD, score))
+        for score in (*ALIGNMENTS, "kept")
+        for name in SMALLER
+    ]
     save_png(drawn_intervals([(name, gap) for name, gap in curve if gap]), results.folder / "compression.png")
-    for part, subjects in dict.fromkeys((row["run"]["part"], tuple(row["run"]["subjects"])) for row in results.rows if row["run"]["seed"] == SEEDS[0]):
+    for part, subjects in dict.fromkeys(
+        (row["run"]["part"], tuple(row["run"]["subjects"])) for row in results.rows if row["run"]["seed"] == SEEDS[0]
+    ):
         few_colours = sheet(results, part, subjects, SEEDS[0]).quantize(256)  # a third of the bytes
         save_png(few_colours, results.folder / f"{'-'.join((part, *subjects))}.png")
     return text

@@ -1,10 +1,10 @@
 """All runs of the study, one after the other or several at once; each leaves one small file, so that the study can be stopped anywhere.
 
-    folder/made-by.json          of which model and which plan the runs are, and the machine that began them
-    folder/results/NAME.json     the run, its scores, what it cost
-    folder/features/NAME.npy     the judge's features of its class pictures, float16: for KID over many runs
-    folder/rows/NAME.png         a row of its pictures: subject, class, new prompts
-    folder/pictures, class, learnt    what runs are given, and share
+folder/made-by.json          of which model and which plan the runs are, and the machine that began them
+folder/results/NAME.json     the run, its scores, what it cost
+folder/features/NAME.npy     the judge's features of its class pictures, float16: for KID over many runs
+folder/rows/NAME.png         a row of its pictures: subject, class, new prompts
+folder/pictures, class, learnt    what runs are given, and share
 """
 
 import hashlib
@@ -22,13 +22,12 @@ import torch
 
 from minidiff.bench.common import machine
 from minidiff.evaluation.alignment import drift
-from minidiff.evaluation.clip import Judge
+from minidiff.evaluation.judge import Judge
+from minidiff.pictures import grid, pixels_of, save_png
 from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.study import measure
 from minidiff.study.learn import Learnt, learnt, style_pictures, training_pictures
 from minidiff.study.plan import STEPS, SUBJECTS, UNTOUCHED, VARIANTS, Run, variants
-from minidiff.trainers.from_scratch import pixels_of
-from minidiff.viz import grid, save_png
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,10 @@ def study(
 def belong(folder: Path, sd: StableDiffusion) -> None:
     """Notes in a new folder which model and which plan its runs are of. Raises ValueError for a folder of others: their numbers do not mix."""
     plan = {part: variants(part) for part in VARIANTS}
-    of = {"model": digest(p.detach().cpu().float().numpy().tobytes() for p in sd.unet.parameters()), "plan": digest([repr((plan, STEPS)).encode()])}
+    of = {
+        "model": digest(p.detach().cpu().float().numpy().tobytes() for p in sd.unet.parameters()),
+        "plan": digest([repr((plan, STEPS)).encode()]),
+    }
     path = folder / "made-by.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

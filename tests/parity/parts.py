@@ -72,7 +72,10 @@ def spatial_transformer(shape: Shape, dtype: torch.dtype) -> Outputs:
 def transformer_block(shape: Shape, dtype: torch.dtype) -> Outputs:
     ours, theirs = unets(shape, dtype)
     x, words = noise(2, 30, shape.unet.widths[1], dtype=dtype), context(shape.unet, dtype)
-    yield ours.down[1].transformers[0].block(x, words), theirs.down_blocks[1].attentions[0].transformer_blocks[0](x, encoder_hidden_states=words)
+    yield (
+        ours.down[1].transformers[0].block(x, words),
+        theirs.down_blocks[1].attentions[0].transformer_blocks[0](x, encoder_hidden_states=words),
+    )
 
 
 def attention(shape: Shape, dtype: torch.dtype) -> Outputs:

@@ -1,13 +1,14 @@
 """Every block and every whole model gives what diffusers, transformers and open_clip give for the same weights and inputs."""
 
 import pytest
-import torch
 
 from tests.parity.parts import PARTS, largest_errors
 
-
 CASES = [
-    pytest.param(part, shape, dtype, id=f"{part}-{shape}-{str(dtype)[6:]}") for part in PARTS for shape in part.shapes for dtype in part.dtypes
+    pytest.param(part, shape, dtype, id=f"{part}-{shape}-{str(dtype)[6:]}")
+    for part in PARTS
+    for shape in part.shapes
+    for dtype in part.dtypes
 ]
 
 

@@ -19,11 +19,19 @@ from minidiff.config import SD1, SD2, ModelConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
-from minidiff.trainers.diffusion_loss import draw
-from minidiff.trainers.loop import rng_for, train
-from minidiff.trainers.methods import custom_diffusion, dreambooth, fine_tune, lora
-from minidiff.trainers.presets import Concept, CustomDiffusionOptions, DreamBoothOptions, FineTuneOptions, LoRAOptions, LowRankOptions, Samples
-from minidiff.trainers.recipe import Settings
+from minidiff.trainers.engine.diffusion_loss import draw
+from minidiff.trainers.engine.loop import rng_for, train
+from minidiff.trainers.engine.settings import Settings
+from minidiff.trainers.methods.common import custom_diffusion, dreambooth, fine_tune, lora
+from minidiff.trainers.methods.options import (
+    Concept,
+    CustomDiffusionOptions,
+    DreamBoothOptions,
+    FineTuneOptions,
+    LoRAOptions,
+    LowRankOptions,
+    Samples,
+)
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 from tests.small_concepts import FOLDER, picture_folder
@@ -44,8 +52,11 @@ def reference_losses(task, unet, params, rates):
     """The loop of diffusers' examples on the task's latents, contexts and draws."""
     config, losses = task.sd.config.schedule, []
     scheduler = diffusers.DDPMScheduler(
-        beta_start=config.beta_start, beta_end=config.beta_end, beta_schedule="scaled_linear", rescale_betas_zero_snr=config.zero_terminal_snr
-    )  # fmt: skip
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule="scaled_linear",
+        rescale_betas_zero_snr=config.zero_terminal_snr,
+    )
     optimizer = torch.optim.AdamW(params, lr=1.0, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     for step, rate in enumerate(rates):
         optimizer.param_groups[0]["lr"] = rate
@@ -68,7 +79,9 @@ def reference_losses(task, unet, params, rates):
 def test_twenty_steps_of_lora_are_pefts(tmp_path, prediction):
     sd = small_model(small_config(prediction))
     options = LoRAOptions(settings=SETTINGS, low_rank=LowRankOptions(rank=3, alpha=6.0))
-    method = lora(sd, [Concept(images=picture_folder(tmp_path / "pictures", captions=("a cat", "a red dog", "a car")), captions=True)], options)
+    method = lora(
+        sd, [Concept(images=picture_folder(tmp_path / "pictures", captions=("a cat", "a red dog", "a car")), captions=True)], options
+    )
 
     unet = reference_unet(sd, tmp_path / "model").requires_grad_(False)
     unet.add_adapter(peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]))

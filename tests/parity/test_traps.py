@@ -27,7 +27,6 @@ from tests.parity.check import NotEqual
 from tests.parity.models import BUNDLED, ODD, SD1, SD2
 from tests.parity.parts import largest_errors
 
-
 holds = cache(largest_errors)  # once for all mistakes
 
 

@@ -1,0 +1,76 @@
+"""The card of a model that the recipe made: its shape, how it was made, what the judge says of it. Everything in it is of the run itself."""
+
+import dataclasses
+
+from torch import nn
+
+from minidiff.bundled.figures import Record, table
+from minidiff.bundled.recipe import Recipe
+from minidiff.pipeline import StableDiffusion
+from minidiff.trainers.engine.log import duration
+from minidiff.trainers.engine.settings import Settings
+
+
+def card(sd: StableDiffusion, recipe: Recipe, judge: Settings, times: dict[str, dict], psnr: tuple[float, float], record: Record) -> str:
+    """Markdown. times: seconds and devices by stage; psnr: of fresh scenes and of held-out subjects, in dB."""
+    seeds = sorted({seed for _, seed in record.verdicts})
+    return f"""# A model of the scenes
+
+A latent diffusion model of Stable Diffusion's shape in small, {sd.config.image_size} x {sd.config.image_size} pixels, made by
+`minidiff train from-scratch`. This page was written by the run that made it.
+
+![forty pictures](pictures.png)
+
+Forty fixed prompts, prompt i on seed i, ddim, guidance {sd.config.guidance_scale:g}, nothing selected.
+
+{shapes(sd)}
+
+## Made by
+
+{stages(recipe, judge, times)}
+
+{", ".join(f"{name} {value}" for name, value in dataclasses.asdict(recipe).items() if value is not None)}
+
+## What it can do
+
+The VAE's reconstructions reach {psnr[0]:.1f} dB PSNR on scenes that it has not seen, and {psnr[1]:.1f} dB where the subject is one that no training showed.
+
+The judge, a small CLIP trained on scenes, says of {len(record.verdicts)} pictures of fixed prompts (seeds {", ".join(map(str, seeds))}; {record.steps} steps of
+ddim, guidance {record.guidance_scale:g}, nothing selected), beside what it says of real scenes of the same prompts and of these after the VAE:
+
+{table(record.figures)}
+
+The verdict on each picture stands in `figures.json`. The judge is kinder than people, who also see what is crude.
+"""
+
+
+def shapes(sd: StableDiffusion) -> str:
+    config = sd.config
+    text = f"width {config.text_encoder.width}, {config.text_encoder.layers} layers, {config.text_encoder.vocab_size:,} words and pieces"
+    levels = "widths {}, {} ResBlock a level".format
+    rows = [
+        ("text encoder", text, sd.text_encoder),
+        ("U-Net", levels(", ".join(map(str, config.unet.widths)), config.unet.blocks_per_level), sd.unet),
+        ("VAE", levels(", ".join(map(str, config.vae.widths)), config.vae.blocks_per_level) + f", factor {config.vae.factor}", sd.vae),
+    ]
+    return markdown(("part", "shape", "parameters"), [(name, shape, f"{parameters(module) / 1e6:.2f} M") for name, shape, module in rows])
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def stages(recipe: Recipe, judge: Settings, times: dict[str, dict]) -> str:
+    of_batch = "{:,} steps of {:,}".format
+    done = {
+        "scenes": f"{recipe.scenes:,} scenes",
+        "autoencoder": of_batch(recipe.vae_steps, recipe.vae_batch),
+        "diffusion": of_batch(recipe.steps, recipe.batch),
+        "judge": of_batch(judge.steps, judge.batch),
+    }
+    rows = [(name, done.get(name, ""), duration(time["seconds"]), "; ".join(time["devices"])) for name, time in times.items()]
+    return markdown(("stage", "what", "time", "device"), rows)
+
+
+def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ("---",) * len(head), *rows])

@@ -1,0 +1,121 @@
+"""The evaluation's figures and verdicts: as a Markdown table, and as JSON that keeps every picture's verdict."""
+
+import json
+import math
+from dataclasses import asdict, astuple, dataclass, fields
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge says of one picture; None where the prompt does not ask, or the question makes no sense.
+
+    subjects: the subject is the likeliest of all, or the two subjects are the likeliest two. background, style, tint: the word's choice is the likeliest.
+    place: both subjects are right, and the first one's centre is to the left (or above) by more than it is up or down (or aside).
+    """
+
+    subjects: bool
+    background: bool
+    place: bool | None
+    style: bool | None
+    tint: bool | None
+    alignment: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A mean over `count` pictures and its standard error, as if the pictures were independent draws."""
+
+    value: float
+    error: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One question, asked of the model's pictures, of real scenes of the same prompts, and of these after the VAE."""
+
+    model: Measure
+    real: Measure
+    reconstructed: Measure
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All figures of a model; shares are 0..1. A figure is None when no picture was asked its question."""
+
+    one_subject: Figure | None
+    two_subjects: Figure | None
+    two_subjects_held_out_pairs: Figure | None  # among two_subjects
+    background: Figure | None
+    place: Figure | None
+    style: Figure | None
+    colour: Figure | None
+    colour_and_subject: Figure | None
+    text_alignment: Figure | None
+    kid: Figure | None
+
+
+LABELS = {
+    "one_subject": "one subject",
+    "two_subjects": "two subjects, both right",
+    "two_subjects_held_out_pairs": "of these, pairs that training never showed",
+    "background": "background",
+    "place": "place, where both are right",
+    "style": "style word",
+    "colour": "colour word that the subject never had in training",
+    "colour_and_subject": "the same, and the subject right",
+    "text_alignment": "text alignment",
+    "kid": "KID",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """An evaluation: how its pictures were made, what came of it, and the judge's verdict on each of the model's pictures, by prompt and seed."""
+
+    steps: int
+    guidance_scale: float
+    figures: Figures
+    verdicts: dict[tuple[str, int], Verdict]
+
+
+def table(figures: Figures) -> str:
+    """The figures as a Markdown table, shares in per cent."""
+    rows = ["| figure | model | real scenes | after the VAE | pictures |", "|---|---|---|---|---|"]
+    for name, label in LABELS.items():
+        figure = getattr(figures, name)
+        if figure is not None:
+            show = "{:.4f} ± {:.4f}".format if name in ("text_alignment", "kid") else lambda v, e: f"{100 * v:.1f} ± {100 * e:.1f} %"
+            cells = [show(m.value, m.error) for m in (figure.model, figure.real, figure.reconstructed)]
+            rows.append(f"| {label} | {' | '.join(cells)} | {figure.model.count} |")
+    return "\n".join(rows)
+
+
+def as_json(record: Record) -> str:
+    """A line for each picture; a mean of nothing, which is not a number, is null."""
+    columns = ["prompt", "seed", *(field.name for field in fields(Verdict))]
+    figures = {name: figure and {kind: null_for_nan(m) for kind, m in figure.items()} for name, figure in asdict(record.figures).items()}
+    rows = [json.dumps([prompt, seed, *astuple(verdict)], ensure_ascii=False) for (prompt, seed), verdict in record.verdicts.items()]
+    head = {"steps": record.steps, "guidance_scale": record.guidance_scale, "figures": figures, "columns": columns}
+    return json.dumps(head, indent=1)[:-2] + ',\n "pictures": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n"
+
+
+def null_for_nan(measure: dict[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in measure.items()}
+
+
+def from_json(text: str) -> Record:
+    """What `as_json` wrote. Raises ValueError for anything else."""
+    try:
+        values = json.loads(text)
+        figures = {
+            name: figure and Figure(**{kind: measure_of(**m) for kind, m in figure.items()}) for name, figure in values["figures"].items()
+        }
+        verdicts = {(prompt, seed): Verdict(*answers) for prompt, seed, *answers in values["pictures"]}
+        return Record(values["steps"], values["guidance_scale"], Figures(**figures), verdicts)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not the record of an evaluation ({error!r}); give a file that as_json wrote") from error
+
+
+def measure_of(value: float | None, error: float | None, count: int) -> Measure:
+    return Measure(math.nan if value is None else value, math.nan if error is None else error, count)

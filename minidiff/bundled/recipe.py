@@ -1,0 +1,76 @@
+"""The numbers of the recipe that makes the bundled model; importing them costs nothing, so that the command line can show them at once."""
+
+import math
+from dataclasses import dataclass
+
+from minidiff.trainers.engine.settings import Schedule, Settings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model of the scenes is made. Raises ValueError for what cannot be followed.
+
+    widths: of the U-Net's levels, multiples of 32; None is (64, 128, 160), or those of the model to train on from.
+    scenes: how many are composed ahead, for the VAE and for the U-Net to learn from.
+    schedule: of the text encoder's and the U-Net's learning rate; the VAE's falls in any case.
+    compile: changes the result by rounding only; None compiles on a CUDA device and nowhere else, where it gains nothing at this size.
+    """
+
+    seed: int = 0
+    widths: tuple[int, ...] | None = None
+    vae_steps: int = 1000
+    vae_batch: int = 32
+    vae_learning_rate: float = 4e-3
+    kl_weight: float = 4e-3
+    scenes: int = 40_000
+    steps: int = 8000
+    batch: int = 64
+    learning_rate: float = 4e-3
+    schedule: Schedule = "flat_then_linear"
+    object_weight: float = 1.6  # the loss of a latent cell is weighted 0.4 + object_weight * (its share of object)
+    caption_dropout: float = 0.1  # captions left empty, for classifier-free guidance (Ho and Salimans 2022)
+    average: float = 0.9995
+    compile: bool | None = None
+
+    def __post_init__(self):
+        if self.widths is not None and (len(self.widths) != 3 or any(width < 1 or width % 32 for width in self.widths)):
+            raise ValueError(f"widths {self.widths}: the U-Net has three levels, each a multiple of 32 wide")
+        if self.scenes < 1:
+            raise ValueError(f"scenes {self.scenes}: a recipe needs at least 1")
+        for name in ("kl_weight", "object_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)}: a recipe needs a finite number, not below 0")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout {self.caption_dropout} is outside 0..1")
+        self.autoencoder()
+        self.diffusion()
+
+    def autoencoder(self) -> Settings:
+        """The loop's settings for the VAE."""
+        return self._settings(steps=self.vae_steps, batch=self.vae_batch, learning_rate=self.vae_learning_rate, schedule="flat_then_linear")
+
+    def diffusion(self) -> Settings:
+        """The loop's settings for the text encoder and the U-Net."""
+        return self._settings(steps=self.steps, batch=self.batch, learning_rate=self.learning_rate, schedule=self.schedule)
+
+    def _settings(self, *, steps: int, batch: int, learning_rate: float, schedule: Schedule) -> Settings:
+        # bfloat16 on CPUs too: it is faster at these batches, and was measured to lose nothing.
+        return Settings(
+            steps=steps,
+            batch=batch,
+            learning_rate=learning_rate,
+            warm_up=60,
+            schedule=schedule,
+            clip=None,
+            average=self.average,
+            precision="bfloat16",
+            seed=self.seed,
+            compile=bool(self.compile),
+        )
+
+
+RECIPES = {
+    "bundled": Recipe(),
+    # A narrower model whose learning rate never fell: the lesson on training shows it between its own run and the bundled model.
+    "half": Recipe(widths=(32, 64, 96), steps=800, schedule="constant"),
+}

@@ -1,0 +1,209 @@
+"""A small Stable Diffusion from nothing: the VAE, then the text encoder and the U-Net together on its latents.
+
+    scenes made ahead -> AutoencoderTask -> latents made ahead -> DiffusionTask -> modules with averaged weights
+
+The order and the losses are those of latent diffusion (Rombach et al. 2022), smaller, with what helps at this size: a VAE whose latents
+may be resized like pictures (Kouzelis et al. 2025, "EQ-VAE"), which makes them smoother and easier to predict; the loss of an object's
+cells counts more than the background's; late timesteps are drawn more often; and the schedule ends in pure noise (Lin et al. 2023). Both
+tasks are trained by the loop of loop.py.
+
+Left out: the adversarial and perceptual losses of the original's VAE.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
+
+from minidiff.bundled.recipe import Recipe
+from minidiff.config import ModelConfig, ScheduleConfig, TextEncoderConfig, TokenizerConfig, UNetConfig, VAEConfig
+from minidiff.pictures import pixels_of
+from minidiff.pipeline import StableDiffusion
+from minidiff.scenes.scenes import bpe_merges, sample_scene
+from minidiff.schedule import NoiseSchedule
+from minidiff.text_encoder import TextEncoder
+from minidiff.tokenizer import Tokenizer
+from minidiff.trainers.engine.diffusion_loss import Draws, squared_error
+from minidiff.trainers.engine.loop import normals, on, rng_for, seeded
+from minidiff.trainers.engine.optimizer import optimizers
+from minidiff.trainers.engine.prefetch import ahead
+from minidiff.trainers.engine.settings import Settings
+from minidiff.unet import UNet
+from minidiff.vae import VAE
+
+WITHOUT_MERGES = 512 + 2  # vocabulary: the bytes, alone and at a word's end, and the start and end tokens; each merge adds one
+CONTEXT_LENGTH = 32  # the longest caption of a scene has 22 tokens
+
+
+def bundled_config(widths: tuple[int, ...] | None = None) -> ModelConfig:
+    """The bundled model's numbers: Stable Diffusion's shape for 64 x 64 pictures, 16 x 16 latents; widths: of the U-Net, if others."""
+    merges, widths = bpe_merges(), widths or (64, 128, 160)
+    return ModelConfig(
+        tokenizer=TokenizerConfig(merges=merges, context_length=CONTEXT_LENGTH),
+        text_encoder=TextEncoderConfig(WITHOUT_MERGES + len(merges), CONTEXT_LENGTH, width=128, layers=3, heads=4),
+        unet=UNetConfig(
+            widths=widths,
+            blocks_per_level=1,
+            attention=(True, True, False),
+            heads=tuple(width // 32 for width in widths),
+            context_width=128,
+        ),
+        vae=VAEConfig(widths=(24, 48, 96), blocks_per_level=1, groups=8),
+        schedule=ScheduleConfig(prediction="v", zero_terminal_snr=True, spacing="trailing"),
+        image_size=64,
+        guidance_scale=4.0,
+    )
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Scenes made ahead. mask: share of object in a latent cell, 0..1."""
+
+    images: UInt8[np.ndarray, "N H W 3"]
+    tokens: Int[Tensor, "N L"]
+    mask: Float[Tensor, "N 1 h w"]
+
+
+def make_scenes(recipe: Recipe, config: ModelConfig, chunk: int = 100) -> Iterator[Scenes]:
+    """The recipe's scenes, `chunk` an iteration."""
+    tokenizer = Tokenizer(config.tokenizer)
+    for start in range(0, recipe.scenes, chunk):
+        rng = np.random.default_rng([recipe.seed, 1, start])
+        scenes = [sample_scene(rng) for _ in range(min(chunk, recipe.scenes - start))]
+        mask = torch.from_numpy(np.stack([scene.mask for scene in scenes]))[:, None]
+        images = np.stack([scene.image for scene in scenes])
+        yield Scenes(images, tokenizer([scene.caption for scene in scenes]), F.avg_pool2d(mask, config.vae.factor))
+
+
+def reconstruction_loss(output: Float[Tensor, "B 3 H W"], pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, ""]:
+    """L1 + 2 MSE + L1 of the differences between neighbours, which keeps edges sharp."""
+    error = output - pixels
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + 2 * error.square().mean() + edges
+
+
+class AutoencoderTask:
+    """Trains the VAE on composed scenes: reconstruction, and a little KL that keeps the latents near N(0, 1).
+
+    In every second step latents and target are both made smaller before the latents are decoded (EQ-VAE), to 1/2 and 3/4 in turn.
+    """
+
+    def __init__(self, config: ModelConfig, recipe: Recipe, images: UInt8[np.ndarray, "N H W 3"], device: torch.device):
+        self.recipe, self.device = recipe, device
+        self.images = torch.from_numpy(images).to(device)  # as bytes: on a GPU no step waits for pictures
+        with seeded(recipe.seed):
+            self.vae = VAE(config.vae).to(device)
+        self.modules: dict[str, nn.Module] = {"vae": self.vae}
+        self.networks = (self.vae.encoder, self.vae.decoder)
+        cells = images.shape[1] // config.vae.factor, images.shape[2] // config.vae.factor
+        self.draws = ahead(partial(autoencoder_draws, recipe.seed, len(images), (config.vae.latent_channels, *cells)), device)
+
+    def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
+        return optimizers([self.vae], settings.learning_rate)
+
+    def loss(self, step: int, samples: range) -> Float[Tensor, ""]:
+        chosen, noise = (on(self.device, part) for part in self.draws(step, samples))
+        pixels = pixels_of(self.images[chosen])
+        posterior = self.vae.encode(pixels)
+        z, target = posterior.mean + (0.5 * posterior.logvar).exp() * noise, pixels
+        if step % 2 == 1:
+            cells, side = z.shape[-1], z.shape[-1] // 2 if step % 4 == 1 else 3 * z.shape[-1] // 4
+            z, target = resized(z.float(), side), resized(pixels, side * pixels.shape[-1] // cells)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return reconstruction_loss(self.vae.decode(z).float(), target) + self.recipe.kl_weight * kl
+
+
+def autoencoder_draws(
+    seed: int, count: int, shape: tuple[int, ...], step: int, samples: range
+) -> tuple[Int[Tensor, " B"], Float[Tensor, "B C h w"]]:
+    """By chance, which of `count` pictures each sample is, and the noise of its latent."""
+    rngs = [rng_for(seed, step, sample) for sample in samples]
+    return torch.tensor([int(rng.integers(count)) for rng in rngs]), normals(rngs, shape)
+
+
+def resized(x: Float[Tensor, "B C H W"], side: int) -> Float[Tensor, "B C side side"]:
+    """Bicubic, blurred as much as the new size asks for."""
+    return F.interpolate(x, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Scenes through the encoder. mean: unscaled means of the posterior; tokens of their captions; mask: as in Scenes."""
+
+    mean: Float[Tensor, "N C h w"]
+    tokens: Int[Tensor, "N L"]
+    mask: Float[Tensor, "N 1 h w"]
+
+    def scaling_factor(self) -> float:
+        """1 / standard deviation over all latents, which brings them to unit variance (Rombach et al. 2022, appendix G)."""
+        return float(1 / self.mean.double().std())
+
+
+def encoded(images: UInt8[np.ndarray, "N H W 3"], vae: VAE, device: torch.device, chunk: int = 100) -> Iterator[Float[Tensor, "n C h w"]]:
+    """The unscaled means of the pictures' latents, `chunk` an iteration, on the CPU; in float32, whatever the training ran in."""
+    for start in range(0, len(images), chunk):
+        with torch.no_grad():
+            mean = vae.encode(pixels_of(torch.from_numpy(images[start : start + chunk]).to(device))).mean.cpu()
+        yield mean
+
+
+class DiffusionTask:
+    """Trains text encoder and U-Net together to predict v (or eps) from x_t and the caption (Rombach et al. 2022, eq. 3)."""
+
+    def __init__(self, config: ModelConfig, recipe: Recipe, latents: Latents, device: torch.device, init: StableDiffusion | None = None):
+        self.config, self.recipe, self.device = config, recipe, device
+        self.schedule = NoiseSchedule(config.schedule)
+        self.empty = Tokenizer(config.tokenizer)([""]).to(device)
+        # All of them on the device: on a GPU no step waits for data.
+        self.x_0 = (latents.mean * config.vae.scaling_factor).to(device)
+        self.tokens = latents.tokens.to(device)
+        self.weight = (0.4 + recipe.object_weight * latents.mask).to(device)
+        with seeded(recipe.seed):
+            self.text_encoder = initialised(TextEncoder(config.text_encoder)).to(device)
+            self.unet = initialised(UNet(config.unet)).to(device)
+        if init is not None:
+            self.text_encoder.load_state_dict(init.text_encoder.state_dict())
+            self.unet.load_state_dict(init.unet.state_dict())
+        self.modules: dict[str, nn.Module] = {"text_encoder": self.text_encoder, "unet": self.unet}
+        self.draws = ahead(partial(diffusion_draws, recipe, config.schedule.timesteps, tuple(self.x_0.shape)), device)
+
+    def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
+        return optimizers(self.modules.values(), settings.learning_rate)
+
+    def loss(self, step: int, samples: range) -> Float[Tensor, ""]:
+        chosen, dropped, t, eps = (on(self.device, part) for part in self.draws(step, samples))
+        context = self.text_encoder(torch.where(dropped[:, None], self.empty, self.tokens[chosen]))
+        error = squared_error(self.unet, self.schedule, self.x_0[chosen], context, Draws(t, eps))
+        return (self.weight[chosen] * error).mean()
+
+
+def diffusion_draws(
+    recipe: Recipe, timesteps: int, shape: tuple[int, ...], step: int, samples: range
+) -> tuple[Int[Tensor, " B"], Bool[Tensor, " B"], Int[Tensor, " B"], Float[Tensor, "B C h w"]]:
+    """By chance: which latent of all, of this shape, a sample is; whether its caption is left empty; t; eps."""
+    rngs = [rng_for(recipe.seed, step, sample) for sample in samples]
+    chosen = torch.tensor([int(rng.integers(shape[0])) for rng in rngs])
+    dropped = torch.tensor([rng.random() < recipe.caption_dropout for rng in rngs])
+    return chosen, dropped, sample_timesteps(rngs, timesteps), normals(rngs, shape[1:])
+
+
+def sample_timesteps(rngs: Sequence[np.random.Generator], timesteps: int) -> Int[Tensor, " B"]:
+    """Four in five from sigmoid(N(0.5, 1)), which favours the later, noisier half where the words decide; one in five uniform."""
+    shares = [1 / (1 + np.exp(-0.5 - rng.standard_normal())) if rng.random() < 0.8 else rng.random() for rng in rngs]
+    return torch.tensor([min(int(share * timesteps), timesteps - 1) for share in shares])
+
+
+def initialised(module: nn.Module) -> nn.Module:
+    """Embeddings large enough to be told apart from the first step, and every residual branch close to 0 at the start."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight, std=0.1 if name.startswith("position") else 0.5)
+        elif name.endswith(("to_out", "conv_2", "proj_out", "linear_2")) and "time_embedding" not in name:
+            nn.init.normal_(part.weight, std=1e-3)
+            nn.init.zeros_(part.bias)
+    return module

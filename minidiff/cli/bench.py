@@ -1,0 +1,156 @@
+"""The benchmarks of the command line: `minidiff bench load`, `attention`, `step`, `image`, `train`.
+
+Each prints a Markdown table, and with --out writes all its numbers. Imports that take long stand inside the commands that need them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from minidiff.cli.flags import UNSET, Several, Whole
+from minidiff.cli.model import choose_device
+
+Models = Literal["sd1", "sd2", "bundled"]
+Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]", help_behavior_hint=UNSET)]
+
+
+def load(against: bool = True, out: Path | None = None, rounds: int = 3) -> None:
+    """Time and memory of loading a full-size Stable Diffusion 1.x made of made-up weights, beside diffusers on the same tensors.
+
+    Takes minutes, and up to 4.3 GB of disk at a time in the folder for temporary files.
+
+    Args:
+        against: measure diffusers as well
+        out: a .json file for the results
+        rounds: how often each loads each file
+    """
+    from minidiff.bench.load import bench
+
+    show(bench(against, out, rounds))
+
+
+def attention(
+    out: Path | None = None,
+    rounds: Whole = None,
+    models: tuple[Models, ...] = ("sd1", "sd2"),
+    sizes: Sizes = (),
+    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = (),
+    device: str = "auto",
+    contender: Several = (),
+    batch: int = 2,
+) -> None:
+    """Time, memory and errors of attention at every shape of a U-Net step, beside all of PyTorch's ways.
+
+    Begun with the same flags and --out, a run that was stopped goes on at the shape where it stopped.
+
+    Args:
+        out: a .json file for the results, written after each contender
+        rounds: how often each takes its turn; 5 on a GPU, 3 on a CPU by default
+        models: whose shapes
+        sizes: of pictures, in pixels; 512 and 768 on a GPU, 512 on a CPU by default, and the bundled model's own
+        dtypes: bfloat16 by default; on a CPU float32 too
+        device: auto, cpu, cuda, cuda:1
+        contender: only these: minidiff, triton, flash, efficient, cudnn, math, flex, "by hand"; all by default
+        batch: rows; a picture with guidance has 2
+    """
+    from minidiff.bench.attention import CONTENDERS, bench
+
+    device = choose_device(device)
+    on_cpu = device.type == "cpu"
+    rounds = (3 if on_cpu else 5) if rounds is None else rounds
+    sizes = sizes or ((64,) if models == ("bundled",) else (512,) if on_cpu else (512, 768))
+    dtypes = dtypes or (("float32", "bfloat16") if on_cpu else ("bfloat16",))
+    show(bench(out, rounds, models, sizes, dtypes, str(device), contender or CONTENDERS, batch))
+
+
+def step(
+    against: bool = True,
+    out: Path | None = None,
+    rounds: Whole = None,
+    model: Models = "sd1",
+    size: Whole = None,
+    device: str = "auto",
+    max_autotune: bool = False,
+) -> None:
+    """Time, memory and errors of a U-Net step of one picture with guidance, beside diffusers, on made-up weights.
+
+    Takes 4.3 GB of disk in the folder for temporary files.
+
+    Args:
+        against: measure diffusers as well
+        out: a .json file for the results, written after each contender and each round
+        rounds: how often each takes its turn; 10 on a GPU, 3 on a CPU by default
+        model: whose shapes
+        size: of the picture, in pixels; the model's own by default
+        device: auto, cpu, cuda, cuda:1
+        max_autotune: diffusers compiled by max-autotune as well, which takes minutes
+    """
+    from minidiff.bench.step import bench
+
+    show(bench(against, out, rounds, model, size, str(choose_device(device)), max_autotune))
+
+
+def image(
+    against: bool = True,
+    out: Path | None = None,
+    rounds: Whole = None,
+    model: Models = "sd1",
+    size: Whole = None,
+    steps: Whole = None,
+    device: str = "auto",
+    max_autotune: bool = False,
+) -> None:
+    """Time, memory and errors of a whole picture, from the prompt to pixels, beside diffusers, on made-up weights.
+
+    Takes 4.3 GB of disk in the folder for temporary files.
+
+    Args:
+        against: measure diffusers as well
+        out: a .json file for the results, written after each contender and each round
+        rounds: how often each takes its turn; 5 on a GPU, 2 on a CPU by default
+        model: whose shapes
+        size: of the picture, in pixels; the model's own by default
+        steps: of the sampler, DDIM; 50 on a GPU, 4 on a CPU by default
+        device: auto, cpu, cuda, cuda:1
+        max_autotune: diffusers compiled by max-autotune as well, which takes minutes
+    """
+    from minidiff.bench.image import bench
+
+    show(bench(against, out, rounds, model, size, steps, str(choose_device(device)), max_autotune))
+
+
+def train(
+    against: bool = True,
+    out: Path | None = None,
+    rounds: Whole = None,
+    model: Models = "sd1",
+    size: Whole = None,
+    methods: tuple[Literal["lora", "custom-diffusion"], ...] = ("lora", "custom-diffusion"),
+    device: str = "auto",
+) -> None:
+    """Time, memory and loss of a training step, beside the loops of diffusers' examples, on made-up weights.
+
+    Takes 4.3 GB of disk in the folder for temporary files.
+
+    Args:
+        against: measure diffusers, and peft for the LoRA, as well
+        out: a .json file for the results, written after each contender and each round
+        rounds: how often each takes its turn; 10 on a GPU, 2 on a CPU by default
+        model: whose shapes
+        size: of the pictures, in pixels; the model's own by default, on a CPU half of it
+        methods: which trainings
+        device: auto, cpu, cuda, cuda:1
+    """
+    from minidiff.bench.train import bench
+
+    show(bench(against, out, rounds, model, size, methods, str(choose_device(device))))
+
+
+def show(lines: Iterator[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
+
+
+COMMANDS = {"load": load, "attention": attention, "step": step, "image": image, "train": train}

@@ -1,0 +1,278 @@
+"""The commands `minidiff evaluate ...`: pictures, weights and people's preference in numbers; the study of all methods.
+
+Imports that take long stand inside the commands that need them.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from minidiff.cli.flags import File, Folder, Text, Whole
+from minidiff.cli.model import load, say
+
+if TYPE_CHECKING:
+    from minidiff.evaluation.alignment import Encoder
+
+Parts = Literal["all", "methods", "before", "pairs", "compression", "custom", "lora", "pictures", "style"]
+
+
+def pictures(
+    folder: tyro.conf.Positional[Path],
+    /,
+    references: Folder = None,
+    before: Folder = None,
+    real: Folder = None,
+    clip: File = None,
+    clip_model: Text = None,
+    out: File = None,
+    device: str = "auto",
+) -> None:
+    """How well pictures follow their prompts, resemble a subject, moved with training, and how far they are from real ones (KID).
+
+    Prompts are read from NAME.txt beside each picture, metadata.jsonl or captions.json; without these from the pictures, where `generate`
+    wrote them. A new word means nothing to a CLIP: write captions that call the subject by its class.
+
+    Args:
+        folder: the pictures
+        references: a folder with pictures of the subject: the mean cosine of each picture with all of them
+        before: what the model drew before training, under the same names: 1 - cosine of each picture with its counterpart
+        real: a folder with real pictures, for KID; 500 or more of either are advised
+        clip: weights of a CLIP as open_clip reads them; without, the judge of the bundled scenes, which knows nothing else
+        clip_model: what open_clip calls the CLIP's network, such as ViT-L-14; ViT-B-32 by default
+        out: a .json file for the numbers, of each picture too
+        device: auto, cpu, cuda, cuda:1, mps
+    """
+    from minidiff.cli.model import choose_device
+    from minidiff.evaluation.alignment import drift, image_alignment, text_alignment
+    from minidiff.evaluation.folder import drawn_pictures, prompts_of
+
+    if out is not None and not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
+    paths = drawn_pictures(folder)
+    prompts = prompts_of(folder, paths)
+    counterparts = [] if before is None else same_names(paths, drawn_pictures(before), before)
+    subject, others = ([] if other is None else drawn_pictures(other) for other in (references, real))
+    if not (prompts or counterparts or subject or others):
+        raise ValueError(f"{folder}: nothing to compare with; write captions beside the pictures, or give --references, --before or --real")
+    if others and min(len(paths), len(others)) < 4:
+        raise ValueError(f"{folder} and {real} have {len(paths)} and {len(others)} pictures; KID needs 4 of either, and 500 to say much")
+    encoder = choose_encoder(clip, clip_model, choose_device(device))
+    features = features_of(encoder, paths)
+    found = {}
+    if prompts:
+        found["text alignment"] = text_alignment(features, encoder.encode_texts(prompts).cpu())
+    if subject:
+        found["image alignment"] = image_alignment(features, features_of(encoder, subject))
+    if counterparts:
+        found["drift"] = drift(features, features_of(encoder, counterparts))
+    numbers: dict[str, object] = {}
+    for name, values in found.items():
+        error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+        each = {path.name: value for path, value in zip(paths, values.tolist())}
+        numbers[name] = {"mean": float(values.mean()), "error": error, "pictures": len(values), "each": each}
+        print(f"{name:16} {float(values.mean()):.4f}{'' if error is None else f' ± {error:.4f}'}  {len(values)} pictures")
+    if others:
+        distance = kid_of(features, features_of(encoder, others), prompts)
+        numbers["KID"] = {"value": distance.value, "error": distance.error, "pictures": len(features), "real": len(others)}
+        print(f"{'KID':16} {distance.value:.4f} ± {distance.error:.4f}  {len(features)} pictures, {len(others)} real ones")
+        if min(len(features), len(others)) < 500:
+            say([f"KID of {len(features)} and {len(others)} pictures: fewer than 500, so its error is large"])
+    if out is not None:
+        temporary = out.with_name(f".{out.name}.tmp")
+        temporary.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+        temporary.replace(out)
+
+
+def kid_of(features, others, prompts: list[str]):
+    """KID. Its error is of other prompts where there are 20 or more, or else of other noise for the same ones."""
+    import torch
+
+    from minidiff.evaluation.judge import scaled
+    from minidiff.evaluation.kid import kid
+
+    names = list(dict.fromkeys(prompts))
+    group = torch.tensor([names.index(prompt) for prompt in prompts]) if len(names) >= 20 else torch.arange(len(features))
+    groups = (group, len(features) + torch.arange(len(others)))
+    return kid(scaled(features), scaled(others), groups=groups, blocks=min(10, len(group.unique()) // 2, len(others) // 2))
+
+
+def same_names(paths: list[Path], others: list[Path], folder: Path) -> list[Path]:
+    """The counterpart of each picture."""
+    named = {path.name: path for path in others}
+    if missing := [path.name for path in paths if path.name not in named]:
+        raise ValueError(f"{folder}: no {missing[0]} in it; draw the same prompts on the same seeds, under the same names")
+    return [named[path.name] for path in paths]
+
+
+def choose_encoder(clip: Path | None, name: str | None, device) -> "Encoder":
+    import weights_loader
+    from minidiff.evaluation.open_clip import OpenClip
+
+    if clip is None and name is not None:
+        raise ValueError(f"--clip-model {name} without its weights; give them as --clip FILE")
+    return weights_loader.load_judge(device=device) if clip is None else OpenClip(name or "ViT-B-32", clip, device)
+
+
+def features_of(encoder: "Encoder", paths: list[Path]):
+    import torch
+
+    from minidiff.pictures import fit, load_picture
+
+    parts = []
+    for start in range(0, len(paths), 32):
+        pixels = torch.stack([fit(load_picture(path), encoder.image_size) for path in paths[start : start + 32]])
+        with torch.no_grad():
+            parts.append(encoder.encode_pictures(pixels).float().cpu())
+    return torch.cat(parts)
+
+
+def weights(base: tyro.conf.Positional[str], tuned: tyro.conf.Positional[str], /, top: int = 10) -> None:
+    """How far training moved a model's weights, by kind of layer: |W' - W| / |W| of the U-Net.
+
+    Args:
+        base: the model before
+        tuned: the model after
+        top: how many of the layers that moved most are listed
+    """
+    from minidiff.evaluation.weights import kind_of, layer_changes, relative_changes
+
+    before, after = (dict(load(model, "float32", "cpu").unet.named_parameters()) for model in (base, tuned))
+    for kind, change in relative_changes(before, after).items():
+        print(f"{kind:16} {100 * change:.3f} %")
+    each = layer_changes(before, after)
+    for name in sorted(each, key=lambda name: -each[name])[:top]:
+        print(f"  {100 * each[name]:8.3f} %  {kind_of(name):16} {name}")
+
+
+def pairs(first: tyro.conf.Positional[Path], second: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], /, seed: int = 0) -> None:
+    """A sheet of pairs for people to choose from, and a form to fill; pictures of one name in both folders, in random order.
+
+    Args:
+        first: a folder of pictures
+        second: another one's, of the same names
+        out: a new folder for sheet.png, form.csv and key.json, which says which side is whose
+        seed: of the order
+    """
+    from minidiff.evaluation.pairs import make_sheet
+
+    print(
+        f"{make_sheet(first, second, out, seed)} pairs in {out / 'sheet.png'}; write left, right or equal into copies of {out / 'form.csv'}"
+    )
+
+
+def tally(key: tyro.conf.Positional[Path], forms: tyro.conf.Positional[tuple[Path, ...]], /) -> None:
+    """Counts filled forms of a sheet of pairs.
+
+    Args:
+        key: key.json of the sheet
+        forms: the filled forms, one a person
+    """
+    from minidiff.evaluation.pairs import tally as count
+
+    if not forms:
+        raise ValueError("no forms given; give the filled copies of form.csv")
+    found, names = count(key, forms), json.loads(key.read_text(encoding="utf-8"))
+    print(f"{names['first']} was preferred in {found.first}, {names['second']} in {found.second}, neither in {found.equal}")
+    print(f"share of the first: {100 * found.preferred:.1f} %, 95 % interval {100 * found.low:.1f} to {100 * found.high:.1f} %")
+
+
+def bundled(
+    model: tyro.conf.Positional[str] = "tiny",
+    /,
+    steps: int = 20,
+    guidance: float | None = None,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    limit: Whole = None,
+    device: str = "auto",
+    threads: Whole = None,
+) -> None:
+    """What a model of the bundled scenes obeys: the fixed prompts, drawn and judged.
+
+    Args:
+        model: the bundled one, or another that was trained on the scenes
+        steps: of the sampler
+        guidance: how strongly pictures follow the prompt; the model's own by default
+        seeds: every prompt is drawn on each
+        limit: so many of the 246 prompts, evenly spread
+        device: auto, cpu, cuda, cuda:1, mps
+        threads: CPU threads to use; all cores by default
+    """
+    from tqdm import tqdm
+
+    import weights_loader
+    from minidiff.bundled.evaluate import evaluate, table
+    from minidiff.cli.model import training_on
+
+    with training_on(device, threads) as device:
+        sd, judge = load(model, "float32", device), weights_loader.load_judge(device=device)
+        with tqdm(unit="picture", file=sys.stderr) as bar:
+            for progress in evaluate(sd, judge, steps=steps, guidance_scale=guidance, seeds=seeds, limit=limit):
+                bar.total = progress.total
+                bar.update(progress.done - bar.n)
+        print(table(progress.figures))
+
+
+def study(
+    out: tyro.conf.Positional[Path],
+    /,
+    part: Parts = "all",
+    jobs: int = 1,
+    threads: Whole = None,
+    device: str = "auto",
+    limit: Whole = None,
+) -> None:
+    """Train every method on subjects that the bundled model has never seen, and measure what each gives; hours on a CPU.
+
+    Stopped at any time, it goes on with the runs that are not there yet. `minidiff evaluate report OUT` makes the tables.
+
+    Args:
+        out: folder of the study
+        part: which runs: all, methods, before, pairs, compression, custom, lora, pictures or style
+        jobs: runs at once, each in a process of its own
+        threads: CPU threads of each; the cores are shared out by default
+        device: auto, cpu, cuda, cuda:1, mps
+        limit: so many runs, and stop
+    """
+    import torch
+    from tqdm import tqdm
+
+    import weights_loader
+    from minidiff.cli.model import choose_device
+    from minidiff.study.plan import runs
+    from minidiff.study.run import study as make
+
+    device = choose_device(device)
+    chosen = [run for run in runs(part) if not (out / "results" / f"{run.name}.json").exists()][:limit]
+    load_tiny = partial(weights_loader.load, "tiny", dtype=torch.float32, device=device)
+    load_judge = partial(weights_loader.load_judge, device=device)
+    with tqdm(total=len(chosen), unit="run", file=sys.stderr) as bar:
+        for progress in make(out, chosen, load_tiny, load_judge, jobs=jobs, threads=threads):
+            bar.set_postfix_str(f"{progress.name}, {progress.left / 3600:.1f} h left", refresh=False)
+            bar.update()
+
+
+def report(out: tyro.conf.Positional[Path], /) -> None:
+    """Tables, findings and sheets of a study's runs: OUT/study.md, study.json, PART-SUBJECTS.png.
+
+    Args:
+        out: folder of the study
+    """
+    import weights_loader
+    from minidiff.study.report import read, write
+
+    print(write(read(out), weights_loader.load_judge()))
+
+
+COMMANDS = {
+    "pictures": pictures,
+    "weights": weights,
+    "pairs": pairs,
+    "tally": tally,
+    "bundled": bundled,
+    "study": study,
+    "report": report,
+}

@@ -1,0 +1,79 @@
+"""What the commands of the command line share: the model and the device that were asked for, small files, notes to the user."""
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from os import devnull
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load(model: str, dtype: str, device: "str | torch.device", **options):
+    """The model, on the device asked for; what the loader decided is said."""
+    import torch
+
+    import weights_loader
+
+    device = choose_device(device) if isinstance(device, str) else device
+    sd = weights_loader.load(model, dtype=None if dtype == "auto" else getattr(torch, dtype), device=device, **options)
+    say(sd.notes)
+    return sd
+
+
+def weighted(files: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """FILE or FILE:0.7, as the loader takes them."""
+    from weights_loader.lora import parse_weighted
+
+    return tuple(parse_weighted(file) for file in files)
+
+
+def say(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"minidiff: {note}", file=sys.stderr)
+
+
+def choose_device(name: str) -> "torch.device":
+    """`auto` takes CUDA, else MPS, else the CPU."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
+        raise ValueError(f"device {name!r} unknown; choose auto, cpu, cuda, cuda:1, mps")
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; take --device auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' is not available on this machine; take --device auto")
+    return device
+
+
+@contextmanager
+def training_on(device: str, threads: int | None, attention: str = "auto"):
+    """The device to train on, with the threads and the attention; of several processes that torchrun started, the first alone is heard."""
+    import torch
+
+    from minidiff.kernels.dispatch import attention_backend
+    from minidiff.trainers.engine import distributed
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    joined = distributed.join_processes(choose_device(device))
+    try:
+        with attention_backend(attention), ExitStack() as stack:
+            if distributed.number() > 0:
+                nowhere = stack.enter_context(open(devnull, "w"))
+                stack.enter_context(redirect_stdout(nowhere))
+                stack.enter_context(redirect_stderr(nowhere))
+            yield joined
+    finally:
+        distributed.leave_processes()
+
+
+def slug(prompt: str) -> str:
+    """The prompt as a file name."""
+    words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
+    return "-".join(words)[:60] or "picture"

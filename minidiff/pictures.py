@@ -1,0 +1,131 @@
+"""Pictures side by side, and pictures with the settings that made them."""
+
+import math
+import os
+import struct
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
+
+
+def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Pictures of one size in rows, as near to a square as they come unless `columns` says otherwise; a single one is returned as it is.
+
+    Raises ValueError for no picture, and for pictures of several sizes.
+    """
+    if not images:
+        raise ValueError("a grid of 0 pictures; give at least one")
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        raise ValueError(f"a grid of pictures of sizes {sizes}; give pictures of one size")
+    if len(images) == 1:
+        return images[0]
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def check_png(path: Path) -> None:
+    """Raises ValueError for a name that is not a PNG's, FileNotFoundError where the folder does not exist."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: pictures are written as PNG; name it {path.with_suffix('.png').name}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder; make it, or choose another place")
+
+
+def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> None:
+    """Writes a PNG, whole or not at all. `parameters` goes into the text chunk of that name, where Stable Diffusion web interfaces look.
+
+    Raises as `check_png` does.
+    """
+    check_png(path)
+    info = PngImagePlugin.PngInfo()
+    if parameters is not None:
+        info.add_text("parameters", parameters)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, format="PNG", pnginfo=info)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+OTHER_PICTURES = (".heic", ".heif", ".avif", ".gif", ".tif", ".tiff")  # not read, which should not happen in silence
+
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what Pillow raises for broken files
+
+
+def picture_paths(folder: Path) -> list[Path]:
+    """The pictures of a folder by their endings, sorted by name."""
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder; give one with pictures in it")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; give the folder with the pictures")
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    if inner := [path.name for path in entries if path.is_dir()]:
+        warnings.warn(f"{folder}: its sub-folders are not read: {', '.join(inner)}", stacklevel=3)
+    if others := [path.name for path in entries if path.suffix.lower() in OTHER_PICTURES]:
+        warnings.warn(f"{folder}: of formats that are not read: {', '.join(others)}; save them as .png or .jpg", stacklevel=3)
+    return [path for path in entries if path.suffix.lower() in PICTURES and path.is_file()]
+
+
+def check_picture(path: Path, size: int) -> None:
+    """Raises ValueError for a picture that cannot be read, or that would be enlarged more than twice."""
+    width, height = load_picture(path).size
+    if 2 * min(width, height) < size:
+        raise ValueError(
+            f"{path}: {width} x {height} pixels are too few to learn {size} x {size} from; give at least {-(-size // 2)} a side"
+        )
+
+
+def load_picture(path: Path) -> Image.Image:
+    """The picture in RGB, turned as its EXIF data say, on white where it is transparent. Raises ValueError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: not a picture that can be read ({error}); save it anew, or take it out of the folder") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any kind of picture to three channels of 8 bits."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255 instead of scaling
+        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
+        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def fit(image: Image.Image, size: int, *, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> Float[Tensor, "3 size size"]:
+    """The largest square of an RGB picture at the model's size, in [-1, 1]; bicubic, and smoothed where it shrinks.
+
+    crop: where the square lies along x and y, 0 at the left and top, 1 at the right and bottom. flip: mirrored left to right.
+    Raises ValueError for a place outside 0..1.
+    """
+    if not all(0 <= place <= 1 for place in crop):
+        raise ValueError(f"crop {crop}: both places must lie in 0..1; (0.5, 0.5) is the centre")
+    side = min(image.size)
+    left, top = (image.width - side) * crop[0], (image.height - side) * crop[1]
+    square = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+    return pixels.flip(-1) if flip else pixels
+
+
+def pixels_of(images: UInt8[np.ndarray, "B H W 3"] | UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B 3 H W"]:
+    """Pictures of bytes as floats in [-1, 1]."""
+    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,130 @@
+"""The fixed prompts of the bundled model's evaluation, and real scenes that show what they say.
+
+prompts.json holds them: drawn once by chance (`draw_prompts`), before any training, never changed since. 246 in four groups:
+
+    one      each of the 110 training subjects once       a cat on a green background
+    two      20 each with and, left of, above             a cat left of a key on a green background
+    style    12 subjects, each in the three styles        a cat on a green background in noto style
+    colour   40 (subject, tint) pairs held out of training    a purple cat on a green background
+
+    python -m minidiff.scenes.prompts > minidiff/scenes/prompts.json
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from minidiff.scenes.scenes import (
+    COLOURS,
+    RELATIONS,
+    STYLES,
+    Item,
+    Scene,
+    caption_of,
+    choose,
+    compose,
+    held_out_pairs,
+    is_held_out_pair,
+    place_one,
+    place_two,
+    subject_names,
+    visible_backgrounds,
+)
+
+GROUPS = ("one", "two", "style", "colour")
+HELD_OUT_EVERY = 4  # of the prompts with two subjects, every fourth has a pair that training never shows
+
+
+@dataclass(frozen=True)
+class FixedPrompt:
+    """A prompt, and what its pictures should show. held_out: training shows each word, never this pair of them."""
+
+    text: str
+    group: str
+    subjects: tuple[str, ...]
+    background: str
+    relation: str | None = None
+    style: str | None = None
+    tint: str | None = None
+    held_out: bool = False
+
+
+@cache
+def fixed_prompts() -> tuple[FixedPrompt, ...]:
+    """All prompts, group after group."""
+    rows = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
+    return tuple(FixedPrompt(**{**row, "subjects": tuple(row["subjects"])}) for row in rows)
+
+
+def draw_prompts(seed: int = 0) -> list[FixedPrompt]:
+    """Prompts by chance, from subjects that training shows; a background is one from which the subjects stand out in every style."""
+    rng = np.random.default_rng(seed)
+    names = subject_names(held_out=False)
+
+    def prompt(group: str, subjects: Sequence[str], *, relation=None, tint=None, held_out=False) -> FixedPrompt:
+        seen = [visible_backgrounds(name, style, tint) for name in subjects for style in STYLES]
+        background = choose(rng, [colour for colour in COLOURS if all(colour in one for one in seen)])
+        text = caption_of([Item(name, colour=tint) for name in subjects], relation, background, None)
+        return FixedPrompt(text, group, tuple(subjects), background, relation, None, tint, held_out)
+
+    def shuffled(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        return [pairs[i] for i in rng.permutation(len(pairs))]
+
+    one = [prompt("one", [name]) for name in names]
+
+    known = iter(shuffled([pair for pair in itertools.permutations(names, 2) if not is_held_out_pair(*pair) and share_a_background(*pair)]))
+    new = iter(shuffled([pair for pair in itertools.permutations(names, 2) if is_held_out_pair(*pair) and share_a_background(*pair)]))
+    two = []
+    for relation in RELATIONS:
+        for i in range(20):
+            held_out = i % HELD_OUT_EVERY == 0
+            two.append(prompt("two", next(new if held_out else known), relation=relation, held_out=held_out))
+
+    styled = []
+    for i in rng.permutation(len(names))[:12]:
+        plain = prompt("style", [names[i]])
+        styled += [dataclasses.replace(plain, text=f"{plain.text} in {style} style", style=style) for style in STYLES]
+
+    tinted = dict(shuffled(held_out_pairs()[1]))  # one tint a subject
+    coloured = [prompt("colour", [name], tint=tint, held_out=True) for name, tint in itertools.islice(tinted.items(), 40)]
+    return one + two + styled + coloured
+
+
+def share_a_background(name: str, other: str) -> bool:
+    seen = [visible_backgrounds(subject, style, None) for subject in (name, other) for style in STYLES]
+    return any(all(colour in one for one in seen) for colour in COLOURS)
+
+
+def real_scene(prompt: FixedPrompt, rng: np.random.Generator) -> Scene:
+    """A scene that shows what the prompt says, as training's scenes do; what the prompt leaves open is left to chance."""
+    style = prompt.style or choose(rng, STYLES)
+    if len(prompt.subjects) == 1:
+        size = "any"
+        while size is not None:  # scenes whose caption names no size have things of middling size
+            px, size, centre = place_one(rng, prompt.subjects[0], style)
+        layout = [(px, centre)]
+    else:
+        upright = prompt.relation == "above" or (prompt.relation == "and" and rng.random() < 0.5)
+        swap = prompt.relation == "and" and rng.random() < 0.5
+        layout = list(zip(*place_two(rng, prompt.subjects[::-1] if swap else prompt.subjects, style, upright)))
+        layout = layout[::-1] if swap else layout
+    return compose(
+        [Item(name, px, centre, prompt.tint) for name, (px, centre) in zip(prompt.subjects, layout)],
+        background=prompt.background,
+        style=style,
+        relation=prompt.relation,
+        name_style=prompt.style is not None,
+        shade=rng.normal(0, 5, 3).tolist(),
+        gradient=float(rng.uniform(-0.12, 0.12)) if rng.random() < 0.5 else 0.0,
+    )
+
+
+if __name__ == "__main__":
+    rows = [json.dumps(dataclasses.asdict(prompt)) for prompt in draw_prompts()]
+    print("[\n" + ",\n".join(rows) + "\n]")

@@ -1,0 +1,231 @@
+"""Latents and text made once: what a frozen encoder gives for a picture or a caption never changes while the others train.
+
+    picture -> fit -> VAE encoder -> mean, std  -. kept under the checksum of encoder and input
+    caption -> tokens -> text encoder -> context -'
+
+The key holds all that the value depends on, the pixels and the encoder's weights themselves, so an old value is never taken for a new
+one. The mean and the standard deviation are kept, not a sample: the originals draw a new latent z ~ N(mean, std^2) at every step
+(Rombach et al. 2022, section 3.1). A picture has two entries if it is flipped. With random crops or sizes there is nothing to keep,
+and pictures are encoded at every step.
+"""
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minidiff.pictures import fit, load_picture
+from minidiff.pipeline import StableDiffusion
+from minidiff.trainers.data.augment import SizeAugmentation, View, sized_view
+from minidiff.trainers.data.folder import Example
+from minidiff.trainers.engine.loop import normals
+
+Make = Callable[[], Float[Tensor, "*shape"]]
+KEPT_PICTURES = 16  # decoded ones, where every step needs the picture again; a photograph of 12 megapixels takes 36 MB
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of the weights with their names, dtypes and shapes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class Cache:
+    """Float32 tensors by key: in memory up to so many bytes, from there on in files of the folder; without a folder all in memory."""
+
+    def __init__(self, folder: Path | None = None, memory: int = 2**30):
+        self.folder, self.memory = folder, memory
+        self._kept: dict[str, Tensor] = {}
+        self._bytes = 0
+
+    def get(self, key: str, make: Make) -> Float[Tensor, "*shape"]:
+        """What was kept under the key, or what `make` gives, which is kept. A file that is broken is made anew."""
+        if key in self._kept:
+            return self._kept[key]
+        path = self.folder / f"{key}.npy" if self.folder is not None else None
+        if path is not None and (found := _read_array(path)) is not None:
+            return found
+        tensor = make().detach().float().cpu().contiguous()
+        if path is None or self._bytes + tensor.nbytes <= self.memory:
+            self._kept[key] = tensor
+            self._bytes += tensor.nbytes
+        else:
+            _write_array(path, tensor.numpy())
+        return tensor
+
+
+def _read_array(path: Path) -> Tensor | None:
+    try:
+        return torch.from_numpy(np.load(path))
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    """Whole or not at all. Raises OSError, which names the file, where it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.save(file, array)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror}); the cache needs room there, or another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Contexts:
+    """Captions to contexts through the text encoder as it is now, each encoded once; not for an encoder that is being trained."""
+
+    def __init__(self, sd: StableDiffusion, cache: Cache):
+        self.sd, self.cache = sd, cache
+        self._encoder = f"{fingerprint(sd.text_encoder)} {sd.device.type}"
+
+    def __call__(self, captions: Sequence[str]) -> Float[Tensor, "B L D"]:
+        """Float32, on the model's device. Raises ValueError for what must not be kept: a new token, or an encoder with an adapter on it."""
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self.sd.text_encoder.modules()):
+            raise ValueError("the text encoder has an adapter on it, so its contexts change: encode the captions at every step")
+        rows = self.sd.tokenizer(list(captions))
+        for caption, row in zip(captions, rows):
+            if row.max() >= self.sd.text_encoder.config.vocab_size:
+                raise ValueError(f"caption {caption!r} holds a new token, whose vector changes: encode it at every step")
+        return torch.stack([self._context(row) for row in rows]).to(self.sd.device)
+
+    def _context(self, row: Tensor) -> Tensor:
+        key = hashlib.sha256(f"context {self._encoder} {row.tolist()}".encode()).hexdigest()
+        return self.cache.get(key, lambda: self._encode(row))
+
+    @torch.no_grad()
+    def _encode(self, row: Tensor) -> Tensor:
+        with torch.autocast(self.sd.device.type, enabled=False):
+            return self.sd.text_encoder(row[None].to(self.sd.device))[0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training samples: scaled latents in float32 and masks on the model's device; mask is 1 in the cells whose loss counts."""
+
+    latents: Float[Tensor, "B C h w"]
+    mask: Float[Tensor, "B 1 h w"]
+    captions: tuple[str, ...]
+    words: tuple[str, ...]  # what the size augmentation says of each, already in its caption
+
+
+class Pictures:
+    """A set of captioned pictures, as the U-Net is given them.
+
+    size: pixels, a multiple of the VAE's factor. crop: "centre", or "random" along the longer side. flip: the share of samples that are
+    mirrored. sizes: Custom Diffusion's augmentation, which takes the centre square. posterior: "sample" draws a latent at every step,
+    "mean" takes the most likely one. Raises ValueError for values outside these.
+    """
+
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        examples: Sequence[Example],
+        cache: Cache,
+        *,
+        size: int,
+        crop: str = "centre",
+        flip: float = 0.0,
+        sizes: SizeAugmentation | None = None,
+        posterior: str = "sample",
+    ):
+        factor = sd.config.vae.factor
+        if not examples:
+            raise ValueError("no pictures to learn from; give at least one")
+        if size < factor or size % factor:
+            raise ValueError(f"size {size}: must be a multiple of {factor} pixels")
+        if crop not in ("centre", "random"):
+            raise ValueError(f"crop {crop!r} unknown; choose centre, random")
+        if posterior not in ("sample", "mean"):
+            raise ValueError(f"posterior {posterior!r} unknown; choose sample, mean")
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip {flip}: a share of the samples, 0..1")
+        if sizes is not None:
+            sizes.check(size, factor)
+        self.sd, self.examples, self.cache = sd, tuple(examples), cache
+        self.size, self.crop, self.flip, self.sizes, self.posterior = size, crop, flip, sizes, posterior
+        self._encoder = f"{fingerprint(sd.vae)} {sd.device.type}"
+        self._keys: dict[tuple[int, bool], str] = {}
+        self._picture = functools.lru_cache(KEPT_PICTURES)(load_picture)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether a picture has one latent, or two with flips."""
+        return self.crop == "centre" and self.sizes is None
+
+    def encode_ahead(self) -> Iterator[int]:
+        """Fills the cache, one picture an iteration, and yields how many are done; nothing to do where latents cannot be kept."""
+        for i in range(len(self) if self.cacheable else 0):
+            for flip in {self.flip == 1, self.flip > 0}:
+                self._moments(i, flip)
+            yield i + 1
+
+    def batch(self, indices: Sequence[int], rngs: Sequence[np.random.Generator]) -> Batch:
+        """One sample for each index, drawn from the generator beside it: flip, then crop or size, then the latent."""
+        flips = [bool(rng.random() < self.flip) for rng in rngs]
+        captions = tuple(self.examples[i].caption for i in indices)
+        if self.cacheable:
+            moments = torch.stack([self._moments(i, flip) for i, flip in zip(indices, flips, strict=True)])
+            cells = self.size // self.sd.config.vae.factor
+            mask, words = torch.ones(len(captions), 1, cells, cells), ("",) * len(captions)
+        else:
+            views = [self._view(i, flip, rng) for i, flip, rng in zip(indices, flips, rngs, strict=True)]
+            moments = self._encode(torch.stack([view.pixels for view in views]))
+            mask, words = torch.stack([view.mask for view in views]), tuple(view.word for view in views)
+        if self.sizes is not None:
+            captions = tuple(self.sizes.say(caption, word) for caption, word in zip(captions, words))
+        latents, std = moments.to(self.sd.device).unbind(1)
+        if self.posterior == "sample":
+            latents = latents + std * normals(rngs, latents.shape[1:]).to(self.sd.device)
+        return Batch(latents * self.sd.config.vae.scaling_factor, mask.to(self.sd.device), captions, words)
+
+    def _view(self, i: int, flip: bool, rng: np.random.Generator) -> View:
+        image = self._picture(self.examples[i].path)
+        factor = self.sd.config.vae.factor
+        if self.sizes is not None:
+            return sized_view(image, self.size, factor, self.sizes, rng, flip=flip)
+        x, y = (float(place) for place in rng.random(2))
+        cells = self.size // factor
+        return View(fit(image, self.size, crop=(x, y), flip=flip), torch.ones(1, cells, cells), "")
+
+    def _moments(self, i: int, flip: bool) -> Tensor:
+        """Mean and standard deviation of the posterior of picture i, (2, C, h, w), from the cache or into it."""
+
+        def pixels() -> Tensor:
+            return fit(load_picture(self.examples[i].path), self.size, flip=flip)
+
+        if (i, flip) not in self._keys:
+            digest = hashlib.sha256(f"latent {self._encoder} {self.size} ".encode())
+            digest.update(pixels().contiguous().numpy())
+            self._keys[i, flip] = digest.hexdigest()
+        return self.cache.get(self._keys[i, flip], lambda: self._checked(i, self._encode(pixels()[None])[0]))
+
+    def _checked(self, i: int, moments: Tensor) -> Tensor:
+        if not moments.isfinite().all():
+            path, dtype = self.examples[i].path, self.sd.vae.quant_conv.weight.dtype
+            raise ValueError(f"{path}: its latent is not finite in {dtype}; load the VAE in float32 or bfloat16")
+        return moments
+
+    @torch.no_grad()
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) to mean and standard deviation, (B, 2, C, h, w), in float32."""
+        dtype = self.sd.vae.quant_conv.weight.dtype
+        with torch.autocast(self.sd.device.type, enabled=False):  # the training's precision is none of a kept latent's business
+            posterior = self.sd.vae.encode(pixels.to(self.sd.device, dtype))
+        return torch.stack([posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()], dim=1)

@@ -1,0 +1,68 @@
+"""What a trainer learns from: a folder of pictures with captions, and each picture as pixels of the model's size.
+
+    folder -> read_folder -> Example(path, caption) -> load_picture -> fit -> pixels (3, size, size) in [-1, 1]
+
+Captions stand beside the pictures, in one of the three ways that other programs write; everything that can be wrong with a folder
+is found before training starts. Left out: colour profiles, all but the first frame of an animation, and training on several
+shapes at once: every picture is cut to a square.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minidiff.captions import read_captions
+from minidiff.pictures import PICTURES, check_picture, picture_paths
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture and the words for it."""
+
+    path: Path
+    caption: str
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def read_folder(folder: Path, *, size: int, caption: str | Callable[[Path], str] | None = None) -> list[Example]:
+    """Every picture of a folder with its caption, in the order of their names; each is opened once, so that none fails later.
+
+    size: pixels of the model, to tell a picture that is too small. caption: one for all, or a function of the path; with None they
+    are read from the folder: NAME.txt beside each picture, or metadata.jsonl ({"file_name": ..., "text": ...} a line), or
+    captions.json ({file name: caption}). Hidden files are passed over, sub-folders and pictures of other formats with a warning.
+    Raises FileNotFoundError or NotADirectoryError for the folder, ValueError for what is in it; each names the file.
+    """
+    paths = picture_paths(folder)
+    if not paths:
+        raise ValueError(f"{folder}: no picture in it; expected files that end in {', '.join(PICTURES)}")
+    if caption is None:
+        captions = read_captions(folder, paths)
+    else:
+        captions = {path.name: caption(path) if callable(caption) else caption for path in paths}
+    for path in paths:
+        check_caption(path, captions[path.name])
+        check_picture(path, size)
+    return [Example(path, " ".join(captions[path.name].split())) for path in paths]
+
+
+def check_caption(path: Path, caption: str) -> None:
+    """Raises ValueError for a caption that says nothing."""
+    if not caption.strip():
+        raise ValueError(f"{path}: its caption is empty; write what the picture shows")
+
+
+def check_distinct(folders: Sequence[Path]) -> None:
+    """Raises ValueError if two of the folders are the same one: two concepts, or a concept and its class pictures."""
+    seen = set()
+    for folder in folders:
+        if folder.resolve() in seen:
+            raise ValueError(f"{folder}: given twice; every concept and every set of class pictures needs a folder of its own")
+        seen.add(folder.resolve())
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,168 @@
+"""Pictures that keep the model from forgetting: what the subject's class looked like before, or pictures whose captions are close.
+
+    DreamBooth         the base model's own pictures of "a photo of a dog" (Ruiz et al. 2023, section 3.3)
+    Custom Diffusion   200 real pictures whose captions are near the target's in text space (Kumari et al. 2023, section 3.2)
+
+Both end as a folder that `read_folder` reads and a person can look at. A folder is filled up to a number: what stands in it is kept,
+so that an interrupted run goes on, and pictures of one's own count. Run these before an adapter is on the model.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from minidiff.pictures import picture_paths, save_png
+from minidiff.pipeline import StableDiffusion
+from minidiff.scenes.scenes import sample_scene
+from minidiff.trainers.data.cache import fingerprint
+from minidiff.trainers.data.folder import Example
+
+TextFeatures = Callable[[Sequence[str]], Float[Tensor, "N D"]]
+CLIP_NEAR = 0.85  # the cosine of Custom Diffusion's paper, between CLIP's text features
+MADE = "made.json"  # what a folder was filled with
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Progress: i pictures of `count` stand in the folder."""
+
+    i: int
+    count: int
+
+
+# --- the base model's own pictures ------------------------------------------------------------------------------------
+
+
+def class_pictures(
+    sd: StableDiffusion,
+    prompt: str,
+    folder: Path,
+    *,
+    count: int,
+    seed: int = 0,
+    batch: int = 4,
+    steps: int = 50,
+    sampler: str = "ddim",
+    guidance_scale: float | None = None,
+    size: int | None = None,
+) -> Iterator[Filled]:
+    """Fills the folder up to `count` pictures of the prompt, `batch` an iteration; picture i has the seed `seed` + i.
+
+    Raises ValueError for a folder that holds another prompt's pictures or another model's, as soon as it is iterated.
+    """
+    parts = {name: fingerprint(module) for name, module in (("text_encoder", sd.text_encoder), ("unet", sd.unet), ("vae", sd.vae))}
+    choices = {"prompt": prompt, "seed": seed, "steps": steps, "sampler": sampler, "guidance_scale": guidance_scale, "size": size}
+    claim(folder, count, choices | parts)
+    given = len([path for path in picture_paths(folder) if not path.name.startswith("class-")])
+    paths = [folder / f"class-{i:05d}.png" for i in range(count - given)]
+    for start in range(0, len(paths), batch):
+        chunk = paths[start : start + batch]
+        if not all(path.exists() for path in chunk):
+            # The whole batch even where a part is there: then a picture does not depend on where a run was stopped.
+            images = sd.generate(
+                prompt, seed=seed + start, batch=len(chunk), steps=steps, sampler=sampler, guidance_scale=guidance_scale, size=size
+            )
+            for path, image in zip(chunk, images):
+                if not path.exists():
+                    save_png(image, path)
+        yield Filled(given + start + len(chunk), count)
+
+
+def claim(folder: Path, count: int, choices: dict) -> None:
+    """Makes the folder, or makes sure that what was made in it was made the same way."""
+    if count < 1:
+        raise ValueError(f"count {count}: ask for at least 1 picture")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / MADE
+    if not path.exists():
+        temporary = folder / f".{MADE}.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(choices, indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error}); give an empty folder") from error
+    different = [f"{name} {found.get(name)!r}, now {value!r}" for name, value in choices.items() if found.get(name) != value]
+    if different:
+        raise ValueError(f"{folder} holds pictures made in another way ({'; '.join(different)}); give another folder, or ask for the same")
+
+
+# --- captions near a target -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def pooled_text(sd: StableDiffusion, texts: Sequence[str], *, pool: str = "end", batch: int = 100) -> Float[Tensor, "N D"]:
+    """One feature a text from the text encoder's output, at length 1; float32, on the CPU.
+
+    pool: "end" takes the end token, which has read the whole caption: what CLIP compares with pictures but for the projection, which
+    Stable Diffusion's files leave out, so that cosines of the two differ. "mean" averages words and end token, for an encoder that
+    was never trained to gather a caption in its end token, as the bundled one. Raises ValueError for another.
+    """
+    if pool not in ("end", "mean"):
+        raise ValueError(f"pool {pool!r} unknown; choose end, mean")
+    parts = []
+    for start in range(0, len(texts), batch):
+        tokens = sd.tokenizer(list(texts[start : start + batch]))
+        ends = (tokens == sd.tokenizer.end_id).int().argmax(dim=1)  # the first: padding repeats it
+        context = sd.text_encoder(tokens[:, : ends.max() + 1].to(sd.device)).float().cpu()  # causal: what follows the end is not read
+        place = torch.arange(context.shape[1])
+        read = place == ends[:, None] if pool == "end" else (place > 0) & (place <= ends[:, None])
+        parts.append((context * read[..., None]).sum(dim=1))
+    return F.normalize(torch.cat(parts), dim=-1)
+
+
+def nearest(
+    target: Float[Tensor, " D"], features: Float[Tensor, "N D"], *, least: float | None = None, most: int | None = 200
+) -> list[int]:
+    """Which features have the largest cosine with the target's, nearest first, equal ones in their order.
+
+    least: none below this cosine. most: no more than these. Raises ValueError where none is left.
+    """
+    cosines = F.normalize(features, dim=-1) @ F.normalize(target, dim=-1)
+    order = cosines.argsort(descending=True, stable=True)[:most]
+    if least is not None:
+        order = order[cosines[order] >= least]
+    if not len(order):
+        best = f"the nearest of {len(cosines)} has {cosines.max():.3f}" if len(cosines) else "there are none"
+        raise ValueError(f"no caption with a cosine of at least {least} to the target: {best}; give other captions or a lower limit")
+    return order.tolist()
+
+
+def near_examples(
+    examples: Sequence[Example], target: str, features: TextFeatures, *, least: float | None = None, most: int | None = 200
+) -> list[Example]:
+    """The captioned pictures whose captions are near the target, by features such as partial(pooled_text, sd) or CLIP's; as `nearest`."""
+    chosen = nearest(features([target])[0], features([example.caption for example in examples]), least=least, most=most)
+    return [examples[i] for i in chosen]
+
+
+def scene_pictures(
+    sd: StableDiffusion, target: str, folder: Path, *, count: int = 200, candidates: int = 2000, seed: int = 0
+) -> Iterator[Filled]:
+    """Fills the folder with the bundled scenes nearest to the target, and NAME.txt beside each.
+
+    Nearest by the mean of `pooled_text`, of `candidates` scenes as training shows them. Raises ValueError for too few of them, and as
+    `class_pictures` does.
+    """
+    if candidates < count:
+        raise ValueError(f"candidates {candidates}: the nearest {count} need at least as many")
+    choices = {"target": target, "candidates": candidates, "seed": seed, "text_encoder": fingerprint(sd.text_encoder)}
+    claim(folder, count, choices)
+    captions = [sample_scene(np.random.default_rng([seed, i])).caption for i in range(candidates)]
+    chosen = nearest(pooled_text(sd, [target], pool="mean")[0], pooled_text(sd, captions, pool="mean"), most=count)
+    for done, i in enumerate(chosen):
+        path = folder / f"scene-{done:05d}.png"
+        if not path.exists():
+            scene = sample_scene(np.random.default_rng([seed, i]))
+            path.with_suffix(".txt").write_text(scene.caption, encoding="utf-8")
+            save_png(Image.fromarray(scene.image), path)
+        yield Filled(done + 1, count)

@@ -1,0 +1,148 @@
+"""How weights move: the two optimizers, the learning rate over the steps, and an average that follows the weights.
+
+Personalising uses AdamW (Loshchilov and Hutter 2019) throughout. Training from nothing uses Muon for matrices and convolutions, AdamW for
+the rest.
+
+Muon (Jordan et al. 2024; Liu et al. 2025, "Muon is scalable for LLM training") takes the momentum of a weight matrix, replaces it by
+the nearest matrix whose singular values are all about 1, and steps that way: rare directions learn as fast as common ones. With Liu
+et al.'s factor its steps are as large as AdamW's, so that one learning rate serves both.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minidiff.trainers.engine.settings import Settings
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at 0, singular values end between 0.7 and 1.2
+
+
+def orthogonalise(matrix: Float[Tensor, "R C"], steps: int = 5) -> Float[Tensor, "R C"]:
+    """The same singular vectors with all singular values near 1, by the quintic Newton-Schulz iteration x <- (a + b x x' + c (x x')^2) x.
+
+    Every factor is a polynomial in x x', so the product of them is worked out on that small square matrix and applied to x once.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalise(matrix.T, steps).T
+    a, b, c = NEWTON_SCHULZ
+    x = matrix / (matrix.norm() + 1e-7)  # the iteration needs singular values of at most 1
+    gram = x @ x.T
+    identity = product = torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    for _ in range(steps):
+        factor = a * identity + b * gram + c * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    return product @ x
+
+
+class Muon(torch.optim.Optimizer):
+    """One Muon step a weight of two or more dimensions (a convolution is its matrix C_out x C_in*kh*kw), with Nesterov momentum."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                momentum = state.setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"]).flatten(1)
+                scale = 0.2 * math.sqrt(max(update.shape))  # Liu et al. eq. 4: root mean square of the step 0.2, AdamW's
+                p.add_(orthogonalise(update).view_as(p), alpha=-group["lr"] * scale)
+
+
+def optimizers(modules: Iterable[nn.Module], lr: float) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon over the hidden matrices and convolutions, AdamW over embeddings, biases and norms."""
+    matrices, others = [], []
+    for module in modules:
+        for part in module.modules():
+            for p in part.parameters(recurse=False):
+                hidden = isinstance(part, nn.Linear | nn.Conv2d) and p.ndim > 1
+                (matrices if hidden else others).append(p)
+    return Muon(matrices, lr), torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def adamw(params: Iterable[nn.Parameter | dict], settings: Settings) -> torch.optim.AdamW:
+    """AdamW with the numbers that the public trainers of Stable Diffusion share. params: weights, or groups of them.
+
+    A group {"params": [...], "scale": 0.1} learns at a tenth of the learning rate.
+    """
+    return torch.optim.AdamW(params, settings.learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """The rate of a step, counted from 0: rises in a line over `warm_up` steps, then follows the schedule.
+
+    constant          stays
+    linear            falls in a line to 0
+    cosine            falls to 0 as half a cosine (Loshchilov and Hutter 2017, without restarts)
+    flat_then_linear  stays for a quarter of all steps, then falls in a line to 5 %
+    """
+    warm_up, steps = settings.warm_up, settings.steps
+    rising = (step + 1) / warm_up if step < warm_up else 1.0
+    left = min(1.0, (steps - step) / max(1, steps - warm_up))
+    falling = {
+        "constant": 1.0,
+        "linear": left,
+        "cosine": 0.5 - 0.5 * math.cos(math.pi * left),
+        "flat_then_linear": max(0.05, (steps - step) / (0.75 * steps)),
+    }
+    return settings.learning_rate * min(rising, falling[settings.schedule])
+
+
+class ExponentialAverage:
+    """A running mean of the weights that are trained, which samples better than they: mean <- d mean + (1 - d) weights.
+
+    d rises with the steps, (1 + n) / (10 + n), up to `decay`, so that the first, bad weights are soon forgotten.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.steps = 0
+        self.mean = {name: p.detach().clone() for name, p in _trained(module)}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module):
+        d = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
+        torch._foreach_lerp_(list(self.mean.values()), [p for _, p in _trained(module)], 1 - d)
+
+    def copy_to(self, module: nn.Module) -> None:
+        """The module's trained weights become the averaged ones."""
+        _copy(self.mean, module)
+
+    @contextmanager
+    def put_in(self, module: nn.Module) -> Iterator[None]:
+        """The module holds the averaged weights for the time of the block, to be looked at, saved or copied."""
+        own = {name: p.detach().clone() for name, p in _trained(module)}
+        try:
+            self.copy_to(module)
+            yield
+        finally:
+            _copy(own, module)
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps, "mean": self.mean}
+
+    def load_state_dict(self, state: dict):
+        self.steps = state["steps"]
+        for name, value in state["mean"].items():
+            self.mean[name].copy_(value)
+
+
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def _copy(values: dict[str, Tensor], module: nn.Module):
+    for name, p in _trained(module):
+        p.copy_(values[name])

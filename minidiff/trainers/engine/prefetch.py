@@ -1,0 +1,57 @@
+"""What a step draws by chance, worked out before the step comes: on a GPU no step waits for data.
+
+    draw(step, samples) -> scenes, noise, ...      here on a CPU, which the training needs anyway
+                                                   in processes beside the training of a GPU
+
+All chance of a sample comes from its numbers alone (see loop.py), so a draw is the same wherever and whenever it is made.
+"""
+
+import os
+import pickle
+import signal
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from minidiff.trainers.engine import distributed
+
+Draw = Callable[[int, range], Any]
+MOST_WORKERS = 16  # composing the judge's scenes for a GPU keeps about so many cores busy
+
+
+def ahead(draw: Draw, device: torch.device) -> Draw:
+    """The function as it is, or for a GPU one whose answers are made ahead; then it must be picklable, as a partial of a function is."""
+    if device.type != "cuda":
+        return draw
+    return Ahead(draw, max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // distributed.count() - 1)))
+
+
+class Ahead:
+    """draw(step, samples) for one step after the other; while one is trained on, other processes work out the next ones."""
+
+    def __init__(self, draw: Draw, workers: int):
+        self.draw, self.workers = draw, workers
+        self.waiting: dict[tuple[int, range], Future] = {}
+        # Not forked: a process that has begun to use CUDA cannot be.
+        self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=begin_worker)
+        weakref.finalize(self, self.pool.shutdown, wait=False, cancel_futures=True)
+
+    def __call__(self, step: int, samples: range) -> Any:
+        for later in range(step, step + 2 * self.workers + 1):
+            if (later, samples) not in self.waiting:
+                self.waiting[later, samples] = self.pool.submit(pickled, self.draw, later, samples)
+        return pickle.loads(self.waiting.pop((step, samples)).result())
+
+
+def begin_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training, which saves
+
+
+def pickled(draw: Draw, step: int, samples: range) -> bytes:
+    """As bytes: between processes PyTorch would put each tensor into shared memory, of which containers have little."""
+    return pickle.dumps(draw(step, samples))

@@ -1,0 +1,77 @@
+"""What the benchmarks share: the record on the disk, checks before minutes are spent, made-up weights."""
+
+import json
+
+import pytest
+import torch
+
+from minidiff.bench import common
+from minidiff.bench.common import Record, check, header, in_a_line, machine, made_up_to_run, model_config, row, seconds
+from tests.small_models import small_config
+
+
+def test_the_file_is_whole_after_each_number(tmp_path):
+    out = tmp_path / "bench.json"
+    record = Record(out, {"rounds": 3})
+    for i, name in enumerate(("first", "second")):
+        record.keep(name, {"seconds": i})
+        written = json.loads(out.read_text())
+        assert len(written["results"]) == i + 1 and not written["finished"]
+    record.finish(sums=[1])
+    written = json.loads(out.read_text())
+    assert written["finished"] and written["sums"] == [1] and written["results"]["second"] == {"seconds": 1}
+    assert (
+        written["command"].split()[0] == "minidiff"
+        and written["machine"]["versions"].startswith("torch ")
+        and written["settings"] == {"rounds": 3}
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_a_run_that_ended_early_is_gone_on_with_and_another_is_not(tmp_path):
+    out = tmp_path / "bench.json"
+    Record(out, {"rounds": 3}).keep("first", {"seconds": 1})
+    assert Record(out, {"rounds": 3}).results == {"first": {"seconds": 1}}
+    assert Record(out, {"rounds": 4}).results == {}
+    Record(out, {"rounds": 3}).finish()
+    assert Record(out, {"rounds": 3}).results == {}
+    for broken in ("{", "[1]", '{"finished": false}'):
+        out.write_text(broken)
+        assert Record(out, {"rounds": 3}).results == {}
+
+
+def test_numbers_of_another_machine_are_not_gone_on_with(tmp_path, monkeypatch):
+    Record(tmp_path / "bench.json", {}).keep("first", {})
+    monkeypatch.setattr(common, "machine", lambda: machine() | {"processor": "another"})
+    assert Record(tmp_path / "bench.json", {}).results == {}
+
+
+def test_what_would_fail_after_minutes_fails_at_once(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="rounds 0: give 1 or more"):
+        check(0, None)
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere; make it first"):
+        check(1, tmp_path / "nowhere" / "bench.json")
+    with pytest.raises(ValueError, match="model 'sd3' unknown; choose sd1, sd2, bundled"):
+        model_config("sd3")
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None if name == "peft" else True)
+    check(1, None, True)
+    with pytest.raises(ValueError, match="peft is not installed: run pip install peft .*--no-against"):
+        check(1, None, True, ("diffusers", "peft"))
+
+
+def test_made_up_weights_keep_activations_at_their_size():
+    sd = made_up_to_run(small_config())
+    latents, context = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 16)
+    with torch.no_grad():
+        prediction = sd.unet(latents, torch.tensor([500]), context)
+        pixels = sd.vae.decode(latents)
+    assert 0.1 < prediction.std() < 10 and 0.1 < pixels.std() < 10
+    weights = [p for part in (sd.text_encoder, sd.unet, sd.vae) for p in part.parameters()]
+    assert len({p.data_ptr() for p in weights}) == len(weights)  # each its own memory: the cache must not hold the whole model
+
+
+def test_tables_are_markdown_and_times_have_three_digits():
+    assert header(["a", "b"]) + "\n" + row([1, ""]) == "| a | b |\n| --- | --- |\n| 1 |  |"
+    assert [seconds(value) for value in (12.34, 1.0, 0.0123, 4.56e-5, 7e-8)] == ["12.3 s", "1 s", "12.3 ms", "45.6 µs", "0.07 µs"]
+    shown = in_a_line({"gpu": "H", "processor": "P", "usable": 1, "cores": 2, "versions": "torch 2"})
+    assert shown == "H, P, 1 of 2 cores; torch 2\n"

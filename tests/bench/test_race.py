@@ -1,0 +1,48 @@
+"""Rounds of contenders, and the table of them."""
+
+import json
+
+import pytest
+import torch
+
+from minidiff.bench.common import Record
+from minidiff.bench.race import race, relative_error, table
+
+FAKE = "tests.bench.fake_contender"
+
+
+def job(seconds=1.0, result=(1.0, 1.0), memory=10, dtype="float32", untimed=False, **more):
+    return {"seconds": seconds, "result": list(result), "memory": memory, "dtype": dtype, "untimed": untimed} | more
+
+
+def test_each_is_checked_and_timed_and_one_that_refuses_or_fails_stops_nobody(tmp_path):
+    jobs = {
+        "theirs": job(2.0, memory=2 * 10**9, result=(1.0, 1.1), dtype="bfloat16", folder=str(tmp_path)),
+        "ours": job(0.5, memory=10**9, result=(1.0, 1.02), dtype="bfloat16"),
+        "refuses": job(refuses="no such layout"),
+        "fails": job(fails=True),
+        "exact": job(untimed=True),
+    }
+    record = Record(tmp_path / "bench.json", {})
+    lines = "\n".join(race(FAKE, jobs, 3, record, part="lora: ")).splitlines()
+    rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines[2:]}
+    assert rows["ours"][:5] == ["500 ms", "4.00 [4.00, 4.00]", "1.00 GB", "0.50", "1.4e-02"]
+    assert rows["theirs"][:5] == ["2 s", "1.00 [1.00, 1.00]", "2.00 GB", "1.00", "7.1e-02"]
+    assert rows["refuses"][0] == "refused: ValueError: no such layout" and "illegal memory access" in rows["fails"][0]
+    assert rows["exact"][:2] == ["", ""]
+    written = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert written["lora: ours"]["rounds"] == [0.5] * 3 and written["lora: ours"]["job"] == jobs["ours"]
+    assert jobs["theirs"] == written["lora: theirs"]["job"] | {"folder": str(tmp_path)} and str(tmp_path) not in str(written)
+    assert written["lora: exact"]["rounds"] == [] and written["lora: refuses"]["refused"]
+
+
+def test_without_the_one_to_compare_with_times_stand_alone():
+    results = {"theirs": {"refused": "no room"}, "ours": {"rounds": [1.0, 3.0], "memory": None, "bit_equal": True}}
+    theirs, ours = list(table(results, "theirs"))[1:]
+    assert "refused: no room" in theirs and ours == "| ours | 2 s |  |  |  |  | equal |"
+
+
+def test_the_error_is_relative_and_other_shapes_are_an_error():
+    assert relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(1 / 5)  # sqrt(1) / sqrt(9 + 16)
+    with pytest.raises(ValueError, match="did not do the same"):
+        relative_error(torch.zeros(2), torch.zeros(3))

@@ -1,0 +1,396 @@
+"""`minidiff train METHOD`: every method from the flags to the picture that its files make; stopped, killed, and asked for wrongly."""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import weights_loader
+from minidiff.bundled import make
+from minidiff.bundled import run as trainers_run
+from minidiff.bundled.recipe import RECIPES, Recipe
+from minidiff.cli import flags, learn, train
+from minidiff.cli.flags import parse_concept
+from minidiff.kernels.dispatch import backend
+from minidiff.trainers.engine import memory
+from minidiff.trainers.engine.settings import Settings
+from minidiff.trainers.methods import options
+from tests.command import runner
+from tests.small_concepts import picture_folder
+from tests.small_models import small_model, training_config
+
+ROOT = Path(__file__).parents[2]
+QUICK = ("--model", "model.safetensors", "--steps", "3", "--batch", "2", "--save-every", "1", "--samples", "1", "--sample-every", "0")
+ESTIMATE = memory.estimate_memory
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Runs a command in a folder with a small model and pictures of two things."""
+    monkeypatch.setattr(learn, "SAMPLE_STEPS", 1)
+    monkeypatch.setattr(
+        memory, "estimate_memory", lambda *_: memory.Memory(1, 2, 3, 4, 5, 6)
+    )  # seconds each time; one test has the real one
+    weights_loader.save(small_model(), tmp_path / "model.safetensors")
+    picture_folder(tmp_path / "cat", seed=1)
+    picture_folder(tmp_path / "dog", seed=2)
+    picture_folder(tmp_path / "class", count=2, seed=3)
+    return runner(monkeypatch, tmp_path, capsys)
+
+
+CASES = {
+    "lora": (
+        ("lora", "--token", "sks", "--class-word", "cat", "--rank", "2", "--prior", "folder", "--class-images", "class"),
+        ["lora.safetensors"],
+    ),
+    "lora for the web interfaces": (("lora", "--prompt", "a cat", "--names", "kohya", "--text-encoder", "yes"), ["lora.safetensors"]),
+    "dreambooth": (
+        ("dreambooth", "--token", "sks", "--class-word", "cat", "--prior-count", "2", "--prior-steps", "2", "--average", "0.5"),
+        ["model.safetensors"],
+    ),
+    "dreambooth with LoRA": (("dreambooth", "--low-rank", "--token", "sks", "--prior", "none"), ["lora.safetensors"]),
+    "textual inversion": (("textual-inversion", "--token", "<it>", "--class-word", "cat"), ["embedding.safetensors"]),
+    "textual inversion, two words": (
+        ("textual-inversion", "--token", "<it>", "--concept", "images=dog,token=<that>", "--vectors", "2", "--names", "a1111"),
+        ["it.safetensors", "that.safetensors"],
+    ),
+    "pivotal": (
+        ("pivotal-tuning", "--token", "<it>", "--class-word", "cat", "--token-steps", "2"),
+        ["embedding.safetensors", "lora.safetensors"],
+    ),
+    "custom diffusion": (
+        (
+            "custom-diffusion",
+            "--token",
+            "<it>",
+            "--class-word",
+            "cat",
+            "--concept",
+            'images=dog,token="<that>",class=dog',
+            "--prior-count",
+            "2",
+        ),
+        ["custom-diffusion.safetensors"],
+    ),
+    "custom diffusion, the original's file": (
+        ("custom-diffusion", "--token", "<it>", "--class-word", "cat", "--prior", "none", "--names", "original"),
+        ["delta.bin"],
+    ),
+    "fine-tune": (("fine-tune", "--class-word", "cat", "--weights", r"^unet\.up"), ["model.safetensors"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_command_that_is_printed_draws_what_was_learnt(run, tmp_path, case):
+    args, files = CASES[case]
+    base = (tmp_path / "model.safetensors").read_bytes()
+    code, out, err = run("train", *args, "--images", "cat", "--out", "run", *QUICK)
+    assert code == 0, err
+    assert (tmp_path / "model.safetensors").read_bytes() == base  # training wrote nothing into the mapped file
+    assert "numbers are trained on" in err and "of memory" in err
+    command = shlex.split(out)
+    assert command[:2] == ["minidiff", "generate"] and all(f"run/{name}" in command for name in files)
+    code, _, err = run(*command[1:], "--steps", "1", "--out", "picture.png")
+    assert code == 0, err
+    run("generate", command[2], "--model", "model.safetensors", "--steps", "1", "--out", "plain.png")
+    assert (tmp_path / "picture.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings["method"] == args[0] and settings["model"] == "model.safetensors" and settings["concepts"][0]["images"] == "cat"
+    for name in files:
+        if name.endswith(".safetensors") and name != "model.safetensors":
+            with safe_open(tmp_path / "run" / name, "pt") as file:
+                assert json.loads(file.metadata()["minidiff.settings"]) == settings
+
+
+def test_a_run_leaves_its_losses_a_curve_and_sheets_of_pictures(run, tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setattr(memory, "estimate_memory", ESTIMATE)
+    args = ("train", "lora", "--images", "cat", "--prompt", "a cat", "--out", "run", *QUICK, "--sample-every", "2", "--samples", "3")
+    code, _, err = run(*args, "--sample-prompt", "a red cat", "--sample-prompt", "a dog")
+    assert code == 0 and re.search(r"minidiff: about \d+ MB of memory: weights .* training adds \d+ MB", err), err
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"lora.csv", "lora-loss.png", "lora-000002.png", "lora-000003.png", "lora.state", "run.json"} <= names
+    assert Image.open(tmp_path / "run" / "lora-000002.png").size == (96, 64)  # a row for each prompt, a column for each seed
+    assert [line.split(",")[0] for line in (tmp_path / "run" / "lora.csv").read_text().splitlines()] == ["1", "2", "3"]
+
+
+def learnt(folder):
+    return load_file(folder / "lora.safetensors")
+
+
+def test_stopped_by_ctrl_c_and_started_again_it_ends_the_same(run, tmp_path, monkeypatch):
+    args = ("train", "lora", "--images", "cat", "--prompt", "a cat", *QUICK[:-4], "--samples", "1", "--save-every", "100")
+    assert run(*args, "--out", "whole")[0] == 0
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learn, "save_sheet", interrupted)
+        code, out, err = run(*args, "--out", "parts", "--sample-every", "2")
+    assert (code, out) == (130, "") and "stopped; the same command goes on from what is saved in parts" in err and "Traceback" not in err
+    code, _, err = run(*args, "--out", "parts", "--sample-every", "2")
+    assert code == 0
+    whole, parts = learnt(tmp_path / "whole"), learnt(tmp_path / "parts")
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    before = (tmp_path / "parts" / "lora.safetensors").read_bytes()
+    code, out, err = run(*args, "--out", "parts", "--sample-every", "2")
+    assert code == 0 and "all steps were taken before" in err
+    assert (tmp_path / "parts" / "lora.safetensors").read_bytes() == before
+
+
+def test_killed_and_started_again_it_ends_the_same(run, tmp_path):
+    args = ("train", "lora", "--images", "cat", "--prompt", "a cat", "--model", "model.safetensors", "--steps", "40", "--batch", "1")
+    args += ("--save-every", "1", "--samples", "1", "--sample-every", "0", "--threads", "1")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minidiff", *args, "--out", "killed"], cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL
+    )
+    state = tmp_path / "killed" / "lora.state"
+    for _ in range(1200):
+        if state.exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -9 and state.exists() and not (tmp_path / "killed" / "lora.safetensors").exists()
+    assert run(*args, "--out", "killed")[0] == 0
+    assert run(*args, "--out", "whole")[0] == 0
+    killed, whole = learnt(tmp_path / "killed"), learnt(tmp_path / "whole")
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_with_the_doubled_batch(run, tmp_path):
+    args = ["train", "lora", "--images", "cat", "--prompt", "a cat", "--prior", "generated", "--class-word", "cat", "--prior-count", "2"]
+    args += ["--prior-steps", "2", "--model", "model.safetensors", "--steps", "3", "--samples", "1", "--threads", "1", "--device", "cpu"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "minidiff"]
+    done = subprocess.run(
+        [*torchrun, *args, "--batch", "2", "--out", "two"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("minidiff generate") == 1 and done.stderr.count("numbers are trained on") == 1  # one process talks
+    assert run(*args, "--batch", "4", "--out", "one")[0] == 0
+    one, two = learnt(tmp_path / "one"), learnt(tmp_path / "two")
+    for name in one:
+        # AdamW's first steps have the size of the learning rate, 2e-3, whichever way a gradient near 0 is rounded
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-4)
+
+
+def test_a_full_disk_ends_in_one_line(run, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    code, out, err = run("train", "lora", "--images", "cat", "--prompt", "a cat", "--out", "run", *QUICK)
+    assert (code, out) == (2, "") and "Traceback" not in err
+    assert "run/lora.state could not be written ([Errno 28] No space left on device)" in err
+
+
+LORA = ("lora", "--prompt", "a cat")
+BAD = {
+    ("lora",): "nothing to learn; give --images DIR, or --concept images=DIR,",
+    ("lora", "--token", "sks"): "--token without --images",
+    (*LORA, "--images", "nowhere"): "nowhere: no such folder",
+    (*LORA, "--images", "empty"): "empty: no picture in it",
+    (*LORA, "--images", "broken"): "broken/0.png: not a picture that can be read",
+    (*LORA, "--images", "tiny"): "tiny/0.png: 8 x 8 pixels are too few",
+    (*LORA, "--images", "cat", "--learning-rate", "0"): "learning_rate 0.0: nothing is learnt at it",
+    (*LORA, "--images", "cat", "--steps", "0"): "steps 0: training needs at least 1",
+    (*LORA, "--images", "cat", "--rank", "0"): "rank 0",
+    (*LORA, "--images", "cat", "--layers", "atention"): "atention",
+    (*LORA, "--images", "cat", "--samples", "0"): "--samples 0: at least 1",
+    (*LORA, "--images", "cat", "--device", "gpu"): "device 'gpu' unknown",
+    (*LORA, "--images", "cat", "--captions"): "give one of the two",
+    (*LORA, "--images", "cat", "--concept", "images=cat"): "cat: given twice",
+    (*LORA, "--images", "cat", "--concept", "dog"): "--concept dog: expected images=DIR",
+    (*LORA, "--images", "cat", "--prior", "folder"): "needs class pictures",
+    ("lora", "--images", "cat", "--captions"): "cat: no captions",
+    ("lora", "--images", "cat"): "give a token or a class word",
+    ("dreambooth", "--images", "cat", "--class-word", "cat"): "DreamBooth needs a token",
+    ("dreambooth", "--images", "cat", "--token", "sks"): "class pictures need a class word",
+    ("dreambooth", "--images", "cat", "--token", "sks", "--rank", "4"): "--rank is of a LoRA; give --low-rank too",
+    ("textual-inversion", "--images", "cat"): "no token; give the new word",
+    ("textual-inversion", "--images", "cat", "--token", "cat"): "'cat'",
+    ("textual-inversion", "--images", "cat", "--token", "<it>", "--start", "a red cat"): "is not a single token",
+    ("custom-diffusion", "--images", "cat", "--token", "<it>", "--class-word", "cat", "--start-from", "no-such.bin"): "no-such.bin",
+    ("fine-tune", "--images", "cat", "--class-word", "cat", "--weights", "nothing"): "nothing",
+}
+
+
+@pytest.mark.parametrize("args", BAD, ids=" ".join)
+def test_bad_input_gets_one_clear_line_before_anything_is_made(run, tmp_path, args):
+    for folder, content in (("empty", None), ("broken", b"no picture"), ("tiny", None)):
+        (tmp_path / folder).mkdir()
+        if content:
+            (tmp_path / folder / "0.png").write_bytes(content)
+    (tmp_path / "tiny").rmdir()
+    picture_folder(tmp_path / "tiny", size=8)
+    options = [option for i in range(0, len(QUICK), 2) if QUICK[i] not in args for option in QUICK[i : i + 2]]
+    code, out, err = run("train", *args, "--out", "run", *options)
+    lines = [line for line in err.splitlines() if line.startswith("minidiff: ")]
+    assert (code, out) == (2, "") and len(lines) == 1 and BAD[args] in lines[0] and "Traceback" not in err, err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("args", [("lora", "--images", "cat", "--prompt", "a cat", "--out", "run"), ("from-scratch", "run")])
+def test_attention_by_name_holds_for_the_whole_run(run, monkeypatch, args):
+    def begun(*_):
+        raise ValueError(f"begun with attention {backend()}")
+
+    monkeypatch.setattr(memory, "estimate_memory", begun)
+    monkeypatch.setattr("minidiff.bundled.run.foretold", lambda *_: {})
+    monkeypatch.setattr("minidiff.bundled.run.run_from_scratch", begun)
+    assert "begun with attention by_hand" in run("train", *args, "--attention", "by_hand")[2]
+    assert backend() == "auto"
+
+
+def test_a_folder_of_another_run_is_left_as_it_is(run, tmp_path):
+    assert run("train", *LORA, "--images", "cat", "--out", "run", *QUICK)[0] == 0
+    state = (tmp_path / "run" / "lora.state").read_bytes()
+    code, _, err = run("train", *LORA, "--images", "dog", "--out", "run", *QUICK)
+    assert code == 2 and "run/lora.state holds another run (data " in err
+    code, _, err = run("train", "fine-tune", "--images", "cat", "--class-word", "cat", "--out", "run", *QUICK)
+    assert code == 2 and "run holds another run (method 'lora', now 'fine-tune')" in err
+    code, _, err = run("train", *LORA, "--images", "cat", "--out", "model.safetensors", *QUICK)
+    assert code == 2 and "--out model.safetensors: no folder to write to" in err
+    assert (tmp_path / "run" / "lora.state").read_bytes() == state
+
+
+def test_a_name_that_splits_is_warned_of(run):
+    code, _, err = run(
+        "train", "dreambooth", "--low-rank", "--images", "cat", "--token", "xyzzyq", "--prior", "none", "--out", "run", *QUICK
+    )
+    assert code == 0 and err.count("token 'xyzzyq' splits into") == 1
+
+
+def test_concepts_are_added_to_those_learnt_before(run, tmp_path):
+    args = ("train", "custom-diffusion", "--prior", "none", *QUICK)
+    assert run(*args, "--images", "cat", "--token", "<it>", "--out", "first")[0] == 0
+    code, out, err = run(
+        *args, "--images", "dog", "--token", "<that>", "--start-from", "first/custom-diffusion.safetensors", "--out", "second"
+    )
+    assert code == 0, err
+    first, second = (load_file(tmp_path / name / "custom-diffusion.safetensors") for name in ("first", "second"))
+    assert torch.equal(first["modifier_token.<it>"], second["modifier_token.<it>"]) and "modifier_token.<that>" in second
+
+
+FROM_SCRATCH = ("train", "from-scratch", "run", "--scenes", "4", "--steps", "2", "--batch", "2", "--threads", "1")
+
+
+def test_from_scratch_trains_on_and_goes_on(run, tmp_path):
+    weights_loader.save(small_model(training_config()), tmp_path / "base.safetensors")
+    args = (*FROM_SCRATCH, "--init", "base.safetensors")
+    code, out, err = run(*args)
+    assert (code, out.strip()) == (0, "run/model.safetensors"), err
+    assert re.search(r"minidiff: on CPU, 1 thread, about: scenes \d+ s, latents \d+ s, diffusion \d+ s; \d+ s in all", err)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"text_encoder.safetensors", "unet.safetensors", "vae.safetensors", "parts.safetensors.index.json"} <= names
+    assert "judge.safetensors" not in names
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    code, _, err = run(*args)
+    assert code == 0 and (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    assert "in all" not in err  # nothing is left to be told of
+    code, _, err = run(*args, "--seed", "1")
+    assert code == 2 and "holds another run (seed 0, now 1)" in err
+    code, _, err = run(*args, "--vae", "base.safetensors")
+    assert code == 2 and "give one of the two" in err
+
+
+def test_the_recipes_are_told_apart(run, tmp_path, monkeypatch):
+    """What they do is tested where it is done."""
+    asked = {}
+
+    def spy(name):
+        def started(config, recipe, folder, device, *rest):
+            asked[name] = (config, recipe, rest)
+            yield from ()
+
+        return started
+
+    monkeypatch.setattr(trainers_run, "run_from_scratch", spy("alone"))
+    monkeypatch.setattr(make, "run_bundled", spy("whole"))
+    monkeypatch.setattr(trainers_run, "foretold", lambda *_: {"scenes": 1.0})
+    monkeypatch.setattr(make, "foretold_bundled", lambda *_: {"judge": 3000.0, "evaluation": 1000.0})
+    code, _, err = run("train", "from-scratch", "a", "--recipe", "bundled", "--steps", "7")
+    assert code == 0 and "judge 50 min, evaluation 17 min; 1 h 7 min in all" in err, err
+    code, _, err = run("train", "from-scratch", "b", "--recipe", "half", "--vae", "tiny", "--compile", "no")
+    assert code == 0 and "scenes 1 s; 1 s in all" in err, err
+    assert asked["whole"][1] == dataclasses.replace(RECIPES["bundled"], steps=7) and asked["whole"][2][2:] == (None, None)
+    config, recipe, (_, init, vae) = asked["alone"]
+    tiny = weights_loader.load("tiny")
+    assert recipe == dataclasses.replace(RECIPES["half"], compile=False) and init is None
+    assert (
+        config.unet.widths == (32, 64, 96)
+        and config.vae == tiny.config.vae
+        and torch.equal(vae.encoder.conv_in.weight, tiny.vae.encoder.conv_in.weight)
+    )
+    assert run("train", "from-scratch", "c", "--widths", "32", "64", "64")[0] == 0 and asked["alone"][0].unet.widths == (32, 64, 64)
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", train.COMMANDS)
+def test_help_shows_every_flag_once_and_says_what_it_is(run, method):
+    code, out, _ = run("train", method, "--help")
+    assert code == 0
+    flags = re.findall(r"^. (--[a-z][\w-]*)", out, flags=re.MULTILINE)
+    assert len(flags) == len(set(flags)) > 5 and not any("." in flag for flag in flags)
+    if method != "from-scratch":
+        entries = re.split(r"^. (?=--[a-z])", out, flags=re.MULTILINE)[1:]
+        assert all(re.search(r"[a-z]{3,}", entry.split(maxsplit=1)[1].lower()) for entry in entries)
+        assert "Presets of the bundled model:" in out and "{None}" not in out
+
+
+def test_every_number_of_a_run_has_a_flag():
+    def names(cls):
+        return {field.name for field in dataclasses.fields(cls)}
+
+    assert names(flags.Training) == names(Settings)
+    assert names(flags.RecipeFlags) == names(Recipe)
+    assert names(flags.Pictures) == names(options.Samples)
+    assert names(flags.LowRank) | names(flags.TextEncoderFlags) == names(options.LowRankOptions)
+    assert len(names(flags.PriorFlags)) == len(names(options.Prior))
+    assert names(flags.What) - {"concept"} == names(options.Concept)
+
+
+def test_a_flag_changes_its_number_and_nothing_else():
+    base = Settings(steps=10, batch=4, learning_rate=1e-3, warm_up=5, seed=3)
+    assert flags.Training().over(base) == base
+    assert flags.Training(warm_up=0, seed=0, checkpointing=True).over(base) == dataclasses.replace(
+        base, warm_up=0, seed=0, checkpointing=True
+    )
+    low_rank = options.LowRankOptions(text_encoder=True)
+    assert flags.LowRank().over(low_rank, flags.TextEncoderFlags()) == low_rank
+    changed = flags.LowRank(rank=2, layers=("conv",)).over(low_rank, flags.TextEncoderFlags(text_encoder="no"))
+    assert changed == options.LowRankOptions(rank=2, layers=("conv",))
+
+
+def test_a_concept_is_read_from_one_argument():
+    concept = parse_concept('images=my cat,token="<cat>",class=cat,prompt=a photo of a {}, sitting,class-images=cats')
+    assert concept == options.Concept(
+        images=Path("my cat"), token="<cat>", class_word="cat", prompt="a photo of a {}, sitting", class_images=Path("cats")
+    )
+    assert parse_concept("images=a,captions=yes").captions
+    for text, said in (
+        ("cat", "expected images=DIR"),
+        ("token=<cat>", "no images=DIR"),
+        ("images=a,images=b", "given twice"),
+        ("images=a,captions=1", "yes or no"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            parse_concept(text)

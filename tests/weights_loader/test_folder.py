@@ -1,0 +1,216 @@
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+import weights_loader
+from minidiff.config import SD1, SD2, ModelConfig
+from minidiff.tokenizer import Tokenizer
+from tests.checkpoints import assert_same_model, family_configs, family_model
+from weights_loader import detect, dialects
+from weights_loader.folder import folder_config, write_folder_config
+from weights_loader.write import write_safetensors
+
+
+def diffusers_folder(sd, path):
+    """Written by diffusers itself, from a folder of ours."""
+    weights_loader.save(sd, path.with_name("ours"), layout="diffusers")
+    return StableDiffusionPipeline.from_pretrained(path.with_name("ours"))
+
+
+@pytest.mark.parametrize("options", [{}, {"safe_serialization": False}, {"max_shard_size": "200KB"}, {"variant": "fp16"}], ids=str)
+def test_a_folder_that_diffusers_wrote_is_read(options, tmp_path):
+    sd = family_model("SD 1")
+    sd.unet.half(), sd.vae.half(), sd.text_encoder.half()
+    pipeline = diffusers_folder(sd, tmp_path / "theirs").to(torch.float16)
+    pipeline.save_pretrained(tmp_path / "theirs", **options)
+    loaded = weights_loader.load(tmp_path / "theirs", dtype="file")
+    # guidance_scale is the one number that such a folder has no place for
+    sd.config = dataclasses.replace(sd.config, guidance_scale=ModelConfig().guidance_scale)
+    assert_same_model(loaded, sd)
+
+
+@pytest.mark.parametrize("family", ["SD 1", "SD 2", "bundled"])
+def test_diffusers_runs_a_saved_folder_and_gives_the_same_picture(family, tmp_path):
+    sd = family_model(family)
+    pipeline = diffusers_folder(sd, tmp_path / "theirs")
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    settings = {"num_inference_steps": 4, "guidance_scale": 4.0, "height": 32, "width": 32}
+    theirs = pipeline("a red apple", latents=noise, output_type="np", **settings).images[0]
+    ours = sd.generate("a red apple", steps=4, guidance_scale=4.0, size=32, seed=3)[0]
+    # fp32 on both sides, then 8 bits: the last bit may round the other way, and one more for the sampler's order of operations
+    assert np.abs(np.asarray(ours, dtype=float) - 255 * theirs).max() <= 2
+
+
+def test_a_text_encoder_without_its_prefix_and_an_old_vae_are_read(tmp_path):
+    sd = family_model("SD 1")
+    weights_loader.save(sd, tmp_path / "model", layout="diffusers")
+    text = dialects.to_file(sd.text_encoder, "diffusers")
+    write_safetensors(tmp_path / "model/text_encoder/model.safetensors", {k.removeprefix("text_model."): t for k, t in text.items()})
+    vae, old = {}, {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for name, tensor in dialects.to_file(sd.vae, "diffusers").items():
+        for new, spelling in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{spelling}.")
+        vae[name] = tensor
+    assert any("proj_attn" in name for name in vae)
+    write_safetensors(tmp_path / "model/vae/diffusion_pytorch_model.safetensors", vae)
+    assert_same_model(weights_loader.load(tmp_path / "model"), sd)
+
+
+@pytest.mark.parametrize(
+    "file, setting, value, message",
+    [
+        ("model_index.json", "_class_name", "StableDiffusionXLPipeline", "a StableDiffusionXLPipeline, not supported"),
+        ("unet/config.json", "act_fn", "mish", "act_fn is 'mish', which is not supported"),
+        ("unet/config.json", "transformer_layers_per_block", [1, 2, 10], "transformer_layers_per_block is"),
+        ("unet/config.json", "block_out_channels", None, "no setting 'block_out_channels'"),
+        ("unet/config.json", "down_block_types", ["SimpleCrossAttnDownBlock2D"] * 3, "expected CrossAttnDownBlock2D or DownBlock2D"),
+        ("vae/config.json", "latents_mean", [0.1] * 4, "latents_mean is"),
+        ("text_encoder/config.json", "hidden_act", "relu", "hidden_act 'relu'"),
+        ("scheduler/scheduler_config.json", "beta_schedule", "linear", "beta_schedule is 'linear'"),
+        ("scheduler/scheduler_config.json", "prediction_type", "sample", "prediction_type 'sample' not supported"),
+    ],
+)
+def test_a_setting_that_stable_diffusion_does_not_have_is_refused_by_name(file, setting, value, message, tmp_path):
+    weights_loader.save(family_model("SD 1"), tmp_path / "model", layout="diffusers")
+    settings = json.loads((tmp_path / "model" / file).read_text())
+    (tmp_path / "model" / file).write_text(json.dumps(settings | {setting: value}))
+    with pytest.raises(ValueError, match=message):
+        weights_loader.load(tmp_path / "model")
+
+
+def test_a_file_missing_from_a_folder_is_named(tmp_path):
+    weights_loader.save(family_model("SD 1"), tmp_path / "model", layout="diffusers")
+    shutil.rmtree(tmp_path / "model/scheduler")
+    with pytest.raises(FileNotFoundError, match=r"scheduler_config.json: no such file, and a diffusers folder needs it"):
+        weights_loader.load(tmp_path / "model")
+
+
+def test_a_damaged_json_file_is_named(tmp_path):
+    weights_loader.save(family_model("SD 1"), tmp_path / "model", layout="diffusers")
+    (tmp_path / "model/unet/config.json").write_text('{"in_channels": 4,')
+    with pytest.raises(ValueError, match="unet/config.json: no JSON"):
+        weights_loader.load(tmp_path / "model")
+
+
+def test_an_old_folder_that_does_not_say_the_prediction_is_tested_only_for_sd_2(tmp_path, monkeypatch):
+    monkeypatch.setattr(detect, "noise_correlation", lambda *parts: 0.99)
+    for family, tested in (("SD 1", False), ("SD 2", True)):
+        folder = tmp_path / family
+        weights_loader.save(family_model(family), folder, layout="diffusers")
+        scheduler = folder / "scheduler/scheduler_config.json"
+        settings = json.loads(scheduler.read_text())
+        del settings["prediction_type"]
+        scheduler.write_text(json.dumps(settings))
+        loaded = weights_loader.load(folder)
+        assert loaded.config.schedule.prediction == "eps"
+        assert bool(loaded.notes) == tested
+
+
+@pytest.mark.parametrize("family", family_configs())
+def test_a_config_is_read_back_from_the_json_files(family, tmp_path):
+    config = family_configs()[family]
+    write_folder_config(tmp_path, config, Tokenizer(config.tokenizer))
+    # guidance_scale has no place in such a folder
+    assert folder_config(tmp_path) == (dataclasses.replace(config, guidance_scale=ModelConfig().guidance_scale), True)
+
+
+@pytest.mark.parametrize("config", [SD1, SD2], ids=["SD 1", "SD 2"])
+def test_the_public_configs_are_read_back_and_clips_merges_are_recognised(config, tmp_path):
+    write_folder_config(tmp_path, config, Tokenizer(config.tokenizer))
+    assert folder_config(tmp_path) == (config, True)
+    (tmp_path / "tokenizer/merges.txt").write_text("#version: 0.2\na b\nab c")
+    assert folder_config(tmp_path)[0].tokenizer.merges == ("a b", "ab c")
+
+
+@pytest.mark.parametrize("family", ["SD 1", "SD 2"])
+def test_transformers_reads_the_tokenizer_files_and_gives_the_same_tokens(family, tmp_path):
+    config = family_configs()[family]
+    ours = Tokenizer(config.tokenizer)
+    write_folder_config(tmp_path, config, ours)
+    theirs = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    # Without "!", which transformers takes for padding wherever it stands, once that is what pads.
+    texts = ["a red apple on a blue background", "sks dog, 42", "", "café"]
+    expected = theirs(texts, padding="max_length", max_length=theirs.model_max_length, truncation=True, return_tensors="pt").input_ids
+    assert torch.equal(ours(texts), expected)
+
+
+def with_words(sd, words):
+    """The model with these words and a row for each at the end of its table."""
+    config = sd.config
+    text = dataclasses.replace(config.text_encoder, vocab_size=config.text_encoder.vocab_size + len(words))
+    sd.config = dataclasses.replace(config, text_encoder=text, tokenizer=dataclasses.replace(config.tokenizer, added=words))
+    rows = torch.randn(len(words), text.width, generator=torch.Generator().manual_seed(4))
+    sd.text_encoder.token_embedding = torch.nn.Embedding.from_pretrained(torch.cat([sd.text_encoder.token_embedding.weight.detach(), rows]))
+    sd.tokenizer = Tokenizer(sd.config.tokenizer)
+    return sd
+
+
+@pytest.mark.parametrize("family", ["SD 1", "SD 2"])
+def test_words_that_were_added_to_a_model_are_written_read_and_known_to_diffusers(family, tmp_path):
+    sd = with_words(family_model(family), ("<Cat>", "sks-1"))
+    pipeline = diffusers_folder(sd, tmp_path / "theirs")
+    prompt = "a <cat> on SKS-1, red"
+    ids = pipeline.tokenizer(prompt, padding="max_length", max_length=pipeline.tokenizer.model_max_length, return_tensors="pt").input_ids
+    assert torch.equal(sd.tokenizer([prompt]), ids) and ids.max() == sd.config.text_encoder.vocab_size - 1
+    pipeline.save_pretrained(tmp_path / "theirs")  # transformers has other files for them
+    weights_loader.save(sd, tmp_path / "model.safetensors")
+    for path in (tmp_path / "ours", tmp_path / "theirs", tmp_path / "model.safetensors"):
+        loaded = weights_loader.load(path)
+        assert loaded.config.tokenizer.added == ("<Cat>", "sks-1")
+        assert torch.equal(loaded.tokenizer([prompt]), ids) and torch.equal(loaded.encode_prompts([prompt]), sd.encode_prompts([prompt]))
+
+
+def test_words_in_the_file_of_older_folders_are_read(tmp_path):
+    config = family_configs()["SD 1"]
+    write_folder_config(tmp_path, config, Tokenizer(config.tokenizer))
+    size = config.text_encoder.vocab_size
+    for words, expected in (({"<b>": size + 1, "<a>": size, "old": 3}, ("<a>", "<b>")), ({}, ())):
+        (tmp_path / "tokenizer" / "added_tokens.json").write_text(json.dumps(words))
+        assert folder_config(tmp_path)[0].tokenizer.added == expected
+    (tmp_path / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<a>": size + 1}))
+    with pytest.raises(ValueError, match=rf"tokenizer: added words have the ids {size + 1} '<a>'; expected {size}, {size + 1}, ..."):
+        folder_config(tmp_path)
+
+
+def test_words_without_rows_are_an_error(tmp_path):
+    weights_loader.save(family_model("SD 1"), tmp_path / "model", layout="diffusers")
+    (tmp_path / "model/tokenizer/added_tokens.json").write_text(json.dumps({"<a>": 1126}))
+    with pytest.raises(ValueError, match="the tokenizer knows 1127 tokens, the text encoder 1126"):
+        weights_loader.load(tmp_path / "model")
+
+
+def test_shapes_of_another_size_than_the_json_says_are_an_error(tmp_path):
+    weights_loader.save(family_model("SD 1"), tmp_path / "model", layout="diffusers")
+    config = tmp_path / "model/unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"cross_attention_dim": 32}))
+    with pytest.raises(ValueError, match="0 keys missing, 0 unexpected, 14 of the wrong shape"):
+        weights_loader.load(tmp_path / "model")
+
+
+def test_a_folder_that_makes_no_picture_is_said_to_be_left_out(tmp_path):
+    weights_loader.save(family_model("SD 1"), tmp_path / "model", layout="diffusers")
+    (tmp_path / "model/safety_checker").mkdir()
+    assert weights_loader.load(tmp_path / "model").notes == ("safety_checker/ is left out: no part of making a picture",)
+
+
+def test_the_padding_of_sd_2_is_in_the_special_tokens_map_of_its_old_files(tmp_path):
+    write_folder_config(tmp_path, SD2, Tokenizer(SD2.tokenizer))
+    settings = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
+    settings.pop("added_tokens_decoder", None)
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<|endoftext|>"}))
+    (tmp_path / "tokenizer" / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
+    assert folder_config(tmp_path)[0].tokenizer.padding == "zero"
+
+
+def test_the_wrong_sample_size_of_old_folders_is_not_believed(tmp_path):
+    write_folder_config(tmp_path, SD1, Tokenizer(SD1.tokenizer))
+    path = tmp_path / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 32}))
+    assert folder_config(tmp_path)[0].image_size == 512
