@@ -278,7 +278,7 @@ for name, config in {"this model": sd.config, "Stable Diffusion 1.x": SD1}.items
 # minidiff generate "a photo of a fox in the snow" --model v1-5-pruned-emaonly.safetensors --seed 0 --device cuda --out fox.png
 # ```
 #
-# One minute, most of it for reading the file. Then change one knob at a time: `--seed 1`, `--steps 10`, `--guidance 1`. Expect the same
+# One minute, most of it for reading the file. Then change one knob at a time: `--seed 1`, `--steps 10`, `--guidance-scale 1`. Expect the same
 # three effects as here: another fox, the same fox a little rougher, and a fox that is none.
 
 # %% [markdown]

@@ -93,7 +93,7 @@ lesson.show(fig, "data", "A spiral dissolves into a round cloud.")
 #
 # It is given a noisy point `x_t` and its timestep `t`, and answers with two numbers: the noise that it believes to be in there, called
 # `eps_hat`. Inside are four layers. The time comes in as a handful of waves, because a network makes more of sixteen numbers between -1 and
-# 1 than of a single one up to 999; lesson 06 looks at that closely. The place comes in as waves besides, so that fine detail is learnt
+# 1 than of a single one up to 999; lesson 06 looks at that closely. The place comes in as waves besides, so that fine detail is learned
 # sooner.
 
 
@@ -252,7 +252,7 @@ for name, points in {"noise": noise, "model": walked[0], "data": spiral(2000)}.i
 
 # %% [markdown]
 # Read the lower row from right to left. At each `t` it looks like the upper row at the same `t`: that is the whole idea. Nobody gave the
-# model a formula of the spiral, and it does not keep the points it was shown. It has learnt in which direction the data lie.
+# model a formula of the spiral, and it does not keep the points it was shown. It has learned in which direction the data lie.
 
 # %% [markdown]
 # ## The loss, bin by bin
@@ -377,7 +377,7 @@ print(f"U-Net of Stable Diffusion 1.x: {millions:.0f} million")
 # Look where the two curves part: where the noise has left little of the picture, the words say what the picture cannot. At early timesteps
 # the picture speaks for itself.
 #
-# The U-Net of Stable Diffusion 1.x has 860 million parameters instead of the thousands above. It learnt by your three lines.
+# The U-Net of Stable Diffusion 1.x has 860 million parameters instead of the thousands above. It learned by your three lines.
 
 # %% [markdown]
 # ## On a GPU

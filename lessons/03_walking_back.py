@@ -368,7 +368,7 @@ for spacing in ("leading", "trailing"):
 
 # %% [markdown]
 # At its first step Stable Diffusion 1.x is told the timestep 951, at which a little of a picture should be left, and is given pure noise.
-# In training it has learnt to make use of that little: the mean colour, for one, can be read from it. Pure noise always reads as a middling
+# In training it has learned to make use of that little: the mean colour, for one, can be read from it. Pure noise always reads as a middling
 # colour. So it rarely makes a picture that is nearly black or nearly white as a whole (Lin et al. 2023).
 
 # %% [markdown]

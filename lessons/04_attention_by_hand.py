@@ -42,7 +42,7 @@ from einops import rearrange
 from matplotlib import pyplot as plt
 
 from lessons.common import picture_grid, start
-from minidiff.attention import attention, attention_by_hand
+from minidiff.attention import attention, naive_attention
 from minidiff.blocks import SpatialTransformer
 from minidiff.config import SD1
 from minidiff.pipeline import to_images
@@ -86,7 +86,7 @@ lesson.show(fig, "lookup", "Soft mixtures for a short query, hard borders for a 
 #
 # Now the real thing. The model draws a picture; a third of the way through we stop, run the U-Net once more, and catch what comes into its last
 # cross-attention: `x`, one vector for each cell, and `context`, one vector for each word of the caption (lesson 09 makes them; strictly, for each *token*:
-# a word, or a piece of a rare one). Three matrices that were learnt turn them into queries, keys and values. D is the width of all these vectors, N counts
+# a word, or a piece of a rare one). Three matrices that were learned turn them into queries, keys and values. D is the width of all these vectors, N counts
 # cells, L words.
 
 # %%
@@ -175,7 +175,7 @@ def attend(q, k, v, heads):
     # YOUR CODE, about 6 lines
 
 
-attend = lesson.check(attend, instead=attention_by_hand)
+attend = lesson.check(attend, instead=naive_attention)
 mixed = attend(q, k, v, h)
 assert mixed.shape == (B, N, D)
 
@@ -213,8 +213,8 @@ for n in sizes:
     one = [torch.randn(1, n, width, generator=generator).to(lesson.device) for _ in range(3)]
     taken["by hand"].append(milliseconds(attend, *one, heads))
     taken["fused"].append(milliseconds(attention, *one, heads))
-    by_hand, fused = taken["by hand"][-1], taken["fused"][-1]
-    print(f"{n:5} {by_hand:6.1f} ms {fused:5.1f} ms {heads * n * n * 4 / 1e6:10.1f} MB")
+    naive, fused = taken["by hand"][-1], taken["fused"][-1]
+    print(f"{n:5} {naive:6.1f} ms {fused:5.1f} ms {heads * n * n * 4 / 1e6:10.1f} MB")
 
 # %%
 fig, axis = plt.subplots()
@@ -228,7 +228,7 @@ lesson.show(fig, "fused", "Milliseconds against cells: by hand takes longer.")
 # %% [markdown]
 # ## Break it: forget the scale
 #
-# First with numbers that are drawn, not learnt. The product of two vectors of d unit normals is a sum of d terms of variance 1, so its variance is d
+# First with numbers that are drawn, not learned. The product of two vectors of d unit normals is a sum of d terms of variance 1, so its variance is d
 # and its size about $\sqrt{d}$. Divided by $\sqrt{d}$ it has size 1 whatever d is. Without that, more numbers a head mean longer queries, and the strips above show
 # what that does.
 
@@ -324,7 +324,7 @@ for width, heads, has in zip(unet.widths, unet.heads, unet.attention):
 # %% [markdown]
 # ## Read next
 #
-# - `minidiff/attention.py`: `attention_weights` and `attention_by_hand` are your six lines, with a mask for the text encoder, whose words look only at words before them
+# - `minidiff/attention.py`: `attention_weights` and `naive_attention` are your six lines, with a mask for the text encoder, whose words look only at words before them
 #   (lesson 09); `attention` chooses the kernel.
 # - `minidiff/attention_maps.py` records the maps of all layers; lesson 10 follows them over the steps.
 # - Vaswani et al. 2017, "Attention is all you need", section 3.2, with the reason for the scale in a footnote.

@@ -51,7 +51,7 @@ from einops import rearrange
 from matplotlib import pyplot as plt
 
 from lessons.common import BLUE, GREEN, ORANGE, picture_grid, start
-from minidiff.attention import attention, attention_by_hand, attention_weights
+from minidiff.attention import attention, attention_weights, naive_attention
 from minidiff.blocks import SpatialTransformer
 from minidiff.config import SD1
 from minidiff.kernels import tiles
@@ -160,11 +160,11 @@ def walk(update, q, k, v, block):
 generator = torch.Generator().manual_seed(0)
 N, d = 64, 40
 q, k, v = (torch.randn(N, d, generator=generator) for _ in range(3))
-by_hand = attention_by_hand(q[None], k[None], v[None], heads=1)[0]
+naive = naive_attention(q[None], k[None], v[None], heads=1)[0]
 for block in (1, 16, 48):
     o, lse = walk(absorb, q, k, v, block)
     assert o.shape == (N, d) and lse.shape == (N,)
-    print(f"blocks of {block:2}: off by at most {(o - by_hand).abs().max():.0e}")
+    print(f"blocks of {block:2}: off by at most {(o - naive).abs().max():.0e}")
 
 # %% [markdown]
 # Any block size gives the same but for rounding, also one that does not divide the keys. The second guess was right: this is no approximation.
@@ -207,8 +207,8 @@ out = fused(q[None].to(where), k[None].to(where), v[None].to(where), 1)[0].cpu()
 sys.settrace(None)
 
 # %%
-assert out.shape == (N, d) and torch.allclose(out, by_hand, atol=1e-5)
-print(f"the kernel is off by at most {(out - by_hand).abs().max():.0e}")
+assert out.shape == (N, d) and torch.allclose(out, naive, atol=1e-5)
+print(f"the kernel is off by at most {(out - naive).abs().max():.0e}")
 for first, (m, l) in noted.items():
     print(f"after the keys from {first:2} on: m = {m:.3f}, l = {l:.3f}")
 if noted:
@@ -230,8 +230,8 @@ left = {"by hand": [], "kernel": []}
 errors = {"by hand": [], "walk": [], "kernel": []}
 for n in sizes:
     q, k, v = (torch.randn(1, n, d, generator=generator) for _ in range(3))
-    exact = attention_by_hand(q.double(), k.double(), v.double(), 1)
-    answers = (attention_by_hand(q, k, v, 1), walk(absorb, q[0], k[0], v[0], 32)[0][None])
+    exact = naive_attention(q.double(), k.double(), v.double(), 1)
+    answers = (naive_attention(q, k, v, 1), walk(absorb, q[0], k[0], v[0], 32)[0][None])
     answers += (fused(q.to(where), k.to(where), v.to(where), 1).cpu(),)
     for name, answer in zip(errors, answers):
         errors[name].append(float((answer - exact).norm() / exact.norm()))
@@ -359,7 +359,7 @@ def forgets(m, l, o, s, v):
 
 q, k, v = (torch.randn(256, d, generator=generator) for _ in range(3))
 for length in (1, 4):  # longer queries: larger logits
-    exact = attention_by_hand(length * q[None], k[None], v[None], 1)[0]
+    exact = naive_attention(length * q[None], k[None], v[None], 1)[0]
     for block in (256, 64, 16):
         off = (walk(forgets, length * q, k, v, block)[0] - exact).norm() / exact.norm()
         print(f"queries times {length}, {256 // block:2} blocks of {block:3}: off by {off:.0%}")
@@ -423,8 +423,8 @@ for width, heads, has in zip(unet.widths, unet.heads, unet.attention):
     cells, head = side * side, width // heads
     first, rest = tiles.head_tiles(head)
     if has:
-        by_hand, lse = heads * cells**2 * 2 / 1e6, heads * cells * 4 / 1e6
-        print(f"{cells:7} {head:5} {f'{first} + {rest}':>9} {by_hand:8.1f} MB {lse:6.3f} MB")
+        naive, lse = heads * cells**2 * 2 / 1e6, heads * cells * 4 / 1e6
+        print(f"{cells:7} {head:5} {f'{first} + {rest}':>9} {naive:8.1f} MB {lse:6.3f} MB")
     side = (side + 1) // 2
 
 # %% [markdown]

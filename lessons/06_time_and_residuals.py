@@ -298,7 +298,7 @@ lesson.show(fig, "residual", "The loss falls fast with x, and hardly at all with
 # %% [markdown]
 # Both rows have the same numbers of parameters and start from the same draw. With $x$ a new block changes its input a little, so the
 # noise comes through all sixteen nearly as it was, and so does the gradient on its way back. Without it, each block replaces its input
-# by a random mixture, and after sixteen of them little can be learnt from. This is the reason that networks can be deep at all; U-Net,
+# by a random mixture, and after sixteen of them little can be learned from. This is the reason that networks can be deep at all; U-Net,
 # autoencoder and text encoder add their inputs everywhere.
 
 # %% [markdown]

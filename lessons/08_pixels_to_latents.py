@@ -144,9 +144,9 @@ lesson.show(fig, "regions", "Bars of error: small for background, large for insi
 
 # %%
 std = (0.5 * logvar).exp()
-by_hand = 0.5 * (mean**2 + std**2 - 1 - logvar)
+naive = 0.5 * (mean**2 + std**2 - 1 - logvar)
 kl = torch.cat([part.kl() for part in encoded])
-assert torch.allclose(by_hand.sum(dim=(1, 2, 3)), kl, rtol=1e-4)
+assert torch.allclose(naive.sum(dim=(1, 2, 3)), kl, rtol=1e-4)
 print(f"KL {kl.mean() / mean[0].numel():.1f} nats a number")
 print(f"the means spread by {mean.std():.2f}, each cloud by {std.mean():.3f}")
 

@@ -127,7 +127,7 @@ for text, positions in tokenizer.words(prompt):
 # %% [markdown]
 # ## Integers to vectors
 #
-# The text encoder looks each token up in a table of vectors that were learnt, and adds a second vector for its place in the row: without that "a cat above
+# The text encoder looks each token up in a table of vectors that were learned, and adds a second vector for its place in the row: without that "a cat above
 # a dog" and "a dog above a cat" would hold the same things. Then come blocks of attention (lesson 04), in which the words ask each other, each followed by a
 # small network for every word by itself. This is the text half of CLIP, two networks, one for pictures and one for texts, that were taught together which text
 # belongs to which picture (Radford et al. 2021, section 2.4). Written out:
@@ -185,9 +185,9 @@ lesson.show(fig, "causal", "A triangle: rows to the left of a new word stay dark
 # end token and every row of padding come after all words, so they change with each. They are not empty: they are summaries.
 
 # %% [markdown]
-# ## What the vectors have learnt
+# ## What the vectors have learned
 #
-# The text encoder of the bundled model learnt only through pictures: its gradient came from a U-Net that wanted to know what to draw. Take the vector of each
+# The text encoder of the bundled model learned only through pictures: its gradient came from a U-Net that wanted to know what to draw. Take the vector of each
 # subject in "a ...", remove what all have in common (their mean), and ask which others point the same way.
 
 # %%
@@ -231,7 +231,7 @@ print(f"nearest words {of_nearest:.0f}, any two words {of_any:.0f}")
 assert lesson.model != "tiny" or of_nearest < 0.9 * of_any
 
 # %% [markdown]
-# The text encoder of Stable Diffusion is CLIP's own. It learnt from captions of every kind of picture, before there was a U-Net, and was never changed since.
+# The text encoder of Stable Diffusion is CLIP's own. It learned from captions of every kind of picture, before there was a U-Net, and was never changed since.
 
 # %% [markdown]
 # ## Break it: the wrong padding
@@ -373,7 +373,7 @@ for name, config in (("SD 1.x", SD1), ("SD 2.x", SD2)):
 # python lessons/09_words_to_vectors.py --model v1-5-pruned-emaonly.safetensors --device cuda
 # ```
 #
-# Two minutes. Expect most looks to go to the start token, as large models have learnt to look there when no word concerns them, and the nearest words to be near in meaning
+# Two minutes. Expect most looks to go to the start token, as large models have learned to look there when no word concerns them, and the nearest words to be near in meaning
 # rather than in colour.
 
 # %% [markdown]

@@ -51,7 +51,7 @@ from minidiff.scenes.scenes import sample_scene
 from minidiff.text_encoder import TextEncoder
 from minidiff.trainers.engine.diffusion_loss import Draws, squared_error
 from minidiff.trainers.engine.loop import Training
-from minidiff.trainers.engine.optimizer import ExponentialAverage
+from minidiff.trainers.engine.optimizer import EMA
 from minidiff.trainers.engine.settings import Settings
 from minidiff.unet import UNet
 
@@ -111,21 +111,21 @@ for caption in shown:
 #
 # `DiffusionTask` says what is trained and what its loss is, `Settings` says how, and `Training` is the loop. There are two optimizers, Muon
 # for the matrices and AdamW for everything else. AdamW is a relative of the Adam in lesson 02: in a step every number moves about equally
-# far. Muon treats a matrix as a whole, and makes its step equally large in all directions, so that rare ones are learnt as fast as common
+# far. Muon treats a matrix as a whole, and makes its step equally large in all directions, so that rare ones are learned as fast as common
 # ones. Captions are left empty for one sample in ten, so that guidance (lesson 10) has an answer without words to compare with. Timesteps
 # are not all drawn equally often, as they were in lesson 02: there are more from the middle on, where the words decide, and few early ones.
 # The recipe of the bundled model lets cells with an object count more in the loss, by `object_weight`, because a plain background is soon
-# learnt. For a run as short as this one, the background is enough, and all cells count the same.
+# learned. For a run as short as this one, the background is enough, and all cells count the same.
 
 # %%
 # Few samples a step and a high rate: best for so little time, by trial.
 rate = 0.0125 if bundled else RECIPES["half"].learning_rate / 100  # more would ruin a large model
 recipe = replace(RECIPES["half"], object_weight=0.0)
-decay = recipe.average
+decay = recipe.ema_decay
 
 
 def prepare(config, steps):
-    settings = Settings(steps=steps, batch=batch, learning_rate=rate, clip=None, average=decay)
+    settings = Settings(steps=steps, batch=batch, learning_rate=rate, max_grad_norm=None, ema_decay=decay)
     init = None if bundled else done  # of your own checkpoint all is kept, and goes on learning
     task = DiffusionTask(config, recipe, scenes, lesson.device, init)
     return Training(task, settings, lesson.device)
@@ -136,7 +136,7 @@ first = prepare(config, steps)
 beginner = first.task
 numbers = sum(p.numel() for module in beginner.modules.values() for p in module.parameters())
 print(f"{numbers:,} numbers are trained, in {steps} steps of {batch} samples")
-begin = "nothing learnt" if bundled else "before"
+begin = "nothing learned" if bundled else "before"
 nothing = draw(beginner.text_encoder, beginner.unet, shown)
 rows = [to_images(pixels[: len(shown)]), nothing]
 fig = picture_grid(rows, labels=["scenes", begin.replace(" ", "\n")])
@@ -158,7 +158,7 @@ lesson.show(fig, "nothing", "Scenes; below, coloured noise of one kind for every
 # there. Asked for v, the best multiple is zero, and it is off by one at every timestep. (Off in the mean square, for latents of variance
 # one.) So with v there is as much to learn at the last timestep as at the first.
 #
-# To see it one needs a model that has learnt something. Beside the bundled model lies `half`, wider than yours and stopped on purpose
+# To see it one needs a model that has learned something. Beside the bundled model lies `half`, wider than yours and stopped on purpose
 # before it was done.
 
 # %%
@@ -255,7 +255,7 @@ def ema_update(mean, weight, decay, n):
 
 def of_the_library(mean, weight, decay, n):
     module = torch.nn.ParameterDict({"w": mean.clone()})
-    average = ExponentialAverage(module, decay)
+    average = EMA(module, decay)
     average.steps = n
     module["w"].data.copy_(weight)
     average.update(module)
@@ -291,7 +291,7 @@ def with_falling_rate(training):
     """The run once more from where it stands, with a rate that falls from here to the end."""
     other = prepare(config, steps)
     other.load_state_dict(copy.deepcopy(training.state_dict()))
-    settings = replace(other.settings, schedule="linear", warm_up=training.i)
+    settings = replace(other.settings, schedule="linear", warmup_steps=training.i)
     other.settings = settings  # linear: falls after the warm-up, which is over
     return other
 
@@ -302,7 +302,7 @@ runs, seen, rates = {"constant": first}, {}, {}
 seen["constant"], rates["constant"] = [weight_of(beginner.unet)], []
 for step in first.run():
     seen["constant"].append(weight_of(beginner.unet))
-    rates["constant"].append(step.rate)
+    rates["constant"].append(step.lr)
     if step.i == steps // 3:
         losses[f"after {step.i}"] = measure(**first.task.modules)
     if step.i == 4 * steps // 5:
@@ -310,7 +310,7 @@ for step in first.run():
         seen["linear"], rates["linear"] = list(seen["constant"]), list(rates["constant"])
 for step in runs["linear"].run():
     seen["linear"].append(weight_of(runs["linear"].task.unet))
-    rates["linear"].append(step.rate)
+    rates["linear"].append(step.lr)
 
 # %%
 averages = {}
@@ -319,7 +319,7 @@ for falls, weights in seen.items():
     for n, weight in enumerate(weights[1:]):
         mean = ema_update(mean, weight, decay, n)
         averages[falls].append(mean)
-    kept = runs[falls].averages["unet"].mean["conv_out.weight"].cpu()
+    kept = runs[falls].ema["unet"].mean["conv_out.weight"].cpu()
     assert mean.shape == kept.shape and torch.allclose(mean, kept, atol=1e-5)
 
 # %%
@@ -336,7 +336,7 @@ lesson.show(fig, "weight", "One weight moves on at a constant rate, slows where 
 
 # %%
 for falls, training in runs.items():
-    modules, means = training.task.modules, training.averages
+    modules, means = training.task.modules, training.ema
     losses[falls] = measure(**modules)
     with ExitStack() as stack:
         for name, module in modules.items():
@@ -353,7 +353,7 @@ if bundled and not lesson.quick:
 
 # %% [markdown]
 # It learns: both losses end well below the beginning. And the third guess: the falling rate ends lower than the constant one. Nothing was
-# learnt that the other run had not seen; the weights have come to rest, and lost what a few samples had shaken into them. The mean does
+# learned that the other run had not seen; the weights have come to rest, and lost what a few samples had shaken into them. The mean does
 # nearly the same for the constant run, though it looks back over a few steps only. Where the rate falls, the weights hardly move any more,
 # and there is nothing left for the mean to do. In the picture each mean follows its weight smoothly and late, which is its price: while
 # the weights still have a way to go, it is behind them.
@@ -416,7 +416,7 @@ axis.legend(fontsize=11)
 lesson.show(fig, "reads", "A wrong caption costs nothing at first, more and more later on.")
 
 # %% [markdown]
-# Look at the numbers. After a third of your run wrong words cost nothing: the model has learnt about pictures, and does not read. By its
+# Look at the numbers. After a third of your run wrong words cost nothing: the model has learned about pictures, and does not read. By its
 # end it has begun to, at late timesteps, where the words are most of what there is. Reading comes late, and goes on for long: for `half`
 # wrong words add roughly half of its loss again, and for the bundled model more than its whole loss. A loss that hardly falls any more can
 # hide that; this number does not.
@@ -436,7 +436,7 @@ fig = picture_grid(list(stations.values()), labels=list(stations))
 lesson.show(fig, "stations", "Scenes; noise; backgrounds; patches on backgrounds; things.")
 
 # %% [markdown]
-# The first guess: backgrounds come first. With nothing learnt all pictures are alike. After your run white backgrounds are white and black
+# The first guess: backgrounds come first. With nothing learned all pictures are alike. After your run white backgrounds are white and black
 # ones black. Red shows at the edges, where hardly any scene has a thing; the yellow background has become red too. Nowhere is there a
 # thing, and much of the noise is left. After forty times as many samples `half` has the backgrounds, the colours of things, and patches in
 # place of the things. The bundled model, with ten times as many again, draws things, most of which can be named.
@@ -515,7 +515,7 @@ print(f"learning rates: {RATE:g} and {RATE / 100:g}, 100 times lower")
 # ## Read next
 #
 # - `minidiff/bundled/tasks.py`: `DiffusionTask`, what you have trained, and before it `AutoencoderTask`, which comes first.
-# - `minidiff/trainers/engine/loop.py`: `Training.run` is the loop, `minidiff/trainers/engine/optimizer.py` has `ExponentialAverage`, your two lines, and
+# - `minidiff/trainers/engine/loop.py`: `Training.run` is the loop, `minidiff/trainers/engine/optimizer.py` has `EMA`, your two lines, and
 #   Muon.
 # - Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models", eq. 3; Salimans and Ho 2022, "Progressive
 #   distillation for fast sampling of diffusion models", section 4, on v; Lin et al. 2023, "Common diffusion noise schedules and sample

@@ -378,7 +378,7 @@ lesson.show(fig, "beginnings", "Lions with B zero; ruins with both drawn.")
 # %% [markdown]
 # With B zero half of the matrices get a gradient at the first step: B moves away from zero, and from the second step on A learns too. With
 # both zero nothing will ever move, and training runs to its end without a word. With both drawn everything learns, and the first thing to
-# be learnt is to undo the damage.
+# be learned is to undo the damage.
 
 # %% [markdown]
 # ## On real Stable Diffusion

@@ -10,7 +10,7 @@
 # - Picture: [figures/15-forgotten.png](figures/15-forgotten.png)
 #
 # *DreamBooth* teaches a model a subject from a handful of pictures: the subject gets a name, and the whole model goes on training. The
-# subject is learnt quickly. The price is paid elsewhere: all that the model knew of this kind of animal is drawn towards the five pictures.
+# subject is learned quickly. The price is paid elsewhere: all that the model knew of this kind of animal is drawn towards the five pictures.
 # This lesson measures the price, and then the paper's remedy.
 
 # %% [markdown]
@@ -130,7 +130,7 @@ alone = lesson.load()
 seen_alone = learn(alone, concept, Prior(), *((1, 1) if lesson.quick else (60, 20)))
 
 # %% [markdown]
-# The second of the three answers comes nearest. The tiger is learnt in a few dozen steps, and the lion goes with it. The name is one word
+# The second of the three answers comes nearest. The tiger is learned in a few dozen steps, and the lion goes with it. The name is one word
 # of the caption, "lion" is another, and both got the tiger's pictures; nothing tells the model which of the two it was.
 
 # %% [markdown]
@@ -258,6 +258,6 @@ print(f"{weights / 1e6:.0f} million, {4 * 4 * weights / 1e9:.1f} GB before any p
 # ## Read next
 #
 # - `minidiff/trainers/methods/common.py`: `dreambooth` puts the pieces together; `minidiff/trainers/methods/finetuning.py`: the last line of
-#   `Personalisation.loss` is yours.
+#   `FinetuneTask.loss` is yours.
 # - Ruiz et al. 2023, "DreamBooth: fine tuning text-to-image diffusion models for subject-driven generation", section 3.3 and eq. 2.
-# - Lesson 16: nothing of the model moves, and one word is learnt.
+# - Lesson 16: nothing of the model moves, and one word is learned.

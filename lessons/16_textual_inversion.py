@@ -136,7 +136,7 @@ words, results = [], {}
 training = method.run(lesson.device)
 for phase, step in training:
     words.append(method.tokens.rows["<tiger>"].detach().cpu().clone())
-    if step.i == steps:  # the word is learnt; what follows is the LoRA
+    if step.i == steps:  # the word is learned; what follows is the LoRA
         results["word"] = draw("<tiger>"), draw("lion")
         break
 
@@ -146,7 +146,7 @@ same_unet = [torch.equal(old, new) for old, new in zip(unet_before, sd.unet.para
 assert same_rows.shape == (size_of_table,) and same_rows.all() and all(same_unet)
 lions_now = results["word"][1][0]
 same_lions = [old.tobytes() == new.tobytes() for old, new in zip(lions_before, lions_now)]
-print(f"{words[-1].numel()} numbers were learnt")
+print(f"{words[-1].numel()} numbers were learned")
 print(f"{int(same_rows.sum())} of {size_of_table} rows are what they were, bit for bit")
 print(f"{sum(same_unet)} of {len(same_unet)} tensors of the U-Net too")
 print(f"and {sum(same_lions)} of {len(same_lions)} pictures of a lion")

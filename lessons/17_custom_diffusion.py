@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 17 Custom Diffusion
 #
-# **Which few weights teach a model a new thing, and how do two things that were learnt apart come together?**
+# **Which few weights teach a model a new thing, and how do two things that were learned apart come together?**
 #
 # - Explains: [minidiff/adapters/custom_diffusion.py](../minidiff/adapters/custom_diffusion.py)
 # - You change: `merge`, two concepts into one by a system of equations
@@ -17,7 +17,7 @@
 #
 # 1. The whole U-Net is fine-tuned on five pictures. Which layers move most, measured by their own size: the attention of cells to words,
 #    the attention of cells to cells, or the convolutions and the rest?
-# 2. Two things were learnt apart, each as a change of the same matrices. Is it enough to add up both changes?
+# 2. Two things were learned apart, each as a change of the same matrices. Is it enough to add up both changes?
 
 # %%
 from dataclasses import replace
@@ -206,7 +206,7 @@ lesson.show(fig, "apart", "Lions, tigers for the new word, guitars, violins for 
 # %% [markdown]
 # ## Two at once: joint training
 #
-# To have both in one picture they can be learnt together: one set of matrices, two words, and twice as many steps. Each picture of the
+# To have both in one picture they can be learned together: one set of matrices, two words, and twice as many steps. Each picture of the
 # training still shows one thing alone.
 #
 # Two things at once are hard for the bundled model, even two that it knows (lesson 10). So that we know what can be expected, the model as
@@ -234,10 +234,10 @@ joint.detach()
 print(f"joint training: {found}")
 
 # %% [markdown]
-# ## Two learnt apart: a system of equations
+# ## Two learned apart: a system of equations
 #
 # Training together needs both sets of pictures in one place, and time for every pair. But $W_k$ and $W_v$ are maps of words and nothing
-# more. What each concept learnt can be written down as what it does to its own words. Let C hold the words' vectors as rows, shape `[s,
+# more. What each concept learned can be written down as what it does to its own words. Let C hold the words' vectors as rows, shape `[s,
 # D]`, and V what the concepts give for them, `[s, out]`. And $C_{reg}$ holds the vectors of many other captions, which shall be treated as
 # before. Then the merged matrix is wanted for which (Kumari et al. 2023, eq. 4)
 #
@@ -331,7 +331,7 @@ print(f"merged, without a step of training: {found}")
 # %% [markdown]
 # ## Break it: add both changes up
 #
-# For two LoRAs it is common to add up what both learnt. Here each change was made for its own words, and nothing told it what to do about
+# For two LoRAs it is common to add up what both learned. Here each change was made for its own words, and nothing told it what to do about
 # the other's. But every word goes through both.
 
 # %%
@@ -363,13 +363,13 @@ def off(changes):
 
 # %%
 sum_is_off, merge_is_off = off(summed), off(merged.deltas(sd))
-print(f"added up: off by {sum_is_off:.0%} of what was learnt; merged: by {merge_is_off:.0%}")
+print(f"added up: off by {sum_is_off:.0%} of what was learned; merged: by {merge_is_off:.0%}")
 assert merge_is_off < sum_is_off
 fig = picture_grid(list(together.values()), labels=list(together))
-lesson.show(fig, "together", "Lion and guitar; tiger and violin learnt together, merged, added up.")
+lesson.show(fig, "together", "Lion and guitar; tiger and violin learned together, merged, added up.")
 
 # %% [markdown]
-# The merge gives both words exactly the keys and values that they had alone; the sum gives neither what it learnt. By these numbers the
+# The merge gives both words exactly the keys and values that they had alone; the sum gives neither what it learned. By these numbers the
 # second guess is answered: it is not enough.
 #
 # The pictures are kinder. The top row says what may be asked of this model: even two things that it knows come out crude. Below, an orange
@@ -402,7 +402,7 @@ fig = picture_grid(rows, labels=["all", *(f"{share:.0%}" for share in drawings)]
 lesson.show(fig, "compressed", "Tigers from the whole change and from less and less of it.")
 
 # %% [markdown]
-# Down to a small part of the size the tigers hardly change; only the smallest share shows. Here too, a few directions hold what was learnt.
+# Down to a small part of the size the tigers hardly change; only the smallest share shows. Here too, a few directions hold what was learned.
 
 # %% [markdown]
 # ## On real Stable Diffusion

@@ -6,7 +6,7 @@
     VAE            latent cells look at each other, one head     (self-attention)
 
 All four are softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, "Attention is all you need", eq. 1). It is written out in
-`attention_by_hand`, to be read and to be recorded. `attention` gives the same by the way that is `chosen`: also by fused kernels, PyTorch's
+`naive_attention`, to be read and to be recorded. `attention` gives the same by the way that is selected (`select_backend`): also by fused kernels, PyTorch's
 or those of kernels/, which never build the N x L matrix in memory. The tests hold all equal.
 """
 
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minidiff.kernels import cross_attention, self_attention
-from minidiff.kernels.dispatch import chosen
+from minidiff.kernels.dispatch import select_backend
 
 
 def attention_weights(q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], heads: int, causal: bool = False) -> Float[Tensor, "B h N L"]:
@@ -35,7 +35,7 @@ def attention_weights(q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], head
     return logits.softmax(dim=-1)
 
 
-def attention_by_hand(
+def naive_attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
 ) -> Float[Tensor, "B N D"]:
     """softmax(q k^T / sqrt(d)) v, head by head, in plain steps: memory grows as N x L."""
@@ -47,14 +47,14 @@ def attention_by_hand(
 def attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
 ) -> Float[Tensor, "B N D"]:
-    """The same as `attention_by_hand`, in the way that is `chosen`; by a fused kernel memory grows as N + L."""
-    way = chosen(q, k, v, heads, causal)
+    """The same as `naive_attention`, in the way that is selected (`select_backend`); by a fused kernel memory grows as N + L."""
+    way = select_backend(q, k, v, heads, causal)
     if way == "self":
         return self_attention.fused_self_attention(q, k, v, heads, causal)
     if way == "cross":
         return cross_attention.fused_cross_attention(q, k, v, heads)
-    if way == "by_hand":
-        return attention_by_hand(q, k, v, heads, causal)
+    if way == "naive":
+        return naive_attention(q, k, v, heads, causal)
     q, k, v = (rearrange(x, "B N (h d) -> B h N d", h=heads) for x in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "B h N d -> B N (h d)")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minidiff.attention import Attention
 from minidiff.kernels import geglu as geglu_kernel
 from minidiff.kernels import group_norm_silu
-from minidiff.kernels.dispatch import backend
+from minidiff.kernels.dispatch import active_backend
 
 
 def timestep_embedding(t: Shaped[Tensor, " B"], width: int) -> Float[Tensor, "B {width}"]:
@@ -51,14 +51,14 @@ class TimeEmbedding(nn.Module):
         return F.silu(self.linear_2(F.silu(self.linear_1(waves))))
 
 
-def as_many_rows(x: Float[Tensor, "B *dims"], rows: int) -> Float[Tensor, "{rows} *dims"]:
+def tile_rows(x: Float[Tensor, "B *dims"], rows: int) -> Float[Tensor, "{rows} *dims"]:
     """x's rows again and again, 0 1 0 1 ..., until there are `rows`, a multiple of its own. See UNet."""
     return x if len(x) == rows else torch.cat([x] * (rows // len(x)))
 
 
 def norm_silu(norm: nn.GroupNorm, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     """SiLU(GroupNorm(x)), before every 3x3 convolution of a ResBlock; by one kernel where kernels are asked for and x is channels-last."""
-    if backend() == "triton" and group_norm_silu.unsupported(x, norm.num_groups, norm.weight, norm.bias) is None:
+    if active_backend() == "triton" and group_norm_silu.unsupported(x, norm.num_groups, norm.weight, norm.bias) is None:
         return group_norm_silu.fused_group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.silu(norm(x))
 
@@ -81,14 +81,14 @@ class ResBlock(nn.Module):
     def forward(self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B_t D_time"] | None = None) -> Float[Tensor, "B C_out H W"]:
         h = self.conv_1(norm_silu(self.norm_1, x))
         if self.time_projection is not None:
-            h = h + as_many_rows(self.time_projection(time), len(h))[:, :, None, None]
+            h = h + tile_rows(self.time_projection(time), len(h))[:, :, None, None]
         h = self.conv_2(norm_silu(self.norm_2, h))
         return self.skip(x) + h
 
 
 def geglu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
     """The first half of x times the GELU of its second half, by erf; by one kernel where kernels are asked for."""
-    if backend() == "triton" and geglu_kernel.unsupported(x) is None:
+    if active_backend() == "triton" and geglu_kernel.unsupported(x) is None:
         return geglu_kernel.fused_geglu(x)
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
@@ -126,7 +126,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N D"], context: Float[Tensor, "R L D_context"]) -> Float[Tensor, "R N D"]:
         x = x + self.self_attention(self.norm_1(x))
-        x = as_many_rows(x, len(context))
+        x = tile_rows(x, len(context))
         x = x + self.cross_attention(self.norm_2(x), context)
         return x + self.feed_forward(self.norm_3(x))
 
@@ -149,4 +149,4 @@ class SpatialTransformer(nn.Module):
         H = x.shape[2]
         h = rearrange(self.norm(x), "B C H W -> B (H W) C")
         h = self.proj_out(self.block(self.proj_in(h), context))
-        return as_many_rows(x, len(context)) + rearrange(h, "R (H W) C -> R C H W", H=H)
+        return tile_rows(x, len(context)) + rearrange(h, "R (H W) C -> R C H W", H=H)

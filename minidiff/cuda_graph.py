@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minidiff.blocks import ResBlock, TimeEmbedding, TransformerBlock
-from minidiff.kernels.dispatch import backend
+from minidiff.kernels.dispatch import active_backend
 from minidiff.unet import UNet
 
 Model = Callable[[Tensor, Tensor], Tensor]  # of x_t and t
@@ -256,4 +256,4 @@ def taken_up(unet: UNet) -> tuple[list[Tensor], tuple] | None:
     tensors = [p for m in (*modules, *adapters) for p in m._parameters.values() if p is not None]
     tensors += [owner for owner in owners if isinstance(owner, Tensor)]
     numbers = [v for part in adapters for v in vars(part).values() if isinstance(v, (bool, int, float))]  # a LoRA's weight, training, ...
-    return tensors, (backend(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), *hooks, *numbers)
+    return tensors, (active_backend(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), *hooks, *numbers)

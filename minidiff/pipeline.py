@@ -26,7 +26,7 @@ from minidiff.guidance import guided
 from minidiff.samplers import Step, levels, sample
 from minidiff.schedule import NoiseSchedule
 from minidiff.text_encoder import TextEncoder
-from minidiff.tiled_decode import decode_in_strips, worth_strips
+from minidiff.tiled_decode import decode_tiled, should_tile
 from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
 from minidiff.vae import VAE
@@ -142,17 +142,17 @@ class StableDiffusion:
             yield step
 
     @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "B C h w"], strips: bool = True) -> Float[Tensor, "B 3 H W"]:
+    def decode(self, latents: Float[Tensor, "B C h w"], tiled: bool = True) -> Float[Tensor, "B 3 H W"]:
         """Scaled latents to pixels, clamped to [-1, 1], in float32. strips: large pictures a few rows at a time, the same but for rounding.
 
         In half precision the decoder can overflow (the cause of black pictures); then it is run again in float32, with a warning.
         """
         pictures = max(1, 2**18 // (latents[0, 0].numel() * self.config.vae.factor**2))  # at a time: the decoder is the peak of memory
-        return torch.cat([self._decode(z, strips) for z in (latents / self.config.vae.scaling_factor).split(pictures)])
+        return torch.cat([self._decode(z, tiled) for z in (latents / self.config.vae.scaling_factor).split(pictures)])
 
-    def _decode(self, z: Float[Tensor, "B C h w"], strips: bool) -> Float[Tensor, "B 3 H W"]:
+    def _decode(self, z: Float[Tensor, "B C h w"], tiled: bool) -> Float[Tensor, "B 3 H W"]:
         dtype = self.vae.post_quant_conv.weight.dtype
-        decode = partial(decode_in_strips, self.vae) if strips and worth_strips(self.config.vae, z) else self.vae.decode
+        decode = partial(decode_tiled, self.vae) if tiled and should_tile(self.config.vae, z) else self.vae.decode
         pixels = decode(z.to(dtype))
         if not pixels.isfinite().all() and dtype.itemsize < 4:
             warnings.warn(

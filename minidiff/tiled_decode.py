@@ -37,7 +37,7 @@ ON_A_GPU = {"cells": 2**16, "values": 2**28}
 Activation = Callable[[Tensor], Tensor]
 
 
-def worth_strips(config: VAEConfig, z: Float[Tensor, "B C h w"]) -> bool:
+def should_tile(config: VAEConfig, z: Float[Tensor, "B C h w"]) -> bool:
     """Whether decoding these latents whole takes much memory: 2^25 values in the largest feature map on a CPU, 2^28 on a GPU.
 
     Stable Diffusion's decoder has 2^26 at 512 x 512 pixels: 268 MB in float32, and three such maps at once.
@@ -46,7 +46,7 @@ def worth_strips(config: VAEConfig, z: Float[Tensor, "B C h w"]) -> bool:
     return B * h * w * config.factor**2 * max(config.widths[:2]) >= VALUES_WORTH_IT.get(z.device.type, ON_A_GPU["values"])
 
 
-def decode_in_strips(vae: VAE, z: Float[Tensor, "B C h w"], rows: int | None = None) -> Float[Tensor, "B 3 H W"]:
+def decode_tiled(vae: VAE, z: Float[Tensor, "B C h w"], rows: int | None = None) -> Float[Tensor, "B 3 H W"]:
     """What `vae.decode(z)` returns, within the rounding of z's dtype, `rows` rows of the picture at a time; None is what suits the device.
 
     Lower resolutions take as many times more rows as they have fewer columns: every strip has the same number of cells. Forward hooks
@@ -67,8 +67,8 @@ def decode_in_strips(vae: VAE, z: Float[Tensor, "B C h w"], rows: int | None = N
                 x = _res_block(block, x)
             if level.upsample is not None:
                 x = _upsampled(_split(x, max(1, level_rows // 4)), level.upsample)  # which makes four cells of one
-        x, norm = _gathered(x, decoder.norm_out)
-        return torch.cat(list(_convolved(_used_up(x), norm, decoder.conv_out)), dim=2)
+        x, norm = _with_norm_statistics(x, decoder.norm_out)
+        return torch.cat(list(_convolved(_drain(x), norm, decoder.conv_out)), dim=2)
 
 
 def _split(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
@@ -76,27 +76,27 @@ def _split(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
         yield from strip.split(rows, dim=2)
 
 
-def _used_up(strips: deque[Tensor]) -> Iterator[Tensor]:
+def _drain(strips: deque[Tensor]) -> Iterator[Tensor]:
     """Each strip once; it is freed when the next one is asked for."""
     while strips:
         yield strips.popleft()
 
 
 def _res_block(block: ResBlock, x: Iterable[Tensor]) -> Iterator[Tensor]:
-    x, norm_1 = _gathered(x, block.norm_1)
+    x, norm_1 = _with_norm_statistics(x, block.norm_1)
     skips = deque()
 
     def used_up_for_skip() -> Iterator[Tensor]:
-        for strip in _used_up(x):
+        for strip in _drain(x):
             skips.append(block.skip(strip))
             yield strip
 
-    h, norm_2 = _gathered(_convolved(used_up_for_skip(), norm_1, block.conv_1), block.norm_2)
-    for strip in _convolved(_used_up(h), norm_2, block.conv_2):
+    h, norm_2 = _with_norm_statistics(_convolved(used_up_for_skip(), norm_1, block.conv_1), block.norm_2)
+    for strip in _convolved(_drain(h), norm_2, block.conv_2):
         yield skips.popleft() + strip
 
 
-def _gathered(strips: Iterable[Tensor], norm: nn.GroupNorm) -> tuple[deque[Tensor], Activation]:
+def _with_norm_statistics(strips: Iterable[Tensor], norm: nn.GroupNorm) -> tuple[deque[Tensor], Activation]:
     """The strips of a whole feature map, and SiLU of its GroupNorm as a function of some of its rows."""
     kept = deque()
     count, mean, M2 = 0, 0.0, 0.0  # of each channel; M2: sum of squared distances from the mean

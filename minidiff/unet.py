@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from minidiff.blocks import ResBlock, SpatialTransformer, TimeEmbedding, as_many_rows
+from minidiff.blocks import ResBlock, SpatialTransformer, TimeEmbedding, tile_rows
 from minidiff.config import UNetConfig
 
 EPS = 1e-5  # of every GroupNorm here but the SpatialTransformers'
@@ -67,7 +67,7 @@ class UpLevel(nn.Module):
     ) -> Float[Tensor, "R C_out H_out W_out"]:
         """skips: all that are left, this level's at the end of the list, its first block's last."""
         for j, block in enumerate(self.blocks):
-            x = block(torch.cat([x, as_many_rows(skips[-1 - j], len(x))], dim=1), time)
+            x = block(torch.cat([x, tile_rows(skips[-1 - j], len(x))], dim=1), time)
             if self.transformers:
                 x = self.transformers[j](x, context)
         if self.upsample is not None:

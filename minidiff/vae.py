@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minidiff.attention import Attention
 from minidiff.blocks import ResBlock, norm_silu
 from minidiff.config import VAEConfig
-from minidiff.kernels.dispatch import attention_backend, backend
+from minidiff.kernels.dispatch import active_backend, attention_backend
 
 EPS = 1e-6
 
@@ -52,7 +52,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         H = x.shape[2]
         # "triton" does not insist here: Stable Diffusion's one head, 512 wide, is wider than our kernels take.
-        with attention_backend("auto" if backend() == "triton" else backend()):
+        with attention_backend("auto" if active_backend() == "triton" else active_backend()):
             h = self.attention(rearrange(self.norm(x), "B C H W -> B (H W) C"))
         return x + rearrange(h, "B (H W) C -> B C H W", H=H)
 

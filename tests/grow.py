@@ -57,9 +57,9 @@ def current() -> int:
 
 
 model = sys.argv[1]
-settings = Settings(steps=2, batch=32, learning_rate=1e-4, average=0.99, checkpointing=model.endswith("checkpointed"))
+settings = Settings(steps=2, batch=32, learning_rate=1e-4, ema_decay=0.99, checkpointing=model.endswith("checkpointed"))
 if model.startswith("sd1"):
-    settings, task = replace(settings, batch=1, average=None), LowRankTask(SD1)
+    settings, task = replace(settings, batch=1, ema_decay=None), LowRankTask(SD1)
 else:
     task = bundled_task()
 estimate = estimate_memory(task, settings, CPU)

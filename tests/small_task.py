@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def small_settings(**changes) -> Settings:
     """A run in which everything that a state must hold takes part."""
-    usual = {"steps": 10, "batch": 4, "learning_rate": 0.03, "warm_up": 3, "schedule": "cosine", "average": 0.9, "save_every": 3}
+    usual = {"steps": 10, "batch": 4, "learning_rate": 0.03, "warmup_steps": 3, "schedule": "cosine", "ema_decay": 0.9, "save_every": 3}
     return Settings(**usual | changes)
 
 
@@ -61,9 +61,9 @@ def together(count: int, function: Callable[[], None]) -> list[int | None]:
     def member(number: int):
         names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "RANK": number, "LOCAL_RANK": number}
         os.environ.update({name: str(value) for name, value in names.items()} | {"TORCHELASTIC_RUN_ID": "test"})
-        distributed.join_processes(CPU)
+        distributed.init_distributed(CPU)
         function()
-        distributed.leave_processes()
+        distributed.destroy_distributed()
 
     members = [multiprocessing.get_context("fork").Process(target=member, args=(number,)) for number in range(count)]
     for one in members:

@@ -24,17 +24,17 @@ import minidiff.attention
 import minidiff.vae
 from minidiff.adapters.custom_diffusion import create_custom_diffusion
 from minidiff.adapters.lora import PATTERNS, create_lora
-from minidiff.attention import Attention, attention, attention_by_hand, attention_weights
+from minidiff.attention import Attention, attention, attention_weights, naive_attention
 from minidiff.attention_maps import record_cross_attention
 from minidiff.blocks import TransformerBlock
 from minidiff.cli.flags import Attentions
 from minidiff.kernels import self_attention, tiles
-from minidiff.kernels.dispatch import ATTENTION, attention_backend, backend, chosen
+from minidiff.kernels.dispatch import ATTENTION, active_backend, attention_backend, select_backend
 from minidiff.trainers.engine.checkpointing import checkpointed
 from minidiff.vae import AttentionBlock
 from tests.small_models import small_model, training_config
 
-BOTH = pytest.mark.parametrize("function", [attention_by_hand, attention])
+BOTH = pytest.mark.parametrize("function", [naive_attention, attention])
 DEVICE = tiles.DEVICE  # where our kernels run: a GPU, or the CPU in Triton's interpreter
 CLOSE = dict(rtol=1e-12, atol=1e-12)  # float64: a few dozen roundings of 1e-16
 
@@ -72,24 +72,24 @@ def test_both_equal_the_closed_form(function, heads, N, L, causal):
 def test_by_hand_and_fused_agree_in_float32_at_stable_diffusions_size(causal):
     q, k, v = (x.float() for x in inputs(N=256, L=256, D=320))
     # fp32 parity of a block
-    torch.testing.assert_close(attention(q, k, v, 8, causal), attention_by_hand(q, k, v, 8, causal), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(attention(q, k, v, 8, causal), naive_attention(q, k, v, 8, causal), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_gradients_of_both_agree(causal):
     gradients = []
-    for function in (attention_by_hand, attention):
+    for function in (naive_attention, attention):
         q, k, v = (x.requires_grad_() for x in inputs())
         function(q, k, v, 3, causal).sin().sum().backward()
         gradients.append([q.grad, k.grad, v.grad])
-    for by_hand, fused in zip(*gradients):
-        assert by_hand.abs().max() > 0.01
-        torch.testing.assert_close(by_hand, fused, **CLOSE)
+    for naive, fused in zip(*gradients):
+        assert naive.abs().max() > 0.01
+        torch.testing.assert_close(naive, fused, **CLOSE)
 
 
 def test_the_gradients_are_those_of_finite_differences():
     q, k, v = (x.requires_grad_() for x in inputs(N=2, L=3, B=1, D=4))
-    assert torch.autograd.gradcheck(lambda q, k, v: attention_by_hand(q, k, v, 2), (q, k, v))
+    assert torch.autograd.gradcheck(lambda q, k, v: naive_attention(q, k, v, 2), (q, k, v))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -196,14 +196,14 @@ def gpu(monkeypatch):
     """Tensors "on" an H200, made within the block it gives: they have shapes, dtypes and a device, and no numbers."""
     monkeypatch.setattr(tiles, "DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
-    monkeypatch.setattr(minidiff.attention, "_tried", {})
+    monkeypatch.setattr(minidiff.attention, "_triton_works", {})
     with FakeTensorMode():
         yield monkeypatch
 
 
 def way(N, L, heads, d, causal=False, dtype=torch.float16, device="cuda"):
     q, k, v = (torch.empty(2, n, heads * d, dtype=dtype, device=device) for n in (N, L, L))
-    return chosen(q, k, v, heads, causal)
+    return select_backend(q, k, v, heads, causal)
 
 
 SELF = {
@@ -278,25 +278,25 @@ def test_elsewhere_it_is_pytorchs(device):
 
 
 def test_few_keys_in_bfloat16_on_a_cpu_are_done_by_hand():
-    assert way(4096, 77, 8, 40, dtype=torch.bfloat16, device="cpu") == way(256, 256, 8, 80, dtype=torch.bfloat16, device="cpu") == "by_hand"
+    assert way(4096, 77, 8, 40, dtype=torch.bfloat16, device="cpu") == way(256, 256, 8, 80, dtype=torch.bfloat16, device="cpu") == "naive"
     assert way(64, 257, 8, 40, dtype=torch.bfloat16, device="cpu") == "pytorch"
 
 
 def test_what_is_asked_for_is_chosen_within_the_block_and_not_after_it():
-    assert backend() == "auto"
+    assert active_backend() == "auto"
     with attention_backend("triton"):
         assert way(64, 64, 2, 8, device=DEVICE) == "self" and way(64, 3, 2, 8, device=DEVICE) == "cross"
-        with attention_backend("by_hand"):
-            assert way(64, 64, 2, 8, device=DEVICE) == backend() == "by_hand"
-        assert backend() == "triton"
+        with attention_backend("naive"):
+            assert way(64, 64, 2, 8, device=DEVICE) == active_backend() == "naive"
+        assert active_backend() == "triton"
     with pytest.raises(KeyError), attention_backend("pytorch"):
         assert way(64, 3, 2, 8, dtype=torch.bfloat16, device="cpu") == "pytorch"
         raise KeyError
-    assert backend() == "auto"
+    assert active_backend() == "auto"
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="attention 'flash' unknown; choose auto, by_hand, pytorch, triton"):
+    with pytest.raises(ValueError, match="attention 'flash' unknown; choose auto, naive, pytorch, triton"):
         with attention_backend("flash"):
             pass
     assert get_args(Attentions) == ATTENTION
@@ -331,7 +331,7 @@ def test_a_vae_whose_head_is_too_wide_for_our_kernels_runs_where_they_are_asked_
     block, x = AttentionBlock(168, 8), torch.randn(1, 168, 2, 2)
     expected = block(x)
     with attention_backend("triton"):
-        assert torch.equal(block(x), expected) and backend() == "triton"
+        assert torch.equal(block(x), expected) and active_backend() == "triton"
 
 
 # ------------------------------------------------------------------------------------------------ the same in every way
@@ -346,7 +346,7 @@ def float_inputs(N, L, D=32):
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize(("N", "L", "causal"), [(20, 20, False), (20, 20, True), (20, 7, False)])
 def test_every_way_gives_the_same_answer_and_gradients(name, N, L, causal):
-    expected, *gradients = answer_and_gradients(attention_by_hand, *float_inputs(N, L), causal)
+    expected, *gradients = answer_and_gradients(naive_attention, *float_inputs(N, L), causal)
     with attention_backend(name):
         out, *others = answer_and_gradients(attention, *float_inputs(N, L), causal)
     torch.testing.assert_close(out, expected, **PARITY)
@@ -468,7 +468,7 @@ def test_torch_compile_sees_through_the_choice_and_notices_another(compiled):
     block = TransformerBlock(16, 2, 8).to(DEVICE)
     x, context = torch.randn(1, 9, 16, device=DEVICE, requires_grad=True), torch.randn(1, 5, 8, device=DEVICE)
     fast, graphs = compiled(block)
-    operations = {"pytorch": "scaled_dot_product_attention", "triton": "minidiff.cross_attention", "by_hand": "softmax"}
+    operations = {"pytorch": "scaled_dot_product_attention", "triton": "minidiff.cross_attention", "naive": "softmax"}
     for name, operation in operations.items():
         for _ in range(2):
             with attention_backend(name):
@@ -492,7 +492,7 @@ def test_torch_compile_makes_one_graph_of_the_vaes_attention(compiled, monkeypat
     fast, graphs = compiled(block)
     with attention_backend("triton"):
         torch.testing.assert_close(fast(x), block(x), **PARITY)
-        assert backend() == "triton" and len(graphs) == 1
+        assert active_backend() == "triton" and len(graphs) == 1
 
 
 def lora_of(pattern):

@@ -13,9 +13,9 @@ from minidiff.blocks import (
     SpatialTransformer,
     TimeEmbedding,
     TransformerBlock,
-    as_many_rows,
     geglu,
     norm_silu,
+    tile_rows,
     timestep_embedding,
 )
 from minidiff.kernels import geglu as geglu_kernel
@@ -79,10 +79,10 @@ def test_the_time_vector_is_two_layers_of_the_waves_each_with_a_silu():
 
 def test_rows_are_repeated_in_turn_and_left_alone_where_there_are_enough():
     x = noise(2, 3)
-    assert as_many_rows(x, 2) is x
-    assert torch.equal(as_many_rows(x, 6), x.repeat(3, 1))
+    assert tile_rows(x, 2) is x
+    assert torch.equal(tile_rows(x, 6), x.repeat(3, 1))
     pictures = noise(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
-    assert as_many_rows(pictures, 4).is_contiguous(memory_format=torch.channels_last)
+    assert tile_rows(pictures, 4).is_contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------------------- ResBlock

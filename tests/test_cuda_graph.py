@@ -192,7 +192,7 @@ def new_weights(sd):
 
 
 def other_attention(sd):
-    backend = attention_backend("by_hand")
+    backend = attention_backend("naive")
     return {1: backend.__enter__, 3: lambda: backend.__exit__(None, None, None)}
 
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 import weights_loader
 from minidiff import tiled_decode
 from minidiff.config import SD1, VAEConfig
-from minidiff.tiled_decode import decode_in_strips, worth_strips
+from minidiff.tiled_decode import decode_tiled, should_tile
 from minidiff.vae import VAE
 from tests.small_models import small_model
 
@@ -32,7 +32,7 @@ def latents(B, h, w, dtype=torch.float32):
 
 def assert_equal_but_for_rounding(vae, z, rows):
     with torch.no_grad():
-        whole, in_strips = vae.decode(z), decode_in_strips(vae, z, rows)
+        whole, in_strips = vae.decode(z), decode_tiled(vae, z, rows)
     assert in_strips.dtype == whole.dtype and whole.abs().max() > 0.1
     torch.testing.assert_close(in_strips, whole, **CLOSE[z.dtype])
 
@@ -49,7 +49,7 @@ def test_with_the_channels_innermost_too(dtype):
     vae = small(dtype=dtype).to(memory_format=torch.channels_last)
     z = latents(2, 7, 5, dtype).to(memory_format=torch.channels_last)
     assert_equal_but_for_rounding(vae, z, 3)
-    assert decode_in_strips(vae, z, 3).is_contiguous(memory_format=torch.channels_last)
+    assert decode_tiled(vae, z, 3).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_decoder_of_one_level_never_grows():
@@ -62,7 +62,7 @@ def test_the_bundled_vae_draws_the_same_picture(rows):
     z = latents(2, 16, 16) / vae.config.scaling_factor
     with torch.no_grad():
         whole = vae.decode(z)
-    torch.testing.assert_close(decode_in_strips(vae, z, rows), whole, rtol=1e-4, atol=1e-4)  # weights and latents are larger than above
+    torch.testing.assert_close(decode_tiled(vae, z, rows), whole, rtol=1e-4, atol=1e-4)  # weights and latents are larger than above
 
 
 @pytest.mark.parametrize("mean", [100.0, -3000.0])
@@ -72,7 +72,7 @@ def test_statistics_keep_their_digits_where_the_mean_is_large(mean):
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
     x = torch.randn(2, 6, 11, 5, generator=torch.Generator().manual_seed(0)) + mean
     x += torch.arange(11.0)[:, None]  # strips unlike each other
-    kept, silu_of_norm = tiled_decode._gathered(x.split(2, dim=2), norm)
+    kept, silu_of_norm = tiled_decode._with_norm_statistics(x.split(2, dim=2), norm)
     assert torch.equal(torch.cat(list(kept), dim=2), x)
     expected = torch.nn.functional.silu(norm.double()(x.double()))
     torch.testing.assert_close(silu_of_norm(x).double(), expected, rtol=1e-5, atol=20 * abs(mean) * 2**-24)  # a few roundings of the mean
@@ -118,18 +118,18 @@ def test_memory_is_one_feature_map_and_seven_strips(rows):
     """As in Stable Diffusion, the last level gets twice the channels that it has. The whole decoder holds three such maps."""
     vae, z = small(VAEConfig(widths=(16, 32, 64), blocks_per_level=2, groups=8)), latents(1, 64, 64)
     row = 256 * 32 * 4  # bytes: width, channels, float32
-    assert peak(lambda: decode_in_strips(vae, z, rows)) <= (256 + 7 * (rows + 2)) * row
+    assert peak(lambda: decode_tiled(vae, z, rows)) <= (256 + 7 * (rows + 2)) * row
     assert peak(lambda: vae.decode(z)) >= 3 * 256 * row
 
 
 def test_strips_of_no_rows_are_refused():
     with pytest.raises(ValueError, match="strips of 0 rows: give at least 1"):
-        decode_in_strips(small(), latents(1, 4, 4), 0)
+        decode_tiled(small(), latents(1, 4, 4), 0)
 
 
 def test_large_pictures_are_worth_it():
     def worth(B, size, device="cpu", config=SD1.vae):
-        return worth_strips(config, torch.empty(B, 4, size // config.factor, size // config.factor, device=device))
+        return should_tile(config, torch.empty(B, 4, size // config.factor, size // config.factor, device=device))
 
     assert worth(1, 512) and worth(4, 256) and not worth(1, 256)
     assert worth(1, 1024, "meta") and not worth(1, 512, "meta")  # not a CPU: more memory, and dearer launches
@@ -138,10 +138,10 @@ def test_large_pictures_are_worth_it():
 
 def test_the_pipeline_decodes_large_pictures_in_strips_unless_told_otherwise(monkeypatch):
     sd, z, calls = small_model(), latents(2, 8, 8), []
-    monkeypatch.setattr("minidiff.pipeline.decode_in_strips", lambda vae, z: calls.append(len(z)) or decode_in_strips(vae, z, 5))
+    monkeypatch.setattr("minidiff.pipeline.decode_tiled", lambda vae, z: calls.append(len(z)) or decode_tiled(vae, z, 5))
     whole = sd.decode(z)
     assert not calls
     monkeypatch.setitem(tiled_decode.VALUES_WORTH_IT, "cpu", 2**14)  # two pictures of 32 x 32 pixels, 8 channels
     torch.testing.assert_close(sd.decode(z), whole, **CLOSE[torch.float32])
     assert calls == [2]
-    assert torch.equal(sd.decode(z, strips=False), whole) and calls == [2]
+    assert torch.equal(sd.decode(z, tiled=False), whole) and calls == [2]

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from minidiff.attention import attention, attention_by_hand
+from minidiff.attention import attention, naive_attention
 from minidiff.bench.answers import Peak, wait_for
 from minidiff.bench.attention_cases import Case, directions, exact, inputs
 from minidiff.bench.contender import serve
-from minidiff.kernels.dispatch import attention_backend, chosen
+from minidiff.kernels.dispatch import attention_backend, select_backend
 
 SDPA = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
 GRAPH = 5e-3  # seconds of work in a CUDA graph
@@ -39,7 +39,7 @@ def way(name: str) -> Attend:
         KEPT[0].__enter__()
         return attention
     if name == "by hand":
-        return attention_by_hand
+        return naive_attention
     if name == "flex":
         return _flex
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -192,7 +192,7 @@ class OneWay:
             told["scales"][kind] = {name: _rms(exactly[name]) for name in found}
             if kind == "normal":
                 if self.name == "minidiff":
-                    told["picks"] = chosen(*(given[name] for name in "qkv"), case.heads, case.causal)
+                    told["picks"] = select_backend(*(given[name] for name in "qkv"), case.heads, case.causal)
                 again = [_results(self.attend, case, given) for _ in range(2)] if self.device.type == "cuda" else []
                 told["bit_equal"] = all(torch.equal(found[name], one[name]) for one in again for name in found) if again else None
         normal = self._on_device(case, tensors["normal"])

@@ -74,7 +74,7 @@ def run_bundled(
     def stages() -> Iterator[Progress]:
         yield from run_from_scratch(config, recipe, folder, device, keep, init, vae)
         judge = yield from trained_judge(recipe, folder, device)
-        if distributed.number() > 0:
+        if distributed.rank() > 0:
             return
         save_judge(judge)
         record = yield from evaluated(made[0], judge, folder)
@@ -124,7 +124,7 @@ def clocked(walk: Iterator[Progress], path: Path, device: torch.device) -> Itera
     name, last, written = device_name(device), time.monotonic(), 0.0
 
     def write() -> None:
-        if times and distributed.number() == 0:
+        if times and distributed.rank() == 0:
             write_text(path, json.dumps(times, indent=1))
 
     with closing(walk), ExitStack() as end:

@@ -26,10 +26,10 @@ class Recipe:
     steps: int = 8000
     batch: int = 64
     learning_rate: float = 4e-3
-    schedule: Schedule = "flat_then_linear"
+    schedule: Schedule = "linear_after_hold"
     object_weight: float = 1.6  # the loss of a latent cell is weighted 0.4 + object_weight * (its share of object)
     caption_dropout: float = 0.1  # captions left empty, for classifier-free guidance (Ho and Salimans 2022)
-    average: float = 0.9995
+    ema_decay: float = 0.9995
     compile: bool | None = None
 
     def __post_init__(self):
@@ -47,7 +47,9 @@ class Recipe:
 
     def autoencoder(self) -> Settings:
         """The loop's settings for the VAE."""
-        return self._settings(steps=self.vae_steps, batch=self.vae_batch, learning_rate=self.vae_learning_rate, schedule="flat_then_linear")
+        return self._settings(
+            steps=self.vae_steps, batch=self.vae_batch, learning_rate=self.vae_learning_rate, schedule="linear_after_hold"
+        )
 
     def diffusion(self) -> Settings:
         """The loop's settings for the text encoder and the U-Net."""
@@ -59,10 +61,10 @@ class Recipe:
             steps=steps,
             batch=batch,
             learning_rate=learning_rate,
-            warm_up=60,
+            warmup_steps=60,
             schedule=schedule,
-            clip=None,
-            average=self.average,
+            max_grad_norm=None,
+            ema_decay=self.ema_decay,
             precision="bfloat16",
             seed=self.seed,
             compile=bool(self.compile),

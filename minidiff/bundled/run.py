@@ -74,9 +74,9 @@ def run_from_scratch(
     training = Training(DiffusionTask(config, recipe, latents, device, init), recipe.diffusion(), device, folder / "diffusion.pt")
     for progress in logged("diffusion", training, folder):
         yield progress
-        if (progress.i % SAMPLES_EVERY == 0 or progress.i == progress.steps) and distributed.number() == 0:
+        if (progress.i % SAMPLES_EVERY == 0 or progress.i == progress.steps) and distributed.rank() == 0:
             save_samples(assembled(config, training, vae), folder / f"samples-{progress.i:06d}.png")
-    if distributed.number() == 0:
+    if distributed.rank() == 0:
         save(assembled(config, training, vae))
 
 
@@ -123,13 +123,13 @@ def vae_and_latents(config: ModelConfig, recipe: Recipe, folder: Path, device: t
         if given is None:
             task = AutoencoderTask(config, recipe, scenes.images, device)
             yield from logged("autoencoder", Training(task, recipe.autoencoder(), device, folder / "vae.pt"), folder)
-        if distributed.number() == 0:
+        if distributed.rank() == 0:
             parts = []
             for part in encoded(scenes.images, finished_vae(config, folder, device, given), device):
                 parts.append(part)
                 yield Progress("latents", sum(map(len, parts)), recipe.scenes)
             write_state(path, dataclasses.asdict(Latents(torch.cat(parts), scenes.tokens, scenes.mask)))
-    distributed.wait_for_all()
+    distributed.barrier()
     return finished_vae(config, folder, device, given), Latents(**read_state(path))
 
 
@@ -138,7 +138,7 @@ def finished_vae(config: ModelConfig, folder: Path, device: torch.device, given:
     if given is not None:
         return copy.deepcopy(given).to(device).float()
     vae = VAE(config.vae)
-    vae.load_state_dict(read_state(folder / "vae.pt")["averages"]["vae"]["mean"])
+    vae.load_state_dict(read_state(folder / "vae.pt")["ema"]["vae"]["mean"])
     return vae.to(device).requires_grad_(False).eval()
 
 
@@ -162,7 +162,7 @@ def logged(stage: str, training: Training, folder: Path) -> Iterator[Progress]:
 def averaged(training: Training, name: str) -> nn.Module:
     """A copy of a module, with the averaged weights."""
     module = training.task.modules[name]
-    with training.averages[name].put_in(module):
+    with training.ema[name].put_in(module):
         return copy.deepcopy(module).requires_grad_(False).eval()
 
 
@@ -192,10 +192,10 @@ def claim(folder: Path, config: ModelConfig, recipe: Recipe, init: StableDiffusi
     given = {"init": init is not None and checksum(init.text_encoder, init.unet, init.vae), "vae": vae is not None and checksum(vae)}
     asked = json.loads(json.dumps({**dataclasses.asdict(recipe), **given}))
     path = folder / "recipe.json"
-    if not path.exists() and distributed.number() == 0:
+    if not path.exists() and distributed.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(asked, indent=1))
-    distributed.wait_for_all()
+    distributed.barrier()
     # A number that an older run does not name had its default. Whether it is compiled may change on the way.
     found = json.loads(json.dumps(dataclasses.asdict(Recipe()))) | {"vae": False} | json.loads(path.read_text())
     check_same(folder, found | {"compile": None}, asked | {"compile": None})

@@ -31,7 +31,7 @@ from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine.diffusion_loss import Draws, squared_error
 from minidiff.trainers.engine.loop import normals, on, rng_for, seeded
 from minidiff.trainers.engine.optimizer import optimizers
-from minidiff.trainers.engine.prefetch import ahead
+from minidiff.trainers.engine.prefetch import prefetch
 from minidiff.trainers.engine.settings import Settings
 from minidiff.unet import UNet
 from minidiff.vae import VAE
@@ -101,7 +101,7 @@ class AutoencoderTask:
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
         self.networks = (self.vae.encoder, self.vae.decoder)
         cells = images.shape[1] // config.vae.factor, images.shape[2] // config.vae.factor
-        self.draws = ahead(partial(autoencoder_draws, recipe.seed, len(images), (config.vae.latent_channels, *cells)), device)
+        self.draws = prefetch(partial(autoencoder_draws, recipe.seed, len(images), (config.vae.latent_channels, *cells)), device)
 
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
         return optimizers([self.vae], settings.learning_rate)
@@ -170,7 +170,7 @@ class DiffusionTask:
             self.text_encoder.load_state_dict(init.text_encoder.state_dict())
             self.unet.load_state_dict(init.unet.state_dict())
         self.modules: dict[str, nn.Module] = {"text_encoder": self.text_encoder, "unet": self.unet}
-        self.draws = ahead(partial(diffusion_draws, recipe, config.schedule.timesteps, tuple(self.x_0.shape)), device)
+        self.draws = prefetch(partial(diffusion_draws, recipe, config.schedule.timesteps, tuple(self.x_0.shape)), device)
 
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
         return optimizers(self.modules.values(), settings.learning_rate)

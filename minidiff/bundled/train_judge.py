@@ -25,12 +25,19 @@ from minidiff.scenes.scenes import COLOURS, STYLES, Item, Scene, choose, compose
 from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine.loop import normals, on, rng_for, seeded
 from minidiff.trainers.engine.optimizer import optimizers
-from minidiff.trainers.engine.prefetch import ahead
+from minidiff.trainers.engine.prefetch import prefetch
 from minidiff.trainers.engine.settings import Settings
 
 # 40 minutes on one core that does nothing else.
 JUDGE_SETTINGS = Settings(
-    steps=3000, batch=128, learning_rate=4e-3, warm_up=60, schedule="flat_then_linear", clip=None, average=0.998, precision="bfloat16"
+    steps=3000,
+    batch=128,
+    learning_rate=4e-3,
+    warmup_steps=60,
+    schedule="linear_after_hold",
+    max_grad_norm=None,
+    ema_decay=0.998,
+    precision="bfloat16",
 )
 
 
@@ -133,7 +140,7 @@ class JudgeTask:
             self.judge = Judge(config).to(device)
         self.modules: dict[str, nn.Module] = {"judge": self.judge}
         self.networks = (self.judge.pictures, self.judge.texts)
-        self.draws = ahead(partial(judge_draws, config, seed), device)
+        self.draws = prefetch(partial(judge_draws, config, seed), device)
 
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
         return optimizers([self.judge], settings.learning_rate)

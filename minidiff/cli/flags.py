@@ -33,7 +33,7 @@ Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint=
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=UNSET)]
 Several = tyro.conf.UseAppendAction[tuple[str, ...]]
 DTypes = Literal["auto", "float32", "bfloat16", "float16"]
-Attentions = Literal["auto", "by_hand", "pytorch", "triton"]
+Attentions = Literal["auto", "naive", "pytorch", "triton"]
 CONCEPT = ("images", "token", "class", "prompt", "captions", "class-images", "class-prompt")
 EXAMPLE = 'images=DIR,token="<cat>",class=cat'
 
@@ -45,7 +45,7 @@ def choices(kind: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class What:
-    """What is learnt, and how it is called. Several things at once: one --concept for each.
+    """What is learned, and how it is called. Several things at once: one --concept for each.
 
     Args:
         images: folder with the pictures of it, three to five or more
@@ -106,10 +106,10 @@ def parse_concept(text: str) -> Concept:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where it is learnt, and what is shown meanwhile. Stopped at any time, the same command goes on from the last save in --out.
+    """Where it is learned, and what is shown meanwhile. Stopped at any time, the same command goes on from the last save in --out.
 
     Args:
-        out: folder of the run; what is learnt ends there
+        out: folder of the run; what is learned ends there
         model: "tiny" (ships with minidiff), a .safetensors or .ckpt file, or a diffusers folder
         prediction: what the model predicts, eps or v, where its file is wrong about it
         dtype: of the weights that stand still; float32 by default, float16 or bfloat16 halve them on a GPU
@@ -148,11 +148,11 @@ class Training:
         steps: how many steps
         batch: samples at once, in each process
         learning_rate: of the optimizer AdamW
-        accumulate: batches whose gradients are added up for a step
-        warm_up: steps over which the learning rate rises from 0
+        gradient_accumulation: batches whose gradients are added up for a step
+        warmup_steps: steps over which the learning rate rises from 0
         schedule: of the learning rate after that
-        clip: the largest norm of the whole gradient; inf leaves it as it is
-        average: decay of a running mean of the weights, which is then the result, as 0.99; none by default
+        max_grad_norm: the largest norm of the whole gradient; inf leaves it as it is
+        ema_decay: decay of a running mean of the weights, which is then the result, as 0.99; none by default
         precision: of products and convolutions; auto is bfloat16 on a GPU, float32 elsewhere; what is trained stays in float32
         checkpointing: compute what is inside a block twice: less memory, a third slower
         compile: run the networks through torch.compile
@@ -163,11 +163,11 @@ class Training:
     steps: Whole = None
     batch: Whole = None
     learning_rate: Number = None
-    accumulate: Whole = None
-    warm_up: Whole = None
+    gradient_accumulation: Whole = None
+    warmup_steps: Whole = None
     schedule: choices(Schedule) = None
-    clip: Number = None
-    average: Number = None
+    max_grad_norm: Number = None
+    ema_decay: Number = None
     precision: choices(Precision) = None
     checkpointing: bool = False
     compile: bool = False
@@ -196,7 +196,7 @@ class RecipeFlags:
         schedule: of that rate, after it has risen
         object_weight: what a latent cell of an object counts, beyond the 0.4 of the background
         caption_dropout: share of captions that are left empty, for guidance
-        average: decay of the running mean of the weights, which is the result
+        ema_decay: decay of the running mean of the weights, which is the result
         compile: run the networks through torch.compile; on a CUDA device alone by default
     """
 
@@ -213,7 +213,7 @@ class RecipeFlags:
     schedule: choices(Schedule) = None
     object_weight: Number = None
     caption_dropout: Number = None
-    average: Number = None
+    ema_decay: Number = None
     compile: choices(Literal["yes", "no"]) = None
 
     def over(self, recipe: Recipe) -> Recipe:

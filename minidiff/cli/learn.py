@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from minidiff.adapters.tokens import NewTokens
     from minidiff.pipeline import StableDiffusion
     from minidiff.trainers.data.cache import Cache
-    from minidiff.trainers.methods.common import Method
-    from minidiff.trainers.methods.finetuning import Personalisation, Subject
+    from minidiff.trainers.methods.common import TrainingRun
+    from minidiff.trainers.methods.finetuning import FinetuneTask, Subject
 
 SAMPLE_STEPS = 20
 FILLED = ("generated", "scenes")  # kinds of prior whose class pictures are made
@@ -37,7 +37,7 @@ def learn(
 ) -> None:
     """Checks, trains and writes. Whatever is wrong with what was asked for raises before the first step."""
     from minidiff.trainers.data.cache import Cache
-    from minidiff.trainers.engine.distributed import number, wait_for_all
+    from minidiff.trainers.engine.distributed import barrier, rank
 
     run.check()
     concepts = what.concepts()
@@ -48,14 +48,14 @@ def learn(
         asked = {"method": method, "model": run.model, "names": names}
         if prior_of(options).kind in FILLED:
             check(method, sd, concepts, options, start_from)
-            if number() == 0:
+            if rank() == 0:
                 claim(run.out, asked)
                 fill_class_folders(sd, concepts, options)
-            wait_for_all()
+            barrier()
         made = build(method, sd, concepts, options, Cache(run.out / "cache"), start_from)
-        if number() == 0:
+        if rank() == 0:
             claim(run.out, asked)
-        wait_for_all()
+        barrier()
         forecast(made, device)
         prompts = list(run.sample_prompt) or [first_caption(subject) for subject in made.phases[0].subjects]
         try:
@@ -63,7 +63,7 @@ def learn(
         except KeyboardInterrupt:
             say([f"stopped; the same command goes on from what is saved in {run.out}"])
             raise
-        if number() == 0:
+        if rank() == 0:
             settings = settings_of(method, run.model, concepts, options)
             flags = [text for flag, path in write(made, sd, run.out, names, settings) for text in (flag, str(path))]
             model = [] if "--model" in flags or run.model == "tiny" else ["--model", run.model]
@@ -77,7 +77,7 @@ def first_caption(subject: "Subject") -> str:
 
 def build(
     method: str, sd: "StableDiffusion", concepts: list[Concept], options: Options, cache: "Cache | None", start_from: Path | None
-) -> "Method":
+) -> "TrainingRun":
     """The method put together; raises for all that is wrong."""
     import weights_loader
     from minidiff.trainers.methods import common
@@ -152,11 +152,11 @@ def fill_class_folders(sd: "StableDiffusion", concepts: list[Concept], options: 
                 bar.update(filled.i - bar.n)
 
 
-def forecast(method: "Method", device: "torch.device") -> None:
+def forecast(method: "TrainingRun", device: "torch.device") -> None:
     """What is trained, and how much memory it will take; the latents are made on the way."""
     from tqdm import tqdm
 
-    from minidiff.trainers.engine.distributed import count
+    from minidiff.trainers.engine.distributed import world_size
     from minidiff.trainers.engine.log import memory_taken
     from minidiff.trainers.engine.memory import estimate_memory, readable
 
@@ -169,16 +169,16 @@ def forecast(method: "Method", device: "torch.device") -> None:
         settings = phase.settings
         trained = sum(p.numel() for group in phase.groups for p in group.params)
         pictures = sum(len(subject.pictures) for subject in phase.subjects)
-        samples = settings.batch * settings.accumulate * count()
+        samples = settings.batch * settings.gradient_accumulation * world_size()
         how = f"{settings.steps} steps of {samples} samples, learning rate {settings.learning_rate:g}"
         say([f"{phase.name}: {trained:,} numbers are trained on {pictures} pictures, {how}", f"{memory}{taken}"])
 
 
-def steps(method: "Method", run: Run, prompts: list[str], device: "torch.device") -> None:
+def steps(method: "TrainingRun", run: Run, prompts: list[str], device: "torch.device") -> None:
     """Takes the steps that are left, with a bar, a log and sheets of pictures."""
     from tqdm import tqdm
 
-    from minidiff.trainers.engine.distributed import number
+    from minidiff.trainers.engine.distributed import rank
     from minidiff.trainers.engine.log import Log
 
     shown = None
@@ -196,13 +196,13 @@ def steps(method: "Method", run: Run, prompts: list[str], device: "torch.device"
                 told = True
                 bar.write(f"minidiff: {log.pace.forecast()}", file=sys.stderr)
             due = step.i == step.steps or run.sample_every and step.i % run.sample_every == 0
-            if due and number() == 0:
+            if due and rank() == 0:
                 save_sheet(phase, prompts, run.samples, run.out / f"{phase.name}-{step.i:06d}.png")
     if shown is None:
         say(["all steps were taken before; the files are written again"])
 
 
-def save_sheet(phase: "Personalisation", prompts: list[str], count: int, path: Path) -> None:
+def save_sheet(phase: "FinetuneTask", prompts: list[str], count: int, path: Path) -> None:
     """A row for each prompt, the same seeds every time."""
     from minidiff.pictures import grid, save_png
 
@@ -219,8 +219,8 @@ def settings_of(method: str, model: str, concepts: list[Concept], options: Optio
     return {"method": method, "model": Path(model).name, "concepts": named, **asdict(options)}
 
 
-def write(method: "Method", sd: "StableDiffusion", out: Path, names: str, settings: dict[str, object]) -> Iterator[tuple[str, Path]]:
-    """Writes what was learnt, and gives each file with the flag of `generate` that takes it. All settings stand in settings.json too."""
+def write(method: "TrainingRun", sd: "StableDiffusion", out: Path, names: str, settings: dict[str, object]) -> Iterator[tuple[str, Path]]:
+    """Writes what was learned, and gives each file with the flag of `generate` that takes it. All settings stand in settings.json too."""
     import weights_loader
 
     (out / "settings.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -120,7 +120,7 @@ def generate(
         device: auto, cpu, cuda, cuda:1, mps
         attention: how it is worked out: auto takes what is fastest; triton is this package's kernels, on a GPU
         lora: a LoRA file, or FILE:0.7 for a part of its change
-        embedding: a file of learnt words, for the prompts to use
+        embedding: a file of learned words, for the prompts to use
         custom_diffusion: a Custom Diffusion file or folder
         out: a .png file, named after the prompt by default; several pictures make a grid, and stand beside it one by one
     """
@@ -196,10 +196,10 @@ def parameters(prompt: str, negative: str, settings: dict[str, object]) -> str:
 
 
 def inspect(file: tyro.conf.Positional[Path], /) -> None:
-    """Say what a checkpoint is, what is in it and what would be ignored; or what a LoRA, learnt words or a Custom Diffusion are.
+    """Say what a checkpoint is, what is in it and what would be ignored; or what a LoRA, learned words or a Custom Diffusion are.
 
     Args:
-        file: "tiny", a .safetensors or .ckpt file, a diffusers folder, or a small file that was learnt
+        file: "tiny", a .safetensors or .ckpt file, a diffusers folder, or a small file that was learned
     """
     import weights_loader
 

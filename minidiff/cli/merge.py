@@ -55,13 +55,13 @@ def merge_concepts(
 ) -> None:
     """Make one Custom Diffusion of several, in closed form (Kumari et al. 2023, eq. 4): each keeps what its captions ask for.
 
-    Their words should have been learnt from different rare words (--start): two that began alike may still be too near to be told apart.
+    Their words should have been learned from different rare words (--start): two that began alike may still be too near to be told apart.
 
     Args:
         files: Custom Diffusion files of one concept or more each
         out: the file, ending in .safetensors, .bin or .ckpt, or else the diffusers folder to make
-        model: the checkpoint that they were learnt on
-        target: a caption whose words shall look as learnt, for the file whose word it holds; "photo of a <word>" by default
+        model: the checkpoint that they were learned on
+        target: a caption whose words shall look as learned, for the file whose word it holds; "photo of a <word>" by default
         captions: a text file with a caption a line, about 1000, that shall stay as they are; those of the bundled scenes by default
         ridge: added to the diagonal where the captions do not suffice, as 1e-3
     """
@@ -95,7 +95,7 @@ def compress(file: tyro.conf.Positional[str], /, out: Path, model: str = "tiny",
     Args:
         file: the Custom Diffusion
         out: the file, ending in .safetensors, .bin or .ckpt
-        model: the checkpoint that it was learnt on
+        model: the checkpoint that it was learned on
         share: of the sum of singular values to keep
         rank: keep this many instead
     """
@@ -183,11 +183,11 @@ def read_captions(path: Path | None, sd: "StableDiffusion") -> list[str]:
 
 
 def targets_of(files: tuple[str, ...], words: list[tuple[str, ...]], given: tuple[str, ...]) -> list[list[str]]:
-    """For each file the captions with one of its words: those given, or the ones it was learnt with, or "photo of a <word>"."""
+    """For each file the captions with one of its words: those given, or the ones it was learned with, or "photo of a <word>"."""
     targets = [[caption for caption in given if any(word in caption for word in own)] for own in words]
     if stray := [caption for caption in given if not any(caption in own for own in targets)]:
         every = ", ".join(word for own in words for word in own)
-        raise ValueError(f"--target {stray[0]!r} holds none of the learnt words {every}")
+        raise ValueError(f"--target {stray[0]!r} holds none of the learned words {every}")
     return [own or learnt_captions(file, names) for own, file, names in zip(targets, files, words)]
 
 

@@ -61,16 +61,16 @@ def training_on(device: str, threads: int | None, attention: str = "auto"):
 
     if threads is not None:
         torch.set_num_threads(threads)
-    joined = distributed.join_processes(choose_device(device))
+    joined = distributed.init_distributed(choose_device(device))
     try:
         with attention_backend(attention), ExitStack() as stack:
-            if distributed.number() > 0:
+            if distributed.rank() > 0:
                 nowhere = stack.enter_context(open(devnull, "w"))
                 stack.enter_context(redirect_stdout(nowhere))
                 stack.enter_context(redirect_stderr(nowhere))
             yield joined
     finally:
-        distributed.leave_processes()
+        distributed.destroy_distributed()
 
 
 def slug(prompt: str) -> str:

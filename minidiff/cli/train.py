@@ -139,7 +139,7 @@ def pivotal_tuning(
 
     def options(family: Family) -> PivotalOptions:
         base = preset("pivotal-tuning", family)
-        first = replace(training, steps=token_steps, learning_rate=token_learning_rate, warm_up=None, schedule=None)
+        first = replace(training, steps=token_steps, learning_rate=token_learning_rate, warmup_steps=None, schedule=None)
         tokens = words.over(base.tokens)
         tokens = replace(tokens, settings=first.over(tokens.settings), samples=pictures.over(tokens.samples))
         around = replace(
@@ -171,7 +171,7 @@ def custom_diffusion(
     """Custom Diffusion: keys and values of cross-attention and a new word; several concepts jointly, or one after the other.
 
     Args:
-        start_from: a Custom Diffusion to which these concepts are added, learnt before on the same model
+        start_from: a Custom Diffusion to which these concepts are added, learned before on the same model
         start: rare words that the new ones start from, in order
         token_scale: the words' share of the learning rate
         all_of_attention: queries and outputs of cross-attention too, as the authors do for faces

@@ -1,7 +1,7 @@
 """Cross-attention in Triton: softmax(q k^T / sqrt(d)) v of many queries and at most 256 keys, and its gradients, each in one pass.
 
 In Stable Diffusion: latent cells look at the words of the prompt, 4096 queries at 77 keys at 512 x 512 pixels. Equal to
-`minidiff.attention.attention_by_hand`, which the tests hold it to. The names are those of self_attention.py: N queries, L keys,
+`minidiff.attention.naive_attention`, which the tests hold it to. The names are those of self_attention.py: N queries, L keys,
 
     S = q k^T / sqrt(d)      m_n = max_j S_nj      l_n = sum_j exp(S_nj - m_n)      P = exp(S - m) / l      O = P v
 
@@ -224,7 +224,7 @@ def backward_blocks(L: int, d: int, dtype: torch.dtype) -> Blocks:
 def fused_cross_attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int
 ) -> Float[Tensor, "B N D"]:
-    """softmax(q k^T / sqrt(d)) v in one kernel; `heads` heads of d = D / heads side by side, as in `attention_by_hand`. L <= 256.
+    """softmax(q k^T / sqrt(d)) v in one kernel; `heads` heads of d = D / heads side by side, as in `naive_attention`. L <= 256.
 
     q, k and v may be views of a fused projection: the strides of batch and tokens are free. The answer is contiguous. float16, bfloat16
     or float32. Twice the same inputs, twice the same bits, forward and backward. Raises ValueError for what `unsupported` names.

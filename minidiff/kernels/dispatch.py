@@ -10,68 +10,70 @@ from torch import Tensor
 
 from minidiff.kernels import cross_attention, self_attention
 
-ATTENTION = ("auto", "by_hand", "pytorch", "triton")
+ATTENTION = ("auto", "naive", "pytorch", "triton")
 
 
-_asked_for = "auto"  # in the whole process: autograd works in threads of its own, and torch.compile guards on it
+_active = "auto"  # in the whole process: autograd works in threads of its own, and torch.compile guards on it
 
 
-_tried: dict[torch.device, bool] = {}  # whether our kernels run there
+_triton_works: dict[torch.device, bool] = {}  # whether our kernels run there
 
 
 @contextmanager
 def attention_backend(name: str) -> Iterator[None]:
     """Within the block attention is worked out as the name says, and with "triton" GroupNorm + SiLU and GEGLU too (see blocks.py).
 
-    auto: what is fastest for the device and the shape; by_hand: the plain steps; pytorch: PyTorch's fused kernels; triton: those of
+    auto: what is fastest for the device and the shape; naive: the plain steps; pytorch: PyTorch's fused kernels; triton: those of
     kernels/, and a ValueError where none takes the tensors. Results are the same but for rounding. A backward pass that computes parts
     again (checkpointing) belongs into the block too. Raises ValueError for another name.
     """
-    global _asked_for
+    global _active
     if name not in ATTENTION:
         raise ValueError(f"attention {name!r} unknown; choose {', '.join(ATTENTION)}")
-    before, _asked_for = _asked_for, name
+    before, _active = _active, name
     try:
         yield
     finally:
-        _asked_for = before
+        _active = before
 
 
-def backend() -> str:
+def active_backend() -> str:
     """The name that `attention_backend` was given last, "auto" without it."""
-    return _asked_for
+    return _active
 
 
-def chosen(q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False) -> str:
-    """How `attention` works this out: "by_hand", "pytorch", or by our kernel for "self"- or "cross"-attention.
+def select_backend(
+    q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
+) -> str:
+    """How `attention` works this out: "naive", "pytorch", or by our kernel for "self"- or "cross"-attention.
 
     Raises ValueError where our kernels were asked for by name and none takes these tensors, with the reason.
     """
-    if _asked_for in ("by_hand", "pytorch"):
-        return _asked_for
-    if _asked_for == "triton" or q.device.type == "cuda" and kernels_run(q.device):
+    if _active in ("naive", "pytorch"):
+        return _active
+    if _active == "triton" or q.device.type == "cuda" and triton_works(q.device):
         if not causal and q.shape[1] != k.shape[1] and cross_attention.unsupported(q, k, v, heads, causal) is None:
             return "cross"
         reason = self_attention.unsupported(q, k, v, heads, causal)
         if reason is None:
             return "self"
-        if _asked_for == "triton":
+        if _active == "triton":
             raise ValueError(f"attention 'triton' does not take this: {reason}; choose attention 'auto' or 'pytorch'")
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[1] <= 256:
-        return "by_hand"  # PyTorch's kernel for this case is slow (2.11 to 2.15): 2 to 7 times, forward and backward, at 16 to 256 keys
+        return "naive"  # PyTorch's kernel for this case is slow (2.11 to 2.15): 2 to 7 times, forward and backward, at 16 to 256 keys
     return "pytorch"
 
 
 @torch.compiler.assume_constant_result
-def kernels_run(device: torch.device) -> bool:
+def triton_works(device: torch.device) -> bool:
     """Whether Triton works on this GPU, tried once: it also needs a C compiler and Python's headers, which a machine may not have."""
-    if device not in _tried:
+    if device not in _triton_works:
         x = torch.zeros(1, 16, 16, device=device)
-        _tried[device] = self_attention.unsupported(x, x, x, 1, False) is None
+        _triton_works[device] = self_attention.unsupported(x, x, x, 1, False) is None
         try:
-            if _tried[device]:
+            if _triton_works[device]:
                 self_attention.fused_self_attention(x, x, x, 1)
         except Exception as error:  # whatever it is, PyTorch's kernels do not have it
-            _tried[device] = False
+            _triton_works[device] = False
             warnings.warn(f"Triton does not work here, PyTorch's attention is used instead: {error}", stacklevel=2)
-    return _tried[device]
+    return _triton_works[device]

@@ -1,7 +1,7 @@
 """Self-attention in Triton: softmax(q k^T / sqrt(d)) v of any number of tokens, and its gradients, without the N x L matrix in memory.
 
 In Stable Diffusion: latent cells look at each other (U-Net, 4096 tokens at 512 x 512 pixels, the largest share of all attention) and words look
-at the words before them (text encoder, causal). Equal to `minidiff.attention.attention_by_hand`, which the tests hold it to.
+at the words before them (text encoder, causal). Equal to `minidiff.attention.naive_attention`, which the tests hold it to.
 
 Dao 2023, "FlashAttention-2", algorithms 1 and 2, in its names. Rows of S are queries (N of them), columns are keys (L):
 
@@ -293,7 +293,7 @@ def blocks_of(kernel: str, N: int, d: int, dtype: torch.dtype) -> Blocks:
 def fused_self_attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
 ) -> Float[Tensor, "B N D"]:
-    """softmax(q k^T / sqrt(d)) v in one kernel; `heads` heads of d = D / heads side by side, as in `attention_by_hand`.
+    """softmax(q k^T / sqrt(d)) v in one kernel; `heads` heads of d = D / heads side by side, as in `naive_attention`.
 
     q, k and v may be views of one fused projection: the strides of batch and tokens are free. The answer is contiguous. float16, bfloat16
     or float32. Twice the same inputs, twice the same bits, forward and backward. Raises ValueError for what `unsupported` names.

@@ -1,6 +1,6 @@
 """One run's training: its pictures, its method, and what it cost.
 
-Run -> training pictures -> methods.py -> Learnt: adapters to attach, or the model itself changed
+Run -> training pictures -> methods.py -> Learned: adapters to attach, or the model itself changed
 """
 
 import os
@@ -25,7 +25,7 @@ from minidiff.scenes.scenes import sample_scene, with_article
 from minidiff.study.plan import PICTURES, STEPS, SUBJECTS, UNTOUCHED, Run, Variant, standard, variants
 from minidiff.trainers.engine.memory import estimate_memory
 from minidiff.trainers.methods import common
-from minidiff.trainers.methods.common import Method
+from minidiff.trainers.methods.common import TrainingRun
 from minidiff.trainers.methods.finetuning import Adapter, Group
 from minidiff.trainers.methods.options import Concept, CustomDiffusionOptions, LoRAOptions, Options, PivotalOptions, Prior
 
@@ -36,7 +36,7 @@ FIRST_WORDS = ("ktn", "pll")  # that two words start from
 
 
 @dataclass(frozen=True)
-class Learnt:
+class Learned:
     """What a run leaves. adapters: to be attached for drawing. called: how each subject, or the style, is asked for.
 
     trained: how many numbers were trained; bytes: of what is to be kept, in float32. seconds: of training, class pictures not among them.
@@ -63,10 +63,10 @@ class Learnt:
                 adapter.detach()
 
 
-def learnt(sd: StableDiffusion, run: Run, folder: Path) -> Learnt:
+def learned(sd: StableDiffusion, run: Run, folder: Path) -> Learned:
     """Trains what the run asks for; sd's own weights change where the method changes them. folder: for pictures, and what other runs use again."""
     if run.variant == UNTOUCHED:
-        return Learnt((), tuple(SUBJECTS[name] for name in run.subjects) or ("noto",))
+        return Learned((), tuple(SUBJECTS[name] for name in run.subjects) or ("noto",))
     if run.part == "pairs":
         return pair(sd, run, folder)
     if run.part == "style":
@@ -86,7 +86,7 @@ def training_pictures(subject: str, seed: int, count: int = PICTURES) -> list[Im
 
 
 def concept(method: str, subject: str, seed: int, folder: Path, count: int = PICTURES, second: bool = False) -> Concept:
-    """The subject's pictures in a folder, and what the method calls it. second: of two subjects that are learnt together."""
+    """The subject's pictures in a folder, and what the method calls it. second: of two subjects that are learned together."""
     images = folder / "pictures" / f"{subject}-{count}-{seed}"
     images.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(training_pictures(subject, seed, count)):
@@ -113,7 +113,7 @@ def with_class_pictures(sd: StableDiffusion, one: Concept, options: Options) -> 
     return one
 
 
-FUNCTIONS: dict[str, Callable[..., Method]] = {
+FUNCTIONS: dict[str, Callable[..., TrainingRun]] = {
     "lora": common.lora,
     "dreambooth": common.dreambooth,
     "dreambooth-lora": common.dreambooth,
@@ -125,7 +125,7 @@ FUNCTIONS: dict[str, Callable[..., Method]] = {
 
 def trained(
     sd: StableDiffusion, variant: Variant, concepts: Sequence[Concept], seed: int, start_from: CustomDiffusion | None = None
-) -> Learnt:
+) -> Learned:
     """Trains one method on one subject or several, with the run's seed."""
     options = seeded(variant.options, seed)
     concepts = [with_class_pictures(sd, one, options) for one in concepts]
@@ -149,7 +149,7 @@ def trained(
     count = sum(p.numel() for phase in method.phases for group in phase.groups for p in group.params)
     kept = count if start_from is None else sum(p.numel() for adapter in adapters for p in adapter.parameters())
     changes = None if before is None else relative_changes(before, dict(sd.unet.named_parameters()))
-    return Learnt(adapters, tuple(called(variant.method, one) for one in concepts), count, 4 * kept, seconds, memory, changes)
+    return Learned(adapters, tuple(called(variant.method, one) for one in concepts), count, 4 * kept, seconds, memory, changes)
 
 
 def seeded(options: Options, seed: int) -> Options:
@@ -158,11 +158,13 @@ def seeded(options: Options, seed: int) -> Options:
     return replace(options, settings=replace(options.settings, seed=seed))
 
 
-def small_modules(sd: StableDiffusion, name: str, concepts: Sequence[Concept], options: LoRAOptions) -> tuple[Method, tuple[Adapter, ...]]:
+def small_modules(
+    sd: StableDiffusion, name: str, concepts: Sequence[Concept], options: LoRAOptions
+) -> tuple[TrainingRun, tuple[Adapter, ...]]:
     """A method of family.py at the attentions, trained as a LoRA is."""
     generator = torch.Generator().manual_seed(options.settings.seed)
     adapters = create_adapters(sd, PATTERNS["attention"], method=name, rank=RANK, generator=generator)
-    phase = common.phase_of(
+    phase = common.make_phase(
         sd,
         name,
         common.captioned(sd, concepts, options, None),
@@ -172,13 +174,13 @@ def small_modules(sd: StableDiffusion, name: str, concepts: Sequence[Concept], o
         adapters=[adapters],
         groups=[Group(tuple(adapters.parameters()))],
     )
-    return Method((phase,)), (adapters,)
+    return TrainingRun((phase,)), (adapters,)
 
 
 # --- two subjects -----------------------------------------------------------------------------------------------------
 
 
-def pair(sd: StableDiffusion, run: Run, folder: Path) -> Learnt:
+def pair(sd: StableDiffusion, run: Run, folder: Path) -> Learned:
     """Two subjects: each with the steps that one has alone."""
     method = "dreambooth" if run.variant == "dreambooth" else "custom-diffusion"
     first, second = (concept(method, subject, run.seed, folder, second=i == 1) for i, subject in enumerate(run.subjects))
@@ -204,16 +206,16 @@ def pair(sd: StableDiffusion, run: Run, folder: Path) -> Learnt:
     )
 
 
-def custom_diffusion_of(sd: StableDiffusion, subject: str, seed: int, folder: Path, second: bool = False) -> Learnt:
+def custom_diffusion_of(sd: StableDiffusion, subject: str, seed: int, folder: Path, second: bool = False) -> Learned:
     """Custom Diffusion of one subject by the standard numbers; the first run that asks for it trains it, and the others read it.
 
     second: its word is another, and starts from another word."""
-    path = folder / "learnt" / f"{subject}-{seed}{'-second' if second else ''}.pt"
+    path = folder / "learned" / f"{subject}-{seed}{'-second' if second else ''}.pt"
     one = concept("custom-diffusion", subject, seed, folder, second=second)
     if path.exists():
         kept = torch.load(path, weights_only=True)
         delta = CustomDiffusion(kept.pop("layers"), common.NewTokens(kept.pop("rows"))).to(sd.device)
-        return Learnt((delta,), (one.words,), **kept)
+        return Learned((delta,), (one.words,), **kept)
     options: CustomDiffusionOptions = replace(standard("custom-diffusion"), start=FIRST_WORDS[second:])
     result = trained(sd, Variant("custom-diffusion", options), [one], seed)
     (delta,) = result.adapters
@@ -232,7 +234,7 @@ def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # --- less of it, and a style ------------------------------------------------------------------------------------------
 
 
-def compressed(sd: StableDiffusion, run: Run, folder: Path) -> Learnt:
+def compressed(sd: StableDiffusion, run: Run, folder: Path) -> Learned:
     """Custom Diffusion's changes by the singular values that make up a share of their sum."""
     whole = custom_diffusion_of(sd, run.subjects[0], run.seed, folder)
     (delta,) = whole.adapters
@@ -252,7 +254,7 @@ def style_pictures(seed: int, count: int = 10) -> list[tuple[Image.Image, str]]:
     return found
 
 
-def style(sd: StableDiffusion, run: Run, folder: Path) -> Learnt:
+def style(sd: StableDiffusion, run: Run, folder: Path) -> Learned:
     """A style from ten pictures: everything without its colours."""
     images = folder / "pictures" / f"style-{run.seed}"
     images.mkdir(parents=True, exist_ok=True)

@@ -148,7 +148,7 @@ def other_features(sd: StableDiffusion, judge: Judge, class_words: Sequence[str]
 
 @torch.no_grad()
 def measured(sd: StableDiffusion, judge: Judge, things: Sequence[Thing]) -> Measured:
-    """The model as it is now, of one subject, or of two that were learnt together."""
+    """The model as it is now, of one subject, or of two that were learned together."""
     likeness, named, kept, features, shown = [], [], [], [], []
     for thing in things:
         texts = [on(with_article(thing.called), background) for background in cycled(backgrounds_of(thing.subject), OF_THE_SUBJECT)]

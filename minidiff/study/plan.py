@@ -3,13 +3,13 @@
 The runs of a part are alike but for what the part asks about:
 
     methods      all methods, one subject: what each gives and costs
-    before       methods that learnt badly, by the numbers that they had before these were mended
-    pairs        two subjects: learnt jointly, merged, one after the other, and by DreamBooth
+    before       methods that learned badly, by the numbers that they had before these were mended
+    pairs        two subjects: learned jointly, merged, one after the other, and by DreamBooth
     custom       Custom Diffusion with one thing changed (Kumari et al. 2023, table 3 and figures 8 to 10)
     lora         LoRA with other ranks, layers, and the text encoder
     pictures     Custom Diffusion from fewer or more pictures
     compression  Custom Diffusion's changes, less and less of them
-    style        a style learnt from ten pictures
+    style        a style learned from ten pictures
 
 All methods take the same number of steps of the same batch: the budget is equal, the presets give the rest.
 """
@@ -86,7 +86,7 @@ def methods() -> dict[str, Variant]:
 
 
 def before() -> dict[str, Variant]:
-    """Custom Diffusion shrank its pictures, as it should larger ones, and its weights learnt slowly beside its word; the prefix had LoRA's rate."""
+    """Custom Diffusion shrank its pictures, as it should larger ones, and its weights learned slowly beside its word; the prefix had LoRA's rate."""
     new = standard("custom-diffusion")
     old = replace(new, settings=replace(new.settings, learning_rate=1e-3), token_scale=10.0, sizes="paper")
     return {
@@ -132,7 +132,7 @@ def pictures() -> dict[str, Variant]:
 
 
 def variants(part: str) -> dict[str, Variant]:
-    """By name, of the parts in which one subject is learnt by one method. Raises ValueError for another part."""
+    """By name, of the parts in which one subject is learned by one method. Raises ValueError for another part."""
     if part not in VARIANTS:
         raise ValueError(f"part {part!r} has no variants; choose {', '.join(VARIANTS)}")
     return VARIANTS[part]()

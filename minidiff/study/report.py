@@ -166,7 +166,7 @@ def scores_of(results: Results, part: str, name: str, scores: Sequence[str]) -> 
 
 
 def methods_table(results: Results, distances: Mapping[str, KID]) -> str:
-    """What each method gives, and forgets. gain: in likeness over the untouched model. learnt: whether the interval of `named` excludes 0, which it
+    """What each method gives, and forgets. gain: in likeness over the untouched model. learned: whether the interval of `named` excludes 0, which it
     is without training."""
     rows = []
     for name in (UNTOUCHED, *methods()):
@@ -185,7 +185,7 @@ def methods_table(results: Results, distances: Mapping[str, KID]) -> str:
                 "" if untouched else "yes" if named and named.low > 0 else "no",
             ]
         )
-    return lines(("method", "likeness", "gain", *SCORES[1:], "KID x 1000", "learnt"), rows)
+    return lines(("method", "likeness", "gain", *SCORES[1:], "KID x 1000", "learned"), rows)
 
 
 def costs_table(results: Results) -> str:
@@ -361,7 +361,7 @@ FIRST_ROWS = {
 
 
 def sheet(results: Results, part: str, subjects: Sequence[str], seed: int) -> Image.Image:
-    """The pictures that were learnt from, and a row for each variant of a part, its name beside it."""
+    """The pictures that were learned from, and a row for each variant of a part, its name beside it."""
 
     images = [(f"pictures: {subject}", grid(training_pictures(subject, seed), columns=PICTURES)) for subject in subjects]
     first = [FIRST_ROWS[part]] if part in FIRST_ROWS else []
@@ -407,8 +407,8 @@ def drawn_intervals(rows: Sequence[tuple[str, Interval]]) -> Image.Image:
 
 LEGEND = """\
 Means with 95 % intervals for other subjects (Student's, over the subjects' own means); differences are taken run by run. The judge of
-the scenes looks at all pictures. likeness: cosine of the subject's pictures with those it was learnt from; gain: what training added.
-named: share of them in which the judge finds the subject likelier than any other; learnt: whether its interval excludes 0, the
+the scenes looks at all pictures. likeness: cosine of the subject's pictures with those it was learned from; gain: what training added.
+named: share of them in which the judge finds the subject likelier than any other; learned: whether its interval excludes 0, the
 untouched model's value. text: cosine of new prompts' pictures with their text. kept: share of the class's pictures that show the class;
 others: the same of other subjects; drift: 1 - cosine with what the untouched model drew. KID: of the class's pictures and real scenes,
 with its standard error over prompts. both: share of new prompts of two subjects in which these are the two likeliest. Training leaves

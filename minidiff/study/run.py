@@ -4,7 +4,7 @@ folder/made-by.json          of which model and which plan the runs are, and the
 folder/results/NAME.json     the run, its scores, what it cost
 folder/features/NAME.npy     the judge's features of its class pictures, float16: for KID over many runs
 folder/rows/NAME.png         a row of its pictures: subject, class, new prompts
-folder/pictures, class, learnt    what runs are given, and share
+folder/pictures, class, learned    what runs are given, and share
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from minidiff.evaluation.judge import Judge
 from minidiff.pictures import grid, pixels_of, save_png
 from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.study import measure
-from minidiff.study.learn import Learnt, learnt, style_pictures, training_pictures
+from minidiff.study.learn import Learned, learned, style_pictures, training_pictures
 from minidiff.study.plan import STEPS, SUBJECTS, UNTOUCHED, VARIANTS, Run, variants
 
 
@@ -105,7 +105,7 @@ def one(folder: Path, run: Run, load: Callable[[], StableDiffusion], load_judge:
     """Trains, measures, and writes one run's files, the result last."""
     sd, judge = load(), load_judge()
     before = untouched_features(folder, run, sd, judge)
-    learning = learnt(sd, run, folder)
+    learning = learned(sd, run, folder)
     with learning.on(sd):
         found = looked_at(sd, judge, run, learning)
     scores = found.scores | {"drift": float(drift(found.of_others, before).mean())}
@@ -120,8 +120,8 @@ def one(folder: Path, run: Run, load: Callable[[], StableDiffusion], load_judge:
     temporary.replace(path)
 
 
-def looked_at(sd: StableDiffusion, judge: Judge, run: Run, learning: Learnt) -> measure.Measured:
-    """What the model with what was learnt draws."""
+def looked_at(sd: StableDiffusion, judge: Judge, run: Run, learning: Learned) -> measure.Measured:
+    """What the model with what was learned draws."""
     if run.part == "style":
         given = style_pictures(run.seed)
         found = measure.style_measured(sd, judge, learning.called[0], [name for _, name in given])

@@ -99,14 +99,14 @@ def test_a_layer_with_lora_gives_what_it_gives_in_peft(kind):
 
 
 def test_the_attached_model_is_the_one_with_w0_plus_the_product_in_its_weights(sd):
-    lora, by_hand = random_lora(sd), small_model()
+    lora, naive = random_lora(sd), small_model()
     with torch.no_grad():
         for name, low in lora.layers.items():
             product = torch.einsum("or,ri...->oi...", low.up.weight.flatten(1), low.down.weight)
-            layers_of(by_hand)[name].weight += 2.0 / 3 * product
+            layers_of(naive)[name].weight += 2.0 / 3 * product
     lora.attach(sd)
     try:
-        assert_close(answers(sd), answers(by_hand))  # fp32, a whole network of small widths
+        assert_close(answers(sd), answers(naive))  # fp32, a whole network of small widths
     finally:
         lora.detach()
 

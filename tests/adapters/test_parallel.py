@@ -5,7 +5,7 @@ import torch
 
 from minidiff.adapters.lora import create_lora, layers_of
 from minidiff.adapters.parallel import METHODS, PATTERNS, Adapters, ParallelAdapter, create_adapters
-from minidiff.attention import Attention, attention_by_hand, attention_weights
+from minidiff.attention import Attention, attention_weights, naive_attention
 from minidiff.attention_maps import word_map
 from minidiff.blocks import FeedForward
 from minidiff.trainers.engine.checkpointing import checkpointed
@@ -65,7 +65,7 @@ def test_prefix_tuning_is_attention_over_the_concatenated_keys_and_values(sd):
     prefix = adapters.layers[CROSS]
     # in front, as in the paper; where they stand makes no difference
     keys, values = (torch.cat([rows.expand(2, -1, -1), own], dim=1) for rows, own in ((prefix.keys, k), (prefix.values, v)))
-    wanted = layer.to_out(attention_by_hand(q, keys, values, layer.heads))
+    wanted = layer.to_out(naive_attention(q, keys, values, layer.heads))
     adapters.attach(sd)
     result = layer(x, context)
     adapters.detach()
@@ -80,7 +80,7 @@ def test_prefix_tuning_mixes_the_heads_with_attention_to_the_prefix(sd):
     share = attention_weights(q, torch.cat([k, keys], dim=1), layer.heads)[..., k.shape[1] :].sum(-1)  # lambda: B h N
     share = share.transpose(1, 2).repeat_interleave(q.shape[-1] // layer.heads, dim=-1)
     assert 0.1 < share.mean() < 0.9
-    heads = (1 - share) * attention_by_hand(q, k, v, layer.heads) + share * attention_by_hand(q, keys, values, layer.heads)
+    heads = (1 - share) * naive_attention(q, k, v, layer.heads) + share * naive_attention(q, keys, values, layer.heads)
     adapters.attach(sd)
     result = layer(x, context)
     adapters.detach()
@@ -105,7 +105,7 @@ def test_a_bottleneck_behind_or_beside_a_layer_is_the_closed_form(method, scale,
 def test_the_multi_head_one_adds_to_each_head_before_to_out(sd):
     layer, adapters = layers_of(sd, (Attention,))[CROSS], learned(sd, "multi_head_parallel", (CROSS,))
     x, context, (q, k, v) = inputs(layer)
-    small, heads, rank = adapters.layers[CROSS], attention_by_hand(q, k, v, layer.heads), 3
+    small, heads, rank = adapters.layers[CROSS], naive_attention(q, k, v, layer.heads), 3
     added = []
     for i in range(layer.heads):
         rows = slice(i * rank, (i + 1) * rank)

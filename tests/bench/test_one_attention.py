@@ -35,7 +35,7 @@ def test_a_contender_tells_its_errors_its_memory_and_its_times(name, known):
 
 
 def test_a_contender_that_is_wrong_shows_it(known, monkeypatch):
-    monkeypatch.setattr(one_attention, "attention", lambda q, k, v, heads, causal: one_attention.attention_by_hand(q, k, v, 1, causal))
+    monkeypatch.setattr(one_attention, "attention", lambda q, k, v, heads, causal: one_attention.naive_attention(q, k, v, 1, causal))
     told = OneWay("minidiff", CPU).answer({"do": "check", "case": asdict(CASE), "path": known})
     assert told["errors"]["normal"]["out"] > 0.1 * told["scales"]["normal"]["out"]  # one head in place of two
 

@@ -80,7 +80,7 @@ def test_every_stage_is_told_and_leaves_its_files(whole):
     assert [(p.i, p.steps) for p in progress if p.stage == "evaluation"] == [(4, 6), (6, 6)]
     sd, judge = weights_loader.load(folder / "parts.safetensors.index.json"), weights_loader.load_judge(folder / "judge.safetensors")
     assert sd.config.unet == CONFIG.unet and judge.config == JUDGE
-    mean = torch.load(folder / "judge.pt", weights_only=True)["averages"]["judge"]["mean"]
+    mean = torch.load(folder / "judge.pt", weights_only=True)["ema"]["judge"]["mean"]
     assert torch.equal(judge.subjects.weight, mean["subjects.weight"].half().float())  # of the averaged weights
     assert Image.open(folder / "pictures.png").size == (8 * 64, 5 * 64)
     assert {"judge.csv", "judge-loss.png", "times.json", *RESULTS} <= {path.name for path in folder.iterdir()}

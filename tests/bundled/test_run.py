@@ -184,7 +184,7 @@ def test_a_run_that_does_not_name_a_newer_number_had_its_default_and_compiling_m
     (tmp_path / "run" / "recipe.json").write_text(json.dumps(said | {"compile": True}))
     assert finished(tmp_path / "run")[0] == []
     walk, _ = start(tmp_path / "run", dataclasses.replace(RECIPE, schedule="constant"))
-    with pytest.raises(ValueError, match="schedule 'flat_then_linear', now 'constant'"):
+    with pytest.raises(ValueError, match="schedule 'linear_after_hold', now 'constant'"):
         next(walk)
 
 

@@ -134,10 +134,10 @@ def test_a_samples_data_depend_on_seed_step_and_number_alone():
 
 
 def test_it_learns(monkeypatch):
-    # Always the same scenes: they can be learnt by heart.
+    # Always the same scenes: they can be learned by heart.
     once = rng_for
     monkeypatch.setattr(train_judge, "rng_for", lambda seed, step, sample: once(seed, 0, sample))
-    settings = dataclasses.replace(JUDGE_SETTINGS, steps=8, batch=8, warm_up=0)
+    settings = dataclasses.replace(JUDGE_SETTINGS, steps=8, batch=8, warmup_steps=0)
     losses = [step.loss.item() for step in train(JudgeTask(SMALL, settings.seed, CPU), settings, CPU)]
     # A small network falls by more than 1 from 14 in eight steps; what does not follow the gradient stays where it is, to a tenth.
     assert losses[-1] < losses[0] - 0.7

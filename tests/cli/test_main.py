@@ -34,7 +34,7 @@ def test_the_png_tells_all_that_is_needed_to_make_it_again(run, tmp_path):
     run(
         "generate",
         "a cat",
-        "--negative",
+        "--negative-prompt",
         "a dog",
         "--steps",
         "2",
@@ -42,7 +42,7 @@ def test_the_png_tells_all_that_is_needed_to_make_it_again(run, tmp_path):
         "7",
         "--sampler",
         "euler",
-        "--guidance",
+        "--guidance-scale",
         "3",
         "--size",
         "72x56",
@@ -57,7 +57,7 @@ def test_the_png_tells_all_that_is_needed_to_make_it_again(run, tmp_path):
     again = [
         "generate",
         prompt,
-        "--negative",
+        "--negative-prompt",
         "a dog",
         "--steps",
         values["Steps"],
@@ -66,7 +66,16 @@ def test_the_png_tells_all_that_is_needed_to_make_it_again(run, tmp_path):
         "--sampler",
         values["Sampler"],
     ]
-    again += ["--guidance", values["CFG scale"], "--size", values["Size"], "--spacing", values["Schedule type"], "--model", values["Model"]]
+    again += [
+        "--guidance-scale",
+        values["CFG scale"],
+        "--size",
+        values["Size"],
+        "--spacing",
+        values["Schedule type"],
+        "--model",
+        values["Model"],
+    ]
     again += ["--eta", values["Eta"], "--dtype", values["dtype"], "--out", "b.png"]
     assert run(*again)[0] == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -100,12 +109,12 @@ def test_without_out_the_picture_is_named_after_its_prompt(run, tmp_path):
 VAES = "pytorch" if tiles.DEVICE == "cpu" else "self"
 
 
-@pytest.mark.parametrize(("name", "expected"), [("by_hand", {"by_hand"}), ("pytorch", {"pytorch"}), ("triton", {"self", "cross", VAES})])
+@pytest.mark.parametrize(("name", "expected"), [("naive", {"naive"}), ("pytorch", {"pytorch"}), ("triton", {"self", "cross", VAES})])
 def test_attention_by_name_is_what_makes_the_picture(run, tmp_path, monkeypatch, name, expected):
     import weights_loader
 
     weights_loader.save(small_model(), tmp_path / "model.safetensors")
-    ways, choose = set(), minidiff.kernels.dispatch.chosen
+    ways, choose = set(), minidiff.kernels.dispatch.select_backend
     run("generate", "a cat", "--model", "model.safetensors", "--steps", "2", "--out", "a.png", "--device", tiles.DEVICE)
     monkeypatch.setattr(minidiff.attention, "chosen", lambda *args: ways.add(way := choose(*args)) or way)
     code, _, err = run(
@@ -135,7 +144,7 @@ def test_our_kernels_asked_for_where_they_do_not_run_end_in_one_line(run, monkey
         (["--size", "64x"], "--size 64x: give pixels as 512"),
         (["--size", "0"], "size 0 x 0"),
         (["--batch", "0"], "--batch 0 make no picture"),
-        (["--guidance", "nan"], "guidance_scale nan is not a finite number"),
+        (["--guidance-scale", "nan"], "guidance_scale nan is not a finite number"),
         (["--spacing", "even"], "spacing 'even' unknown; choose leading, linspace, trailing"),
         (["--eta", "2"], "eta 2.0 is outside 0..1"),
         (["--device", "gpu"], "device 'gpu' unknown; choose auto, cpu"),

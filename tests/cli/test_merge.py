@@ -30,8 +30,8 @@ def run(monkeypatch, tmp_path, capsys):
     for word, seed in (("<it>", 1), ("<that>", 2)):
         tokens = create_tokens(sd, {word: 1}, generator=torch.Generator().manual_seed(seed))
         delta = CustomDiffusion(random_delta(sd, words=0).layers, tokens)
-        learnt = {"concepts": [{"token": word, "class_word": "cat"}], "prompt": "a picture of a {}"}
-        weights_loader.write_custom_diffusion(tmp_path / f"{word[1:-1]}.safetensors", delta, sd, learnt)
+        learned = {"concepts": [{"token": word, "class_word": "cat"}], "prompt": "a picture of a {}"}
+        weights_loader.write_custom_diffusion(tmp_path / f"{word[1:-1]}.safetensors", delta, sd, learned)
     weights_loader.write_embedding(tmp_path / "word.safetensors", create_tokens(sd, {"<new>": 2}, {"<new>": "cat"}))
     return runner(monkeypatch, tmp_path, capsys)
 
@@ -90,7 +90,7 @@ def test_concepts_are_merged_with_a_report(run, tmp_path):
     assert merged.tokens.names == ("<it>", "<that>")
     with safe_open(tmp_path / "both.safetensors", "pt") as file:
         settings = json.loads(file.metadata()["minidiff.settings"])
-    assert settings["captions"] == [["a picture of a <it> cat"], ["a picture of a <that> cat"]]  # those that they were learnt with
+    assert settings["captions"] == [["a picture of a <it> cat"], ["a picture of a <that> cat"]]  # those that they were learned with
     code, _, _ = run(*args[:-2], "--ridge", "1e-3", "--target", "<it> alone", "--target", "one <it>")
     with safe_open(tmp_path / "both.safetensors", "pt") as file:
         assert json.loads(file.metadata()["minidiff.settings"])["captions"] == [["<it> alone", "one <it>"], ["a picture of a <that> cat"]]
@@ -164,7 +164,7 @@ BAD = {
         "a cat",
         "--out",
         "x.safetensors",
-    ): "holds none of the learnt words <it>, <that>",
+    ): "holds none of the learned words <it>, <that>",
     ("merge", "concepts", "it.safetensors", "that.safetensors", "--captions", "no.txt", "--out", "x.safetensors"): "no.txt",
     ("compress", "a.safetensors", "--out", "x.safetensors"): "given as a Custom Diffusion, but it is a LoRA",
     ("compress", "it.safetensors", "--share", "2", "--out", "x.safetensors"): "share 2.0: expected more than 0",

@@ -21,7 +21,7 @@ from minidiff.bundled import run as trainers_run
 from minidiff.bundled.recipe import RECIPES, Recipe
 from minidiff.cli import flags, learn, train
 from minidiff.cli.flags import parse_concept
-from minidiff.kernels.dispatch import backend
+from minidiff.kernels.dispatch import active_backend
 from minidiff.trainers.engine import memory
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods import options
@@ -55,7 +55,7 @@ CASES = {
     ),
     "lora for the web interfaces": (("lora", "--prompt", "a cat", "--names", "kohya", "--text-encoder", "yes"), ["lora.safetensors"]),
     "dreambooth": (
-        ("dreambooth", "--token", "sks", "--class-word", "cat", "--prior-count", "2", "--prior-steps", "2", "--average", "0.5"),
+        ("dreambooth", "--token", "sks", "--class-word", "cat", "--prior-count", "2", "--prior-steps", "2", "--ema-decay", "0.5"),
         ["model.safetensors"],
     ),
     "dreambooth with LoRA": (("dreambooth", "--low-rank", "--token", "sks", "--prior", "none"), ["lora.safetensors"]),
@@ -125,7 +125,7 @@ def test_a_run_leaves_its_losses_a_curve_and_sheets_of_pictures(run, tmp_path, m
     assert [line.split(",")[0] for line in (tmp_path / "run" / "lora.csv").read_text().splitlines()] == ["1", "2", "3"]
 
 
-def learnt(folder):
+def learned(folder):
     return load_file(folder / "lora.safetensors")
 
 
@@ -142,7 +142,7 @@ def test_stopped_by_ctrl_c_and_started_again_it_ends_the_same(run, tmp_path, mon
     assert (code, out) == (130, "") and "stopped; the same command goes on from what is saved in parts" in err and "Traceback" not in err
     code, _, err = run(*args, "--out", "parts", "--sample-every", "2")
     assert code == 0
-    whole, parts = learnt(tmp_path / "whole"), learnt(tmp_path / "parts")
+    whole, parts = learned(tmp_path / "whole"), learned(tmp_path / "parts")
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     before = (tmp_path / "parts" / "lora.safetensors").read_bytes()
     code, out, err = run(*args, "--out", "parts", "--sample-every", "2")
@@ -165,7 +165,7 @@ def test_killed_and_started_again_it_ends_the_same(run, tmp_path):
     assert process.wait() == -9 and state.exists() and not (tmp_path / "killed" / "lora.safetensors").exists()
     assert run(*args, "--out", "killed")[0] == 0
     assert run(*args, "--out", "whole")[0] == 0
-    killed, whole = learnt(tmp_path / "killed"), learnt(tmp_path / "whole")
+    killed, whole = learned(tmp_path / "killed"), learned(tmp_path / "whole")
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
@@ -184,7 +184,7 @@ def test_two_processes_learn_what_one_does_with_the_doubled_batch(run, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("minidiff generate") == 1 and done.stderr.count("numbers are trained on") == 1  # one process talks
     assert run(*args, "--batch", "4", "--out", "one")[0] == 0
-    one, two = learnt(tmp_path / "one"), learnt(tmp_path / "two")
+    one, two = learned(tmp_path / "one"), learned(tmp_path / "two")
     for name in one:
         # AdamW's first steps have the size of the learning rate, 2e-3, whichever way a gradient near 0 is rounded
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-4)
@@ -208,7 +208,7 @@ BAD = {
     (*LORA, "--images", "empty"): "empty: no picture in it",
     (*LORA, "--images", "broken"): "broken/0.png: not a picture that can be read",
     (*LORA, "--images", "tiny"): "tiny/0.png: 8 x 8 pixels are too few",
-    (*LORA, "--images", "cat", "--learning-rate", "0"): "learning_rate 0.0: nothing is learnt at it",
+    (*LORA, "--images", "cat", "--learning-rate", "0"): "learning_rate 0.0: nothing is learned at it",
     (*LORA, "--images", "cat", "--steps", "0"): "steps 0: training needs at least 1",
     (*LORA, "--images", "cat", "--rank", "0"): "rank 0",
     (*LORA, "--images", "cat", "--layers", "atention"): "atention",
@@ -249,13 +249,13 @@ def test_bad_input_gets_one_clear_line_before_anything_is_made(run, tmp_path, ar
 @pytest.mark.parametrize("args", [("lora", "--images", "cat", "--prompt", "a cat", "--out", "run"), ("from-scratch", "run")])
 def test_attention_by_name_holds_for_the_whole_run(run, monkeypatch, args):
     def begun(*_):
-        raise ValueError(f"begun with attention {backend()}")
+        raise ValueError(f"begun with attention {active_backend()}")
 
     monkeypatch.setattr(memory, "estimate_memory", begun)
     monkeypatch.setattr("minidiff.bundled.run.foretold", lambda *_: {})
     monkeypatch.setattr("minidiff.bundled.run.run_from_scratch", begun)
-    assert "begun with attention by_hand" in run("train", *args, "--attention", "by_hand")[2]
-    assert backend() == "auto"
+    assert "begun with attention naive" in run("train", *args, "--attention", "naive")[2]
+    assert active_backend() == "auto"
 
 
 def test_a_folder_of_another_run_is_left_as_it_is(run, tmp_path):
@@ -369,10 +369,10 @@ def test_every_number_of_a_run_has_a_flag():
 
 
 def test_a_flag_changes_its_number_and_nothing_else():
-    base = Settings(steps=10, batch=4, learning_rate=1e-3, warm_up=5, seed=3)
+    base = Settings(steps=10, batch=4, learning_rate=1e-3, warmup_steps=5, seed=3)
     assert flags.Training().over(base) == base
-    assert flags.Training(warm_up=0, seed=0, checkpointing=True).over(base) == dataclasses.replace(
-        base, warm_up=0, seed=0, checkpointing=True
+    assert flags.Training(warmup_steps=0, seed=0, checkpointing=True).over(base) == dataclasses.replace(
+        base, warmup_steps=0, seed=0, checkpointing=True
     )
     low_rank = options.LowRankOptions(text_encoder=True)
     assert flags.LowRank().over(low_rank, flags.TextEncoderFlags()) == low_rank

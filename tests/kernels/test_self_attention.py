@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from minidiff.attention import attention_by_hand
+from minidiff.attention import naive_attention
 from minidiff.kernels.self_attention import Blocks, blocks_of, fused_self_attention, unsupported
 from minidiff.kernels.tiles import DEVICE
 from tests.kernels.exact_attention import KINDS, answer_and_gradients, every_pair, exact_and_allowed, inputs, least_errors_of_pytorch, rms
@@ -55,7 +55,7 @@ def test_the_cases_are_about_forty_and_hold_nearly_every_pair():
 @pytest.mark.parametrize("causal", [False, True])
 def test_exact_and_allowed_is_what_autograd_says(causal):
     tensors = inputs(2, 7, 7, 24, torch.float64)
-    for x, (exact, _) in zip(answer_and_gradients(attention_by_hand, *tensors, 3, causal), exact_and_allowed(*tensors, 3, causal)):
+    for x, (exact, _) in zip(answer_and_gradients(naive_attention, *tensors, 3, causal), exact_and_allowed(*tensors, 3, causal)):
         torch.testing.assert_close(exact, x, rtol=1e-12, atol=1e-12)  # float64: a few dozen roundings of 1e-16
 
 

@@ -39,7 +39,7 @@ from tests.small_models import small_config, small_model
 from tests.small_task import CPU
 from weights_loader.lora import layer_places
 
-SETTINGS = Settings(steps=20, batch=4, learning_rate=1e-2, warm_up=3, schedule="cosine")
+SETTINGS = Settings(steps=20, batch=4, learning_rate=1e-2, warmup_steps=3, schedule="cosine")
 FULL = Settings(steps=20, batch=4, learning_rate=1e-3)
 
 
@@ -96,7 +96,7 @@ def test_twenty_steps_of_lora_are_pefts(tmp_path, prediction):
 
     with method.phases[0] as task:
         steps = list(train(task, SETTINGS, CPU))
-        theirs = reference_losses(task, unet, params, [step.rate for step in steps])
+        theirs = reference_losses(task, unet, params, [step.lr for step in steps])
     assert [float(step.loss) for step in steps] == pytest.approx(theirs, rel=1e-4)  # float32, gathered over twenty steps
 
 
@@ -108,7 +108,7 @@ def test_twenty_steps_of_full_fine_tuning_are_diffusers(tmp_path, prediction):
     before = sd.unet.conv_in.weight.detach().clone()
     with fine_tune(sd, [concept], FineTuneOptions(settings=FULL)).phases[0] as task:
         steps = list(train(task, FULL, CPU))
-        theirs = reference_losses(task, unet, list(unet.parameters()), [step.rate for step in steps])
+        theirs = reference_losses(task, unet, list(unet.parameters()), [step.lr for step in steps])
     assert not torch.equal(before, sd.unet.conv_in.weight)
     assert [float(step.loss) for step in steps] == pytest.approx(theirs, rel=1e-4)  # float32, gathered over twenty steps
 
@@ -177,5 +177,5 @@ def test_a_custom_diffusion_step_at_full_size(tmp_path, config):
 def test_a_dreambooth_step_at_full_size(tmp_path, config):
     """Weights, gradients and AdamW's two averages of 860 million parameters in float32: 14 GB."""
     sd = full_size(config, torch.float32)
-    settings = dataclasses.replace(ONE, learning_rate=1e-4, clip=None)
+    settings = dataclasses.replace(ONE, learning_rate=1e-4, max_grad_norm=None)
     one_step(dreambooth(sd, [full_concept(tmp_path, "sks")], DreamBoothOptions(settings=settings, samples=SIZE, prior=FOLDER)))

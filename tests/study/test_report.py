@@ -145,9 +145,9 @@ def test_differences_are_taken_run_by_run(made_up):
 def test_the_tables_say_what_learnt_and_what_it_cost(made_up):
     found = tables(read(made_up), report.kids(read(made_up), FakeJudge()))
     assert set(found) == {"Methods", "What they cost"}
-    learnt = {line.split(" | ")[0].strip("| "): line.rstrip(" |").split(" | ")[-1] for line in found["Methods"].splitlines()[2:]}
-    assert learnt == {
-        UNTOUCHED: learnt[UNTOUCHED],
+    learned = {line.split(" | ")[0].strip("| "): line.rstrip(" |").split(" | ")[-1] for line in found["Methods"].splitlines()[2:]}
+    assert learned == {
+        UNTOUCHED: learned[UNTOUCHED],
         "textual-inversion": "yes",
         "lora": "yes",
         "dreambooth": "yes",
@@ -223,7 +223,7 @@ def test_the_report_writes_its_files(made_up):
     assert kept["machine"] == {"processor": "an abacus"}  # the runs', not the report's
     assert (made_up / "findings.png").exists() and (made_up / "compression.png").exists()
     with Image.open(made_up / "methods-tiger.png") as picture:
-        # below the five pictures that were learnt from
+        # below the five pictures that were learned from
         assert picture.size == (150 + 5 * 64, 64 * (1 + len(LIKENESS)))
 
 

@@ -48,9 +48,9 @@ def test_runs_leave_their_files_and_are_not_made_twice(folder):
     assert made(folder, RUNS) == []
     results = read(folder)
     assert len(results.rows) == len(RUNS)
-    learnt = next(row for row in results.rows if row["run"]["variant"] == "lora")
-    assert learnt["trained"] > 0 and learnt["bytes"] == 4 * learnt["trained"] and learnt["seconds"] > 0 and learnt["memory"] > 10**7
-    assert 0 <= learnt["scores"]["kept"] <= 1 and -1 <= learnt["scores"]["likeness"] <= 1
+    learned = next(row for row in results.rows if row["run"]["variant"] == "lora")
+    assert learned["trained"] > 0 and learned["bytes"] == 4 * learned["trained"] and learned["seconds"] > 0 and learned["memory"] > 10**7
+    assert 0 <= learned["scores"]["kept"] <= 1 and -1 <= learned["scores"]["likeness"] <= 1
     untouched = results.of("methods", UNTOUCHED, "drift")
     # the same pictures twice: what is left is rounding of a cosine in float32
     assert all(abs(value) < 1e-5 for value in untouched.values())
@@ -89,7 +89,7 @@ def test_another_process_may_train_the_same_meanwhile(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", save_after_another)
     learn.custom_diffusion_of(load(), "tiger", 0, tmp_path)
-    assert [path.name for path in (tmp_path / "learnt").iterdir()] == ["tiger-0.pt"]
+    assert [path.name for path in (tmp_path / "learned").iterdir()] == ["tiger-0.pt"]
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_two_subjects_are_learnt_in_every_way(tmp_path, variant):
 
 def test_variants_train_what_they_say(tmp_path):
     def trained(part, variant):
-        return learn.learnt(load(), Run(part, variant, ("tiger",), 0), tmp_path).trained
+        return learn.learned(load(), Run(part, variant, ("tiger",), 0), tmp_path).trained
 
     lora, custom_diffusion, width = trained("methods", "lora"), trained("methods", "custom-diffusion"), 128
     assert trained("methods", "pivotal-tuning") == lora + 2 * width  # and a word of two vectors
@@ -142,7 +142,7 @@ def test_a_gpu_gives_about_the_same_scores(folder, tmp_path):
 
 def test_a_compressed_and_a_merged_concept_use_what_was_learnt(tmp_path):
     made(tmp_path, [Run("compression", "share 0.6", ("tiger",), 0), Run("pairs", "merged", ("tiger", "teapot"), 0)])
-    kept = sorted(path.name for path in (tmp_path / "learnt").iterdir())
+    kept = sorted(path.name for path in (tmp_path / "learned").iterdir())
     assert kept == ["teapot-0-second.pt", "tiger-0.pt"]
     merged = next(row for row in read(tmp_path).rows if row["run"]["part"] == "pairs")
     assert 0 <= merged["scores"]["both"] <= 1

@@ -36,7 +36,7 @@ def test_the_readme_tells_the_same():
 
 
 def test_methods_that_learn_are_named_by_the_judge():
-    """What the table calls learnt by likeness, another number has to see too."""
+    """What the table calls learned by likeness, another number has to see too."""
     for name in methods():
         gain = RESULTS.difference(("methods", name), ("methods", UNTOUCHED), "likeness")
         if gain.low > 0:

@@ -169,7 +169,7 @@ class Pictures:
         """Whether a picture has one latent, or two with flips."""
         return self.crop == "centre" and self.sizes is None
 
-    def encode_ahead(self) -> Iterator[int]:
+    def precompute_latents(self) -> Iterator[int]:
         """Fills the cache, one picture an iteration, and yields how many are done; nothing to do where latents cannot be kept."""
         for i in range(len(self) if self.cacheable else 0):
             for flip in {self.flip == 1, self.flip > 0}:

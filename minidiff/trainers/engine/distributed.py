@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 
-def join_processes(device: torch.device) -> torch.device:
+def init_distributed(device: torch.device) -> torch.device:
     """Joins the processes that torchrun started, if it did (it says so in environment variables), and gives the device of this one.
 
     On GPUs (NCCL) each process has the GPU of its number; on CPUs (gloo) all share the device. For the command line to call.
@@ -28,31 +28,31 @@ def join_processes(device: torch.device) -> torch.device:
     return device
 
 
-def leave_processes() -> None:
+def destroy_distributed() -> None:
     """Says goodbye to the others; nothing without them."""
-    if count() > 1:
+    if world_size() > 1:
         dist.destroy_process_group()
 
 
-def number() -> int:
+def rank() -> int:
     """Which process this is, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def count() -> int:
+def world_size() -> int:
     """How many there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Goes on when all processes have come here, as after process 0 has written a file."""
-    if count() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
-def same_everywhere(value: int, device: torch.device) -> bool:
+def all_equal(value: int, device: torch.device) -> bool:
     """Whether all processes have the same number."""
-    if count() == 1:
+    if world_size() == 1:
         return True
     ends = torch.tensor([value, -value], device=device)
     dist.all_reduce(ends, dist.ReduceOp.MAX)
@@ -64,7 +64,7 @@ def average_gradients(params: Sequence[nn.Parameter], loss: torch.Tensor) -> tor
 
     A weight that one process did not meet has a gradient of 0 there; one that none met keeps none.
     """
-    if count() == 1:
+    if world_size() == 1:
         return loss
     met = torch.tensor([p.grad is not None for p in params], dtype=torch.int32, device=loss.device)
     dist.all_reduce(met, dist.ReduceOp.MAX)
@@ -76,5 +76,5 @@ def average_gradients(params: Sequence[nn.Parameter], loss: torch.Tensor) -> tor
     for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
         work.wait()
     for tensor in tensors:
-        tensor /= count()
+        tensor /= world_size()
     return loss

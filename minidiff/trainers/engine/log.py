@@ -29,7 +29,7 @@ class Log:
 
     def __init__(self, folder: Path, name: str, device: torch.device):
         self.csv, self.png, self.device = folder / f"{name}.csv", folder / f"{name}-loss.png", device
-        self.silent = distributed.number() > 0
+        self.silent = distributed.rank() > 0
         self.rows: list[tuple[int, float, float]] = []  # step, loss, learning rate
         self.waiting: list[TrainStep] = []
         self.pace = Pace()
@@ -71,10 +71,10 @@ class Log:
 
     def _look(self) -> None:
         for step in self.waiting:
-            self.rows.append((step.i, float(step.loss), step.rate))
+            self.rows.append((step.i, float(step.loss), step.lr))
             if self.board is not None:
                 self.board.add_scalar("loss", self.rows[-1][1], step.i)
-                self.board.add_scalar("learning rate", step.rate, step.i)
+                self.board.add_scalar("learning rate", step.lr, step.i)
         self.waiting = []
 
     def _write(self) -> None:

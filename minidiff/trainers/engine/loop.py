@@ -24,11 +24,17 @@ from torch import Tensor, nn
 
 from minidiff.trainers.engine import distributed
 from minidiff.trainers.engine.checkpointing import checkpointed, thrifty_malloc
-from minidiff.trainers.engine.optimizer import ExponentialAverage, learning_rate
+from minidiff.trainers.engine.optimizer import EMA, learning_rate
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.engine.state import check_same, read_state, write_state
 
-ONLY_HOW = ("batch", "accumulate", "checkpointing", "compile", "save_every")  # settings that change a run by rounding, or not at all
+ONLY_HOW = (
+    "batch",
+    "gradient_accumulation",
+    "checkpointing",
+    "compile",
+    "save_every",
+)  # settings that change a run by rounding, or not at all
 
 
 @runtime_checkable
@@ -58,7 +64,7 @@ class TrainStep:
     i: int
     steps: int
     loss: Float[Tensor, ""]
-    rate: float
+    lr: float
 
 
 def train(task: Task, settings: Settings, device: torch.device, state: Path | None = None) -> Iterator[TrainStep]:
@@ -77,13 +83,13 @@ class Training:
         self.i = 0
         self.weights = trained_weights(task.modules)
         self.optimizers = task.optimizers(settings)
-        decay = settings.average
-        self.averages = {} if decay is None else {name: ExponentialAverage(module, decay) for name, module in task.modules.items()}
+        decay = settings.ema_decay
+        self.ema = {} if decay is None else {name: EMA(module, decay) for name, module in task.modules.items()}
         self.scaler = torch.amp.GradScaler(device.type, enabled=half_precision(settings.precision, device) == torch.float16)
         if state is not None and state.exists():
             self.load_state_dict(read_state(state))
         self.saved = self.i
-        if not distributed.same_everywhere(self.i, device):
+        if not distributed.all_equal(self.i, device):
             raise ValueError(f"the processes begin at different steps, this one at {self.i}: all need the same {state}")
 
     def run(self) -> Iterator[TrainStep]:
@@ -113,7 +119,7 @@ class Training:
             if settings.compile:
                 torch.compiler.cudagraph_mark_step_begin()  # what the graphs gave out before may be overwritten
             with checkpointed(networks_of(self.task), settings.checkpointing):
-                part = loss_of(self.task, self.i, samples, settings, self.device) / settings.accumulate
+                part = loss_of(self.task, self.i, samples, settings, self.device) / settings.gradient_accumulation
                 self.scaler.scale(part).backward()
             loss += part.detach()
         return distributed.average_gradients(list(self.weights.values()), loss)
@@ -121,20 +127,20 @@ class Training:
     def _move(self, rate: float) -> None:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        if self.settings.clip is not None:
-            nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip)
+        if self.settings.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.weights.values(), self.settings.max_grad_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("scale", 1.0)
             self.scaler.step(optimizer)  # with float16 a step whose gradient overflowed is left out
         self.scaler.update()
-        for name, average in self.averages.items():
+        for name, average in self.ema.items():
             average.update(self.task.modules[name])
         self.i += 1
 
     def save(self) -> None:
         """Writes the state, if there is a new one and a file to write to."""
-        if self.state is None or self.i == self.saved or distributed.number() > 0:
+        if self.state is None or self.i == self.saved or distributed.rank() > 0:
             return
         for name, p in self.weights.items():
             if not p.isfinite().all():
@@ -151,7 +157,7 @@ class Training:
             "asked": self._asked(),
             "weights": {name: p.detach() for name, p in self.weights.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "averages": {name: average.state_dict() for name, average in self.averages.items()},
+            "ema": {name: average.state_dict() for name, average in self.ema.items()},
             "scaler": self.scaler.state_dict(),
         }
 
@@ -163,8 +169,8 @@ class Training:
                 p.copy_(state["weights"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        for name, average in self.averages.items():
-            average.load_state_dict(state["averages"][name])
+        for name, average in self.ema.items():
+            average.load_state_dict(state["ema"][name])
         self.scaler.load_state_dict(state["scaler"])
 
     def _asked(self) -> dict:
@@ -192,13 +198,13 @@ def networks_of(task: Task) -> tuple[nn.Module, ...]:
 
 def samples_a_step(settings: Settings) -> int:
     """The size of a step's whole batch."""
-    return settings.batch * settings.accumulate * distributed.count()
+    return settings.batch * settings.gradient_accumulation * distributed.world_size()
 
 
 def parts(settings: Settings) -> Iterator[range]:
     """This process's samples of a step, as many at a time as go into memory."""
-    first = distributed.number() * settings.accumulate
-    for k in range(first, first + settings.accumulate):
+    first = distributed.rank() * settings.gradient_accumulation
+    for k in range(first, first + settings.gradient_accumulation):
         yield range(k * settings.batch, (k + 1) * settings.batch)
 
 

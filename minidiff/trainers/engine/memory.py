@@ -45,7 +45,7 @@ class Memory:
     @property
     def above(self) -> int:
         """What training adds to a process, or a device, that holds the weights."""
-        return self.gradients + self.optimizer + self.average + self.activations
+        return self.gradients + self.optimizer + self.ema_decay + self.activations
 
     @property
     def total(self) -> int:
@@ -80,7 +80,7 @@ def estimate_memory(task: loop.Task, settings: Settings, device: torch.device) -
         trained=bytes_of(trained),
         gradients=gradients,
         optimizer=slots,
-        average=0 if settings.average is None else gradients,
+        ema_decay=0 if settings.ema_decay is None else gradients,
         activations=round(reserve * max(live.peak, gradients + stepping)) - gradients,
     )
 

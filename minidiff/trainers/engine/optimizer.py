@@ -79,26 +79,26 @@ def adamw(params: Iterable[nn.Parameter | dict], settings: Settings) -> torch.op
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """The rate of a step, counted from 0: rises in a line over `warm_up` steps, then follows the schedule.
+    """The rate of a step, counted from 0: rises in a line over `warmup_steps` steps, then follows the schedule.
 
     constant          stays
     linear            falls in a line to 0
     cosine            falls to 0 as half a cosine (Loshchilov and Hutter 2017, without restarts)
-    flat_then_linear  stays for a quarter of all steps, then falls in a line to 5 %
+    linear_after_hold  stays for a quarter of all steps, then falls in a line to 5 %
     """
-    warm_up, steps = settings.warm_up, settings.steps
-    rising = (step + 1) / warm_up if step < warm_up else 1.0
-    left = min(1.0, (steps - step) / max(1, steps - warm_up))
+    warmup_steps, steps = settings.warmup_steps, settings.steps
+    rising = (step + 1) / warmup_steps if step < warmup_steps else 1.0
+    left = min(1.0, (steps - step) / max(1, steps - warmup_steps))
     falling = {
         "constant": 1.0,
         "linear": left,
         "cosine": 0.5 - 0.5 * math.cos(math.pi * left),
-        "flat_then_linear": max(0.05, (steps - step) / (0.75 * steps)),
+        "linear_after_hold": max(0.05, (steps - step) / (0.75 * steps)),
     }
     return settings.learning_rate * min(rising, falling[settings.schedule])
 
 
-class ExponentialAverage:
+class EMA:
     """A running mean of the weights that are trained, which samples better than they: mean <- d mean + (1 - d) weights.
 
     d rises with the steps, (1 + n) / (10 + n), up to `decay`, so that the first, bad weights are soon forgotten.

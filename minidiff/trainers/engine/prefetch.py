@@ -23,14 +23,14 @@ Draw = Callable[[int, range], Any]
 MOST_WORKERS = 16  # composing the judge's scenes for a GPU keeps about so many cores busy
 
 
-def ahead(draw: Draw, device: torch.device) -> Draw:
+def prefetch(draw: Draw, device: torch.device) -> Draw:
     """The function as it is, or for a GPU one whose answers are made ahead; then it must be picklable, as a partial of a function is."""
     if device.type != "cuda":
         return draw
-    return Ahead(draw, max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // distributed.count() - 1)))
+    return Prefetcher(draw, max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // distributed.world_size() - 1)))
 
 
-class Ahead:
+class Prefetcher:
     """draw(step, samples) for one step after the other; while one is trained on, other processes work out the next ones."""
 
     def __init__(self, draw: Draw, workers: int):

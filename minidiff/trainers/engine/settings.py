@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Schedule = Literal["constant", "linear", "cosine", "flat_then_linear"]
+Schedule = Literal["constant", "linear", "cosine", "linear_after_hold"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -12,10 +12,10 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 class Settings:
     """How the loop (loop.py) trains, whatever it trains. Raises ValueError for what cannot be done.
 
-    batch: samples at once, in each process; a step sees batch * accumulate * processes of them.
-    schedule: of the learning rate after `warm_up` steps, see optimizer.learning_rate.
-    clip: the largest norm of the whole gradient; None leaves it as it is.
-    average: decay of the running mean of the weights; None keeps none.
+    batch: samples at once, in each process; a step sees batch * gradient_accumulation * processes of them.
+    schedule: of the learning rate after `warmup_steps` steps, see optimizer.learning_rate.
+    max_grad_norm: the largest norm of the whole gradient; None leaves it as it is.
+    ema_decay: decay of the running mean of the weights; None keeps none.
     precision: of matrix products and convolutions; what is trained stays in float32. "auto" is bfloat16 on a GPU, float32 elsewhere.
     checkpointing: forget what is inside a block on the way forward and work it out again on the way back: less memory, a third slower.
     compile: run the networks through torch.compile (CUDA graphs on a GPU); it takes a minute before the first step.
@@ -25,11 +25,11 @@ class Settings:
     steps: int
     batch: int
     learning_rate: float
-    accumulate: int = 1
-    warm_up: int = 0
+    gradient_accumulation: int = 1
+    warmup_steps: int = 0
     schedule: Schedule = "constant"
-    clip: float | None = 1.0
-    average: float | None = None
+    max_grad_norm: float | None = 1.0
+    ema_decay: float | None = None
     precision: Precision = "auto"
     checkpointing: bool = False
     compile: bool = False
@@ -37,18 +37,20 @@ class Settings:
     save_every: int = 100
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "save_every"):
+        for name in ("steps", "batch", "gradient_accumulation", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: training needs at least 1")
-        for name in ("warm_up", "seed"):
+        for name in ("warmup_steps", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)}: it cannot be below 0")
         if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate {self.learning_rate}: nothing is learnt at it; give a number above 0, such as 1e-4")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip {self.clip}: the gradient's largest norm must be above 0; None leaves gradients as they are")
-        if self.average is not None and not 0 <= self.average < 1:
-            raise ValueError(f"average {self.average} is outside 0..1 (1 left out); None keeps no average")
+            raise ValueError(f"learning_rate {self.learning_rate}: nothing is learned at it; give a number above 0, such as 1e-4")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(
+                f"max_grad_norm {self.max_grad_norm}: the gradient's largest norm must be above 0; None leaves gradients as they are"
+            )
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay {self.ema_decay} is outside 0..1 (1 left out); None keeps no average")
         for name, choices in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} unknown; choose {', '.join(choices)}")

@@ -12,9 +12,9 @@
     for phase, step in method.run(device, folder): ...
 
 All that is wrong with what was asked for is found here, before training: ValueError. Adapters stay outside sd and are its result; dreambooth
-without a LoRA and fine_tune train sd's own weights. Several concepts are learnt jointly. Papers: Hu et al. 2021 (LoRA), Ruiz et al. 2023
+without a LoRA and fine_tune train sd's own weights. Several concepts are learned jointly. Papers: Hu et al. 2021 (LoRA), Ruiz et al. 2023
 (DreamBooth), Gal et al. 2023 (Textual Inversion), Roich et al. 2021 (pivotal tuning, of GANs), Kumari et al. 2023 (Custom Diffusion).
-Left out: the pull of learnt words towards the vocabulary's norm, which some programs for pivotal tuning add.
+Left out: the pull of learned words towards the vocabulary's norm, which some programs for pivotal tuning add.
 """
 
 import re
@@ -39,7 +39,7 @@ from minidiff.trainers.data.folder import Example, check_distinct, read_folder
 from minidiff.trainers.data.regularisation import Filled, class_pictures, near_examples, pooled_text, scene_pictures
 from minidiff.trainers.data.templates import OBJECT, SCENE_STYLE, STYLE, scene_templates
 from minidiff.trainers.engine.loop import Training, TrainStep
-from minidiff.trainers.methods.finetuning import Adapter, Group, Personalisation, Subject
+from minidiff.trainers.methods.finetuning import Adapter, FinetuneTask, Group, Subject
 from minidiff.trainers.methods.options import (
     Concept,
     CustomDiffusionOptions,
@@ -55,37 +55,37 @@ from minidiff.trainers.methods.options import (
 
 
 @dataclass(frozen=True, eq=False)
-class Method:
+class TrainingRun:
     """The phases of a method, and the adapters that they train; none of these where the model's own weights are trained."""
 
-    phases: tuple[Personalisation, ...]
+    phases: tuple[FinetuneTask, ...]
     lora: LoRA | None = None
     tokens: NewTokens | None = None
     custom_diffusion: CustomDiffusion | None = None
 
-    def run(self, device: torch.device, folder: Path | None = None) -> Iterator[tuple[Personalisation, TrainStep]]:
+    def run(self, device: torch.device, folder: Path | None = None) -> Iterator[tuple[FinetuneTask, TrainStep]]:
         """Trains one phase after the other, a step an iteration, each with its state in folder/NAME.state; averages are put in at the end."""
         for phase in self.phases:
             with phase:
                 training = Training(phase, phase.settings, device, folder / f"{phase.name}.state" if folder is not None else None)
                 for step in training.run():
                     yield phase, step
-                for name, average in training.averages.items():
+                for name, average in training.ema.items():
                     average.copy_to(phase.modules[name])
 
 
 # --- the methods ------------------------------------------------------------------------------------------------------
 
 
-def lora(sd: StableDiffusion, concepts: Sequence[Concept], options: LoRAOptions, cache: Cache | None = None) -> Method:
+def lora(sd: StableDiffusion, concepts: Sequence[Concept], options: LoRAOptions, cache: Cache | None = None) -> TrainingRun:
     """Low-rank changes beside the model's layers; the result is .lora."""
     adapter, groups = new_lora(sd, options.low_rank, options.settings.seed)
     subjects = captioned(sd, concepts, options, cache)
-    phase = phase_of(sd, "lora", subjects, options, cache, modules={"lora": adapter}, adapters=[adapter], groups=groups)
-    return Method((phase,), lora=adapter)
+    phase = make_phase(sd, "lora", subjects, options, cache, modules={"lora": adapter}, adapters=[adapter], groups=groups)
+    return TrainingRun((phase,), lora=adapter)
 
 
-def dreambooth(sd: StableDiffusion, concepts: Sequence[Concept], options: DreamBoothOptions, cache: Cache | None = None) -> Method:
+def dreambooth(sd: StableDiffusion, concepts: Sequence[Concept], options: DreamBoothOptions, cache: Cache | None = None) -> TrainingRun:
     """A rare word becomes the subject's name. The result is sd, or .lora with options.low_rank.
 
     Warns of a name that splits into several tokens, which the model knows too well to forget.
@@ -106,30 +106,30 @@ def dreambooth(sd: StableDiffusion, concepts: Sequence[Concept], options: DreamB
     else:
         adapter, adapters = None, []
         patterns = (r"^unet\.", r"^text_encoder\.") if options.text_encoder else (r"^unet\.",)
-        modules, groups = own_weights(sd, patterns, options.text_scale)
+        modules, groups = base_weights(sd, patterns, options.text_scale)
     subjects = captioned(sd, concepts, options, cache)
-    phase = phase_of(sd, "dreambooth", subjects, options, cache, modules=modules, adapters=adapters, groups=groups)
-    return Method((phase,), lora=adapter)
+    phase = make_phase(sd, "dreambooth", subjects, options, cache, modules=modules, adapters=adapters, groups=groups)
+    return TrainingRun((phase,), lora=adapter)
 
 
 def textual_inversion(
     sd: StableDiffusion, concepts: Sequence[Concept], options: TextualInversionOptions, cache: Cache | None = None
-) -> Method:
+) -> TrainingRun:
     """New words alone; the result is .tokens."""
     tokens = words_from_classes(sd, concepts, options)
     subjects = [templated(sd, one, options, cache) for one in distinct(concepts)]
-    return Method((word_phase(sd, tokens, subjects, options, cache),), tokens=tokens)
+    return TrainingRun((word_phase(sd, tokens, subjects, options, cache),), tokens=tokens)
 
 
-def pivotal(sd: StableDiffusion, concepts: Sequence[Concept], options: PivotalOptions, cache: Cache | None = None) -> Method:
+def pivotal(sd: StableDiffusion, concepts: Sequence[Concept], options: PivotalOptions, cache: Cache | None = None) -> TrainingRun:
     """New words first, then a LoRA around them; the result is .tokens and .lora, to be used together."""
     tokens = words_from_classes(sd, concepts, options.tokens)
     adapter, groups = new_lora(sd, options.lora.low_rank, options.lora.settings.seed)
     first = [templated(sd, one, options.tokens, cache) for one in distinct(concepts)]
     around = replace(options.tokens, samples=options.lora.samples)
     second = [templated(sd, one, around, cache, options.lora.prior, options.lora.prompt) for one in concepts]
-    phase = phase_of(sd, "lora", second, options.lora, cache, modules={"lora": adapter}, adapters=[tokens, adapter], groups=groups)
-    return Method((word_phase(sd, tokens, first, options.tokens, cache), phase), lora=adapter, tokens=tokens)
+    phase = make_phase(sd, "lora", second, options.lora, cache, modules={"lora": adapter}, adapters=[tokens, adapter], groups=groups)
+    return TrainingRun((word_phase(sd, tokens, first, options.tokens, cache), phase), lora=adapter, tokens=tokens)
 
 
 def custom_diffusion(
@@ -138,10 +138,10 @@ def custom_diffusion(
     options: CustomDiffusionOptions,
     cache: Cache | None = None,
     start_from: CustomDiffusion | None = None,
-) -> Method:
+) -> TrainingRun:
     """Keys and values of cross-attention and a new word a concept; the result is .custom_diffusion.
 
-    start_from: one that was learnt before, to which these concepts are added (the paper's sequential training); it is not changed, its
+    start_from: one that was learned before, to which these concepts are added (the paper's sequential training); it is not changed, its
     words stay as they are.
     """
     generator = torch.Generator().manual_seed(options.settings.seed)
@@ -152,25 +152,25 @@ def custom_diffusion(
         adapter = create_custom_diffusion(sd, "cross_attention" if options.all_of_attention else "keys and values", tokens)
     else:
         adapter = CustomDiffusion(start_from.layers, tokens, start_from.biases).to(sd.device)
-    learnt = () if tokens is None else tuple(tokens.rows[one.token] for one in concepts if one.token)
-    groups = [Group((*adapter.weights, *adapter.bias_vectors)), *([Group(learnt, options.token_scale)] if learnt else [])]
+    learned = () if tokens is None else tuple(tokens.rows[one.token] for one in concepts if one.token)
+    groups = [Group((*adapter.weights, *adapter.bias_vectors)), *([Group(learned, options.token_scale)] if learned else [])]
     subjects = [
-        subject_of(sd, one, options.samples, options.prior, options.prompt, cache, sizes=sizes_for(one, options))
+        make_subject(sd, one, options.samples, options.prior, options.prompt, cache, sizes=sizes_for(one, options))
         for one in distinct(concepts)
     ]
     modules = {"custom_diffusion": adapter}
-    phase = phase_of(sd, "custom-diffusion", subjects, options, cache, modules=modules, adapters=[adapter], groups=groups)
-    return Method((phase,), custom_diffusion=adapter)
+    phase = make_phase(sd, "custom-diffusion", subjects, options, cache, modules=modules, adapters=[adapter], groups=groups)
+    return TrainingRun((phase,), custom_diffusion=adapter)
 
 
-def fine_tune(sd: StableDiffusion, concepts: Sequence[Concept], options: FineTuneOptions, cache: Cache | None = None) -> Method:
+def fine_tune(sd: StableDiffusion, concepts: Sequence[Concept], options: FineTuneOptions, cache: Cache | None = None) -> TrainingRun:
     """The model's own weights, or those of chosen names; the result is sd."""
-    modules, groups = own_weights(sd, options.weights, options.text_scale)
+    modules, groups = base_weights(sd, options.weights, options.text_scale)
     subjects = captioned(sd, concepts, options, cache)
-    return Method((phase_of(sd, "fine-tune", subjects, options, cache, modules=modules, adapters=[], groups=groups),))
+    return TrainingRun((make_phase(sd, "fine-tune", subjects, options, cache, modules=modules, adapters=[], groups=groups),))
 
 
-def phase_of(
+def make_phase(
     sd: StableDiffusion,
     name: str,
     subjects: Sequence[Subject],
@@ -180,9 +180,9 @@ def phase_of(
     modules: dict[str, nn.Module],
     adapters: Sequence[Adapter],
     groups: Sequence[Group],
-) -> Personalisation:
+) -> FinetuneTask:
     """A training with the options' settings, samples and prior."""
-    return Personalisation(
+    return FinetuneTask(
         sd,
         name,
         subjects,
@@ -212,12 +212,12 @@ def new_lora(sd: StableDiffusion, options: LowRankOptions, seed: int) -> tuple[L
         dropout=options.dropout,
         generator=torch.Generator().manual_seed(seed),
     )
-    return adapter, by_part(
+    return adapter, param_groups(
         {f"{layer}.{half}": p for layer, low in adapter.layers.items() for half, p in low.named_parameters()}, options.text_scale
     )
 
 
-def own_weights(sd: StableDiffusion, patterns: tuple[str, ...], text_scale: float) -> tuple[dict[str, nn.Module], list[Group]]:
+def base_weights(sd: StableDiffusion, patterns: tuple[str, ...], text_scale: float) -> tuple[dict[str, nn.Module], list[Group]]:
     """The model's parts with their parameters of these names. Raises ValueError if none has them, or one is not float32."""
     parts = {"unet": sd.unet, "text_encoder": sd.text_encoder}
     names = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
@@ -227,10 +227,12 @@ def own_weights(sd: StableDiffusion, patterns: tuple[str, ...], text_scale: floa
             raise ValueError(
                 f"{name} is {p.dtype}, in which small steps are rounded away; load the model in float32 to train its own weights"
             )
-    return {part: module for part, module in parts.items() if any(name.startswith(part) for name in params)}, by_part(params, text_scale)
+    return {part: module for part, module in parts.items() if any(name.startswith(part) for name in params)}, param_groups(
+        params, text_scale
+    )
 
 
-def by_part(params: Mapping[str, nn.Parameter], text_scale: float) -> list[Group]:
+def param_groups(params: Mapping[str, nn.Parameter], text_scale: float) -> list[Group]:
     """Two groups, the U-Net's and the text encoder's, as far as there are such."""
     text = tuple(p for name, p in params.items() if name.startswith("text_encoder."))
     unet = tuple(p for name, p in params.items() if not name.startswith("text_encoder."))
@@ -257,7 +259,7 @@ def rare_words(
     """The words of before, and one for each concept that has a token, from rare ones of the vocabulary or random. None without any."""
     names = tokens_of(concepts)
     if again := [name for name in names if name in before]:
-        raise ValueError(f"{again[0]} was learnt before; choose another token")
+        raise ValueError(f"{again[0]} was learned before; choose another token")
     start = RARE_TOKENS if start is None else start
     # Those that the words of before began with are passed over, as long as there are enough.
     first = len(before) if len(start) >= len(before) + len(names) else 0
@@ -280,9 +282,9 @@ def tokens_of(concepts: Sequence[Concept]) -> list[str]:
 
 def word_phase(
     sd: StableDiffusion, tokens: NewTokens, subjects: Sequence[Subject], options: TextualInversionOptions, cache: Cache | None
-) -> Personalisation:
+) -> FinetuneTask:
     """The training of new words."""
-    return Personalisation(
+    return FinetuneTask(
         sd,
         "tokens",
         subjects,
@@ -316,10 +318,10 @@ def captioned(
     sd: StableDiffusion, concepts: Sequence[Concept], options: LoRAOptions | DreamBoothOptions | FineTuneOptions, cache: Cache | None
 ) -> list[Subject]:
     """Each concept with one caption for all its pictures, or its own captions."""
-    return [subject_of(sd, one, options.samples, options.prior, options.prompt, cache) for one in distinct(concepts)]
+    return [make_subject(sd, one, options.samples, options.prior, options.prompt, cache) for one in distinct(concepts)]
 
 
-def subject_of(
+def make_subject(
     sd: StableDiffusion,
     concept: Concept,
     samples: Samples,
@@ -359,7 +361,7 @@ def templated(
     """The concept with templates around its token alone, unless it brings captions or a prompt. prompt: of its class pictures."""
     photo = options.words == "photo"
     templates = {"object": OBJECT if photo else scene_templates(), "style": STYLE if photo else SCENE_STYLE}[options.kind]
-    return subject_of(sd, concept, options.samples, prior, prompt, cache, templates=templates, words=concept.token)
+    return make_subject(sd, concept, options.samples, prior, prompt, cache, templates=templates, words=concept.token)
 
 
 def sizes_for(concept: Concept, options: CustomDiffusionOptions) -> SizeAugmentation | None:

@@ -39,7 +39,7 @@ Adapter = LoRA | NewTokens | CustomDiffusion | Adapters
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What is learnt. templates: captions of which one is drawn for each sample, in place of the pictures' own. prior: pictures of its class."""
+    """What is learned. templates: captions of which one is drawn for each sample, in place of the pictures' own. prior: pictures of its class."""
 
     pictures: Pictures
     templates: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class Drawn:
     captions: tuple[str, ...]
 
 
-class Personalisation:
+class FinetuneTask:
     """A Task of loop.py, or one of several phases of a method. Within `with task:` the adapters are on the model and the groups can learn.
 
     name: of the phase. modules: as in Task; adapters, or parts of sd itself. adapters: those on the model meanwhile, also without being
@@ -106,11 +106,11 @@ class Personalisation:
         """Makes the latents that can be made ahead, one picture an iteration; `with task:` does it too, without saying how far it is."""
         done = 0
         for pictures in self._all_pictures():
-            for _ in pictures.encode_ahead():
+            for _ in pictures.precompute_latents():
                 done += 1
                 yield done
 
-    def __enter__(self) -> "Personalisation":
+    def __enter__(self) -> "FinetuneTask":
         for _ in self.prepare():
             pass
         for module in (self.sd.unet, self.sd.text_encoder, *self.adapters):
@@ -122,7 +122,7 @@ class Personalisation:
             for group in self.groups:
                 for p in group.params:
                     p.requires_grad_(True)
-            self._encode_ahead()
+            self._precompute_contexts()
         except BaseException:
             self.__exit__()
             raise
@@ -138,7 +138,7 @@ class Personalisation:
                 p.grad = None
         self.contexts = None
 
-    def _encode_ahead(self) -> None:
+    def _precompute_contexts(self) -> None:
         captions = sorted({caption for subject in self.subjects for caption in possible_captions(subject)} | {""})
         rows = self.sd.tokenizer(captions)  # warns of what is cut off, before the first step
         parts = list(self.sd.text_encoder.modules())

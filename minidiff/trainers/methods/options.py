@@ -227,8 +227,8 @@ def preset(method: str, family: str) -> Options:
     return presets[family][method]
 
 
-def _settings(steps: int, learning_rate: float, batch: int = 4, warm_up: int = 0) -> Settings:
-    return Settings(steps=steps, batch=batch, learning_rate=learning_rate, warm_up=warm_up)
+def _settings(steps: int, learning_rate: float, batch: int = 4, warmup_steps: int = 0) -> Settings:
+    return Settings(steps=steps, batch=batch, learning_rate=learning_rate, warmup_steps=warmup_steps)
 
 
 STABLE_DIFFUSION: dict[str, Options] = {

@@ -76,7 +76,7 @@ def test_every_picture_is_encoded_once_and_flips_twice(sd, examples, monkeypatch
     for flip, expected in ((0.0, 3), (0.5, 6), (1.0, 3)):
         calls = counted(sd.vae, "encode", monkeypatch)
         pictures = Pictures(sd, examples, Cache(), size=SIZE, flip=flip)
-        assert list(pictures.encode_ahead()) == [1, 2, 3] and len(calls) == expected
+        assert list(pictures.precompute_latents()) == [1, 2, 3] and len(calls) == expected
         for seed in range(4):
             pictures.batch([0, 1, 2], rngs(3, seed))
         assert len(calls) == expected
@@ -111,7 +111,7 @@ def test_random_sizes_and_crops_are_encoded_every_time(sd, examples, monkeypatch
     for choices in ({"crop": "random"}, {"sizes": SizeAugmentation(before="cat", small=("small",))}):
         calls = counted(sd.vae, "encode", monkeypatch)
         pictures = Pictures(sd, examples, Cache(), size=SIZE, **choices)
-        assert not pictures.cacheable and list(pictures.encode_ahead()) == []
+        assert not pictures.cacheable and list(pictures.precompute_latents()) == []
         first, second = pictures.batch([0, 2], rngs(2)), pictures.batch([0, 2], rngs(2))
         assert len(calls) == 2 and torch.equal(first.latents, second.latents) and first.captions == second.captions
         monkeypatch.undo()

@@ -98,10 +98,10 @@ def test_nearest_is_a_sort_by_cosine():
     generator = torch.Generator().manual_seed(0)
     target, features = torch.randn(6, generator=generator), torch.randn(50, 6, generator=generator)
     cosines = [float(torch.cosine_similarity(target, feature, dim=0)) for feature in features]
-    by_hand = sorted(range(50), key=lambda i: -cosines[i])
-    assert nearest(target, features, most=None) == by_hand
-    assert nearest(target, features, most=7) == by_hand[:7]
-    assert nearest(target, features, least=0.5) == [i for i in by_hand if cosines[i] >= 0.5]
+    naive = sorted(range(50), key=lambda i: -cosines[i])
+    assert nearest(target, features, most=None) == naive
+    assert nearest(target, features, most=7) == naive[:7]
+    assert nearest(target, features, least=0.5) == [i for i in naive if cosines[i] >= 0.5]
     assert nearest(target, target.expand(4, 6)) == [0, 1, 2, 3]
 
 

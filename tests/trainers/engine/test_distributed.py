@@ -15,28 +15,28 @@ from tests.small_task import CPU, SmallTask, small_settings, together
 
 def test_one_process_alone_does_nothing(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert distributed.join_processes(CPU) == CPU and not torch.distributed.is_initialized()
-    assert (distributed.number(), distributed.count()) == (0, 1) and distributed.same_everywhere(3, CPU)
+    assert distributed.init_distributed(CPU) == CPU and not torch.distributed.is_initialized()
+    assert (distributed.rank(), distributed.world_size()) == (0, 1) and distributed.all_equal(3, CPU)
     p, loss = nn.Parameter(torch.ones(2)), torch.tensor(3.0)
     p.grad = torch.ones(2)
     assert distributed.average_gradients([p], loss) is loss and torch.equal(p.grad, torch.ones(2))
-    distributed.wait_for_all()
-    distributed.leave_processes()
+    distributed.barrier()
+    distributed.destroy_distributed()
 
 
 def test_gradients_and_losses_become_their_means(tmp_path):
     def run():
-        mine = distributed.number() + 1.0
+        mine = distributed.rank() + 1.0
         both, one, none = (nn.Parameter(torch.ones(2)) for _ in range(3))
         both.grad = torch.tensor([mine, 10 * mine])
         if mine == 2:
             one.grad = torch.tensor([4.0, 6.0])
         given = torch.tensor(mine)
         loss = distributed.average_gradients([both, one, none], given)
-        assert distributed.count() == 2 and given.item() == mine
-        assert not distributed.same_everywhere(int(mine), CPU) and distributed.same_everywhere(5, CPU)
-        distributed.wait_for_all()
-        torch.save([loss, both.grad, one.grad, none.grad], tmp_path / f"{processes.number()}.pt")
+        assert distributed.world_size() == 2 and given.item() == mine
+        assert not distributed.all_equal(int(mine), CPU) and distributed.all_equal(5, CPU)
+        distributed.barrier()
+        torch.save([loss, both.grad, one.grad, none.grad], tmp_path / f"{distributed.rank()}.pt")
 
     assert together(2, run) == [0, 0]
     for number in (0, 1):
@@ -45,13 +45,13 @@ def test_gradients_and_losses_become_their_means(tmp_path):
 
 
 def test_processes_that_begin_at_different_steps_are_refused(tmp_path):
-    walk = Training(SmallTask(), small_settings(accumulate=2), CPU, tmp_path / "0.pt").run()
+    walk = Training(SmallTask(), small_settings(gradient_accumulation=2), CPU, tmp_path / "0.pt").run()
     next(walk)
     walk.close()
 
     def run():
         with pytest.raises(ValueError, match="the processes begin at different steps"):
-            Training(SmallTask(), small_settings(), CPU, tmp_path / f"{processes.number()}.pt")
+            Training(SmallTask(), small_settings(), CPU, tmp_path / f"{distributed.rank()}.pt")
 
     assert together(2, run) == [0, 0]
 
@@ -63,13 +63,13 @@ def test_torchrun_starts_them(tmp_path):
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from minidiff.trainers import processes\n"
+        "from minidiff.trainers.engine import distributed\n"
         "from minidiff.trainers.engine.loop import train\n"
         "from tests.small_task import CPU, SmallTask, small_settings\n"
-        "device = processes.join_processes(CPU)\n"
+        "device = distributed.init_distributed(CPU)\n"
         "steps = list(train(SmallTask(), small_settings(batch=2), device, Path(sys.argv[1])))\n"
-        "assert len(steps) == 10 and processes.count() == 2\n"
-        "processes.leave_processes()\n"
+        "assert len(steps) == 10 and distributed.world_size() == 2\n"
+        "distributed.destroy_distributed()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script, tmp_path / "state.pt"]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[3], env={**__import__("os").environ, "PYTHONPATH": "."})

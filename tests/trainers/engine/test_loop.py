@@ -44,7 +44,7 @@ def test_it_learns_and_tells_each_step():
     settings = small_settings(steps=150, batch=16)
     steps = list(train(SmallTask(), settings, CPU))
     assert [step.i for step in steps] == list(range(1, 151)) and all(step.steps == 150 for step in steps)
-    assert [step.rate for step in steps] == [learning_rate(i, settings) for i in range(150)]
+    assert [step.lr for step in steps] == [learning_rate(i, settings) for i in range(150)]
     assert sum(step.loss for step in steps[-10:]) < 0.3 * sum(step.loss for step in steps[:10])
 
 
@@ -68,7 +68,7 @@ def test_ctrl_c_in_a_step_saves_the_last_whole_step(tmp_path):
         if step == 4 and samples.start == 4:  # half of the batch is done
             raise KeyboardInterrupt
 
-    settings, path = small_settings(accumulate=2), tmp_path / "state.pt"
+    settings, path = small_settings(gradient_accumulation=2), tmp_path / "state.pt"
     with pytest.raises(KeyboardInterrupt):
         finished(settings, path, at=interrupt)
     assert torch.load(path, weights_only=True)["i"] == 4
@@ -125,20 +125,22 @@ def test_a_finished_run_takes_no_step_and_has_its_averages(tmp_path):
     again = Training(SmallTask(), small_settings(), CPU, path)
     assert list(again.run()) == []
     assert_same_state(again.state_dict(), first.state_dict())
-    assert not torch.equal(again.averages["net"].mean["0.weight"], again.weights["net.0.weight"])
+    assert not torch.equal(again.ema["net"].mean["0.weight"], again.weights["net.0.weight"])
 
 
-@pytest.mark.parametrize(("batch", "accumulate"), [(4, 2), (2, 4), (1, 8)])
-def test_accumulation_is_one_batch(batch, accumulate):
+@pytest.mark.parametrize(("batch", "gradient_accumulation"), [(4, 2), (2, 4), (1, 8)])
+def test_accumulation_is_one_batch(batch, gradient_accumulation):
     seen = []
-    parts = finished(small_settings(batch=batch, accumulate=accumulate), at=lambda step, samples: seen.append((step, *samples)))
+    parts = finished(
+        small_settings(batch=batch, gradient_accumulation=gradient_accumulation), at=lambda step, samples: seen.append((step, *samples))
+    )
     assert [number for step, *numbers in seen if step == 3 for number in numbers] == list(range(8))
     # ten AdamW steps of float32 rounding; a step moves a weight by up to 0.03
     torch.testing.assert_close(weights(parts), weights(finished(small_settings(batch=8))), rtol=1e-4, atol=1e-5)
 
 
 def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
-    settings, path = small_settings(batch=2, accumulate=2), tmp_path / "state.pt"
+    settings, path = small_settings(batch=2, gradient_accumulation=2), tmp_path / "state.pt"
 
     def run():
         training = Training(SmallTask(), settings, CPU, path)
@@ -167,7 +169,7 @@ def test_the_state_of_another_run_is_refused_and_the_difference_named(tmp_path):
 
     refused(r"learning_rate 0.03, now 0.5\); choose another place", small_settings(learning_rate=0.5))
     refused("steps 10, now 20; schedule 'cosine', now 'linear'", small_settings(steps=20, schedule="linear"))
-    refused("samples a step 4, now 8", small_settings(accumulate=2))
+    refused("samples a step 4, now 8", small_settings(gradient_accumulation=2))
     refused("net.0.weight '8x3', now '9x3'", task=SmallTask(width=9))
     other = SmallTask()
     other.about = {"method": "large"}
@@ -180,7 +182,7 @@ def test_how_a_batch_is_made_and_how_often_saved_may_change_between(tmp_path):
     walk = train(SmallTask(), small_settings(), CPU, path)
     next(walk)
     walk.close()
-    assert Training(SmallTask(), small_settings(batch=2, accumulate=2, save_every=7, checkpointing=True), CPU, path).i == 1
+    assert Training(SmallTask(), small_settings(batch=2, gradient_accumulation=2, save_every=7, checkpointing=True), CPU, path).i == 1
 
 
 def test_weights_that_are_not_finite_do_not_replace_a_good_state(tmp_path):
@@ -213,7 +215,7 @@ def test_frozen_weights_stay_and_stand_in_no_state():
     list(training.run())
     assert torch.equal(task.net[0].weight, before)
     assert training.state_dict()["weights"].keys() == {"net.3.weight", "net.3.bias"}
-    assert training.averages["net"].mean.keys() == {"3.weight", "3.bias"}
+    assert training.ema["net"].mean.keys() == {"3.weight", "3.bias"}
 
 
 def test_precision_is_autocast_and_trained_weights_stay_float32():
@@ -233,7 +235,7 @@ def test_with_float16_a_step_that_overflows_is_left_out_and_the_scale_is_halved(
         def loss(self, step, samples):
             return super().loss(step, samples) * (1e30 if step == 0 else 1)
 
-    training = Training(Steep(), small_settings(precision="float16", average=None), CPU)
+    training = Training(Steep(), small_settings(precision="float16", ema_decay=None), CPU)
     walk, before = training.run(), weights(training)
     next(walk)
     assert torch.equal(weights(training), before) and training.scaler.get_scale() == 2**15
@@ -248,7 +250,7 @@ def test_the_whole_gradient_is_clipped_to_its_norm(clip):
         def optimizers(self, settings):
             return (torch.optim.SGD(self.net.parameters(), settings.learning_rate),)
 
-    settings = small_settings(clip=clip, learning_rate=1.0, warm_up=0, schedule="constant")
+    settings = small_settings(max_grad_norm=clip, learning_rate=1.0, warmup_steps=0, schedule="constant")
     training = Training(Plain(), settings, CPU)
     before = weights(training)
     loss = loop.loss_of(training.task, 0, range(4), settings, CPU)
@@ -260,7 +262,7 @@ def test_the_whole_gradient_is_clipped_to_its_norm(clip):
 def test_a_group_with_a_scale_learns_at_that_share_of_the_rate():
     training = Training(SmallTask(), small_settings(), CPU)
     step = next(training.run())
-    assert [group["lr"] for group in training.optimizers[0].param_groups] == [0.5 * step.rate, step.rate]
+    assert [group["lr"] for group in training.optimizers[0].param_groups] == [0.5 * step.lr, step.lr]
 
 
 def test_the_global_generators_are_left_as_they_were():

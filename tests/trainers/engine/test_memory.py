@@ -67,7 +67,7 @@ def test_the_parts_are_counted():
     assert estimate.optimizer == 4 * (3 * 1000 + 2 * 1000 + 2 * 3 * 1000)
     assert estimate.above == estimate.gradients + estimate.optimizer + estimate.average + estimate.activations
     assert estimate.total == estimate.frozen + estimate.trained + estimate.above
-    assert estimate_memory(task, small_settings(average=None), CPU).average == 0
+    assert estimate_memory(task, small_settings(ema_decay=None), CPU).average == 0
 
 
 def test_what_is_frozen_in_the_networks_counts_once():
@@ -82,7 +82,7 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
     few, many = (estimate_memory(task, small_settings(batch=batch), CPU) for batch in (2, 8))
     assert 3 < (many.activations + many.gradients) / (few.activations + few.gradients) <= 4  # the peak comes before there are gradients
     assert estimate_memory(task, small_settings(batch=8, checkpointing=True), CPU).activations < 0.6 * many.activations
-    assert estimate_memory(task, small_settings(batch=2, accumulate=4), CPU) == few  # one part at a time
+    assert estimate_memory(task, small_settings(batch=2, gradient_accumulation=4), CPU) == few  # one part at a time
 
 
 def test_an_optimizer_s_turn_counts_where_it_takes_more_than_the_activations():
@@ -112,7 +112,9 @@ def test_a_task_that_fails_keeps_no_gradient_and_no_mode():
 
 def test_it_is_told_in_words():
     assert (readable(0), readable(1_234_000), readable(1_250_000_000)) == ("0 MB", "1 MB", "1.2 GB")
-    memory = Memory(frozen=3_000_000_000, trained=1_000_000, gradients=1_000_000, optimizer=2_000_000, average=0, activations=2_000_000_000)
+    memory = Memory(
+        frozen=3_000_000_000, trained=1_000_000, gradients=1_000_000, optimizer=2_000_000, ema_decay=0, activations=2_000_000_000
+    )
     assert str(memory) == (
         "about 5.0 GB of memory: weights 3.0 GB, of which 1 MB are trained; "
         "training adds 2.0 GB (gradients 1 MB, optimizer 2 MB, average 0 MB, activations 2.0 GB)"

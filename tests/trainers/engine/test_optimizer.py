@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from minidiff.trainers.engine.optimizer import ExponentialAverage, Muon, adamw, learning_rate, optimizers, orthogonalise
+from minidiff.trainers.engine.optimizer import EMA, Muon, adamw, learning_rate, optimizers, orthogonalise
 from minidiff.trainers.engine.settings import Settings
 
 SHAPES = pytest.mark.parametrize("shape", [(12, 12), (8, 30), (30, 8), (1, 5)])
@@ -79,13 +79,13 @@ def test_muon_has_the_matrices_and_adamw_the_rest():
     assert shapes[1] == sorted([(5, 4), (4,), (4,), (4,), (2,), (2,), (2,)])
 
 
-def rates(schedule, steps=900, warm_up=60):
-    settings = Settings(steps=steps, batch=1, learning_rate=2.0, warm_up=warm_up, schedule=schedule)
+def rates(schedule, steps=900, warmup_steps=60):
+    settings = Settings(steps=steps, batch=1, learning_rate=2.0, warmup_steps=warmup_steps, schedule=schedule)
     return [learning_rate(step, settings) for step in range(steps)]
 
 
 def test_flat_then_linear_rises_stays_and_falls_to_a_twentieth():
-    values = rates("flat_then_linear")
+    values = rates("linear_after_hold")
     assert values[0] == pytest.approx(2 / 60) and values[29] == pytest.approx(1.0)
     assert values[59:226] == [2.0] * (226 - 59)
     assert values[562] == pytest.approx(1.0, abs=2 / 675)
@@ -98,7 +98,7 @@ def test_schedules_begin_at_the_peak_after_warming_up(schedule):
     values = rates(schedule)
     assert values[:60] == pytest.approx([2 * (step + 1) / 60 for step in range(60)])
     assert values[60] == 2.0
-    assert rates(schedule, warm_up=0)[0] == 2.0 and rates(schedule, steps=3, warm_up=5) == pytest.approx([0.4, 0.8, 1.2])
+    assert rates(schedule, warmup_steps=0)[0] == 2.0 and rates(schedule, steps=3, warmup_steps=5) == pytest.approx([0.4, 0.8, 1.2])
 
 
 def test_schedules_fall_by_their_formulas():
@@ -122,7 +122,7 @@ def test_the_average_is_the_closed_form(decay):
     module = nn.Linear(3, 2)
     values = [random_matrix((2, 3), seed, torch.float32) for seed in range(21)]
     module.weight.data.copy_(values[0])
-    average = ExponentialAverage(module, decay)
+    average = EMA(module, decay)
     for value in values[1:]:
         module.weight.data.copy_(value)
         average.update(module)
@@ -139,7 +139,7 @@ def test_the_average_is_the_closed_form(decay):
 
 def test_an_average_is_its_own_and_goes_on_from_its_state():
     module = nn.Linear(3, 2)
-    average, other = ExponentialAverage(module, 0.9), ExponentialAverage(nn.Linear(3, 2), 0.9)
+    average, other = EMA(module, 0.9), EMA(nn.Linear(3, 2), 0.9)
     kept = copy.deepcopy(module.state_dict())
     module.weight.data.add_(1)
     assert torch.equal(average.mean["weight"], kept["weight"])
@@ -153,14 +153,14 @@ def test_an_average_is_its_own_and_goes_on_from_its_state():
 
 def test_only_what_is_trained_is_averaged():
     module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).requires_grad_(False))
-    average = ExponentialAverage(module, 0.9)
+    average = EMA(module, 0.9)
     average.update(module)
     assert average.mean.keys() == {"0.weight", "0.bias"}
 
 
 def test_the_average_is_put_into_the_module_and_taken_out_again():
     module = nn.Linear(3, 2)
-    average = ExponentialAverage(module, 0.9)
+    average = EMA(module, 0.9)
     first = module.weight.detach().clone()
     module.weight.data.add_(1)
     own = module.weight.detach().clone()

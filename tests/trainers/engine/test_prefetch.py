@@ -8,17 +8,17 @@ import torch
 
 from minidiff.bundled.tasks import autoencoder_draws
 from minidiff.bundled.train_judge import judge_config, judge_draws
-from minidiff.trainers.engine.prefetch import Ahead, ahead, pickled
+from minidiff.trainers.engine.prefetch import Prefetcher, pickled, prefetch
 
 DRAW = partial(autoencoder_draws, 3, 100, (4, 2, 2))
 
 
 def test_a_cpu_draws_itself():
-    assert ahead(DRAW, torch.device("cpu")) is DRAW
+    assert prefetch(DRAW, torch.device("cpu")) is DRAW
 
 
 def test_other_processes_draw_the_same_and_what_goes_wrong_there_is_told():
-    there = Ahead(DRAW, workers=1)  # one process for all, as starting it takes seconds
+    there = Prefetcher(DRAW, workers=1)  # one process for all, as starting it takes seconds
     for step, samples in [(7, range(4)), (8, range(4)), (8, range(4, 8)), (9, range(4)), (7, range(4))]:
         assert all(map(torch.equal, there(step, samples), DRAW(step, samples)))
         # More than this one was asked for, and no more than that for each part of a batch.
@@ -37,4 +37,4 @@ def test_the_judges_draws_go_through_bytes():
 
 @pytest.mark.gpu
 def test_a_gpu_has_its_draws_made_ahead():
-    assert isinstance(ahead(DRAW, torch.device("cuda")), Ahead)
+    assert isinstance(prefetch(DRAW, torch.device("cuda")), Prefetcher)

@@ -16,16 +16,16 @@ from tests.small_task import small_settings
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"learning_rate": 0.0}, "learning_rate 0.0: nothing is learnt at it"),
+        ({"learning_rate": 0.0}, "learning_rate 0.0: nothing is learned at it"),
         ({"learning_rate": float("nan")}, "learning_rate nan"),
         ({"steps": 0}, "steps 0: training needs at least 1"),
         ({"batch": 0}, "batch 0"),
-        ({"accumulate": 0}, "accumulate 0"),
+        ({"gradient_accumulation": 0}, "gradient_accumulation 0"),
         ({"save_every": 0}, "save_every 0"),
-        ({"warm_up": -1}, "warm_up -1: it cannot be below 0"),
+        ({"warmup_steps": -1}, "warmup_steps -1: it cannot be below 0"),
         ({"seed": -1}, "seed -1"),
-        ({"clip": 0.0}, "clip 0.0"),
-        ({"average": 1.0}, "average 1.0 is outside 0..1"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm 0.0"),
+        ({"ema_decay": 1.0}, "ema_decay 1.0 is outside 0..1"),
         ({"compile": True, "checkpointing": True}, "choose one"),
     ],
 )
@@ -35,7 +35,7 @@ def test_settings_that_cannot_be_followed_are_refused(change, said):
 
 
 @pytest.mark.parametrize(
-    ("name", "choices"), [("schedule", "constant, linear, cosine, flat_then_linear"), ("precision", "auto, float32, bfloat16, float16")]
+    ("name", "choices"), [("schedule", "constant, linear, cosine, linear_after_hold"), ("precision", "auto, float32, bfloat16, float16")]
 )
 def test_an_unknown_choice_is_refused_with_the_choices(name, choices):
     settings = small_settings()
@@ -53,7 +53,7 @@ def test_an_unknown_choice_is_refused_with_the_choices(name, choices):
         ({"learning_rate": float("nan")}, "learning_rate nan"),
         ({"kl_weight": -1.0}, "kl_weight -1.0"),
         ({"caption_dropout": 1.5}, "caption_dropout 1.5 is outside 0..1"),
-        ({"average": -0.1}, "average -0.1"),
+        ({"ema_decay": -0.1}, "ema_decay -0.1"),
         ({"widths": (32, 64)}, r"widths \(32, 64\): the U-Net has three levels"),
         ({"widths": (32, 48, 96)}, "each a multiple of 32"),
     ],
@@ -64,10 +64,10 @@ def test_a_recipe_that_cannot_be_followed_is_refused(change, said):
 
 
 def test_a_recipe_has_the_settings_of_both_stages():
-    recipe = Recipe(seed=3, vae_steps=5, vae_batch=6, vae_learning_rate=0.7, steps=8, batch=9, learning_rate=0.1, average=0.5)
+    recipe = Recipe(seed=3, vae_steps=5, vae_batch=6, vae_learning_rate=0.7, steps=8, batch=9, learning_rate=0.1, ema_decay=0.5)
     vae, diffusion = recipe.autoencoder(), recipe.diffusion()
-    assert (vae.steps, vae.batch, vae.learning_rate, vae.seed, vae.average) == (5, 6, 0.7, 3, 0.5)
-    assert (diffusion.steps, diffusion.batch, diffusion.learning_rate, diffusion.seed, diffusion.average) == (8, 9, 0.1, 3, 0.5)
+    assert (vae.steps, vae.batch, vae.learning_rate, vae.seed, vae.ema_decay) == (5, 6, 0.7, 3, 0.5)
+    assert (diffusion.steps, diffusion.batch, diffusion.learning_rate, diffusion.seed, diffusion.ema_decay) == (8, 9, 0.1, 3, 0.5)
 
 
 def test_the_half_trained_model_is_narrower_and_its_rate_does_not_fall():
@@ -77,7 +77,7 @@ def test_the_half_trained_model_is_narrower_and_its_rate_does_not_fall():
     assert dataclasses.replace(config, unet=bundled_config().unet) == bundled_config()
     rates = [learning_rate(step, half.diffusion()) for step in range(half.steps)]
     assert rates[60:] == [half.learning_rate] * (half.steps - 60)
-    assert half.autoencoder().schedule == "flat_then_linear"
+    assert half.autoencoder().schedule == "linear_after_hold"
     assert bundled_config((64, 128, 160)) == bundled_config() and RECIPES["bundled"] == Recipe()
 
 

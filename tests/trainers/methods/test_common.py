@@ -158,13 +158,13 @@ def test_concepts_are_learnt_jointly_or_one_after_the_other(tmp_path):
     assert torch.equal(rows["<cat>"], first.custom_diffusion.tokens.rows["<cat>"])
     assert all(torch.equal(W, kept[name]) for name, W in first.custom_diffusion.layers.items())
     assert not any(torch.equal(W, kept[name]) for name, W in second.custom_diffusion.layers.items())
-    with pytest.raises(ValueError, match="<cat> was learnt before"):
+    with pytest.raises(ValueError, match="<cat> was learned before"):
         custom_diffusion(sd, [cat], options, start_from=first.custom_diffusion)
 
 
 def test_the_averages_are_the_result(tmp_path):
     sd, concept = small_model(), small_concept(tmp_path)
-    plain, averaged = (lora(sd, [concept], LoRAOptions(settings=quick(average=average))) for average in (None, 0.9))
+    plain, averaged = (lora(sd, [concept], LoRAOptions(settings=quick(ema_decay=average))) for average in (None, 0.9))
     followed = {name: p.detach().clone() for name, p in averaged.lora.named_parameters()}
     for n, _ in enumerate(plain.run(CPU)):
         d = min(0.9, (1 + n) / (10 + n))

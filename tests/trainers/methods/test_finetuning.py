@@ -12,7 +12,7 @@ from minidiff.trainers.engine import loop
 from minidiff.trainers.engine.loop import Training, normals, rng_for, train
 from minidiff.trainers.engine.memory import estimate_memory
 from minidiff.trainers.methods.common import custom_diffusion
-from minidiff.trainers.methods.finetuning import Group, Personalisation, Subject, possible_captions
+from minidiff.trainers.methods.finetuning import FinetuneTask, Group, Subject, possible_captions
 from minidiff.trainers.methods.options import CustomDiffusionOptions, Samples
 from tests.small_concepts import FOLDER, picture_folder, quick, small_concept, small_methods
 from tests.small_models import small_model
@@ -35,7 +35,7 @@ def task_of(
     subject = Subject(pictures("own", captions), templates, pictures("class", ("a dog", "a pig")) if prior else None)
     lora = create_lora(sd, PATTERNS["attention"], rank=2, alpha=2, generator=torch.Generator().manual_seed(0))
     group = Group(tuple(lora.parameters()))
-    return Personalisation(
+    return FinetuneTask(
         sd, "lora", [subject], modules={"lora": lora}, adapters=[lora], groups=[group], settings=quick(), samples=samples, **options
     )
 
@@ -150,7 +150,7 @@ def test_within_the_block_alone_something_is_on_the_model_and_can_learn(tmp_path
 
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(tmp_path):
     options = CustomDiffusionOptions(
-        settings=quick(steps=5, average=0.9), prior=FOLDER, start=("ktn",), samples=Samples(flip=0.5, caption_dropout=0.2)
+        settings=quick(steps=5, ema_decay=0.9), prior=FOLDER, start=("ktn",), samples=Samples(flip=0.5, caption_dropout=0.2)
     )
     concept = small_concept(tmp_path)
     results = []
@@ -216,4 +216,4 @@ def test_class_pictures_are_given_for_all_subjects_or_none(tmp_path):
     sd = small_model()
     with_prior, without = (task_of(sd, tmp_path, prior=prior).subjects[0] for prior in (True, False))
     with pytest.raises(ValueError, match="class pictures for some of the concepts"):
-        Personalisation(sd, "x", [with_prior, without], modules={}, adapters=[], groups=[], settings=quick(), samples=Samples())
+        FinetuneTask(sd, "x", [with_prior, without], modules={}, adapters=[], groups=[], settings=quick(), samples=Samples())
