@@ -99,7 +99,7 @@ print(f"stopped after {now + 1} of {len(steps)} steps")
 # %%
 context = sd.encode_prompts([prompt])
 transformers = [m for m in sd.unet.modules() if isinstance(m, SpatialTransformer)]
-layer = transformers[-1].block.cross_attention
+layer = transformers[-1].blocks[0].cross_attention
 
 
 @torch.no_grad()
@@ -269,7 +269,7 @@ right = answer()
 # %%
 hooks = []
 for transformer in transformers:
-    for asking in (transformer.block.self_attention, transformer.block.cross_attention):
+    for asking in (transformer.blocks[0].self_attention, transformer.blocks[0].cross_attention):
         root_d = (asking.to_q.out_features // asking.heads) ** 0.5
         longer = lambda module, args, out, root_d=root_d: out * root_d
         hooks.append(asking.to_q.register_forward_hook(longer))

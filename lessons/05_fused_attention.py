@@ -370,7 +370,7 @@ for length in (1, 4):  # longer queries: larger logits
 
 # %%
 sd = lesson.load()
-layers = [m.block.self_attention for m in sd.unet.modules() if isinstance(m, SpatialTransformer)]
+layers = [m.blocks[0].self_attention for m in sd.unet.modules() if isinstance(m, SpatialTransformer)]
 prompts = ["a frog on a pink background", "a burger on a white background"]
 steps = 6 if lesson.quick else 16
 

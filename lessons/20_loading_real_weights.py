@@ -71,7 +71,7 @@ for part, tensors in contents.parts.items():
 # %%
 ours = next(name for name in sd.unet.state_dict() if name.endswith("cross_attention.to_k.weight"))
 tables = {layout: dialects.table(sd.unet, layout) for layout in dialects.LAYOUTS}
-print("ours:\n  " + "\n    .".join(ours.split(".block.")))
+print("ours:\n  " + "\n    .".join(ours.split(".blocks.")))
 for layout, table in tables.items():
     print(f"{layout}:\n  " + "\n    .".join(table[ours].name.split(".transformer_blocks.")))
 

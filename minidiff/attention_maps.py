@@ -41,7 +41,7 @@ def record_cross_attention(unet: UNet) -> Iterator[dict[str, Float[Tensor, "B H 
                 maps[name] = rearrange(weights, "B (H W) L -> B H W L", H=rows[0])
 
         handles.append(transformer.register_forward_pre_hook(note_size))
-        handles.append(transformer.block.cross_attention.register_forward_hook(note_map))
+        handles.append(transformer.blocks[0].cross_attention.register_forward_hook(note_map))
 
     for name, module in unet.named_modules():
         if isinstance(module, SpatialTransformer):

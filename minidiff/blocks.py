@@ -132,21 +132,24 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the cells of a feature map, and a skip around it.
+    """`depth` transformer blocks over the cells of a feature map, and a skip around them.
 
     Its GroupNorm has eps 1e-6 where the ResBlocks beside it have 1e-5. Files of SD 1.x hold proj_in and proj_out as 1x1 convolutions,
     which are the same maps as the Linears here.
     """
 
-    def __init__(self, width: int, heads: int, context_width: int, groups: int):
+    def __init__(self, width: int, heads: int, context_width: int, groups: int, depth: int = 1):
         super().__init__()
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Linear(width, width)
-        self.block = TransformerBlock(width, heads, context_width)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, context_width) for _ in range(depth))
         self.proj_out = nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "R L D_context"]) -> Float[Tensor, "R C H W"]:
         H = x.shape[2]
         h = rearrange(self.norm(x), "B C H W -> B (H W) C")
-        h = self.proj_out(self.block(self.proj_in(h), context))
+        h = self.proj_in(h)
+        for block in self.blocks:
+            h = block(h, context)
+        h = self.proj_out(h)
         return tile_rows(x, len(context)) + rearrange(h, "R (H W) C -> R C H W", H=H)

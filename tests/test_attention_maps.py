@@ -63,7 +63,7 @@ def maps_by_hand(sd, x_t, t, prompt):
     captured, handles = {}, []
     for name, module in sd.unet.named_modules():
         if isinstance(module, SpatialTransformer):
-            attention = module.block.cross_attention
+            attention = module.blocks[0].cross_attention
             handles.append(attention.register_forward_pre_hook(lambda module, args, name=name: captured.update({name: (module, *args)})))
     with torch.no_grad():
         sd.unet(x_t, torch.tensor([t]), sd.text_encoder(sd.tokenizer([prompt])))

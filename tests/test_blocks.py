@@ -216,7 +216,7 @@ def test_a_spatial_transformer_is_the_block_on_a_row_of_cells():
     transformer = with_random_norms(SpatialTransformer(8, 2, 6, groups=4))
     x, words = 1e-3 * noise(2, 8, 3, 5), noise(2, 4, 6, seed=1)
     cells = group_norm(x, transformer.norm).flatten(2).transpose(1, 2)
-    out = transformer.proj_out(transformer.block(transformer.proj_in(cells), words))
+    out = transformer.proj_out(transformer.blocks[0](transformer.proj_in(cells), words))
     assert transformer.norm.eps == 1e-6
     torch.testing.assert_close(transformer(x, words), x + out.transpose(1, 2).reshape(x.shape), **CLOSE)
 

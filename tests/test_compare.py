@@ -70,12 +70,12 @@ def plant_eps(sd):
 
 
 def plant_transpose(sd):
-    to_q = sd.unet.middle.transformer.block.cross_attention.to_q
+    to_q = sd.unet.middle.transformer.blocks[0].cross_attention.to_q
     to_q.weight.data = to_q.weight.data.T.contiguous()
 
 
 def plant_heads(sd):
-    sd.unet.down[1].transformers[0].block.self_attention.heads = 4
+    sd.unet.down[1].transformers[0].blocks[0].self_attention.heads = 4
 
 
 def plant_activation(sd):
@@ -87,14 +87,14 @@ def plant_activation(sd):
     [
         plant_weight("text_encoder.blocks.0.linear_1"),
         plant_weight("unet.conv_in"),
-        plant_weight("unet.down.0.transformers.0.block.feed_forward.proj_in"),
+        plant_weight("unet.down.0.transformers.0.blocks.0.feed_forward.proj_in"),
         plant_weight("vae.encoder.middle.attention.attention.to_v"),
         plant_weight("vae.quant_conv"),
         plant_weight("vae.post_quant_conv"),
         plant_weight("vae.decoder.up.1.blocks.0.conv_1"),
         ("unet.up.1.blocks.0.norm_2", plant_eps),
-        ("unet.middle.transformer.block.cross_attention.to_q", plant_transpose),
-        ("unet.down.1.transformers.0.block.self_attention.to_out", plant_heads),  # its inputs are the first to show it
+        ("unet.middle.transformer.blocks.0.cross_attention.to_q", plant_transpose),
+        ("unet.down.1.transformers.0.blocks.0.self_attention.to_out", plant_heads),  # its inputs are the first to show it
         ("text_encoder.blocks.1.linear_2", plant_activation),
     ],
 )

@@ -111,7 +111,7 @@ def test_all_savings_together_with_every_sampler(sd, device, prediction, sampler
 
 
 def test_what_does_not_change_is_worked_out_once_a_walk(sd, monkeypatch):
-    block = sd.unet.middle.transformer.block.cross_attention
+    block = sd.unet.middle.transformer.blocks[0].cross_attention
     layers = [block.to_k, block.to_v, sd.unet.middle.block_1.time_projection, sd.unet.time_embedding.linear_2]
     runs = Runs(monkeypatch, [*layers, block.to_q])
     for s, times in ((Savings(), 1), (NO_SAVINGS, 4)):

@@ -41,7 +41,7 @@ from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAECo
 from minidiff.evaluation import alignment, kid, pairs, weights
 from minidiff.evaluation import judge as judge_network
 from minidiff.evaluation.open_clip import OpenClip
-from minidiff.kernels import cross_attention, geglu, group_norm_silu, self_attention, tiles
+from minidiff.kernels import cross_attention, dispatch, geglu, group_norm_silu, self_attention, tiles
 from minidiff.samplers import Denoiser, Level
 from minidiff.scenes import art
 from minidiff.scenes.prompts import fixed_prompts
@@ -97,7 +97,7 @@ def examples() -> list[partial]:
     cells, ones = x.to(tiles.DEVICE, memory_format=torch.channels_last), torch.ones(8, device=tiles.DEVICE)
     conversions = [schedule.x0_from_eps, schedule.eps_from_x0, schedule.x0_from_v, schedule.eps_from_v]
     weight = nn.Parameter(torch.ones(3))
-    changes = {"unet.down.0.transformers.0.block.cross_attention.to_k": torch.randn(16, 16)}
+    changes = {"unet.down.0.transformers.0.blocks.0.cross_attention.to_k": torch.randn(16, 16)}
     answer, draws = lambda x_t, t, context: 0.5 * x_t, diffusion_loss.Draws(t, eps)
     judge = JudgeTask(judge_config(), 0, torch.device("cpu")).judge
     pixels, two = torch.rand(2, 3, 64, 64), torch.tensor([0, 1])
@@ -124,7 +124,7 @@ def examples() -> list[partial]:
         partial(attention.attention_weights, q, k, 2),
         partial(attention.naive_attention, q, k, v, 2),
         partial(attention.attention, q, k, v, 2),
-        partial(attention.chosen, q, k, v, 2),
+        partial(dispatch.select_backend, q, k, v, 2),
         partial(attention.Attention(8, 2).forward, q, k),
         partial(attention_cases.exact, TINY, attention_cases.inputs(TINY, "normal"), torch.device("cpu")),
         partial(bench_race.relative_error, q, 2 * q),

@@ -86,7 +86,7 @@ def test_what_comes_before_the_first_cross_attention_runs_once_for_all_texts():
     for name, module in unet.named_modules():
         module.register_forward_pre_hook(lambda module, args, name=name: rows.update({name: len(args[0])}))
     unet(x, t, words)
-    block = "down.0.transformers.0.block"
+    block = "down.0.transformers.0.blocks.0"
     once = "conv_in", "down.0.blocks.0", f"{block}.self_attention", "up.2.blocks.1.time_projection"
     for_each = f"{block}.cross_attention", f"{block}.feed_forward", "down.1.blocks.0", "up.2.blocks.1", "conv_out"
     assert {rows[name] for name in once} == {2} and {rows[name] for name in for_each} == {6}
@@ -134,8 +134,8 @@ def test_attention_stands_where_the_config_says_and_always_in_the_middle():
     unet = small()
     assert [len(level.transformers) for level in unet.down] == [1, 1, 0]
     assert [len(level.transformers) for level in unet.up] == [0, 2, 2]
-    assert unet.middle.transformer.block.self_attention.heads == 4
-    assert [level.transformers[0].block.self_attention.heads for level in unet.down[:2]] == [2, 2]
+    assert unet.middle.transformer.blocks[0].self_attention.heads == 4
+    assert [level.transformers[0].blocks[0].self_attention.heads for level in unet.down[:2]] == [2, 2]
 
 
 def test_every_group_norm_has_the_eps_of_its_place():

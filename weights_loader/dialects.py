@@ -1,6 +1,6 @@
 """The names that files give to the weights, and the names they have here.
 
-    ours       down.0.transformers.1.block.cross_attention.to_k.weight
+    ours       down.0.transformers.1.blocks.0.cross_attention.to_k.weight
     ldm        model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight
     diffusers  down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k.weight                    (in unet/)
 
@@ -85,19 +85,19 @@ VAE_ATTENTION_DIFFUSERS = {
 TRANSFORMER = {
     "norm": "norm",
     "proj_in": "proj_in",
-    "block.norm_1": "transformer_blocks.0.norm1",
-    "block.self_attention.to_q": "transformer_blocks.0.attn1.to_q",
-    "block.self_attention.to_k": "transformer_blocks.0.attn1.to_k",
-    "block.self_attention.to_v": "transformer_blocks.0.attn1.to_v",
-    "block.self_attention.to_out": "transformer_blocks.0.attn1.to_out.0",  # 1 is dropout
-    "block.norm_2": "transformer_blocks.0.norm2",
-    "block.cross_attention.to_q": "transformer_blocks.0.attn2.to_q",
-    "block.cross_attention.to_k": "transformer_blocks.0.attn2.to_k",
-    "block.cross_attention.to_v": "transformer_blocks.0.attn2.to_v",
-    "block.cross_attention.to_out": "transformer_blocks.0.attn2.to_out.0",
-    "block.norm_3": "transformer_blocks.0.norm3",
-    "block.feed_forward.proj_in": "transformer_blocks.0.ff.net.0.proj",
-    "block.feed_forward.proj_out": "transformer_blocks.0.ff.net.2",  # 1 is dropout
+    "blocks.0.norm_1": "transformer_blocks.0.norm1",
+    "blocks.0.self_attention.to_q": "transformer_blocks.0.attn1.to_q",
+    "blocks.0.self_attention.to_k": "transformer_blocks.0.attn1.to_k",
+    "blocks.0.self_attention.to_v": "transformer_blocks.0.attn1.to_v",
+    "blocks.0.self_attention.to_out": "transformer_blocks.0.attn1.to_out.0",  # 1 is dropout
+    "blocks.0.norm_2": "transformer_blocks.0.norm2",
+    "blocks.0.cross_attention.to_q": "transformer_blocks.0.attn2.to_q",
+    "blocks.0.cross_attention.to_k": "transformer_blocks.0.attn2.to_k",
+    "blocks.0.cross_attention.to_v": "transformer_blocks.0.attn2.to_v",
+    "blocks.0.cross_attention.to_out": "transformer_blocks.0.attn2.to_out.0",
+    "blocks.0.norm_3": "transformer_blocks.0.norm3",
+    "blocks.0.feed_forward.proj_in": "transformer_blocks.0.ff.net.0.proj",
+    "blocks.0.feed_forward.proj_out": "transformer_blocks.0.ff.net.2",  # 1 is dropout
     "proj_out": "proj_out",
 }
 TEXT_BLOCK_CLIP = {

@@ -1,6 +1,6 @@
 """LoRA files in and out: the same low-rank changes under the names of three programs.
 
-    ours       unet.down.0.transformers.0.block.cross_attention.to_k                   down, up, alpha
+    ours       unet.down.0.transformers.0.blocks.0.cross_attention.to_k                   down, up, alpha
     diffusers  unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k         .lora_A.weight, .lora_B.weight
     kohya      lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k    .lora_down.weight, .lora_up.weight, .alpha
 

@@ -74,7 +74,7 @@ def _bare_layer(weight: Tensor) -> nn.Linear | nn.Conv2d:
 
 
 class LoRA(nn.Module):
-    """Low-rank changes by the names of the layers they belong to, as "unet.down.0.transformers.0.block.cross_attention.to_k".
+    """Low-rank changes by the names of the layers they belong to, as "unet.down.0.transformers.0.blocks.0.cross_attention.to_k".
 
     weight: a factor on all of them, which may be changed at any time: 1 as trained, 0 without effect. Several LoRAs on one model add up.
     """

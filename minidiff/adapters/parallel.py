@@ -124,7 +124,7 @@ Small = Adapter | ParallelAdapter | MultiHeadParallelAdapter | Prefix
 
 
 class Adapters(nn.Module):
-    """Small modules by the names of the layers they belong to, as "unet.middle.transformer.block.cross_attention"."""
+    """Small modules by the names of the layers they belong to, as "unet.middle.transformer.blocks.0.cross_attention"."""
 
     def __init__(self, layers: dict[str, Small]):
         super().__init__()

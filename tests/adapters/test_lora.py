@@ -288,7 +288,7 @@ def test_the_same_seed_makes_the_same_lora_and_leaves_the_global_generator_alone
 def test_the_named_sets_choose_what_the_public_trainers_do(sd):
     layers = layers_of(sd)
     chosen = {name: choose(list(layers), patterns) for name, patterns in PATTERNS.items()}
-    transformers = sum(name.endswith(".block.cross_attention.to_k") for name in layers)
+    transformers = sum(name.endswith(".blocks.0.cross_attention.to_k") for name in layers)
     assert len(chosen["attention"]) == 8 * transformers
     assert len(chosen["transformer"]) == 12 * transformers  # and the feed-forward's two, proj_in and proj_out
     assert {name for name in layers if layers[name].weight.shape[2:] == (3, 3)} - set(chosen["conv"]) == {"unet.conv_in", "unet.conv_out"}

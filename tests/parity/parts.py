@@ -73,14 +73,14 @@ def transformer_block(shape: Shape, dtype: torch.dtype) -> Outputs:
     ours, theirs = unets(shape, dtype)
     x, words = noise(2, 30, shape.unet.widths[1], dtype=dtype), context(shape.unet, dtype)
     yield (
-        ours.down[1].transformers[0].block(x, words),
+        ours.down[1].transformers[0].blocks[0](x, words),
         theirs.down_blocks[1].attentions[0].transformer_blocks[0](x, encoder_hidden_states=words),
     )
 
 
 def attention(shape: Shape, dtype: torch.dtype) -> Outputs:
     ours, theirs = unets(shape, dtype)
-    a, b = ours.middle.transformer.block, theirs.mid_block.attentions[0].transformer_blocks[0]
+    a, b = ours.middle.transformer.blocks[0], theirs.mid_block.attentions[0].transformer_blocks[0]
     x, words = noise(2, 30, shape.unet.widths[-1], dtype=dtype), context(shape.unet, dtype)
     yield a.self_attention(x), b.attn1(x)
     yield a.cross_attention(x, words), b.attn2(x, encoder_hidden_states=words)
@@ -89,7 +89,7 @@ def attention(shape: Shape, dtype: torch.dtype) -> Outputs:
 def feed_forward(shape: Shape, dtype: torch.dtype) -> Outputs:
     ours, theirs = unets(shape, dtype)
     x = noise(2, 30, shape.unet.widths[-1], dtype=dtype)
-    yield ours.middle.transformer.block.feed_forward(x), theirs.mid_block.attentions[0].transformer_blocks[0].ff(x)
+    yield ours.middle.transformer.blocks[0].feed_forward(x), theirs.mid_block.attentions[0].transformer_blocks[0].ff(x)
 
 
 def levels(shape: Shape, dtype: torch.dtype) -> Outputs:

@@ -151,7 +151,7 @@ def test_what_diffusers_saved_is_read(sd, pipe, tmp_path):
         StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=config)
         lora = read_lora(tmp_path, sd)
         alphas = {name: one.alpha for name, one in lora.layers.items()}
-        assert alphas.pop("unet.middle.transformer.block.self_attention.to_q") == 7 and set(alphas.values()) == {5}
+        assert alphas.pop("unet.middle.transformer.blocks.0.self_attention.to_q") == 7 and set(alphas.values()) == {5}
         lora.attach(sd)
         largest_error(*(outputs(unet, sd.text_encoder, sd)[1] for unet in (sd.unet, pipe.unet)))
         lora.detach()

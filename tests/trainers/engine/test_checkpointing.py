@@ -51,7 +51,7 @@ def test_the_numbers_are_the_same_and_less_is_kept(part, half):
 
 def test_hooks_on_layers_inside_take_part():
     """As adapters are attached."""
-    layer, scale = SD.unet.down[0].transformers[0].block.cross_attention.to_k, torch.tensor(0.5, requires_grad=True)
+    layer, scale = SD.unet.down[0].transformers[0].blocks[0].cross_attention.to_k, torch.tensor(0.5, requires_grad=True)
     hook = layer.register_forward_hook(lambda module, x, y: y + scale * x[0].mean())
     try:
         gradients = []
@@ -65,7 +65,7 @@ def test_hooks_on_layers_inside_take_part():
 
 
 def test_dropout_drops_the_same_on_the_way_back():
-    layer = SD.unet.middle.transformer.block.feed_forward.proj_in
+    layer = SD.unet.middle.transformer.blocks[0].feed_forward.proj_in
     hook = layer.register_forward_hook(lambda module, x, y: torch.nn.functional.dropout(y, 0.5))
     gradients = []
     try:
