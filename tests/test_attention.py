@@ -20,7 +20,6 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import minidiff.attention
 import minidiff.vae
 from minidiff.adapters.custom_diffusion import create_custom_diffusion
 from minidiff.adapters.lora import PATTERNS, create_lora
@@ -28,7 +27,7 @@ from minidiff.attention import Attention, attention, attention_weights, naive_at
 from minidiff.attention_maps import record_cross_attention
 from minidiff.blocks import TransformerBlock
 from minidiff.cli.flags import Attentions
-from minidiff.kernels import self_attention, tiles
+from minidiff.kernels import dispatch, self_attention, tiles
 from minidiff.kernels.dispatch import ATTENTION, active_backend, attention_backend, select_backend
 from minidiff.trainers.engine.checkpointing import checkpointed
 from minidiff.vae import AttentionBlock
@@ -196,7 +195,7 @@ def gpu(monkeypatch):
     """Tensors "on" an H200, made within the block it gives: they have shapes, dtypes and a device, and no numbers."""
     monkeypatch.setattr(tiles, "DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
-    monkeypatch.setattr(minidiff.attention, "_triton_works", {})
+    monkeypatch.setattr(dispatch, "_triton_works", {})
     with FakeTensorMode():
         yield monkeypatch
 

@@ -125,6 +125,7 @@ def examples() -> list[partial]:
         partial(attention.naive_attention, q, k, v, 2),
         partial(attention.attention, q, k, v, 2),
         partial(dispatch.select_backend, q, k, v, 2),
+        partial(dispatch.fused_attention, "pytorch", q, k, v, 2),
         partial(attention.Attention(8, 2).forward, q, k),
         partial(attention_cases.exact, TINY, attention_cases.inputs(TINY, "normal"), torch.device("cpu")),
         partial(bench_race.relative_error, q, 2 * q),

@@ -116,7 +116,7 @@ def test_attention_by_name_is_what_makes_the_picture(run, tmp_path, monkeypatch,
     weights_loader.save(small_model(), tmp_path / "model.safetensors")
     ways, choose = set(), minidiff.kernels.dispatch.select_backend
     run("generate", "a cat", "--model", "model.safetensors", "--steps", "2", "--out", "a.png", "--device", tiles.DEVICE)
-    monkeypatch.setattr(minidiff.attention, "chosen", lambda *args: ways.add(way := choose(*args)) or way)
+    monkeypatch.setattr(minidiff.attention, "select_backend", lambda *args: ways.add(way := choose(*args)) or way)
     code, _, err = run(
         "generate", "a cat", "--model", "model.safetensors", "--steps", "2", "--out", "b.png", "--device", tiles.DEVICE, "--attention", name
     )
