@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import minidiff.attention
+from minidiff import samplers
 from minidiff.cli.main import parse_size
 from minidiff.cli.model import choose_device, slug
 from minidiff.kernels import tiles
@@ -90,6 +91,14 @@ def test_a_batch_is_a_grid_and_each_picture_beside_it_by_its_seed(run, tmp_path)
     run("generate", "a cat", "--steps", "2", "--seed", "5", "--out", "alone.png")
     alone = np.asarray(Image.open(tmp_path / "alone.png")).astype(int)
     assert np.abs(alone - last).max() <= 1  # one seed gives one picture, alone or in a batch, to 1/255
+
+
+def test_the_samplers_are_listed_from_their_table(run, monkeypatch):
+    monkeypatch.setitem(samplers.SAMPLERS, "toy", samplers.Sampler(samplers.euler, "Toy", "for this test"))
+    code, out, _ = run("generate", "--sampler", "list")
+    lines = out.splitlines()
+    assert code == 0 and [line.split()[0] for line in lines] == list(samplers.SAMPLERS)
+    assert lines[-1] == "toy               Toy               for this test"
 
 
 def test_several_prompts_make_a_picture_each(run, tmp_path):
