@@ -393,7 +393,7 @@ class Calls(TorchDispatchMode):
 @pytest.fixture(scope="module")
 def sd():
     sd, tf32 = small_model(training_config()), torch.backends.cudnn.allow_tf32
-    for part in (sd.text_encoder, sd.unet, sd.vae):
+    for part in sd.parts.values():
         part.to(DEVICE)
     torch.backends.cudnn.allow_tf32 = False  # convolutions of 10 bits would make large differences of small ones
     yield sd

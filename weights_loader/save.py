@@ -49,7 +49,7 @@ def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm", settings: d
 def _save_ldm(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
     if path.suffix != SUFFIX:
         raise ValueError(f"{path}: a model in the ldm layout is one {SUFFIX} file; give it a name that ends so, or take layout='diffusers'")
-    tensors = to_file(sd.text_encoder, "ldm") | to_file(sd.unet, "ldm") | to_file(sd.vae, "ldm") | sd.carried
+    tensors = to_file(sd.text_encoder, "ldm") | to_file(sd.unet, "ldm") | to_file(sd.vae, "ldm") | sd.extra_tensors
     write_safetensors(path, tensors, metadata)
 
 
@@ -61,8 +61,8 @@ def _save_folder(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
         write_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors", to_file(sd.unet, "diffusers"), metadata)
         write_safetensors(folder / "vae" / "diffusion_pytorch_model.safetensors", to_file(sd.vae, "diffusers"), FORMAT)
         write_safetensors(folder / "text_encoder" / "model.safetensors", to_file(sd.text_encoder, "diffusers"), FORMAT)
-        if sd.carried:
-            write_safetensors(folder / CARRIED_FILE, sd.carried, FORMAT)
+        if sd.extra_tensors:
+            write_safetensors(folder / CARRIED_FILE, sd.extra_tensors, FORMAT)
 
 
 def save_parts(sd: StableDiffusion, folder: str | Path, dtype: torch.dtype = torch.float16):

@@ -2,6 +2,8 @@
 
     select_backend   "naive", "pytorch", "self" or "cross", for given tensors
     fused_attention  attention by one of the last three
+
+Our kernels run where they take the tensors and Triton works, which is tried once per device.
 """
 
 import warnings
@@ -31,7 +33,7 @@ def attention_backend(name: str) -> Iterator[None]:
     kernels/, and a ValueError where none takes the tensors. Results are the same but for rounding. A backward pass that computes parts
     again (checkpointing) belongs into the block too. Raises ValueError for another name.
     """
-    global _active
+    global _active  # noqa: PLW0603  one choice for the whole process is what is meant
     if name not in ATTENTION:
         raise ValueError(f"attention {name!r} unknown; choose {', '.join(ATTENTION)}")
     before, _active = _active, name
@@ -82,7 +84,7 @@ def fused_attention(
 
 @torch.compiler.assume_constant_result
 def triton_works(device: torch.device) -> bool:
-    """Return whether Triton works on this GPU, tried once: it also needs a C compiler and Python's headers, which a machine may not have."""
+    """Return whether Triton works on this GPU, tried once: it also needs a C compiler and Python's headers, which may be missing."""
     if device not in _triton_works:
         x = torch.zeros(1, 16, 16, device=device)
         _triton_works[device] = self_attention.unsupported(x, x, x, 1, False) is None

@@ -38,7 +38,7 @@ def test_every_tensor_of_a_file_ends_in_exactly_one_list(tmp_path):
     named = [*report.used, *report.converted, *report.carried, *report.ignored]
     assert sorted(named) == sorted(tensors)
     assert report.problem() is None
-    assert sorted(report.carried) == sorted(sd.carried)
+    assert sorted(report.carried) == sorted(sd.extra_tensors)
     assert set(report.converted.values()) == {"stacked query, key and value, taken apart", "1x1 convolution, taken as a matrix"}
 
 
