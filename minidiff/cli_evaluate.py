@@ -203,7 +203,8 @@ def bundled(
 
     import weights_loader
     from minidiff.cli_model import training_on
-    from minidiff.evaluation.bundled import evaluate, table
+    from minidiff.evaluation.bundled import evaluate
+    from minidiff.evaluation.figures import table
 
     with training_on(device, threads) as device:
         sd, judge = load(model, "float32", device), weights_loader.load_judge(device=device)
