@@ -1,7 +1,6 @@
 """Pictures side by side, and pictures with the settings that made them."""
 
 import math
-import os
 import struct
 import warnings
 from collections.abc import Sequence
@@ -12,6 +11,8 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
+
+from minidiff.files import atomic_write
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
@@ -51,12 +52,8 @@ def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> N
     info = PngImagePlugin.PngInfo()
     if parameters is not None:
         info.add_text("parameters", parameters)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG", pnginfo=info)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        image.save(file, format="PNG", pnginfo=info)
 
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

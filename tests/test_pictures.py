@@ -58,7 +58,7 @@ def test_a_failure_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypatch
     before = path.read_bytes()
 
     def full_disk(self, target, **options):
-        target.write_bytes(b"half")
+        target.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full_disk)

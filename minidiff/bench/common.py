@@ -13,6 +13,7 @@ import torch
 
 from minidiff.bundled.tasks import bundled_config
 from minidiff.config import SD1, SD2, ModelConfig
+from minidiff.files import write_text
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
@@ -96,9 +97,7 @@ class Record:
 
     def write(self) -> None:
         if self.out:
-            whole = self.out.with_name(f".{self.out.name}.tmp")
-            whole.write_text(json.dumps(self.values, indent=2) + "\n")
-            os.replace(whole, self.out)
+            write_text(self.out, json.dumps(self.values, indent=2) + "\n")
 
 
 def _read(out: Path | None) -> dict:

@@ -29,6 +29,7 @@ import weights_loader
 from minidiff.bench.common import check, command, in_a_line, machine, made_up
 from minidiff.bench.one_load import Measurement
 from minidiff.config import SD1, ModelConfig
+from minidiff.files import write_text
 from minidiff.pipeline import StableDiffusion
 from weights_loader.dialects import to_file
 from weights_loader.folder import write_folder_config
@@ -81,7 +82,7 @@ def bench(
         missed += [f"missed: {case}: {goal}" for goal in goals_missed(summary)]
         yield table_row(case, summary)
     if out:
-        out.write_text(json.dumps(record, indent=2) + "\n")
+        write_text(out, json.dumps(record, indent=2) + "\n")
     yield "\n" + "\n".join(missed or [f"goals met: {GOAL_TIME} of diffusers' time, memory {GOAL_MEMORY} of the model's size"])
 
 

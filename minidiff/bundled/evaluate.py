@@ -22,11 +22,12 @@ from minidiff.bundled.figures import Figure, Figures, Measure, Record, Verdict
 from minidiff.evaluation.alignment import text_alignment
 from minidiff.evaluation.judge import Judge
 from minidiff.evaluation.kid import kid
+from minidiff.files import check_same, checksum
 from minidiff.pictures import pixels_of
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.prompts import FixedPrompt, fixed_prompts, real_scene
 from minidiff.scenes.scenes import sample_scene
-from minidiff.trainers.engine.state import check_same, checksum, read_state, write_state
+from minidiff.trainers.engine.state import read_state, write_state
 
 JUDGED = ("model", "real", "reconstructed")  # kinds of pictures with a verdict
 

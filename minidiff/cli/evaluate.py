@@ -82,9 +82,9 @@ def pictures(
         if min(len(features), len(others)) < 500:
             say([f"KID of {len(features)} and {len(others)} pictures: fewer than 500, so its error is large"])
     if out is not None:
-        temporary = out.with_name(f".{out.name}.tmp")
-        temporary.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
-        temporary.replace(out)
+        from minidiff.files import write_text
+
+        write_text(out, json.dumps(numbers, indent=1))
 
 
 def kid_of(features, others, prompts: list[str]):

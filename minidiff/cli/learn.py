@@ -124,19 +124,13 @@ def class_prompt_of(options: Options) -> str:
 
 
 def claim(out: Path, asked: dict[str, str]) -> None:
-    """Makes the folder, or makes sure that what stands in it is the same run; raises ValueError for another's, OSError for a file."""
-    from minidiff.trainers.engine.state import check_same
+    """Claim the folder for the run. Raises ValueError if it holds another's, OSError for a file."""
+    from minidiff.files import ensure_same_run
 
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / "run.json"
-        if not path.exists():
-            temporary = out / ".run.json.tmp"
-            temporary.write_text(json.dumps(asked, indent=1))
-            temporary.replace(path)
+        ensure_same_run(out / "run.json", asked)
     except OSError as error:
         raise OSError(f"--out {out}: no folder to write to ({error.strerror}); choose another place") from error
-    check_same(out, json.loads(path.read_text()), asked)
 
 
 def fill_class_folders(sd: "StableDiffusion", concepts: list[Concept], options: Options) -> None:
