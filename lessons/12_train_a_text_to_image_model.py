@@ -3,7 +3,7 @@
 #
 # **What does it take to train such a model, and how does one see that it learns?**
 #
-# - Explains: [minidiff/bundled/tasks.py](../minidiff/trainers/from_scratch.py), [minidiff/trainers/engine/optimizer.py](../minidiff/trainers/optimizer.py)
+# - Explains: [minidiff/bundled/tasks.py](../minidiff/bundled/tasks.py), [minidiff/trainers/engine/optimizer.py](../minidiff/trainers/engine/optimizer.py)
 # - You change: `ema_update`, the running mean of all weights, which is what is kept
 # - Minutes: 35
 # - Picture: [figures/12-stations.png](figures/12-stations.png)

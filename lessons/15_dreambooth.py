@@ -3,8 +3,8 @@
 #
 # **How does a model learn one new animal from five pictures, and what does it forget meanwhile?**
 #
-# - Explains: [minidiff/trainers/methods/common.py](../minidiff/trainers/methods.py),
-#   [minidiff/trainers/methods/finetuning.py](../minidiff/trainers/personalise.py)
+# - Explains: [minidiff/trainers/methods/common.py](../minidiff/trainers/methods/common.py),
+#   [minidiff/trainers/methods/finetuning.py](../minidiff/trainers/methods/finetuning.py)
 # - You change: `with_prior`, the loss that keeps the class
 # - Minutes: 35
 # - Picture: [figures/15-forgotten.png](figures/15-forgotten.png)

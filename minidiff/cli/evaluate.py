@@ -204,7 +204,8 @@ def bundled(
     from tqdm import tqdm
 
     import weights_loader
-    from minidiff.bundled.evaluate import evaluate, table
+    from minidiff.bundled.evaluate import evaluate
+    from minidiff.bundled.figures import table
     from minidiff.cli.model import training_on
 
     with training_on(device, threads) as device:

@@ -2,7 +2,7 @@
 
     frozen weights     stand there already, as do the trained ones
     optimizer          AdamW keeps two float32 values a trained weight, Muon one
-    average            one
+    ema                one
     gradients          one
     activations        what a layer remembers on the way forward for the way back; grows with the batch
 
@@ -39,20 +39,20 @@ class Memory:
     trained: int
     gradients: int
     optimizer: int
-    average: int
+    ema: int
     activations: int
 
     @property
     def above(self) -> int:
         """What training adds to a process, or a device, that holds the weights."""
-        return self.gradients + self.optimizer + self.ema_decay + self.activations
+        return self.gradients + self.optimizer + self.ema + self.activations
 
     @property
     def total(self) -> int:
         return self.frozen + self.trained + self.above
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {readable(getattr(self, name))}" for name in ("gradients", "optimizer", "average", "activations"))
+        parts = ", ".join(f"{name} {readable(getattr(self, name))}" for name in ("gradients", "optimizer", "ema", "activations"))
         weights = f"weights {readable(self.frozen + self.trained)}, of which {readable(self.trained)} are trained"
         return f"about {readable(self.total)} of memory: {weights}; training adds {readable(self.above)} ({parts})"
 
@@ -80,7 +80,7 @@ def estimate_memory(task: loop.Task, settings: Settings, device: torch.device) -
         trained=bytes_of(trained),
         gradients=gradients,
         optimizer=slots,
-        ema_decay=0 if settings.ema_decay is None else gradients,
+        ema=0 if settings.ema_decay is None else gradients,
         activations=round(reserve * max(live.peak, gradients + stepping)) - gradients,
     )
 

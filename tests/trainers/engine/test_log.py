@@ -83,7 +83,7 @@ def test_the_loss_is_looked_at_once_a_second_only(tmp_path, clock, monkeypatch):
 
 
 def test_the_other_processes_are_silent(tmp_path, monkeypatch):
-    monkeypatch.setattr(log.processes, "number", lambda: 1)
+    monkeypatch.setattr(log.distributed, "rank", lambda: 1)
     with Log(tmp_path, "lora", CPU) as one:
         one.add(step(1))
         assert one.text() == ""
