@@ -108,23 +108,6 @@ def _read(out: Path | None) -> dict:
     return values if isinstance(values, dict) else {}
 
 
-def row(cells: Sequence[object]) -> str:
-    """Of a Markdown table."""
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def header(cells: Sequence[str]) -> str:
-    return row(cells) + "\n" + row(["---"] * len(cells))
-
-
-def seconds(value: float) -> str:
-    """With three digits."""
-    for scale, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
-        if value * scale >= 1:
-            return f"{value * scale:.3g} {unit}"
-    return f"{value * 1e6:.3g} µs"
-
-
 def made_up(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
     """A model whose weights are windows onto one pool of random numbers: it takes the memory of its largest matrix."""
     with torch.device("meta"):

@@ -28,11 +28,11 @@ import torch
 from minidiff.bundled.card import card
 from minidiff.bundled.evaluate import evaluate, held_out_psnr
 from minidiff.bundled.figures import Record, as_json, from_json
+from minidiff.bundled.judge import Judge
 from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.run import Progress, averaged, compiling_on, foretold, logged, run_from_scratch, seconds_a_step, timed
 from minidiff.bundled.train_judge import JUDGE_SETTINGS, JudgeTask, judge_config
 from minidiff.config import ModelConfig
-from minidiff.evaluation.judge import Judge
 from minidiff.files import write_text
 from minidiff.pictures import grid, save_png
 from minidiff.pipeline import StableDiffusion, to_images

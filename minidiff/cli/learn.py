@@ -150,14 +150,15 @@ def forecast(method: "TrainingRun", device: "torch.device") -> None:
     """What is trained, and how much memory it will take; the latents are made on the way."""
     from tqdm import tqdm
 
+    from minidiff.markdown import format_bytes
     from minidiff.trainers.engine.distributed import world_size
     from minidiff.trainers.engine.log import memory_taken
-    from minidiff.trainers.engine.memory import estimate_memory, readable
+    from minidiff.trainers.engine.memory import estimate_memory
 
     for phase in method.phases:
         for _ in tqdm(phase.prepare(), desc="pictures to latents", unit="picture", file=sys.stderr, leave=False):
             pass
-        taken = f"; this process has taken {readable(memory_taken(device))} so far, the model among it" if device.type == "cpu" else ""
+        taken = f"; this process has taken {format_bytes(memory_taken(device))} so far, the model among it" if device.type == "cpu" else ""
         with phase:
             memory = estimate_memory(phase, phase.settings, device)
         settings = phase.settings

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from minidiff.bench.common import machine
+from minidiff.bundled.judge import Judge
 from minidiff.evaluation.alignment import drift
-from minidiff.evaluation.judge import Judge
 from minidiff.files import atomic_write, digest, ensure_same_run, tensor_bytes, write_text
-from minidiff.pictures import grid, pixels_of, save_png
+from minidiff.pictures import grid, save_png, to_pixels
 from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.study import measure
 from minidiff.study.learn import Learned, learned, style_pictures, training_pictures
@@ -111,11 +111,11 @@ def looked_at(sd: StableDiffusion, judge: Judge, run: Run, learning: Learned) ->
     if run.part == "style":
         given = style_pictures(run.seed)
         found = measure.style_measured(sd, judge, learning.called[0], [name for _, name in given])
-        chroma_given = measure.chroma(pixels_of(np.stack([np.asarray(picture) for picture, _ in given])))
+        chroma_given = measure.chroma(to_pixels(np.stack([np.asarray(picture) for picture, _ in given])))
         return replace(found, scores=found.scores | {"chroma_given": chroma_given})
     things = []
     for subject, words in zip(run.subjects, learning.called):
-        pictures = pixels_of(np.stack([np.asarray(picture) for picture in training_pictures(subject, run.seed)]))
+        pictures = to_pixels(np.stack([np.asarray(picture) for picture in training_pictures(subject, run.seed)]))
         things.append(measure.Thing(subject, SUBJECTS[subject], words, pictures))
     return measure.measured(sd, judge, things)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff.files import ensure_same_run, fingerprint
-from minidiff.pictures import picture_paths, save_png
+from minidiff.pictures import list_pictures, save_png
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.scenes import sample_scene
 from minidiff.trainers.data.folder import Example
@@ -60,7 +60,7 @@ def class_pictures(
     parts = {name: fingerprint(module) for name, module in (("text_encoder", sd.text_encoder), ("unet", sd.unet), ("vae", sd.vae))}
     choices = {"prompt": prompt, "seed": seed, "steps": steps, "sampler": sampler, "guidance_scale": guidance_scale, "size": size}
     claim(folder, count, choices | parts)
-    given = len([path for path in picture_paths(folder) if not path.name.startswith("class-")])
+    given = len([path for path in list_pictures(folder) if not path.name.startswith("class-")])
     paths = [folder / f"class-{i:05d}.png" for i in range(count - given)]
     for start in range(0, len(paths), batch):
         chunk = paths[start : start + batch]
