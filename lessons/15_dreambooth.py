@@ -45,7 +45,7 @@ from matplotlib import pyplot as plt
 # %%
 from lessons.common import picture_grid, start
 from minidiff.config import SD1
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
 from minidiff.trainers.methods import common
@@ -59,7 +59,7 @@ sd = lesson.load()
 judge = load_judge(device=lesson.device)
 size = sd.config.image_size
 scenes = subject_scenes("tiger", "fluent", 5, np.random.default_rng(0))
-five = pixels_of(np.stack([scene.image for scene in scenes]))
+five = to_pixels(np.stack([scene.image for scene in scenes]))
 five = to_images(F.interpolate(five, (size, size)))
 root = TemporaryDirectory()
 images, class_images = Path(root.name) / "tigers", Path(root.name) / "lions"

@@ -23,11 +23,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
+from minidiff.files import check_same
 from minidiff.trainers.engine import distributed
 from minidiff.trainers.engine.checkpointing import checkpointed, thrifty_malloc
 from minidiff.trainers.engine.optimizer import EMA, learning_rate
 from minidiff.trainers.engine.settings import Settings
-from minidiff.trainers.engine.state import check_same, read_state, write_state
+from minidiff.trainers.engine.state import read_state, write_state
 
 ONLY_HOW = (
     "batch",

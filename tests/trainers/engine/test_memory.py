@@ -13,7 +13,7 @@ from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents
 from minidiff.trainers.engine import loop
 from minidiff.trainers.engine.checkpointing import checkpointed
-from minidiff.trainers.engine.memory import RESERVE, LiveBytes, Memory, estimate_memory, readable
+from minidiff.trainers.engine.memory import RESERVE, LiveBytes, Memory, estimate_memory
 from minidiff.trainers.engine.optimizer import Muon
 from tests.small_models import training_config
 from tests.small_task import CPU, SmallTask, small_settings
@@ -111,11 +111,10 @@ def test_a_task_that_fails_keeps_no_gradient_and_no_mode():
 
 
 def test_it_is_told_in_words():
-    assert (readable(0), readable(1_234_000), readable(1_250_000_000)) == ("0 MB", "1 MB", "1.2 GB")
     memory = Memory(frozen=3_000_000_000, trained=1_000_000, gradients=1_000_000, optimizer=2_000_000, ema=0, activations=2_000_000_000)
     assert str(memory) == (
-        "about 5.0 GB of memory: weights 3.0 GB, of which 1 MB are trained; "
-        "training adds 2.0 GB (gradients 1 MB, optimizer 2 MB, ema 0 MB, activations 2.0 GB)"
+        "about 5.0 GB of memory: weights 3.0 GB, of which 1.0 MB are trained; "
+        "training adds 2.0 GB (gradients 1.0 MB, optimizer 2.0 MB, ema 0 kB, activations 2.0 GB)"
     )
 
 
