@@ -60,8 +60,10 @@ def record_cross_attention(unet: UNet) -> Iterator[dict[str, Float[Tensor, "B H 
             handle.remove()
 
 
-def with_attention_maps(steps: Generator[Step, Tensor | None, None], unet: UNet, pictures: int) -> Generator[Step, Tensor | None, None]:
-    """Take the same steps, each with the maps of its first model call; of guidance's two halves the conditional one's.
+def with_attention_maps(steps: Generator[Step, Tensor | None, None], unet: UNet) -> Generator[Step, Tensor | None, None]:
+    """Take the same steps, each with the maps of its first model call; of guidance's two halves those of the prompt.
+
+        for step in with_attention_maps(sd.denoise("a cat"), sd.unet): step.attention_maps["middle.transformer"]
 
     Recording covers one step at a time: what the caller runs between two steps is not in the maps.
     """
@@ -73,7 +75,7 @@ def with_attention_maps(steps: Generator[Step, Tensor | None, None], unet: UNet,
             except StopIteration:
                 return
         # Guidance runs the unconditional half first; the prompt's rows are the last.
-        sent = yield replace(step, attention_maps={name: m[-pictures:] for name, m in maps.items()})
+        sent = yield replace(step, attention_maps={name: m[-len(step.x_t) :] for name, m in maps.items()})
 
 
 def word_map(maps: dict[str, Float[Tensor, "B _h _w L"]], positions: list[int], size: tuple[int, int]) -> Float[Tensor, "B H W"]:
@@ -82,7 +84,7 @@ def word_map(maps: dict[str, Float[Tensor, "B _h _w L"]], positions: list[int], 
     positions: of the word's tokens in the context, the start token being at 0. Raises ValueError for none, and for maps that are not there.
     """
     if not maps:
-        raise ValueError("no attention maps were recorded; ask for them with attention_maps=True")
+        raise ValueError("no attention maps were recorded; take the steps through with_attention_maps")
     length = next(iter(maps.values())).shape[-1]
     if not positions or not all(0 <= position < length for position in positions):
         raise ValueError(f"positions {positions}: expected at least one of 0..{length - 1}; Tokenizer.words gives each word's")

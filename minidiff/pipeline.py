@@ -144,7 +144,6 @@ class StableDiffusion:
         start: int = 0,
         x: Float[Tensor, "B C h w"] | None = None,
         model: Callable[[Tensor, Tensor, Conditioning], Tensor] | None = None,
-        attention_maps: bool = False,
     ) -> Generator[Step, Tensor | None, None]:
         """Denoise from noise to latents; yield one Step per step. The last one's x_t is to be decoded.
 
@@ -161,7 +160,6 @@ class StableDiffusion:
             x: the latents at that level, one per picture, in place of the seeds' first noise.
             model: predicts in the U-Net's place, model(x_t, t, conditioning), for B rows of x_t and B or 2 B of conditioning. It usually
                 calls `predict` with more channels, or with residuals in the conditioning.
-            attention_maps: each Step carries the cross-attention of its first model call, for the prompt, by layer (see attention_maps.py).
 
         Raises ValueError, before the first step, for what the model cannot do.
         """
@@ -183,7 +181,7 @@ class StableDiffusion:
             uncond = self.text([negative_prompt], pixels).expand(len(prompts)) if guidance_scale != 1 else None
         for part in (self.unet, self.vae):
             channels_last(part)
-        loop = sample(
+        return sample(
             guided(model, cond, uncond, guidance_scale, shared_prefix=True),
             first_noise if x is None else x.to(first_noise),
             self.schedule,
@@ -194,11 +192,6 @@ class StableDiffusion:
             noise=draw,
             start=start,
         )
-        if not attention_maps:
-            return loop
-        from minidiff.attention_maps import with_attention_maps
-
-        return with_attention_maps(loop, self.unet, len(prompts))
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C h w"], tiled: bool = True) -> Float[Tensor, "B 3 H W"]:

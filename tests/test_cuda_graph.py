@@ -13,6 +13,7 @@ from minidiff import cuda_graph, pipeline
 from minidiff.adapters.custom_diffusion import create_custom_diffusion
 from minidiff.adapters.lora import create_lora, merge_lora
 from minidiff.adapters.parallel import create_adapters
+from minidiff.attention_maps import with_attention_maps
 from minidiff.conditioning import Conditioning
 from minidiff.cuda_graph import UNetGraph
 from minidiff.kernels.dispatch import attention_backend
@@ -346,7 +347,8 @@ def test_gradients_and_a_compiled_unet_take_no_graph(captures, device):
 
 def test_a_loop_that_records_attention_maps_is_not_captured(captures, device):
     """Its hooks belong to no adapter, and take notes, others at each call."""
-    latents(on(device), attention_maps=True)
+    model = on(device)
+    list(with_attention_maps(model.denoise(PROMPTS, steps=4, seeds=[1, 2], size=32), model.unet))
     assert captures == []
 
 

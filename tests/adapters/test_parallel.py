@@ -6,7 +6,7 @@ import torch
 from minidiff.adapters.lora import create_lora, layers_of
 from minidiff.adapters.parallel import METHODS, PATTERNS, Adapters, ParallelAdapter, create_adapters
 from minidiff.attention import Attention, attention_weights, naive_attention
-from minidiff.attention_maps import word_map
+from minidiff.attention_maps import with_attention_maps, word_map
 from minidiff.blocks import FeedForward
 from minidiff.trainers.engine.checkpointing import checkpointed
 from tests.small_models import small_model
@@ -88,7 +88,9 @@ def test_prefix_tuning_mixes_the_heads_with_attention_to_the_prefix(sd):
 
 
 @pytest.mark.parametrize("method, scale, reads_output", [("adapter", 1, True), ("parallel", 1, False), ("scaled_parallel", 4, False)])
-@pytest.mark.parametrize("name", [CROSS, "unet.middle.transformer.blocks.0.self_attention", "unet.middle.transformer.blocks.0.feed_forward"])
+@pytest.mark.parametrize(
+    "name", [CROSS, "unet.middle.transformer.blocks.0.self_attention", "unet.middle.transformer.blocks.0.feed_forward"]
+)
 def test_a_bottleneck_behind_or_beside_a_layer_is_the_closed_form(method, scale, reads_output, name, sd):
     layer, adapters = layers_of(sd, (Attention, FeedForward))[name], learned(sd, method, (f"^{name}$",))
     x = torch.randn(2, 5, 32, generator=generator(2))
@@ -187,13 +189,13 @@ def test_half_precision_stays_and_the_adapters_are_float32(method, how):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_pictures_with_guidance_and_attention_maps(method, sd):
-    def last(**more):
-        *_, step = sd.denoise("a cat", steps=2, guidance_scale=3.0, seeds=[0, 1], **more)
+    def last(change=lambda steps: steps):
+        *_, step = change(sd.denoise("a cat", steps=2, guidance_scale=3.0, seeds=[0, 1]))
         return step
 
     before, adapters = last().x_t, learned(sd, method)
     adapters.attach(sd)
-    live, recorded = last().x_t, last(attention_maps=True)
+    live, recorded = last().x_t, last(lambda steps: with_attention_maps(steps, sd.unet))
     adapters.detach()
     assert torch.equal(recorded.x_t, live), "recording runs some layers twice"
     assert word_map(recorded.attention_maps, [1], (8, 8)).shape == (2, 8, 8)
