@@ -24,6 +24,7 @@ from minidiff import (
     compare,
     conditioning,
     cuda_graph,
+    files,
     guidance,
     pipeline,
     samplers,
@@ -36,11 +37,11 @@ from minidiff.adapters import custom_diffusion, lora, parallel
 from minidiff.bench import attention_cases
 from minidiff.bench import race as bench_race
 from minidiff.bundled import evaluate, tasks
+from minidiff.bundled import judge as judge_network
 from minidiff.bundled import train_judge as judge_trainer
 from minidiff.bundled.train_judge import JudgeTask, judge_config
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.evaluation import alignment, kid, pairs, weights
-from minidiff.evaluation import judge as judge_network
 from minidiff.evaluation.open_clip import OpenClip
 from minidiff.kernels import cross_attention, dispatch, geglu, group_norm_silu, self_attention, tiles
 from minidiff.samplers import Denoiser, Level
@@ -133,6 +134,7 @@ def examples() -> list[partial]:
         partial(attention.Attention(8, 2).forward, q, k),
         partial(attention_cases.exact, TINY, attention_cases.inputs(TINY, "normal"), torch.device("cpu")),
         partial(bench_race.relative_error, q, 2 * q),
+        partial(attention_maps.with_attention_maps, sd.denoise("a cat", steps=2), sd.unet),
         partial(attention_maps.word_map, {"layer": torch.rand(2, 4, 4, 5)}, [1, 2], (8, 8)),
         partial(custom_diffusion.compress, changes),
         partial(custom_diffusion.compress(changes).deltas),
@@ -161,7 +163,6 @@ def examples() -> list[partial]:
         partial(full.to, torch.device("cpu"), torch.float64),
         partial(conditioning.Conditioning(q[:1]).expand, 3),
         partial(conditioning.as_conditioning, q),
-        partial(conditioning.concatenate, full, full),
         partial(sd.predict, x_t, t, full),
         partial(sd.denoise, "a cat", x=torch.randn(1, 4, 8, 8), start=1, steps=2),
         partial(sd.decode, torch.randn(1, 4, 8, 8)),
@@ -202,13 +203,14 @@ def examples() -> list[partial]:
         partial(regularisation.nearest, torch.randn(4), torch.randn(6, 4)),
         partial(kid.kernel, features, features + 1),
         partial(kid.block_sums, features.double(), torch.arange(8) % 2, torch.arange(4) % 2, 2),
+        partial(kid.scale_features, features),
+        partial(files.tensor_bytes, q),
         partial(kid.kid, features, features + 1, blocks=2),
         partial(alignment.text_alignment, features, features + 1),
         partial(alignment.image_alignment, features, features + 1),
         partial(pairs.dependence, np.array([[1.0, -1.0, 0.0]])),
         partial(alignment.check_size, pixels, 64, "judge"),
         partial(alignment.drift, features, features + 1),
-        partial(judge_network.scaled, features),
         partial(judge_network.contrastive_loss, features, features + 1, torch.tensor(1.0)),
         partial(judge_network.AttentionPool(8, 4, 2).forward, x),
         partial(judge.pictures.forward, pixels),
