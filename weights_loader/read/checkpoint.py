@@ -18,8 +18,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from weights_loader.pickles import InertObject, Name, Refused
-from weights_loader.torch_files import check_size, read_pickles, read_zip
+from weights_loader.read.pickles import InertObject, Name, Refused
+from weights_loader.read.torch_files import check_size, read_pickles, read_zip
 
 SAFETENSORS_LONGEST_HEADER = 100_000_000  # bytes; a limit of the format
 

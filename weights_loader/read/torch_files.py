@@ -5,7 +5,7 @@
                         then each storage, behind its number of elements
     bare pickle         one pickle; each storage is a legacy file inside it, as bytes
 
-The pickles go through weights_loader.pickles. The storages of a zip are windows onto the file. In a legacy file numbers
+The pickles go through weights_loader.read.pickles. The storages of a zip are windows onto the file. In a legacy file numbers
 mostly stand at odd addresses, where a processor need not be able to read them: those are copied.
 
 Left out: torch's tar format of before 2017, TorchScript, compressed archives. Each is refused by name.
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weights_loader.pickles import STORAGES, Name, Refused, unpickle
+from weights_loader.read.pickles import STORAGES, Name, Refused, unpickle
 
 # Called with a storage's key, dtype and number of elements.
 LoadStorage = Callable[[str, torch.dtype, int], Tensor]
