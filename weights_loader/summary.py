@@ -9,8 +9,9 @@ from torch import Tensor
 
 from weights_loader import custom_diffusion, detect, embedding, lora
 from weights_loader.contents import find
-from weights_loader.detect import family_name
-from weights_loader.load import load_with_report
+from weights_loader.families import family_of_config
+from weights_loader.load import LoadOptions, load_with_report
+from weights_loader.name_table import EMA_PREFIX
 from weights_loader.read import Checkpoint, read
 
 
@@ -19,7 +20,7 @@ class Summary:
     """What a checkpoint is, and what becomes of its tensors. `str` makes a text of it.
 
     parameters: numbers in each part that is computed with. dtypes: tensors of each dtype in the file. size: bytes of the file or folder.
-    prediction: "eps" or "v". used, converted, carried: how many tensors. ignored: how many for each reason.
+    prediction: "eps" or "v". used, converted, extra: how many tensors. ignored: how many for each reason.
     """
 
     path: Path
@@ -32,7 +33,7 @@ class Summary:
     ema: bool
     used: int
     converted: dict[str, int]
-    carried: int
+    extra: int
     ignored: dict[str, int]
     notes: tuple[str, ...]
 
@@ -49,7 +50,7 @@ class Summary:
             f"  EMA         {'yes, beside the last weights (ema=True takes it)' if self.ema else 'no'}",
             f"  tensors     {self.used} used as they are",
             *(f"              {count} converted: {how}" for how, count in self.converted.items()),
-            *([f"              {self.carried} carried along: not computed with, written back when saved"] if self.carried else []),
+            *([f"              {self.extra} carried along: not computed with, written back when saved"] if self.extra else []),
             *(f"              {count} ignored: {reason}" for reason, count in self.ignored.items()),
             *(f"  note        {note}" for note in self.notes),
         ]
@@ -115,22 +116,21 @@ def inspect(path: str | Path) -> Summary | SmallSummary:
     """
     if small := _inspect_small(find(path)):
         return small
-    loaded = load_with_report(path, dtype="file")
+    loaded = load_with_report(path, LoadOptions(dtype="file"))
     sd, contents, report = loaded.sd, loaded.contents, loaded.report
-    tensors = [tensor for part in (*contents.parts.values(), contents.rest) for tensor in part.values()]
     where = contents.path
     return Summary(
         path=where,
-        family=family_name(sd.config),
+        family=family_of_config(sd.config).name_of(sd.config),
         layout={"ldm": "ldm, a single file", "diffusers": "diffusers, a folder"}[contents.layout],
         parameters={name: sum(p.numel() for p in getattr(sd, name).parameters()) for name in contents.parts},
         size=sum(file.stat().st_size for file in where.rglob("*") if file.is_file()) if where.is_dir() else where.stat().st_size,
-        dtypes=_dtypes(tensors),
+        dtypes=_dtypes(contents.tensors.values()),
         prediction=sd.config.schedule.prediction,
-        ema=any(name.startswith("model_ema.diffusion_model") for name in contents.rest),
+        ema=any(name.startswith(f"{EMA_PREFIX}diffusion_model") for name in contents.rest),
         used=len(report.used),
         converted=dict(Counter(report.converted.values())),
-        carried=len(report.carried),
+        extra=len(report.extra),
         ignored=report.reasons(),
         notes=sd.notes,
     )

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from weights_loader.read.pickles import InertObject, Name, unpickle
 from weights_loader.read import read
+from weights_loader.read.pickles import InertObject, Name, unpickle
 from weights_loader.read.torch_files import LEGACY_MAGIC
 
 
