@@ -155,7 +155,10 @@ def unet_diffusers(config: UNetConfig) -> dict[str, str]:
 
 
 def vae_ldm(config: VAEConfig) -> dict[str, str]:
-    """Name the VAE's layers as the original does, which counts the decoder's levels from the highest resolution, though it runs the lowest first."""
+    """Name the VAE's layers as the original does.
+
+    It counts the decoder's levels from the highest resolution, though it runs the lowest first.
+    """
     names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for half in ("encoder", "decoder"):
         names |= {f"{half}.{layer}": f"{half}.{layer}" for layer in ("conv_in", "norm_out", "conv_out")}

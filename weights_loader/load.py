@@ -145,7 +145,7 @@ def _choose_config(contents: Contents, options: LoadOptions) -> tuple[ModelConfi
         except ValueError as error:
             raise ValueError(f"{contents.path}: {error}") from error
     if options.prediction is not None:
-        return with_prediction(config, options.prediction), True
+        return with_prediction(config, "v" if options.prediction == "v" else "eps"), True
     return config, decided
 
 

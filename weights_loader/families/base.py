@@ -30,8 +30,9 @@ class Family:
         variants: {input channels of the U-Net: what is added to the name}.
         other_variants: the same for models that are refused, by what they are made for.
         ignored: (pattern, why nothing is lost without the tensor).
-        extra: patterns of tensors that are kept and written back, though nothing is computed with them.
-        unused_text_layers: how many of the text encoder's last blocks are in the files but never run.
+        extra: patterns of tensors that are kept and written back, though nothing is computed with them; {n} is the number of the first
+            block of the text encoder that is not run.
+        unused_text_layers: how many blocks of the text encoder a whole file has that are not run.
         refused: (pattern, what a file with such a tensor is): another kind of model.
         parts_alone: the same for parts of a model. A whole model has such tensors too, so they count only if it has no U-Net.
         pipelines: diffusers' classes for this family: for pictures from text, for inpainting, and others that load the same parts.
@@ -96,9 +97,8 @@ class Family:
         return self.name + self.variants.get(config.unet.in_channels, "")
 
     def extra_pattern(self, config: ModelConfig) -> str:
-        """Return one pattern of all tensors that are kept unused."""
-        unused = range(config.text_encoder.layers, config.text_encoder.layers + self.unused_text_layers)
-        return "|".join(pattern.format(n=n) for pattern in self.extra for n in unused or (0,)) or r"(?!)"
+        """Return one pattern of all tensors that are kept unused; one that matches nothing if there are none."""
+        return "|".join(pattern.format(n=config.text_encoder.layers) for pattern in self.extra) or r"(?!)"
 
 
 def differences(numbers: Mapping[str, object], config: ModelConfig) -> dict[str, str]:

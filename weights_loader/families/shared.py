@@ -39,8 +39,12 @@ IGNORED = (
     (r"^model_ema\.", "moving average of the U-Net's weights; ask for it with ema=True (--ema)"),
     (r"^(first_stage_model\.)?loss\.", "the loss that the VAE was trained with"),
 )
-# The text encoder's projection into the space that CLIP compares pictures and texts in.
-EXTRA = (r"^cond_stage_model\.(model\.|transformer\.)?(text_model\.)?(text_projection(\.weight)?|logit_scale)$",)
+EXTRA = (
+    # What CLIP compares pictures and texts with, ...
+    r"^cond_stage_model\.(model\.|transformer\.)?(text_model\.)?(text_projection(\.weight)?|logit_scale)$",
+    # ... and OpenCLIP's last block, which Stable Diffusion 2 does not run.
+    r"^cond_stage_model\.model\.transformer\.resblocks\.{n}\.",
+)
 
 # The first that is found decides.
 REFUSED = (

@@ -28,6 +28,5 @@ STABLE_DIFFUSION_2 = replace(
     marker=r"^cond_stage_model\.model\.token_embedding\.weight$",
     predictions=("eps", "v"),
     image_sizes={"eps": 512, "v": 768},
-    extra=(*shared.EXTRA, r"^cond_stage_model\.model\.transformer\.resblocks\.{n}\."),
     unused_text_layers=1,
 )

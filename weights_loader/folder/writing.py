@@ -17,10 +17,10 @@ def write_folder_config(folder: Path, config: ModelConfig, tokenizer: Tokenizer)
     inpainting = config.unet.in_channels != config.vae.latent_channels
     for name, values in {
         "model_index.json": _model_index(family.pipelines[1 if inpainting else 0]),
-        "unet/config.json": _unet_json(config) | family.settings["unet"],
-        "vae/config.json": _vae_json(config) | family.settings["vae"],
-        "text_encoder/config.json": _text_json(config, tokenizer) | family.settings["text_encoder"],
-        "scheduler/scheduler_config.json": _scheduler_json(config.schedule) | family.settings["scheduler"],
+        "unet/config.json": {**_unet_json(config), **family.settings["unet"]},
+        "vae/config.json": {**_vae_json(config), **family.settings["vae"]},
+        "text_encoder/config.json": {**_text_json(config, tokenizer), **family.settings["text_encoder"]},
+        "scheduler/scheduler_config.json": {**_scheduler_json(config.schedule), **family.settings["scheduler"]},
     }.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, values)
