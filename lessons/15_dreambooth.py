@@ -118,10 +118,10 @@ def learn(model, concept, prior, steps, look_every):
     method = common.dreambooth(model, [concept], now)
     seen = {0: before}
     for _, step in method.run(lesson.device):
-        if step.i % look_every == 0:
-            seen[step.i] = draw(model, named), draw(model, lions)
-            (_, _, tiger), (_, lion, _) = seen[step.i]
-            print(f"step {step.i:3}: {tiger:4.0%} tiger for sks, {lion:4.0%} lion for lion")
+        if step.done % look_every == 0:
+            seen[step.done] = draw(model, named), draw(model, lions)
+            (_, _, tiger), (_, lion, _) = seen[step.done]
+            print(f"step {step.done:3}: {tiger:4.0%} tiger for sks, {lion:4.0%} lion for lion")
     return seen
 
 
@@ -176,7 +176,7 @@ count, drawn_in = (2, 2) if lesson.quick else (16, 12)
 prior = Prior(kind="generated", count=count, steps=drawn_in)
 for filled in common.fill_class_images(sd, concept, prior, options.prompt, options.samples):
     pass
-print(f"{filled.i} pictures of a lion, drawn by the model itself")
+print(f"{filled.done} pictures of a lion, drawn by the model itself")
 
 # %%
 beside = lesson.load()

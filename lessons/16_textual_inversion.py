@@ -136,7 +136,7 @@ words, results = [], {}
 training = method.run(lesson.device)
 for phase, step in training:
     words.append(method.tokens.rows["<tiger>"].detach().cpu().clone())
-    if step.i == steps:  # the word is learned; what follows is the LoRA
+    if step.done == steps:  # the word is learned; what follows is the LoRA
         results["word"] = draw("<tiger>"), draw("lion")
         break
 
@@ -175,7 +175,7 @@ lesson.show(fig, "away", "Two vectors leave the lion's, at first as one, then ap
 
 # %%
 for phase, step in training:
-    if step.i == lora_steps:
+    if step.done == lora_steps:
         results["both"] = draw("<tiger>"), draw("lion")
 assert torch.equal(method.tokens.rows["<tiger>"].detach().cpu(), words[-1])
 assert torch.equal(sd.text_encoder.token_embedding.weight, table)
@@ -187,7 +187,7 @@ assert torch.equal(sd.text_encoder.token_embedding.weight, table)
 sks = replace(concept, token="sks")
 alone = common.lora(sd, [sks], low_rank)
 for _, step in alone.run(lesson.device):
-    if step.i == lora_steps:
+    if step.done == lora_steps:
         results["LoRA"] = draw("sks lion"), draw("lion")
 
 # %%

@@ -110,7 +110,7 @@ def prepare(job: dict) -> Callable[[dict], dict]:
 
 def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> tuple[Callable, Callable]:
     """As `minidiff train` does it."""
-    from minidiff.trainers.engine.diffusion_loss import Draws, diffusion_loss
+    from minidiff.trainers.engine.diffusion_loss import NoiseSample, diffusion_loss
     from minidiff.trainers.engine.loop import Training
     from minidiff.trainers.engine.settings import Settings
     from minidiff.trainers.methods import common
@@ -134,7 +134,7 @@ def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[s
     walk = Training(phase, settings, device).run()
 
     def loss() -> Tensor:
-        draws = Draws(given["t"], given["eps"])
+        draws = NoiseSample(given["t"], given["eps"])
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return diffusion_loss(
                 lambda x_t, t, context: sd.unet(x_t.to(dtype), t, context), sd.schedule, given["x_0"], given["context"].to(dtype), draws

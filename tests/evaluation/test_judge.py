@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from minidiff.bundled.tasks import seeded
+from minidiff.trainers.engine.loop import with_seed
 from minidiff.config import TextEncoderConfig, TokenizerConfig
 from minidiff.evaluation.judge import AttentionPool, Judge, JudgeConfig, Reading, contrastive_loss, scaled
 from minidiff.scenes.scenes import bpe_merges
@@ -29,7 +29,7 @@ CONFIG = JudgeConfig(
 
 @pytest.fixture(scope="module")
 def judge():
-    with seeded(0):
+    with with_seed(0):
         return Judge(CONFIG).eval()
 
 
@@ -106,7 +106,7 @@ def test_shares_places_and_tints_are_those_of_the_cells():
 
 
 def test_the_pool_knows_where_things_stand():
-    with seeded(0):
+    with with_seed(0):
         pool = AttentionPool(8, 4, 2)
     x = noise(1, 8, 4, 4)
     assert not torch.allclose(pool(x), pool(x.flip(-1)), atol=1e-4)

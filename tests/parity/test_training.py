@@ -19,7 +19,7 @@ from minidiff.config import SD1, SD2, ModelConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
-from minidiff.trainers.engine.diffusion_loss import draw
+from minidiff.trainers.engine.diffusion_loss import sample_noise
 from minidiff.trainers.engine.loop import rng_for, train
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.common import custom_diffusion, dreambooth, fine_tune, lora
@@ -61,7 +61,7 @@ def reference_losses(task, unet, params, rates):
     for step, rate in enumerate(rates):
         optimizer.param_groups[0]["lr"] = rate
         batch, rngs = task._draw([rng_for(0, step, sample) for sample in range(4)])
-        draws = draw(rngs, batch.latents.shape[1:], config.timesteps, CPU)
+        draws = sample_noise(rngs, batch.latents.shape[1:], config.timesteps, CPU)
         noisy = scheduler.add_noise(batch.latents, draws.eps, draws.t)
         context = task.sd.encode_prompts(batch.captions)
         prediction = unet(noisy, draws.t, encoder_hidden_states=context).sample

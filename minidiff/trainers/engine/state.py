@@ -9,7 +9,7 @@ from torch import nn
 
 
 def write_state(path: Path, state: dict) -> None:
-    """A run that is killed while it writes, or finds the disk full, finds the last state there.
+    """Write the state whole or not at all: a run that is killed meanwhile, or finds the disk full, still has the last one.
 
     Raises OSError with one clear line if the file cannot be written.
     """
@@ -28,7 +28,7 @@ def write_state(path: Path, state: dict) -> None:
 
 
 def read_state(path: Path) -> dict:
-    """The tensors on the CPU. Raises ValueError for a file that is no state."""
+    """Read a state, with its tensors on the CPU. Raises ValueError for a file that is no state."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -38,7 +38,7 @@ def read_state(path: Path) -> dict:
 
 
 def check_same(path: Path, found: dict, asked: dict) -> None:
-    """Raises ValueError naming each entry of the two flat descriptions that differs."""
+    """Raise ValueError naming each entry of the two flat descriptions that differs."""
     names = [*asked, *(name for name in found if name not in asked)]
     different = [f"{name} {found.get(name)!r}, now {asked.get(name)!r}" for name in names if found.get(name) != asked.get(name)]
     if different:
@@ -46,14 +46,14 @@ def check_same(path: Path, found: dict, asked: dict) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written whole or not at all."""
+    """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def checksum(*modules: nn.Module) -> int:
-    """CRC-32 of the weights as bytes, to know them again."""
+    """Return the CRC-32 of the weights as bytes, to recognise them."""
     crc = 0
     for module in modules:
         for p in module.parameters():
