@@ -85,7 +85,7 @@ class Method(Generic[Numbers]):
     start_from: str | None = None
 
     @property
-    def options(self) -> type[Numbers]:
+    def options(self) -> type:
         """Return the class of its options."""
         return type(next(iter(self.presets.values())))
 
