@@ -40,11 +40,11 @@ from matplotlib import pyplot as plt
 # %%
 from lessons.common import picture_grid, start
 from minidiff.config import SD1, SD2
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
-from minidiff.trainers.methods import common
-from minidiff.trainers.methods.options import Concept, preset
+from minidiff.trainers.methods.options import Concept
+from minidiff.trainers.methods.table import METHODS, preset
 from weights_loader import load_judge
 
 # %%
@@ -53,7 +53,7 @@ sd = lesson.load()
 judge = load_judge(device=lesson.device)
 size = sd.config.image_size
 scenes = subject_scenes("tiger", "fluent", 5, np.random.default_rng(0))
-five = F.interpolate(pixels_of(np.stack([scene.image for scene in scenes])), (size, size))
+five = F.interpolate(to_pixels(np.stack([scene.image for scene in scenes])), (size, size))
 folder = TemporaryDirectory()
 for i, image in enumerate(to_images(five)):
     image.save(Path(folder.name) / f"{i}.png")
@@ -67,7 +67,7 @@ of_word = replace(options.tokens.settings, steps=steps, **fast)
 of_lora = replace(options.lora.settings, steps=lora_steps, **fast)
 low_rank = replace(options.lora, settings=of_lora)
 options = replace(options, tokens=replace(options.tokens, settings=of_word), lora=low_rank)
-method = common.pivotal(sd, [concept], options)
+method = METHODS["pivotal-tuning"].build(sd, [concept], options)
 
 # %%
 table = sd.text_encoder.token_embedding.weight.detach().clone()
@@ -185,7 +185,7 @@ assert torch.equal(sd.text_encoder.token_embedding.weight, table)
 
 # %%
 sks = replace(concept, token="sks")
-alone = common.lora(sd, [sks], low_rank)
+alone = METHODS["lora"].build(sd, [sks], low_rank)
 for _, step in alone.run(lesson.device):
     if step.done == lora_steps:
         results["LoRA"] = draw("sks lion"), draw("lion")

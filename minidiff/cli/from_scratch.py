@@ -107,15 +107,15 @@ def show_progress(steps: "Iterator[Progress]") -> None:
 def print_forecast(forecast: "Callable[[], dict[str, float]]", device: "torch.device", out: Path) -> None:
     """Print how long each stage that has left no result yet will take, before the first one."""
     from minidiff.bundled.make import device_name
-    from minidiff.trainers.engine.log import duration
+    from minidiff.markdown import format_duration
 
     results = {"diffusion": "model.safetensors", "judge": "judge.safetensors", "evaluation": "figures.json"}
     if all((out / name).exists() for name in results.values()):
         return
     seconds = {stage: s for stage, s in forecast().items() if not (out / results.get(stage, "latents.pt")).exists()}
     if seconds:
-        stages = ", ".join(f"{stage} {duration(s)}" for stage, s in seconds.items())
-        print_notes([f"on {device_name(device)}, about: {stages}; {duration(sum(seconds.values()))} in all"])
+        stages = ", ".join(f"{stage} {format_duration(s)}" for stage, s in seconds.items())
+        print_notes([f"on {device_name(device)}, about: {stages}; {format_duration(sum(seconds.values()))} in all"])
 
 
 def recipe_numbers() -> str:

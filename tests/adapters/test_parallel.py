@@ -88,7 +88,9 @@ def test_prefix_tuning_mixes_the_heads_with_attention_to_the_prefix(sd):
 
 
 @pytest.mark.parametrize("method, scale, reads_output", [("adapter", 1, True), ("parallel", 1, False), ("scaled_parallel", 4, False)])
-@pytest.mark.parametrize("name", [CROSS, "unet.middle.transformer.blocks.0.self_attention", "unet.middle.transformer.blocks.0.feed_forward"])
+@pytest.mark.parametrize(
+    "name", [CROSS, "unet.middle.transformer.blocks.0.self_attention", "unet.middle.transformer.blocks.0.feed_forward"]
+)
 def test_a_bottleneck_behind_or_beside_a_layer_is_the_closed_form(method, scale, reads_output, name, sd):
     layer, adapters = layers_of(sd, (Attention, FeedForward))[name], learned(sd, method, (f"^{name}$",))
     x = torch.randn(2, 5, 32, generator=generator(2))

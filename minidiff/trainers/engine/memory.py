@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minidiff.markdown import format_bytes
 from minidiff.trainers.engine import loop
 from minidiff.trainers.engine.checkpointing import with_checkpointing
 from minidiff.trainers.engine.optimizer import Muon
@@ -53,9 +54,9 @@ class Memory:
         return self.frozen + self.trained + self.above
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {readable(getattr(self, name))}" for name in ("gradients", "optimizer", "ema", "activations"))
-        weights = f"weights {readable(self.frozen + self.trained)}, of which {readable(self.trained)} are trained"
-        return f"about {readable(self.total)} of memory: {weights}; training adds {readable(self.above)} ({parts})"
+        parts = ", ".join(f"{name} {format_bytes(getattr(self, name))}" for name in ("gradients", "optimizer", "ema", "activations"))
+        weights = f"weights {format_bytes(self.frozen + self.trained)}, of which {format_bytes(self.trained)} are trained"
+        return f"about {format_bytes(self.total)} of memory: {weights}; training adds {format_bytes(self.above)} ({parts})"
 
 
 def estimate_memory(task: loop.Task, settings: Settings, device: torch.device) -> Memory:
@@ -94,11 +95,6 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Return the size of tensors together."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def readable(count: int) -> str:
-    """Format a byte count: 1.2 GB or 34 MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 class LiveBytes(TorchDispatchMode):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from minidiff.adapters.lora import PATTERNS, LoRA, choose, create_lora
-from minidiff.captions import caption_sources
+from minidiff.captions import find_caption_sources
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.scenes import with_article
 from minidiff.trainers.data.augment import SizeAugmentation
@@ -199,5 +199,5 @@ def prior_examples(sd: StableDiffusion, concept: Concept, options: PhaseOptions,
         return near_examples(
             read_folder(folder, size=size), caption, features, min_similarity=prior.min_similarity, max_count=prior.count
         )
-    has_captions = prior.kind == "scenes" or (concept.class_prompt is None and bool(caption_sources(folder)))
+    has_captions = prior.kind == "scenes" or (concept.class_prompt is None and bool(find_caption_sources(folder)))
     return read_folder(folder, size=size, caption=None if has_captions else caption)

@@ -11,9 +11,9 @@ where it, or a word, is trained or has an adapter on it.
     for phase, step in run.run(device, folder): ...     # within each phase its adapters are on the model
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,9 @@ from minidiff.adapters.custom_diffusion import CustomDiffusion
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.parallel import Adapters
 from minidiff.adapters.tokens import NewTokens
+from minidiff.files import digest, fingerprint
 from minidiff.pipeline import StableDiffusion
-from minidiff.trainers.data.cache import Batch, Cache, Contexts, Pictures, fingerprint
+from minidiff.trainers.data.cache import Batch, Cache, Contexts, Pictures
 from minidiff.trainers.engine.diffusion_loss import diffusion_loss, sample_noise
 from minidiff.trainers.engine.loop import Training, TrainStep, rng_for
 from minidiff.trainers.engine.optimizer import adamw
@@ -149,14 +150,10 @@ class FinetuneTask:
         return [pictures for subject in self.subjects for pictures in (subject.pictures, subject.prior) if pictures is not None]
 
     def _digest(self) -> str:
-        """Hash captions and pictures: a run does not resume with others."""
-        digest = hashlib.sha256()
-        for subject in self.subjects:
-            digest.update(repr((subject.templates, subject.pictures.sizes)).encode())
-        for pictures in self._all_pictures():
-            for example in pictures.examples:
-                digest.update(f"{example.caption}\n".encode() + example.path.read_bytes())
-        return digest.hexdigest()[:16]
+        """Return a digest of captions and pictures: a run does not resume with others."""
+        captions = (repr((subject.templates, subject.pictures.sizes)).encode() for subject in self.subjects)
+        examples = (example for pictures in self._all_pictures() for example in pictures.examples)
+        return digest(chain(captions, (f"{example.caption}\n".encode() + example.path.read_bytes() for example in examples)))[:16]
 
     # --- what the loop asks for ---------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from minidiff.trainers.methods import custom_diffusion, dreambooth, fine_tune, lora, pivotal, textual_inversion
-from minidiff.trainers.methods.method import Method, MethodOptions
+from minidiff.trainers.methods.method import Method
 
 METHODS: dict[str, Method[Any]] = {
     "lora": lora.METHOD,
@@ -15,10 +15,10 @@ METHODS: dict[str, Method[Any]] = {
 }
 
 
-def preset(method: str, family: str) -> MethodOptions:
-    """Return the numbers of a method for a family of models; "dreambooth-lora" is DreamBooth's with a LoRA.
+def preset(method: str, family: str) -> Any:
+    """Return the options of a method (their class depends on it) that fit a family of models: "sd1", "sd2" or "bundled".
 
-    Raises ValueError for an unknown one of either.
+    "dreambooth-lora" is DreamBooth's with a LoRA. Raises ValueError for an unknown method or family.
     """
     presets = {name: one.presets for name, one in METHODS.items()}
     presets |= {f"{name}-lora": one.low_rank_presets for name, one in METHODS.items() if one.low_rank_presets}

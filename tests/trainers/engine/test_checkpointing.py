@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidiff.trainers.engine.checkpointing import checkpointed, thrifty_malloc
+from minidiff.trainers.engine.checkpointing import thrifty_malloc
 from tests.small_models import small_model
 
 SD = small_model()
