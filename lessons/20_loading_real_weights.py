@@ -49,9 +49,7 @@ from lessons.common import BLUE, RED, picture_grid, start
 from minidiff.blocks import FeedForward, SpatialTransformer
 from minidiff.compare import compare_models
 from minidiff.config import SD1, SD2
-from minidiff.text_encoder import TextEncoder, quick_gelu
-from minidiff.unet import UNet
-from minidiff.vae import VAE
+from minidiff.text_encoder import quick_gelu
 from weights_loader.empty_parts import empty_parts
 from weights_loader.families import family_of_shapes, part_names
 from weights_loader.load import LoadOptions, load_with_report

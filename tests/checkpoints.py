@@ -47,9 +47,9 @@ def family_model(name: str) -> StableDiffusion:
     if sd.config.text_encoder.activation == "gelu":
         for key, tensor in part_to_file(sd, "text_encoder", "ldm").items():
             if ".resblocks.1." in key:
-                sd.carried[key.replace(".resblocks.1.", ".resblocks.2.")] = tensor + 1
-        sd.carried["cond_stage_model.model.text_projection"] = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
-        sd.carried["cond_stage_model.model.logit_scale"] = torch.tensor(4.6)
+                sd.extra_tensors[key.replace(".resblocks.1.", ".resblocks.2.")] = tensor + 1
+        sd.extra_tensors["cond_stage_model.model.text_projection"] = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+        sd.extra_tensors["cond_stage_model.model.logit_scale"] = torch.tensor(4.6)
     return sd
 
 
@@ -60,7 +60,7 @@ def part_to_file(sd: StableDiffusion, part: str, layout: str) -> dict[str, torch
 
 def ldm_tensors(sd: StableDiffusion) -> dict[str, torch.Tensor]:
     """As a public file holds them."""
-    return {name: tensor.detach() for name, tensor in (tensors_of(sd, "ldm") | sd.carried).items()}
+    return {name: tensor.detach() for name, tensor in (tensors_of(sd, "ldm") | sd.extra_tensors).items()}
 
 
 def ldm_shapes(sd: StableDiffusion) -> dict[str, tuple[int, ...]]:
@@ -103,6 +103,6 @@ def assert_same_model(a: StableDiffusion, b: StableDiffusion):
         assert states[0].keys() == states[1].keys()
         for key in states[0]:
             assert states[0][key].dtype == states[1][key].dtype and torch.equal(states[0][key], states[1][key]), f"{name}: {key}"
-    assert a.carried.keys() == b.carried.keys()
-    assert all(torch.equal(a.carried[key], b.carried[key]) for key in a.carried)
+    assert a.extra_tensors.keys() == b.extra_tensors.keys()
+    assert all(torch.equal(a.extra_tensors[key], b.extra_tensors[key]) for key in a.extra_tensors)
     assert a.config == b.config

@@ -80,4 +80,6 @@ def _fits(hint: Any, value: object) -> bool:
         return any(_fits(choice, value) for choice in get_args(hint))
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_fits(get_args(hint)[0], item) for item in value)
+    if hint is int and isinstance(value, bool):
+        return True  # UNetConfig.attention was true or false before it counted blocks, which is the same to 0 and 1
     return type(value) is hint

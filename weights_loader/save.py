@@ -55,7 +55,7 @@ def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm", settings: d
 def _save_ldm(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
     if path.suffix != SUFFIX:
         raise ValueError(f"{path}: a model in the ldm layout is one {SUFFIX} file; give it a name that ends so, or take layout='diffusers'")
-    write_safetensors(path, tensors_of(sd, "ldm") | sd.carried, metadata)
+    write_safetensors(path, tensors_of(sd, "ldm") | sd.extra_tensors, metadata)
 
 
 def _save_folder(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
@@ -66,8 +66,8 @@ def _save_folder(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
         for part, tensors in _parts_to_file(sd, "diffusers").items():
             name = "model.safetensors" if part.startswith("text_encoder") else "diffusion_pytorch_model.safetensors"
             write_safetensors(folder / part / name, tensors, metadata if part == "unet" else FORMAT)
-        if sd.carried:
-            write_safetensors(folder / EXTRA_FILE, sd.carried, FORMAT)
+        if sd.extra_tensors:
+            write_safetensors(folder / EXTRA_FILE, sd.extra_tensors, FORMAT)
 
 
 def tensors_of(sd: StableDiffusion, layout: str) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ def train_jobs(device: str, against: bool) -> dict[str, dict]:
     """The contenders: in bfloat16 by autocast, beside float32 for the errors and, on a CPU, as what everybody does there."""
 
     def job(library: str, dtype: str, how: str = "eager", untimed: bool = False) -> dict:
-        return {"library": library, "dtype": dtype, "how": how, "savings": True, "untimed": untimed, "device": device}
+        return {"library": library, "dtype": dtype, "how": how, "untimed": untimed, "device": device}
 
     half = "bfloat16"
     if torch.device(device).type == "cpu":

@@ -6,7 +6,7 @@ import torch
 from minidiff.adapters.lora import create_lora, layers_of
 from minidiff.adapters.parallel import METHODS, PATTERNS, Adapters, ParallelAdapter, create_adapters
 from minidiff.attention import Attention, attention_weights, naive_attention
-from minidiff.attention_maps import word_map
+from minidiff.attention_maps import with_attention_maps, word_map
 from minidiff.blocks import FeedForward
 from minidiff.trainers.engine.checkpointing import with_checkpointing
 from tests.small_models import small_model
@@ -189,13 +189,13 @@ def test_half_precision_stays_and_the_adapters_are_float32(method, how):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_pictures_with_guidance_and_attention_maps(method, sd):
-    def last(**more):
-        *_, step = sd.denoise("a cat", steps=2, guidance_scale=3.0, seeds=[0, 1], **more)
+    def last(change=lambda steps: steps):
+        *_, step = change(sd.denoise("a cat", steps=2, guidance_scale=3.0, seeds=[0, 1]))
         return step
 
     before, adapters = last().x_t, learned(sd, method)
     adapters.attach(sd)
-    live, recorded = last().x_t, last(attention_maps=True)
+    live, recorded = last().x_t, last(lambda steps: with_attention_maps(steps, sd.unet))
     adapters.detach()
     assert torch.equal(recorded.x_t, live), "recording runs some layers twice"
     assert word_map(recorded.attention_maps, [1], (8, 8)).shape == (2, 8, 8)

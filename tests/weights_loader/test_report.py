@@ -39,7 +39,7 @@ def test_every_tensor_of_a_file_ends_in_exactly_one_list(tmp_path):
     named = [*report.used, *report.converted, *report.extra, *report.ignored]
     assert sorted(named) == sorted(tensors)
     assert report.problem() is None
-    assert sorted(report.extra) == sorted(sd.carried)
+    assert sorted(report.extra) == sorted(sd.extra_tensors)
     assert set(report.converted.values()) == {"stacked query, key and value, taken apart", "1x1 convolution, taken as a matrix"}
 
 

@@ -118,7 +118,7 @@ def toy(monkeypatch):
 
 @pytest.mark.parametrize("layout", ["ldm", "diffusers"])
 def test_a_toy_family_is_saved_and_loaded_in_both_layouts(toy, layout, tmp_path):
-    toy.carried["toy.badge"] = torch.ones(2)
+    toy.extra_tensors["toy.badge"] = torch.ones(2)
     path = tmp_path / ("model.safetensors" if layout == "ldm" else "model")
     weights_loader.save(toy, path, layout)
     assert_same_model(weights_loader.load(path), toy)
@@ -131,7 +131,7 @@ def test_a_toy_file_without_metadata_is_known_by_its_prefixes_and_shapes(toy, tm
     tensors = {name.replace("toy.text.", "toy_text."): tensor for name, tensor in tensors.items()}  # an alias
     write_safetensors(tmp_path / "toy.safetensors", tensors | {"toy.clock": torch.zeros(1), "toy.badge": torch.ones(1)})
     loaded = weights_loader.load(tmp_path / "toy.safetensors")
-    assert loaded.config == TOY.config and loaded.carried.keys() == {"toy.badge"} and loaded.notes == ()
+    assert loaded.config == TOY.config and loaded.extra_tensors.keys() == {"toy.badge"} and loaded.notes == ()
     summary = weights_loader.inspect(tmp_path / "toy.safetensors")
     assert summary.family == "a toy" and summary.ignored == {"it only tells the time": 1} and summary.extra == 1
 
