@@ -12,10 +12,11 @@ The probe (probe.py) runs in processes of its own, with this environment and thi
 depends on names is in api.py: after a renaming, change the side `New` there. A difference that is meant goes into EXPECTED.
 
 With --reference, results are used again only if they come from the same commit, the same probe and side `Old`, the same machine and the
-same versions of the libraries; otherwise they are made again and replaced.
+same versions of the libraries, and no item failed; otherwise they are made again and replaced.
 """
 
 import argparse
+import ast
 import hashlib
 import inspect
 import json
@@ -65,7 +66,7 @@ def main() -> int:
     counts: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as scratch:
         theirs = run_there(commit, args.only, args.reference or Path(scratch, "there"), Path(scratch, "tree"))
-        for part, there in zip(args.only, theirs):
+        for part, there in zip(args.only, theirs, strict=True):
             here = Path(scratch, f"{part}.safetensors")
             run_probe(ROOT, part, here)
             for verdict, line in compare(read_results(there), read_results(here)):
@@ -84,7 +85,7 @@ def run_there(commit: str, parts: list[str], folder: Path, tree: Path) -> list[P
             path.unlink()
         stamp_path.write_text(json.dumps(stamp, indent=1))
     files = {part: folder / f"{part}.safetensors" for part in parts}
-    if missing := [part for part, path in files.items() if not path.exists()]:
+    if missing := [part for part, path in files.items() if read_results(path)[1]]:
         with worktree(commit, tree):
             for part in missing:
                 run_probe(tree, part, files[part])
@@ -95,9 +96,9 @@ def made_by(commit: str) -> dict[str, str]:
     """Return everything that the results of a commit depend on."""
     cpu = Path("/proc/cpuinfo")
     models = {line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")} if cpu.exists() else set()
-    code = Path(probe.__file__).read_bytes() + inspect.getsource(api.Old).encode()
+    code = "".join(ast.dump(ast.parse(inspect.getsource(part))) for part in (probe, api.Old))  # comments and layout do not count
     machine = f"{platform.node()}, {', '.join(sorted(models)) or platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
-    return {"commit": commit, "probe": hashlib.sha256(code).hexdigest(), "machine": machine, "python": platform.python_version()} | {
+    return {"commit": commit, "probe": hashlib.sha256(code.encode()).hexdigest(), "machine": machine, "python": platform.python_version()} | {
         name: version(name) for name in LIBRARIES
     }
 

@@ -23,10 +23,14 @@ class Old:
 
     @property
     def loader(self):
-        """Return the module with load, save, and write_ and read_ of lora, embedding and custom_diffusion."""
+        """Return the module with load, save, and the write_ and read_ functions of lora, embedding and custom_diffusion."""
         import weights_loader
 
         return weights_loader
+
+    def load(self, name="tiny", **settings):
+        """Return a StableDiffusion. settings: dtype, lora, embeddings, custom_diffusion."""
+        return self.loader.load(name, **settings)
 
     def savings(self, default: bool):
         """Return what is kept of the savings: the two that remember the text's keys and the table of times are off unless default."""
@@ -78,7 +82,8 @@ class Old:
         """Create a LoRA on sets of layers (attention, transformer, conv, text_encoder). settings: rank, alpha, init."""
         from minidiff.adapters.lora import PATTERNS, create_lora
 
-        return create_lora(sd, sum((PATTERNS[name] for name in sets), ()), generator=torch.Generator().manual_seed(seed), **{"rank": 4, "alpha": 3.0} | settings)
+        generator = torch.Generator().manual_seed(seed)
+        return create_lora(sd, sum((PATTERNS[name] for name in sets), ()), generator=generator, **{"rank": 4, "alpha": 3.0} | settings)
 
     def parallel(self, sd, method: str, sets: tuple[str, ...], seed=0):
         """Create adapters of the parallel family on attention or feed_forward."""
@@ -214,9 +219,13 @@ class Old:
 
 
 class New(Old):
-    """The names of the tree that comes after: override here what is called otherwise, or stands elsewhere."""
+    """The names of the tree that comes after: override here what is called otherwise, or stands elsewhere.
+
+    name() is given this side's name of a layer and returns Old's, as `name.replace(".blocks.0.", ".block.")`. savings() has no place once the
+    two that differ by rounding are gone: then draw() goes without, and the item "draw/default savings" belongs into EXPECTED.
+    """
 
 
 def side() -> Old:
-    """Return the side that the tree on sys.path speaks."""
+    """Return the side that the tree on sys.path speaks, by a module that only the old one has."""
     return Old() if find_spec("minidiff.savings") else New()

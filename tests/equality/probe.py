@@ -44,7 +44,7 @@ def draw(api) -> Items:
     """What the model draws."""
 
     def drawing(prompts=PROMPT, model="tiny", dtype=None, **settings) -> dict[str, Tensor]:
-        return api.draw(api.loader.load(model, dtype=dtype), prompts, **{"steps": 6, **settings})
+        return api.draw(api.load(model, dtype=dtype), prompts, **{"steps": 6, **settings})
 
     for sampler in SAMPLERS:
         yield sampler, partial(drawing, sampler=sampler, steps=9)
@@ -69,18 +69,18 @@ def draw(api) -> Items:
             return drawing(PROMPTS, steps=4)
 
     def pictures() -> dict[str, Tensor]:
-        images = api.generate(api.loader.load(), PROMPTS, seed=4, batch=2, steps=4)
+        images = api.generate(api.load(), PROMPTS, seed=4, batch=2, steps=4)
         return {str(i): torch.from_numpy(np.array(image)) for i, image in enumerate(images)}
 
     @torch.no_grad()
     def text() -> dict[str, Tensor]:
-        sd = api.loader.load()
+        sd = api.load()
         prompts = ["", *PROMPTS, "Ünïcode  wörds, CAPITALS; 12345 don't", "a very long prompt " * 10]
         return {"tokens": sd.tokenizer(prompts), "context": sd.encode_prompts(prompts)}
 
     @torch.no_grad()
     def vae(dtype: torch.dtype) -> dict[str, Tensor]:
-        sd = api.loader.load(dtype=dtype)
+        sd = api.load(dtype=dtype)
         pixels = torch.tanh(randn(2, 3, 64, 96, name="pixels")).to(dtype)
         posterior, z = sd.vae.encode(pixels), randn(2, 4, 16, 24, name="z")
         result = {"mean": posterior.mean, "logvar": posterior.logvar, "kl": posterior.kl(), "decoded": sd.vae.decode(z.to(dtype))}
@@ -92,7 +92,7 @@ def draw(api) -> Items:
     yield "text", text
     yield "vae", partial(vae, torch.float32)
     yield "vae bfloat16", partial(vae, torch.bfloat16)
-    yield "vae, big latent", lambda: {"pixels": api.loader.load().decode(randn(1, 4, 210, 210, name="big"))}  # 2^25 values: tiled by itself
+    yield "vae, big latent", lambda: {"pixels": api.load().decode(randn(1, 4, 210, 210, name="big"))}  # 2^25 values: tiled by itself
 
 
 def lora(api, sd, *sets: str, **settings):
@@ -123,7 +123,7 @@ def adapters(api) -> Items:
     """What the model draws with each kind of adapter; also the adapters themselves as they are created."""
 
     def attached(make: Callable, prompt: str = PROMPT, dtype=None) -> dict[str, Tensor]:
-        sd = api.loader.load(dtype=dtype)
+        sd = api.load(dtype=dtype)
         before = api.draw(sd, prompt, steps=4)["x_t"]
         parts = make(sd)
         tensors = {f"{i} {name}": p.detach().clone() for i, part in enumerate(parts) for name, p in api.parameters(part).items()}
@@ -137,7 +137,7 @@ def adapters(api) -> Items:
         return tensors | drawn
 
     def merged_lora() -> dict[str, Tensor]:
-        sd, base = api.loader.load(), api.loader.load()
+        sd, base = api.load(), api.load()
         undo = api.merge_lora(sd, lora(api, sd, "conv", "text_encoder"))
         result = api.draw(sd, PROMPT, steps=4) | api.weights(sd)
         extracted = api.parameters(api.extract_lora(base, sd, ("conv",), 3, 0.9))
@@ -145,7 +145,7 @@ def adapters(api) -> Items:
         return result | {f"extracted {name}": p for name, p in extracted.items()} | {f"undone {name}": p for name, p in api.weights(sd).items()}
 
     def merged_concepts() -> dict[str, Tensor]:
-        sd = api.loader.load()
+        sd = api.load()
         names = ("<new1>", "<new2>")
         targets = [[f"a photo of a {name}", f"a {name} cat on a red background"] for name in names]
         merged, report = api.merge_concepts(sd, [concept(api, sd, name) for name in names], targets, captions())
@@ -153,12 +153,12 @@ def adapters(api) -> Items:
         return figures | attached(lambda sd: [merged], "a photo of a <new1> and a <new2>" if merged.tokens else PROMPT)
 
     def compressed() -> dict[str, Tensor]:
-        parts, made = api.compress(sd := api.loader.load(), concept(api, sd), 0.6)
+        parts, made = api.compress(sd := api.load(), concept(api, sd), 0.6)
         factors = {f"{name} {half}": p for name, pair in parts.layers.items() for half, p in zip("uv", pair)}
         return {api.name(name): p for name, p in factors.items()} | attached(lambda sd: [made], "a <new1> cat")
 
     def from_files(with_concept: bool) -> dict[str, Tensor]:
-        sd = api.loader.load()
+        sd = api.load()
         with tempfile.TemporaryDirectory() as folder:
             paths = [Path(folder, f"{i}.safetensors") for i in range(4)]
             api.loader.write_lora(paths[0], lora(api, sd, "transformer"), sd, "diffusers")
@@ -166,7 +166,7 @@ def adapters(api) -> Items:
             api.loader.write_embedding(paths[2], words(api, sd, "<dog>"), "diffusers")
             api.loader.write_custom_diffusion(paths[3], concept(api, sd), sd)
             more = {"custom_diffusion": paths[3], "embeddings": paths[2]} if with_concept else {}
-            sd = api.loader.load(lora=((paths[0], 0.7), (paths[1], -0.4)), **more)
+            sd = api.load(lora=((paths[0], 0.7), (paths[1], -0.4)), **more)
         return api.draw(sd, "a <new1> cat and a <dog>" if with_concept else PROMPT, steps=4)
 
     for name in ("attention", "transformer", "conv", "text_encoder"):
@@ -205,13 +205,13 @@ def train(api) -> Items:
     def method(name: str) -> dict[str, Tensor]:
         with tempfile.TemporaryDirectory() as folder:
             token = "<tiger>" if name in ("textual-inversion", "pivotal-tuning", "custom-diffusion") else "ktn"
-            losses, trained = api.train(api.loader.load(), name, concept_in(folder, token))
+            losses, trained = api.train(api.load(), name, concept_in(folder, token))
         return {"losses": torch.stack(losses)} | trained
 
     def class_images(kind: str) -> dict[str, Tensor]:
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder, "made")
-            api.fill_class_images(api.loader.load(), api.concept(Path(folder), "ktn", made), kind, 6)
+            api.fill_class_images(api.load(), api.concept(Path(folder), "ktn", made), kind, 6)
             return {path.name: torch.from_numpy(np.array(Image.open(path))) for path in sorted(made.glob("*.png"))}
 
     def from_scratch() -> dict[str, Tensor]:
@@ -259,7 +259,7 @@ def files(api) -> Items:
 
     def written(name: str, write: Callable, read: Callable) -> dict[str, Tensor]:
         with tempfile.TemporaryDirectory() as folder:
-            path, sd = Path(folder, name), api.loader.load(dtype="file" if "model" in name else None)
+            path, sd = Path(folder, name), api.load(dtype="file" if "model" in name else None)
             write(path, sd)
             raw = {f"file {key}": tensor.clone() for key, tensor in in_file(path).items()}
             return raw | {f"read {key}": tensor.clone() for key, tensor in read(path, sd).items()}
@@ -292,7 +292,7 @@ def files(api) -> Items:
         yield f"custom diffusion compressed {name}", partial(written, name, write_compressed, read_delta)
     for layout, name in (("ldm", "model.safetensors"), ("diffusers", "model")):
         write = partial(lambda path, sd, layout: api.loader.save(sd, path, layout), layout=layout)
-        yield f"model {layout}", partial(written, name, write, lambda path, sd: api.weights(api.loader.load(path)))
+        yield f"model {layout}", partial(written, name, write, lambda path, sd: api.weights(api.load(path)))
 
 
 class ParityRows:
@@ -336,7 +336,7 @@ def run_items(part: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
             tensors |= {f"{item}:{key}": value.detach().contiguous().clone() for key, value in function().items()}
         except Exception as error:
-            traceback.print_exc()
+            traceback.print_exc(limit=-3)
             errors[item] = f"{type(error).__name__}: {error}".splitlines()[0]
     return tensors, errors
 
