@@ -57,12 +57,16 @@ Results = tuple[dict[str, dict[str, Tensor]], dict[str, str]]  # {item: {tensor'
 
 def main() -> int:
     """Return the exit code: 0 if all items are equal or expected to differ."""
-    parser = argparse.ArgumentParser(prog="python -m tests.equality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.equality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rev", help="commit, tag or branch to compare with")
     parser.add_argument("--only", nargs="+", metavar="PART", choices=probe.PARTS, default=list(probe.PARTS))
     parser.add_argument("--reference", type=Path, help="folder that keeps the revision's results")
     args = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", f"{args.rev}^{{commit}}"], cwd=ROOT, check=True, text=True, capture_output=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", f"{args.rev}^{{commit}}"], cwd=ROOT, check=True, text=True, capture_output=True
+    ).stdout.strip()
     counts: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as scratch:
         theirs = run_there(commit, args.only, args.reference or Path(scratch, "there"), Path(scratch, "tree"))
@@ -95,12 +99,17 @@ def run_there(commit: str, parts: list[str], folder: Path, tree: Path) -> list[P
 def made_by(commit: str) -> dict[str, str]:
     """Return everything that the results of a commit depend on."""
     cpu = Path("/proc/cpuinfo")
-    models = {line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")} if cpu.exists() else set()
+    models = (
+        {line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")} if cpu.exists() else set()
+    )
     code = "".join(ast.dump(ast.parse(inspect.getsource(part))) for part in (probe, api.Old))  # comments and layout do not count
     machine = f"{platform.node()}, {', '.join(sorted(models)) or platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
-    return {"commit": commit, "probe": hashlib.sha256(code.encode()).hexdigest(), "machine": machine, "python": platform.python_version()} | {
-        name: version(name) for name in LIBRARIES
-    }
+    return {
+        "commit": commit,
+        "probe": hashlib.sha256(code.encode()).hexdigest(),
+        "machine": machine,
+        "python": platform.python_version(),
+    } | {name: version(name) for name in LIBRARIES}
 
 
 @contextmanager
@@ -157,7 +166,9 @@ def judge(item: str, there: Results, here: Results) -> tuple[str, str]:
     complaints += [text for name in sorted(a.keys() & b.keys()) if (text := difference(name, a[name], b[name]))]
     if not complaints:
         return "equal", f"{len(a)} tensor{'s' * (len(a) > 1)}, {sum(x.numel() for x in a.values())} numbers"
-    return "differs", f"{len(complaints)} of {len(a.keys() | b.keys())} tensors: {'; '.join(complaints[:3])}" + "; ..." * (len(complaints) > 3)
+    return "differs", f"{len(complaints)} of {len(a.keys() | b.keys())} tensors: {'; '.join(complaints[:3])}" + "; ..." * (
+        len(complaints) > 3
+    )
 
 
 def difference(name: str, a: Tensor, b: Tensor) -> str:

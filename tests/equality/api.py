@@ -109,7 +109,9 @@ class Old:
         if hasattr(adapter, "rows"):
             return dict(adapter.rows)
         if hasattr(adapter, "biases"):
-            named = {f"{layer}.weight": p for layer, p in adapter.layers.items()} | {f"{layer}.bias": p for layer, p in adapter.biases.items()}
+            named = {f"{layer}.weight": p for layer, p in adapter.layers.items()} | {
+                f"{layer}.bias": p for layer, p in adapter.biases.items()
+            }
             return {self.name(name): p for name, p in named.items()} | (self.parameters(adapter.tokens) if adapter.tokens else {})
         return {self.name(f"{layer}.{name}"): p for layer, part in adapter.layers.items() for name, p in part.named_parameters()}
 
@@ -118,7 +120,14 @@ class Old:
         from minidiff.adapters.custom_diffusion import merge_concepts
 
         merged, report = merge_concepts(sd, concepts, targets, regularisation, ridge=1e-3)
-        return merged, [report.rows, report.regularisation_rows, report.residual, report.drift, report.condition, report.regularisation_condition]
+        return merged, [
+            report.rows,
+            report.regularisation_rows,
+            report.residual,
+            report.drift,
+            report.condition,
+            report.regularisation_condition,
+        ]
 
     def compress(self, sd, delta, energy: float):
         """Compress the changes of a Custom Diffusion by their singular values; return them, and a Custom Diffusion made of them."""
@@ -192,8 +201,9 @@ class Old:
 
     def fill_class_images(self, sd, concept, kind: str, count: int) -> None:
         """Fill a concept's folder of class pictures: "generated" by the model, or the nearest "scenes"."""
-        from minidiff.trainers.methods import fill_class_images
         from minidiff.trainers.presets import Prior, Samples
+
+        from minidiff.trainers.methods import fill_class_images
 
         for _ in fill_class_images(sd, concept, Prior(kind=kind, count=count, steps=4), "a photo of a {}", Samples()):
             pass

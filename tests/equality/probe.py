@@ -115,7 +115,10 @@ def concept(api, sd, word="<new1>", layers="keys and values"):
 
 def captions() -> list[str]:
     """Return captions for the merge of concepts, enough to fix a map of the bundled model's text."""
-    things, colours = ("cat", "dog", "car", "tree", "apple", "house", "ship", "cup", "bird"), ("red", "blue", "green", "yellow", "white", "black")
+    things, colours = (
+        ("cat", "dog", "car", "tree", "apple", "house", "ship", "cup", "bird"),
+        ("red", "blue", "green", "yellow", "white", "black"),
+    )
     return [f"a {colour} {thing} on a {other} background" for thing in things for colour in colours for other in colours[:4]]
 
 
@@ -142,7 +145,11 @@ def adapters(api) -> Items:
         result = api.draw(sd, PROMPT, steps=4) | api.weights(sd)
         extracted = api.parameters(api.extract_lora(base, sd, ("conv",), 3, 0.9))
         undo()
-        return result | {f"extracted {name}": p for name, p in extracted.items()} | {f"undone {name}": p for name, p in api.weights(sd).items()}
+        return (
+            result
+            | {f"extracted {name}": p for name, p in extracted.items()}
+            | {f"undone {name}": p for name, p in api.weights(sd).items()}
+        )
 
     def merged_concepts() -> dict[str, Tensor]:
         sd = api.load()
@@ -178,10 +185,16 @@ def adapters(api) -> Items:
         yield method, partial(attached, lambda sd, method=method, sets=sets: [randomised(api, api.parallel(sd, method, sets), 0.1)])
     yield "new tokens", partial(attached, lambda sd: [words(api, sd)], "a <cat> and a <dog>")
     yield "custom diffusion", partial(attached, lambda sd: [concept(api, sd)], "a <new1> cat")
-    yield "custom diffusion, all of cross-attention", partial(attached, lambda sd: [concept(api, sd, layers="cross_attention")], "a <new1> cat")
+    yield (
+        "custom diffusion, all of cross-attention",
+        partial(attached, lambda sd: [concept(api, sd, layers="cross_attention")], "a <new1> cat"),
+    )
     yield "lora and custom diffusion", partial(attached, lambda sd: [lora(api, sd), concept(api, sd)], "a <new1> cat")
-    yield "lora, words and prefix", partial(
-        attached, lambda sd: [words(api, sd), lora(api, sd), randomised(api, api.parallel(sd, "prefix", ("attention",)))], "a <cat>"
+    yield (
+        "lora, words and prefix",
+        partial(
+            attached, lambda sd: [words(api, sd), lora(api, sd), randomised(api, api.parallel(sd, "prefix", ("attention",)))], "a <cat>"
+        ),
     )
     yield "merged lora", merged_lora
     yield "merged concepts", merged_concepts
@@ -278,15 +291,24 @@ def files(api) -> Items:
 
     for naming in ("diffusers", "kohya"):
         for sets in (("attention",), ("conv", "text_encoder")):
-            write = partial(lambda path, sd, naming, sets: api.loader.write_lora(path, lora(api, sd, *sets), sd, naming), naming=naming, sets=sets)
+            write = partial(
+                lambda path, sd, naming, sets: api.loader.write_lora(path, lora(api, sd, *sets), sd, naming), naming=naming, sets=sets
+            )
             yield f"lora {naming} {'+'.join(sets)}", partial(written, "a.safetensors", write, read_lora)
     for form, suffix in (("diffusers", "safetensors"), ("diffusers", "bin"), ("a1111", "safetensors"), ("a1111", "pt")):
         names = tuple(WORDS) if form == "diffusers" else ("<cat>",)
-        write = partial(lambda path, sd, names, form: api.loader.write_embedding(path, words(api, sd, *names), form), names=names, form=form)
-        yield f"embedding {form} {suffix}", partial(written, f"a.{suffix}", write, lambda path, sd: api.parameters(api.loader.read_embedding(path, sd)))
+        write = partial(
+            lambda path, sd, names, form: api.loader.write_embedding(path, words(api, sd, *names), form), names=names, form=form
+        )
+        yield (
+            f"embedding {form} {suffix}",
+            partial(written, f"a.{suffix}", write, lambda path, sd: api.parameters(api.loader.read_embedding(path, sd))),
+        )
     for layers in ("keys and values", "cross_attention"):
         for name in ("a.safetensors", "a.bin", "a.ckpt", "folder"):
-            write = partial(lambda path, sd, layers: api.loader.write_custom_diffusion(path, concept(api, sd, layers=layers), sd), layers=layers)
+            write = partial(
+                lambda path, sd, layers: api.loader.write_custom_diffusion(path, concept(api, sd, layers=layers), sd), layers=layers
+            )
             yield f"custom diffusion {layers} {name}", partial(written, name, write, read_delta)
     for name in ("a.safetensors", "a.bin", "a.ckpt"):
         yield f"custom diffusion compressed {name}", partial(written, name, write_compressed, read_delta)
