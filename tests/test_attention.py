@@ -29,7 +29,7 @@ from minidiff.blocks import TransformerBlock
 from minidiff.cli.flags import Attentions
 from minidiff.kernels import dispatch, self_attention, tiles
 from minidiff.kernels.dispatch import ATTENTION, active_backend, attention_backend, select_backend, triton_works
-from minidiff.trainers.engine.checkpointing import checkpointed
+from minidiff.trainers.engine.checkpointing import with_checkpointing
 from minidiff.vae import AttentionBlock
 from tests.small_models import small_model, training_config
 
@@ -434,7 +434,7 @@ def unet_and_gradients(unet, name, checkpointing=False):
     """What the U-Net says, and the gradients of all its weights and of its context."""
     x_t, t, context = unet_inputs()
     weights = [context.requires_grad_(), *unet.parameters()]
-    with attention_backend(name), checkpointed([unet], checkpointing):
+    with attention_backend(name), with_checkpointing([unet], checkpointing):
         out = unet(x_t, t, context)
         return out, *torch.autograd.grad(out.square().mean(), weights)
 

@@ -103,7 +103,7 @@ def examples() -> list[partial]:
     conversions = [schedule.x0_from_eps, schedule.eps_from_x0, schedule.x0_from_v, schedule.eps_from_v]
     weight = nn.Parameter(torch.ones(3))
     changes = {"unet.down.0.transformers.0.blocks.0.cross_attention.to_k": torch.randn(16, 16)}
-    answer, draws = lambda x_t, t, context: 0.5 * x_t, diffusion_loss.Draws(t, eps)
+    answer, draws = lambda x_t, t, context: 0.5 * x_t, diffusion_loss.NoiseSample(t, eps)
     judge = JudgeTask(judge_config(), 0, torch.device("cpu")).judge
     pixels, two = torch.rand(2, 3, 64, 64), torch.tensor([0, 1])
     features, labels = (
@@ -196,7 +196,7 @@ def examples() -> list[partial]:
         partial(diffusion_loss.squared_error, answer, schedule, x_t, context, draws),
         partial(diffusion_loss.diffusion_loss, answer, schedule, x_t, context, draws, mask=x_t[:, :1], min_snr=5.0),
         partial(diffusion_loss.min_snr_weight, schedule, t, 5.0),
-        partial(loop.on, torch.device("cpu"), x_t),
+        partial(loop.to_device, torch.device("cpu"), x_t),
         partial(memory.bytes_of, [x_t]),
         partial(distributed.average_gradients, [weight], x_t.sum()),
         partial(optimizer.orthogonalise, torch.randn(4, 6)),

@@ -8,7 +8,7 @@ from minidiff.adapters.parallel import METHODS, PATTERNS, Adapters, ParallelAdap
 from minidiff.attention import Attention, attention_weights, naive_attention
 from minidiff.attention_maps import with_attention_maps, word_map
 from minidiff.blocks import FeedForward
-from minidiff.trainers.engine.checkpointing import checkpointed
+from minidiff.trainers.engine.checkpointing import with_checkpointing
 from tests.small_models import small_model
 
 BOTH = PATTERNS["attention"] + PATTERNS["feed_forward"]
@@ -148,7 +148,7 @@ def test_gradient_flows_to_every_weight_and_checkpointing_does_not_change_it(met
     adapters, gradients = learned(sd, method, rank=8), []  # of fewer units all may be below zero
     adapters.attach(sd)
     for on in (False, True):
-        with checkpointed([sd.unet], on):
+        with with_checkpointing([sd.unet], on):
             gradients.append(torch.autograd.grad(answer(sd).square().mean(), list(adapters.parameters())))
     adapters.detach()
     assert all(torch.equal(one, other) for one, other in zip(*gradients))

@@ -10,7 +10,7 @@ from PIL import Image
 
 import minidiff.attention
 from minidiff import samplers
-from minidiff.cli.main import parse_size
+from minidiff.cli.generate import parse_size
 from minidiff.cli.model import choose_device, slug
 from minidiff.kernels import tiles
 from tests.command import runner
