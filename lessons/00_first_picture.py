@@ -104,7 +104,8 @@ print(f"{differ} values differ")
 
 # %%
 shown = [film[i] for i in np.linspace(0, steps - 1, 6).round().astype(int)]
-rows = [to_images(sd.decode(torch.cat([getattr(step, name) for step in shown]))) for name in ("x_t", "x0_hat")]
+latents = [torch.cat([getattr(step, name) for step in shown]) for name in ("x_t", "x0_hat")]
+rows = [to_images(sd.decode(z)) for z in latents]
 columns = [f"step {step.i + 1}" for step in shown]
 fig = picture_grid(rows, columns, ["$x_t$", "guess\n$\\hat{x}_0$"])
 print(f"steps begin at t = {', '.join(str(step.t) for step in film[:3])}, ... {film[-1].t}")
@@ -160,7 +161,8 @@ lesson.show(fig, "seeds", "Four foxes: same prompt, four seeds.")
 
 # %%
 counts = (1, 2, 4, 8) if lesson.quick else (1, 2, 4, 8, 16, 32)
-ends = {n: list(sd.denoise("a fox on a green background", steps=n, seeds=[1]))[-1].x_t for n in counts}
+fox = "a fox on a green background"
+ends = {n: list(sd.denoise(fox, steps=n, seeds=[1]))[-1].x_t for n in counts}
 for n in counts[:-1]:
     print(f"{n:2} steps: {distance(ends[n], ends[counts[-1]]):.2f} from {counts[-1]} steps")
 foxes = to_images(sd.decode(torch.cat(list(ends.values()))))
@@ -184,7 +186,8 @@ lesson.show(fig, "steps", "A fox in more and more steps: first a blur, then hard
 # %%
 scales = (0, 1, 4, 16) if lesson.quick else (0, 1, 2, 4, 8, 16)
 asked = ["a burger on a white background", "a fox on a green background"]
-ends = [list(sd.denoise(asked, steps=steps, seeds=[4, 5], guidance_scale=g))[-1].x_t for g in scales]
+films = [sd.denoise(asked, steps=steps, seeds=[4, 5], guidance_scale=g) for g in scales]
+ends = [list(film)[-1].x_t for film in films]
 for g, end in zip(scales, ends):
     print(f"guidance {g:2}: the latent's numbers have size {end.std():.2f}")
 pixels = [to_images(sd.decode(end)) for end in ends]

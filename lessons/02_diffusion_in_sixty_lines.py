@@ -30,6 +30,7 @@
 
 # %%
 import time
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -66,7 +67,8 @@ def spiral(n):
 # %%
 data = spiral(2000)
 shown = [0, 59, 139, 259, 499, T - 1]
-into_noise = [schedule.q_sample(data, torch.full((len(data),), t, device=lesson.device), normal(*data.shape)) for t in shown]
+all_at = partial(torch.full, (len(data),), device=lesson.device)
+into_noise = [schedule.q_sample(data, all_at(t), normal(*data.shape)) for t in shown]
 assert all(x_t.shape == data.shape == (len(data), 2) for x_t in into_noise)
 print(f"{T} timesteps; variance of the data {data.var():.1f}")
 
@@ -102,15 +104,9 @@ class Denoiser(nn.Module):
     def __init__(self, width=128):
         super().__init__()
         self.register_buffer("frequency", torch.pi * 2.0 ** torch.arange(8) / T)
-        self.layers = nn.Sequential(
-            nn.Linear(2 + 2 * (8 + 4), width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, 2),
-        )
+        layers = [nn.Linear(2 + 2 * (8 + 4), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
+        layers += [nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x_t, t):
         angles = torch.cat([t[:, None] * self.frequency, 2 * x_t, 4 * x_t], dim=-1)

@@ -36,6 +36,7 @@
 # %%
 import math
 import time
+from itertools import product
 
 import torch
 from einops import rearrange
@@ -147,12 +148,15 @@ print(f"h = {h} heads of d = {d}: weights {list(weights.shape)}")
 words = dict(sd.tokenizer.words(prompt))  # each word, and where its tokens stand among the L
 picture = to_images(sd.decode(steps[-1].x_t))[0]
 asked, heads_shown = ("frog", "pink", "background"), range(min(h, 2))
-maps = {(head, word): rearrange(weights[0, head, :, words[word]].sum(-1), "(H W) -> H W", H=rows) for head in heads_shown for word in asked}
-for (head, word), shares in maps.items():
+maps = {}
+for head, word in product(heads_shown, asked):
+    shares = weights[0, head, :, words[word]].sum(-1)
+    maps[head, word] = rearrange(shares, "(H W) -> H W", H=rows)
     print(f"head {head}, {word}: {shares.mean():.2f} on average, {shares.max():.2f} at most")
 
 # %%
-grid = [[None if head else picture, *(maps[head, word].cpu() for word in asked)] for head in heads_shown]
+grid = [[maps[head, word].cpu() for word in asked] for head in heads_shown]
+grid = [[None if head else picture, *row] for head, row in zip(heads_shown, grid)]
 fig = picture_grid(grid, ["picture", *asked], [f"head {head}" for head in heads_shown])
 lesson.show(fig, "words", "A frog, and where two heads look at frog, pink and background.")
 

@@ -52,7 +52,7 @@ from matplotlib import pyplot as plt
 
 from lessons.common import BLUE, GREEN, ORANGE, picture_grid, start
 from minidiff.attention import attention, attention_weights, naive_attention
-from minidiff.blocks import SpatialTransformer
+from minidiff.blocks import TransformerBlock
 from minidiff.config import SD1
 from minidiff.kernels import tiles
 from minidiff.kernels.self_attention import forward_kernel, fused_self_attention
@@ -370,7 +370,7 @@ for length in (1, 4):  # longer queries: larger logits
 
 # %%
 sd = lesson.load()
-layers = [m.blocks[0].self_attention for m in sd.unet.modules() if isinstance(m, SpatialTransformer)]
+layers = [m.self_attention for m in sd.unet.modules() if isinstance(m, TransformerBlock)]
 prompts = ["a frog on a pink background", "a burger on a white background"]
 steps = 6 if lesson.quick else 16
 
@@ -378,7 +378,8 @@ steps = 6 if lesson.quick else 16
 # %%
 def drawn_with(update):
     def instead(layer, args, output):
-        q, k, v = (rearrange(f(args[0]), "B N (h d) -> (B h) N d", h=layer.heads) for f in (layer.to_q, layer.to_k, layer.to_v))
+        projected = (project(args[0]) for project in (layer.to_q, layer.to_k, layer.to_v))
+        q, k, v = (rearrange(x, "B N (h d) -> (B h) N d", h=layer.heads) for x in projected)
         block = max(1, k.shape[1] // 16)
         o = torch.stack([walk(update, *head, block)[0] for head in zip(q, k, v)])
         return layer.to_out(rearrange(o, "(B h) N d -> B N (h d)", h=layer.heads))

@@ -70,10 +70,11 @@ fig, axis = plt.subplots(figsize=(6, 4.4))
 for i, row in enumerate(steps):
     left = 0
     for piece in row:
-        letters = len(piece.removesuffix("</w>"))
+        text = piece.removesuffix("</w>")
+        letters = len(text)
         colour = BLUE if letters > 1 else SKY
         axis.barh(i, letters, left=left, color=colour, edgecolor="white", linewidth=2)
-        axis.text(left + letters / 2, i, piece.removesuffix("</w>"), color="white", fontsize=11, ha="center", va="center")
+        axis.text(left + letters / 2, i, text, color="white", fontsize=11, ha="center", va="center")
         left += letters
 axis.set(xticks=[], xlim=(0, left))
 axis.set_yticks([0, len(steps) - 1], ["letters", "pieces"])
@@ -327,7 +328,8 @@ draw = noise_source([1] * len(prompts), shape, lesson.device)
 x_T, empty = draw(), [""] * len(prompts)
 rows = []
 for reader in (tokenizer, theirs):
-    model = guided(sd.unet, encode(prompts, reader), encode(empty, reader), sd.config.guidance_scale)
+    cond, uncond = encode(prompts, reader), encode(empty, reader)
+    model = guided(sd.unet, cond, uncond, sd.config.guidance_scale)
     with torch.no_grad():
         *_, last = sample(model, x_T, sd.schedule, steps=8 if lesson.quick else 16)
     rows.append(to_images(sd.decode(last.x_t)))

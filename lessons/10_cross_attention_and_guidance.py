@@ -29,6 +29,8 @@
 # word's share is large, each map on a scale of its own.
 
 # %%
+from itertools import product
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -55,7 +57,9 @@ steps = list(with_attention_maps(sd.denoise(prompts, steps=count, seeds=range(1,
 
 named, words = ("frog", "rose"), dict(sd.tokenizer.words(prompts[0]))
 shown = [0, count // 4, count // 2, 3 * count // 4, count - 1]
-maps = {(i, word): word_map(steps[i].attention_maps, words[word], (side, side))[0].cpu() for i in shown for word in named}
+maps = {}
+for i, word in product(shown, named):
+    maps[i, word] = word_map(steps[i].attention_maps, words[word], (side, side))[0].cpu()
 assert maps[0, "frog"].shape == (side, side)
 
 

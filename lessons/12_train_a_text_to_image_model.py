@@ -125,7 +125,8 @@ decay = recipe.ema_decay
 
 
 def prepare(config, steps):
-    settings = Settings(steps=steps, batch=batch, learning_rate=rate, max_grad_norm=None, ema_decay=decay)
+    settings = Settings(steps=steps, batch=batch, learning_rate=rate, ema_decay=decay)
+    settings = replace(settings, max_grad_norm=None)
     init = None if bundled else done  # of your own checkpoint all is kept, and goes on learning
     task = DiffusionTask(config, recipe, scenes, lesson.device, init)
     return Training(task, settings, lesson.device)
@@ -326,7 +327,8 @@ for falls, weights in seen.items():
 fig, (top, bottom) = plt.subplots(2, figsize=(6, 4.6), sharex=True, height_ratios=(1, 2))
 for falls, style in (("constant", "-"), ("linear", "--")):
     top.plot(range(1, steps + 1), [1000 * rate for rate in rates[falls]], style)
-    one, mean = ([float(weight.flatten()[0]) for weight in history[falls]] for history in (seen, averages))
+    one = [float(weight.flatten()[0]) for weight in seen[falls]]
+    mean = [float(weight.flatten()[0]) for weight in averages[falls]]
     bottom.plot(one, style, label=f"{falls}, the weight")
     bottom.plot(mean, style, color="black", linewidth=1, label=f"{falls}, its mean")
 top.set(ylabel="1000 × rate", ylim=(0, None))

@@ -117,7 +117,8 @@ lesson.show(fig, "five", "Five tigers; below, the lions that the model draws ins
 names = library.choose(list(library.layers_of(sd)), library.PATTERNS["transformer"])
 options = preset("fine-tune", "bundled")
 settings = replace(options.settings, steps=2 if lesson.quick else 70, batch=4)
-options = replace(options, settings=settings, weights=tuple(f"^{re.escape(name)}\\.weight$" for name in names))
+weights = tuple(f"^{re.escape(name)}\\.weight$" for name in names)
+options = replace(options, settings=settings, weights=weights)
 training = METHODS["fine-tune"].build(tuned, [concept], options)
 losses = [float(step.loss) for _, step in training.run(lesson.device)]
 after, verdict_after = draw(tuned)

@@ -120,7 +120,8 @@ lesson.show(fig, "five", "Five tigers and five violins, each on another backgrou
 tuned = lesson.load()
 options = preset("fine-tune", "bundled")
 settings = replace(options.settings, steps=1 if lesson.quick else 25, batch=4)
-training = METHODS["fine-tune"].build(tuned, [concepts["tiger"]], replace(options, settings=settings))
+options = replace(options, settings=settings)
+training = METHODS["fine-tune"].build(tuned, [concepts["tiger"]], options)
 for _ in training.run(lesson.device):
     pass
 old, new = (dict(one.unet.named_parameters()) for one in (sd, tuned))

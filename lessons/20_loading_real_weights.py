@@ -113,9 +113,9 @@ for rows, side, color in ((down, "input", BLUE), (up[::-1], "output", RED)):
     for i, steps in enumerate(rows):
         for j, step in enumerate(steps):
             x = j + i * 0.45 if side == "input" else 9.4 - i * 0.45 - (len(steps) - 1 - j)
-            axis.text(
-                x, -i, str(step), color="white", ha="center", va="center", fontsize=13, bbox={"boxstyle": "square,pad=0.35", "color": color}
-            )
+            box = {"boxstyle": "square,pad=0.35", "color": color}
+            style = {"color": "white", "fontsize": 13, "bbox": box}
+            axis.text(x, -i, str(step), ha="center", va="center", **style)
         axis.text(4.7, -i, f"level {i}", ha="center", va="center", fontsize=12)
 axis.text(0, 0.75, "input_blocks", color=BLUE)
 axis.text(9.7, 0.75, "output_blocks", color=RED, ha="right")
