@@ -188,7 +188,7 @@ def layer_places(sd: StableDiffusion, names: str) -> dict[str, TensorLocation]:
     """
     if names not in NAMES:
         raise ValueError(f"names {names!r} unknown; choose {' or '.join(NAMES)}")
-    tables = {part: name_table(getattr(sd, part), part_names(sd.config, part, "diffusers")) for part in PARTS}
+    tables = {part: name_table(sd.parts[part], part_names(sd.config, part, "diffusers")) for part in PARTS}
     result = {}
     for ours in layers_of(sd):
         part, layer = ours.split(".", 1)
