@@ -154,7 +154,9 @@ class JudgeTask:
             return reading_loss(reading, labels) + contrastive_loss(reading.features, texts, self.judge.log_scale)
 
 
-def judge_draws(config: JudgeConfig, seed: int, step: int, sample_ids: range) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, "B L"], Labels]:
+def judge_draws(
+    config: JudgeConfig, seed: int, step: int, sample_ids: range
+) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, "B L"], Labels]:
     """By chance: scenes, lightly spoilt, the tokens of their captions, and what is in them."""
     rngs = [rng_for(seed, step, sample) for sample in sample_ids]
     scenes = [judge_scene(rng) for rng in rngs]

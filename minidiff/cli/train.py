@@ -172,7 +172,9 @@ def apply_flags(preset: MethodOptions, method: Method[Any], asked: dict[str, Any
 def read_concepts(values: dict[str, Any], more: tuple[str, ...]) -> list[Concept]:
     """Return the concept of --images and its companions, and those of --concept. Raises ValueError where there is none."""
     if values and "images" not in values:
-        raise ValueError(f"--{next(iter(values)).replace('_', '-')} without --images; give the folder of the pictures, or --concept {EXAMPLE}")
+        raise ValueError(
+            f"--{next(iter(values)).replace('_', '-')} without --images; give the folder of the pictures, or --concept {EXAMPLE}"
+        )
     if not values and not more:
         raise ValueError(f"nothing to learn; give --images DIR, or --concept {EXAMPLE}")
     return [*([Concept(**values)] if values else []), *(parse_concept(text) for text in more)]
@@ -192,7 +194,9 @@ def parse_concept(text: str) -> Concept:
     if found.get("captions", "no") not in ("yes", "no"):
         raise ValueError(f"--concept {text}: captions={found['captions']}; write yes or no")
     found["captions"] = found.get("captions") == "yes"
-    return Concept(**found | {name: Path(found[name]) for name in ("images", "class_images") if name in found})
+    for name in {"images", "class_images"} & found.keys():
+        found[name] = Path(found[name])
+    return Concept(**found)
 
 
 # --- before the first step --------------------------------------------------------------------------------------------

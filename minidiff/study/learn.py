@@ -183,7 +183,12 @@ def pair(sd: StableDiffusion, run: Run, folder: Path) -> Learned:
     seconds = one.seconds + other.seconds + time.perf_counter() - start
     size = 4 * sum(p.numel() for p in merged.parameters())
     return replace(
-        one, adapters=(merged,), called=(first.subject_phrase, second.subject_phrase), seconds=seconds, trained=one.trained + other.trained, bytes=size
+        one,
+        adapters=(merged,),
+        called=(first.subject_phrase, second.subject_phrase),
+        seconds=seconds,
+        trained=one.trained + other.trained,
+        bytes=size,
     )
 
 

@@ -182,10 +182,29 @@ def environment() -> dict[str, str]:
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_with_the_doubled_batch(run, tmp_path):
     args = ["train", "lora", "--images", "cat", "--prompt", "a cat", "--prior", "generated", "--class-word", "cat", "--prior-count", "2"]
-    args += ["--prior-steps", "2", "--model", "model.safetensors", "--steps", "3", "--num-samples", "1", "--threads", "1", "--device", "cpu"]
+    args += [
+        "--prior-steps",
+        "2",
+        "--model",
+        "model.safetensors",
+        "--steps",
+        "3",
+        "--num-samples",
+        "1",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+    ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "minidiff"]
     done = subprocess.run(
-        [*torchrun, *args, "--batch", "2", "--out", "two"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+        [*torchrun, *args, "--batch", "2", "--out", "two"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("minidiff generate") == 1 and done.stderr.count("numbers are trained on") == 1  # one process talks

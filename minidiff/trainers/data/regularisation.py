@@ -55,7 +55,8 @@ def class_pictures(
 ) -> Iterator[Filled]:
     """Fill the folder up to `count` pictures of the prompt, `batch` an iteration; picture i has the seed `seed` + i.
 
-    The other arguments are those of sd.generate. Raises ValueError for a folder that holds another prompt's pictures or another model's, as soon as it is iterated.
+    The other arguments are those of sd.generate. Raises ValueError for a folder that holds another prompt's pictures or another model's, as
+    soon as it is iterated.
     """
     parts = {name: fingerprint(module) for name, module in (("text_encoder", sd.text_encoder), ("unet", sd.unet), ("vae", sd.vae))}
     choices = {"prompt": prompt, "seed": seed, "steps": steps, "sampler": sampler, "guidance_scale": guidance_scale, "size": size}
@@ -125,7 +126,9 @@ def nearest(
         order = order[cosines[order] >= min_similarity]
     if not len(order):
         best = f"the nearest of {len(cosines)} has {cosines.max():.3f}" if len(cosines) else "there are none"
-        raise ValueError(f"no caption with a cosine of at least {min_similarity} to the target: {best}; give other captions or a lower limit")
+        raise ValueError(
+            f"no caption with a cosine of at least {min_similarity} to the target: {best}; give other captions or a lower limit"
+        )
     return order.tolist()
 
 
@@ -133,7 +136,9 @@ def near_examples(
     examples: Sequence[Example], target: str, features: TextFeatures, *, min_similarity: float | None = None, max_count: int | None = 200
 ) -> list[Example]:
     """Return the pictures whose captions are near the target, by features such as partial(pooled_text, sd) or CLIP's; as `nearest`."""
-    chosen = nearest(features([target])[0], features([example.caption for example in examples]), min_similarity=min_similarity, max_count=max_count)
+    chosen = nearest(
+        features([target])[0], features([example.caption for example in examples]), min_similarity=min_similarity, max_count=max_count
+    )
     return [examples[i] for i in chosen]
 
 

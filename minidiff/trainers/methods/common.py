@@ -196,8 +196,6 @@ def prior_examples(sd: StableDiffusion, concept: Concept, options: PhaseOptions,
     caption = class_caption(concept, options.prompt)
     if prior.kind == "near":
         features = partial(pooled_text, sd)
-        return near_examples(
-            read_folder(folder, size=size), caption, features, min_similarity=prior.min_similarity, max_count=prior.count
-        )
+        return near_examples(read_folder(folder, size=size), caption, features, min_similarity=prior.min_similarity, max_count=prior.count)
     has_captions = prior.kind == "scenes" or (concept.class_prompt is None and bool(find_caption_sources(folder)))
     return read_folder(folder, size=size, caption=None if has_captions else caption)

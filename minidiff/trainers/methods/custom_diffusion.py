@@ -1,8 +1,8 @@
 """Custom Diffusion: keys and values of cross-attention, and a new word per concept, several concepts at once (Kumari et al. 2023).
 
-    subject at several sizes   "very small photo of a <cat> cat"  -.
-                                                                    >- one batch -> U-Net -> loss, of small pictures inside them only
-    class pictures with captions near "photo of a cat"  -----------'
+subject at several sizes   "very small photo of a <cat> cat"  -.
+                                                                >- one batch -> U-Net -> loss, of small pictures inside them only
+class pictures with captions near "photo of a cat"  -----------'
 """
 
 from collections.abc import Mapping, Sequence

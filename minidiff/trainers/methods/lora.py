@@ -1,8 +1,8 @@
 """LoRA: low-rank changes beside chosen layers, from pictures with one caption for all or one for each (Hu et al. 2021).
 
-    training = build(sd, [Concept(images=Path("tiger"), token="sks", class_word="lion")], PRESETS["bundled"])
-    for phase, step in training.run(device, folder): ...
-    training.lora.attach(sd)
+training = build(sd, [Concept(images=Path("tiger"), token="sks", class_word="lion")], PRESETS["bundled"])
+for phase, step in training.run(device, folder): ...
+training.lora.attach(sd)
 """
 
 from collections.abc import Sequence

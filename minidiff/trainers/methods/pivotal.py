@@ -1,7 +1,7 @@
 """Pivotal tuning: first a new word, then a LoRA around it while the word stays (Roich et al. 2021, of GANs; cloneofsimo's LoRA program).
 
-    phase 1    <cat> -> Textual Inversion
-    phase 2    <cat>, frozen -> LoRA in the same templates
+phase 1    <cat> -> Textual Inversion
+phase 2    <cat>, frozen -> LoRA in the same templates
 """
 
 from collections.abc import Mapping, Sequence

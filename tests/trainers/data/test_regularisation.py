@@ -120,7 +120,9 @@ def test_the_nearest_scenes_stand_in_a_folder_with_their_captions(sd, tmp_path):
     steps = list(scene_pictures(sd, "a cat", tmp_path, count=4, candidates=40, seed=3))
     assert steps[-1] == Filled(4, 4) and len(steps) == 4
     scenes = [sample_scene(np.random.default_rng([3, i])) for i in range(40)]
-    order = nearest(pooled_text(sd, ["a cat"], pool="mean")[0], pooled_text(sd, [scene.caption for scene in scenes], pool="mean"), max_count=4)
+    order = nearest(
+        pooled_text(sd, ["a cat"], pool="mean")[0], pooled_text(sd, [scene.caption for scene in scenes], pool="mean"), max_count=4
+    )
     examples = read_folder(tmp_path, size=64)
     assert [example.caption for example in examples] == [scenes[i].caption for i in order]
     assert all(np.array_equal(Image.open(example.path), scenes[i].image) for example, i in zip(examples, order))

@@ -38,7 +38,12 @@ def test_the_published_rates_are_kept():
     assert preset("dreambooth-lora", "sd2").settings.learning_rate == 5e-4
     assert preset("textual-inversion", "sd1").settings.learning_rate == 5e-3
     custom = CUSTOM_DIFFUSION["sd1"]
-    assert (custom.settings.learning_rate, custom.settings.batch, custom.settings.steps, custom.prior.min_similarity) == (8e-5, 8, 250, 0.85)
+    assert (custom.settings.learning_rate, custom.settings.batch, custom.settings.steps, custom.prior.min_similarity) == (
+        8e-5,
+        8,
+        250,
+        0.85,
+    )
 
 
 def test_unknown_methods_and_families_are_named():
