@@ -56,6 +56,7 @@ class StableDiffusion:
         self.carried = carried or {}
         self.notes = notes
         self.adapters = []
+        self.attached: list = []  # of adapters/base.py, in the order in which they were attached
 
     @property
     def device(self) -> torch.device:

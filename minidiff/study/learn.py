@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff.adapters.custom_diffusion import CustomDiffusion, compress, from_deltas, merge_concepts
-from minidiff.adapters.parallel import METHODS, PATTERNS, create_adapters
+from minidiff.adapters.base import Adapter
+from minidiff.adapters.custom_diffusion import CustomDiffusion, compress, from_deltas
+from minidiff.adapters.merge_concepts import merge_concepts
+from minidiff.adapters.parallel import ADAPTER_METHODS, LAYER_PATTERNS, create_adapters
 from minidiff.evaluation.weights import relative_changes
 from minidiff.pictures import save_png
 from minidiff.pipeline import StableDiffusion
@@ -26,10 +28,10 @@ from minidiff.study.plan import PICTURES, STEPS, SUBJECTS, UNTOUCHED, Run, Varia
 from minidiff.trainers.engine.memory import estimate_memory
 from minidiff.trainers.methods import common
 from minidiff.trainers.methods.common import TrainingRun
-from minidiff.trainers.methods.finetuning import Adapter, Group
+from minidiff.trainers.methods.finetuning import Group
 from minidiff.trainers.methods.options import Concept, CustomDiffusionOptions, LoRAOptions, Options, PivotalOptions, Prior
 
-RANK = 8  # of the adapters of family.py
+RANK = 8  # of the adapters of adapters/parallel.py
 RIDGE = 0.1  # of a merge: the bundled model's text has few directions
 RARE, RARE_TOO = "sks", "qhy"  # names of DreamBooth and LoRA; the words of Custom Diffusion start from others
 FIRST_WORDS = ("ktn", "pll")  # that two words start from
@@ -130,7 +132,7 @@ def trained(
     options = seeded(variant.options, seed)
     concepts = [with_class_pictures(sd, one, options) for one in concepts]
     before = None
-    if variant.method in METHODS:
+    if variant.method in ADAPTER_METHODS:
         method, adapters = small_modules(sd, variant.method, concepts, options)
     else:
         more = {} if start_from is None else {"start_from": start_from}
@@ -161,9 +163,9 @@ def seeded(options: Options, seed: int) -> Options:
 def small_modules(
     sd: StableDiffusion, name: str, concepts: Sequence[Concept], options: LoRAOptions
 ) -> tuple[TrainingRun, tuple[Adapter, ...]]:
-    """A method of family.py at the attentions, trained as a LoRA is."""
+    """A method of adapters/parallel.py at the attentions, trained as a LoRA is."""
     generator = torch.Generator().manual_seed(options.settings.seed)
-    adapters = create_adapters(sd, PATTERNS["attention"], method=name, rank=RANK, generator=generator)
+    adapters = create_adapters(sd, LAYER_PATTERNS["attention"], method=name, rank=RANK, generator=generator)
     phase = common.make_phase(
         sd,
         name,

@@ -9,9 +9,8 @@ from minidiff.adapters.custom_diffusion import (
     compress,
     create_custom_diffusion,
     from_deltas,
-    merge_concepts,
-    merge_directions,
 )
+from minidiff.adapters.merge_concepts import merge_concepts, merge_directions
 from minidiff.adapters.tokens import NewTokens, create_tokens
 from minidiff.config import SD1
 from minidiff.unet import UNet

@@ -9,7 +9,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from minidiff.adapters.custom_diffusion import create_custom_diffusion
-from minidiff.adapters.lora import PATTERNS, LoRA, LowRank, choose, create_lora, extract_lora, kept, layers_of, merge_lora
+from minidiff.adapters.extraction import extract_lora, rank_for_energy
+from minidiff.adapters.layers import choose, layers_of
+from minidiff.adapters.lora import PATTERNS, LoRA, create_lora, merge_lora
+from minidiff.adapters.low_rank import LowRank
 from minidiff.config import SD1
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
@@ -64,11 +67,13 @@ LAYERS = {
 }
 
 
-def one_layer(layer):
+class OneLayer(StableDiffusion):
     """As much of a StableDiffusion as adapters look at: its U-Net is one layer."""
-    sd = object.__new__(StableDiffusion)
-    sd.unet, sd.text_encoder = nn.Sequential(copy.deepcopy(layer)), nn.Sequential()
-    return sd
+
+    device = torch.device("cpu")
+
+    def __init__(self, layer):
+        self.unet, self.text_encoder, self.attached = nn.Sequential(copy.deepcopy(layer)), nn.Sequential(), []
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -79,7 +84,7 @@ def test_a_layer_with_lora_gives_what_it_gives_in_peft(kind):
     tuner = theirs.base_model.model[0]
     down, up = tuner.lora_A["default"].weight.detach().clone(), tuner.lora_B["default"].weight.detach().clone()
     lora, x = LoRA({"unet.0": LowRank(down, up, alpha=5)}), torch.randn(shape, generator=generator(), requires_grad=True)
-    model = one_layer(layer)
+    model = OneLayer(layer)
     lora.attach(model)
     with torch.no_grad():
         assert (theirs(x) - layer(x)).abs().max() > 0.1, "a change that is too small to see"
@@ -267,7 +272,7 @@ def test_a_state_dict_goes_into_another_lora_of_the_same_layers(sd):
 def test_the_first_down_is_that_of_peft_for_both_initialisations():
     layer = nn.Conv2d(64, 8, 3)
     for init, theirs in (("gaussian", "gaussian"), ("kaiming", True)):
-        low = create_lora(one_layer(layer), ("0",), rank=32, alpha=1.0, init=init, generator=generator()).layers["unet.0"]
+        low = create_lora(OneLayer(layer), ("0",), rank=32, alpha=1.0, init=init, generator=generator()).layers["unet.0"]
         peft = get_peft_model(nn.Sequential(copy.deepcopy(layer)), LoraConfig(r=32, target_modules=["0"], init_lora_weights=theirs))
         wanted = peft.base_model.model[0].lora_A["default"].weight.detach()
         assert low.down.weight.shape == wanted.shape
@@ -343,20 +348,20 @@ def test_the_error_of_an_extraction_is_the_norm_of_the_singular_values_left_out(
         torch.testing.assert_close((wanted - low.delta()).norm(), left, rtol=1e-3, atol=1e-5)
 
 
-def test_a_share_keeps_the_fewest_singular_values_that_reach_it():
+def test_an_energy_keeps_the_fewest_singular_values_that_reach_it():
     s = torch.tensor([4.0, 3.0, 2.0, 1.0])  # sums 4, 7, 9, 10; squares 16, 25, 29, 30
-    assert [kept(s, share, "sum") for share in (0.1, 0.4, 0.41, 0.7, 0.9, 0.91, 1.0)] == [1, 1, 2, 2, 3, 4, 4]
+    assert [rank_for_energy(s, energy, "sum") for energy in (0.1, 0.4, 0.41, 0.7, 0.9, 0.91, 1.0)] == [1, 1, 2, 2, 3, 4, 4]
     norms = [math.sqrt(square / 30) for square in (16, 25, 29)]
-    assert [kept(s, norm + step, "frobenius") for norm in norms for step in (-1e-6, 1e-6)] == [1, 2, 2, 3, 3, 4]
-    assert [kept(s, share, "ratio") for share in (1.0, 0.8, 0.74, 0.5, 0.49, 0.01)] == [1, 1, 2, 2, 3, 4]
+    assert [rank_for_energy(s, norm + step, "frobenius") for norm in norms for step in (-1e-6, 1e-6)] == [1, 2, 2, 3, 3, 4]
+    assert [rank_for_energy(s, energy, "ratio") for energy in (1.0, 0.8, 0.74, 0.5, 0.49, 0.01)] == [1, 1, 2, 2, 3, 4]
 
 
-def test_a_share_gives_each_layer_its_own_rank_up_to_the_limit(sd):
+def test_an_energy_gives_each_layer_its_own_rank_up_to_the_limit(sd):
     tuned = tuned_by(random_lora(sd, KEYS, rank=6))
-    for of, share in (("sum", 0.7), ("frobenius", 0.8), ("ratio", 0.5)):
-        free = extract_lora(sd, tuned, KEYS, share=share, of=of)
-        assert len({low.rank for low in free.layers.values()}) > 1, of
-        capped = extract_lora(sd, tuned, KEYS, share=share, of=of, rank=2)
+    for criterion, energy in (("sum", 0.7), ("frobenius", 0.8), ("ratio", 0.5)):
+        free = extract_lora(sd, tuned, KEYS, energy=energy, criterion=criterion)
+        assert len({low.rank for low in free.layers.values()}) > 1, criterion
+        capped = extract_lora(sd, tuned, KEYS, energy=energy, criterion=criterion, rank=2)
         assert {name: low.rank for name, low in capped.layers.items()} == {name: min(2, low.rank) for name, low in free.layers.items()}
 
 
@@ -408,8 +413,8 @@ def test_what_cannot_be_extracted_is_said(sd):
         (sd, {}, "give a rank"),
         (sd, {"rank": 0}, "rank 0"),
         (sd, {"rank": 1, "clamp": 0.0}, "clamp 0.0"),
-        (sd, {"share": 1.5}, "share 1.5"),
-        (sd, {"share": 0.5, "of": "all"}, "share of 'all' unknown; choose sum, frobenius, ratio"),
+        (sd, {"energy": 1.5}, "energy 1.5"),
+        (sd, {"energy": 0.5, "criterion": "all"}, "criterion 'all' unknown; choose sum, frobenius, ratio"),
         (small_model(wider()), {"rank": 1}, r"cross_attention.to_k is absent or of another shape"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -22,10 +22,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from minidiff.adapters.custom_diffusion import CustomDiffusion
-from minidiff.adapters.lora import LoRA
-from minidiff.adapters.parallel import Adapters
-from minidiff.adapters.tokens import NewTokens
+from minidiff.adapters.base import Adapter
 from minidiff.pipeline import StableDiffusion
 from minidiff.trainers.data.cache import Cache, Contexts, Pictures, fingerprint
 from minidiff.trainers.engine.diffusion_loss import diffusion_loss, draw
@@ -33,8 +30,6 @@ from minidiff.trainers.engine.loop import rng_for
 from minidiff.trainers.engine.optimizer import adamw
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.options import Samples
-
-Adapter = LoRA | NewTokens | CustomDiffusion | Adapters
 
 
 @dataclass(frozen=True, eq=False)
