@@ -26,7 +26,7 @@ from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 from weights_loader import detect, dialects, folder, metadata
-from weights_loader.attach import File, attach
+from weights_loader.adapters.attach import File, attach
 from weights_loader.contents import Contents, check_parts, find, open_checkpoint, take_averages, take_vae
 from weights_loader.dialects import Part
 from weights_loader.report import Report

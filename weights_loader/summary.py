@@ -7,7 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from weights_loader import custom_diffusion, detect, embedding, lora
+from weights_loader import detect
+from weights_loader.adapters import custom_diffusion, embedding, lora
+from weights_loader.adapters.lora_file import Dialect, Factors
 from weights_loader.contents import find
 from weights_loader.detect import family_name
 from weights_loader.load import load_with_report
@@ -147,8 +149,8 @@ def _inspect_small(given: Path) -> SmallSummary | None:
     names = list(checkpoint.tensors)
     kind = detect.kind(names)
     try:
-        if kind == "lora":
-            return _lora_summary(checkpoint)
+        if dialect := lora.dialect_of(names):
+            return _lora_summary(checkpoint, dialect)
         if kind == "custom_diffusion":
             changes, rows = custom_diffusion.parse_folder(given) if given.is_dir() else custom_diffusion.parse(checkpoint.tensors)
             ranks = Counter(change[0].shape[1] for change in changes.values() if not isinstance(change, Tensor))
@@ -161,12 +163,12 @@ def _inspect_small(given: Path) -> SmallSummary | None:
     return None
 
 
-def _lora_summary(checkpoint: Checkpoint) -> SmallSummary:
-    factors = lora.parse(checkpoint.tensors, lora.peft_config(checkpoint))
-    parts = Counter("text encoder" if re.search(r"^lora_te_|encoder[._]layers", name) else "unet" for name in factors)
-    names = "kohya" if any(name.startswith("lora_") for name in factors) else "diffusers"
-    ranks, alphas = Counter(one.rank for one in factors.values()), Counter(one.alpha for one in factors.values())
-    return _small_summary(checkpoint, f"LoRA, names of {names}", parts=parts, ranks=ranks, alphas=alphas)
+def _lora_summary(checkpoint: Checkpoint, dialect: Dialect) -> SmallSummary:
+    changes = dialect.parse(checkpoint)
+    parts = Counter("text encoder" if re.search(r"^lora_te_|encoder[._]layers", name) else "unet" for name in changes)
+    factors = [one for one in changes.values() if isinstance(one, Factors)]
+    ranks, alphas = Counter(one.rank for one in factors), Counter(one.alpha for one in factors)
+    return _small_summary(checkpoint, f"LoRA, names of {dialect.name}", parts=parts, ranks=ranks, alphas=alphas)
 
 
 def _small_summary(

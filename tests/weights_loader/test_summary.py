@@ -7,10 +7,10 @@ from tests.checkpoints import extras, family_configs, family_model, ldm_tensors
 from tests.small_files import compressed, random_delta, random_lora
 from tests.small_models import small_model
 from weights_loader import detect
-from weights_loader.custom_diffusion import write_custom_diffusion
+from weights_loader.adapters.custom_diffusion import write_custom_diffusion
+from weights_loader.adapters.embedding import write_embedding
+from weights_loader.adapters.lora import write_lora
 from weights_loader.dialects import UNET_PREFIX, ema_name, to_file
-from weights_loader.embedding import write_embedding
-from weights_loader.lora import write_lora
 from weights_loader.write import write_safetensors
 
 
