@@ -3,7 +3,7 @@
 #
 # **What does the network learn, and how is it taught?**
 #
-# - Explains: [minidiff/trainers/engine/diffusion_loss.py](../minidiff/trainers/diffusion_loss.py)
+# - Explains: [minidiff/trainers/engine/diffusion_loss.py](../minidiff/trainers/engine/diffusion_loss.py)
 # - You change: `diffusion_loss`, what every Stable Diffusion was trained on
 # - Minutes: 25
 # - Picture: [figures/02-cloud.png](figures/02-cloud.png)

@@ -42,7 +42,7 @@ from lessons.common import picture_grid, start
 from minidiff import blocks
 from minidiff.blocks import ResBlock
 from minidiff.config import SD1
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.scenes.scenes import sample_scene
 
 lesson = start("06_time_and_residuals")
@@ -52,7 +52,7 @@ T = sd.schedule.config.timesteps
 # %%
 rng, size = np.random.default_rng(0), sd.config.image_size
 scenes = [sample_scene(rng) for _ in range(2 if lesson.quick else 4)]
-small = pixels_of(np.stack([scene.image for scene in scenes]))
+small = to_pixels(np.stack([scene.image for scene in scenes]))
 pixels = F.interpolate(small, size=(size, size), mode="bicubic").clamp(-1, 1).to(lesson.device)
 with torch.no_grad():
     x_0 = sd.vae.encode(pixels).mean * sd.config.vae.scaling_factor
@@ -260,7 +260,7 @@ def batches(steps):
     generator, rng = torch.Generator().manual_seed(1), np.random.default_rng(1)
     for _ in range(steps):
         images = np.stack([sample_scene(rng).image for _ in range(8)])
-        clean = F.avg_pool2d(pixels_of(images), 4)
+        clean = F.avg_pool2d(to_pixels(images), 4)
         t = torch.randint(T, (8,), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         yield sd.schedule.q_sample(clean, t, noise), t, noise

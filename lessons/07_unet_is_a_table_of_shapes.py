@@ -43,7 +43,7 @@ from matplotlib import pyplot as plt
 from lessons.common import BLUE, GREEN, ORANGE, picture_grid, start
 from minidiff.blocks import ResBlock, TransformerBlock
 from minidiff.config import SD1
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.scenes.scenes import sample_scene
 from minidiff.unet import UNet
 
@@ -284,7 +284,7 @@ lesson.show(fig, "levels", "Most parameters are at level 2 and below, most work 
 # %%
 rng, size = np.random.default_rng(0), sd.config.image_size
 scenes = [sample_scene(rng) for _ in range(2 if lesson.quick else 4)]
-pixels = pixels_of(np.stack([scene.image for scene in scenes]))
+pixels = to_pixels(np.stack([scene.image for scene in scenes]))
 pixels = F.interpolate(pixels, size=(size, size), mode="bicubic").clamp(-1, 1).to(lesson.device)
 context = sd.encode_prompts([scene.caption for scene in scenes])
 generator = torch.Generator().manual_seed(0)

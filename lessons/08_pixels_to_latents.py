@@ -40,7 +40,7 @@ from matplotlib import pyplot as plt
 
 from lessons.common import picture_grid, start
 from minidiff.config import SD1
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
 from minidiff.scenes.scenes import sample_scene
 from minidiff.vae import VAE
@@ -59,7 +59,7 @@ def enlarged(pictures):
     return F.interpolate(pictures, size=(size, size), mode="bicubic").clamp(-1, 1)
 
 
-pixels = enlarged(pixels_of(np.stack([scene.image for scene in scenes])))
+pixels = enlarged(to_pixels(np.stack([scene.image for scene in scenes])))
 with torch.no_grad():
     encoded = [vae.encode(part.to(lesson.device)) for part in pixels.split(8)]
 mean, logvar = (torch.cat([getattr(part, of) for part in encoded]) for of in ("mean", "logvar"))

@@ -3,7 +3,7 @@
 #
 # **What does it take to train such a model, and how does one see that it learns?**
 #
-# - Explains: [minidiff/bundled/tasks.py](../minidiff/trainers/from_scratch.py), [minidiff/trainers/engine/optimizer.py](../minidiff/trainers/optimizer.py)
+# - Explains: [minidiff/bundled/tasks.py](../minidiff/bundled/tasks.py), [minidiff/trainers/engine/optimizer.py](../minidiff/trainers/engine/optimizer.py)
 # - You change: `ema_update`, the running mean of all weights, which is what is kept
 # - Minutes: 35
 # - Picture: [figures/12-stations.png](figures/12-stations.png)
@@ -43,7 +43,7 @@ from lessons.common import BLUE, ORANGE, picture_grid, start
 from minidiff.bundled.recipe import RECIPES
 from minidiff.bundled.tasks import DiffusionTask, Latents
 from minidiff.config import SD1
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
 from minidiff.scenes.scenes import sample_scene
 
@@ -75,7 +75,7 @@ def compose(count, seed):
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(count)]
     captions = [scene.caption for scene in scenes]
-    pixels = F.interpolate(pixels_of(np.stack([scene.image for scene in scenes])), (size, size))
+    pixels = F.interpolate(to_pixels(np.stack([scene.image for scene in scenes])), (size, size))
     mean = [done.vae.encode(part.to(lesson.device)).mean.cpu() for part in pixels.split(10)]
     mean = torch.cat(mean)
     mask = torch.from_numpy(np.stack([scene.mask for scene in scenes]))[:, None]

@@ -53,7 +53,7 @@ from minidiff.adapters.lora import PATTERNS, merge_lora
 from minidiff.adapters.low_rank import LowRank
 from minidiff.config import SD1
 from minidiff.evaluation.alignment import image_alignment
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
 from minidiff.trainers.methods import common
@@ -66,7 +66,7 @@ sd, tuned = lesson.load(), lesson.load()  # one stays as it is, one is going to 
 judge = load_judge(device=lesson.device)
 size = sd.config.image_size
 scenes = subject_scenes("tiger", "fluent", 5, np.random.default_rng(0))
-five = F.interpolate(pixels_of(np.stack([scene.image for scene in scenes])), (size, size))
+five = F.interpolate(to_pixels(np.stack([scene.image for scene in scenes])), (size, size))
 assert five.shape == (5, 3, size, size)
 
 folder = TemporaryDirectory()

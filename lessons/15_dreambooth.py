@@ -3,8 +3,8 @@
 #
 # **How does a model learn one new animal from five pictures, and what does it forget meanwhile?**
 #
-# - Explains: [minidiff/trainers/methods/common.py](../minidiff/trainers/methods.py),
-#   [minidiff/trainers/methods/finetuning.py](../minidiff/trainers/personalise.py)
+# - Explains: [minidiff/trainers/methods/common.py](../minidiff/trainers/methods/common.py),
+#   [minidiff/trainers/methods/finetuning.py](../minidiff/trainers/methods/finetuning.py)
 # - You change: `with_prior`, the loss that keeps the class
 # - Minutes: 35
 # - Picture: [figures/15-forgotten.png](figures/15-forgotten.png)
@@ -45,7 +45,7 @@ from matplotlib import pyplot as plt
 # %%
 from lessons.common import picture_grid, start
 from minidiff.config import SD1
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
 from minidiff.trainers.methods import common
@@ -59,7 +59,7 @@ sd = lesson.load()
 judge = load_judge(device=lesson.device)
 size = sd.config.image_size
 scenes = subject_scenes("tiger", "fluent", 5, np.random.default_rng(0))
-five = pixels_of(np.stack([scene.image for scene in scenes]))
+five = to_pixels(np.stack([scene.image for scene in scenes]))
 five = to_images(F.interpolate(five, (size, size)))
 root = TemporaryDirectory()
 images, class_images = Path(root.name) / "tigers", Path(root.name) / "lions"

@@ -40,7 +40,7 @@ from matplotlib import pyplot as plt
 # %%
 from lessons.common import picture_grid, start
 from minidiff.config import SD1, SD2
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
 from minidiff.trainers.methods import common
@@ -53,7 +53,7 @@ sd = lesson.load()
 judge = load_judge(device=lesson.device)
 size = sd.config.image_size
 scenes = subject_scenes("tiger", "fluent", 5, np.random.default_rng(0))
-five = F.interpolate(pixels_of(np.stack([scene.image for scene in scenes])), (size, size))
+five = F.interpolate(to_pixels(np.stack([scene.image for scene in scenes])), (size, size))
 folder = TemporaryDirectory()
 for i, image in enumerate(to_images(five)):
     image.save(Path(folder.name) / f"{i}.png")

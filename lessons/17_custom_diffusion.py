@@ -36,7 +36,7 @@ from minidiff.adapters.merge_concepts import merge_concepts, merge_directions
 from minidiff.adapters.tokens import RARE_TOKENS, NewTokens
 from minidiff.config import SD1
 from minidiff.evaluation.weights import KINDS, kind_of, layer_changes
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
 from minidiff.scenes.scenes import sample_scene
@@ -70,7 +70,7 @@ for subject, (token, class_word) in subjects.items():
     folder = Path(root.name) / subject
     folder.mkdir()
     scenes = subject_scenes(subject, "fluent", 5, np.random.default_rng(0))
-    pixels = pixels_of(np.stack([scene.image for scene in scenes]))
+    pixels = to_pixels(np.stack([scene.image for scene in scenes]))
     five.append(to_images(F.interpolate(pixels, (size, size))))
     for i, image in enumerate(five[-1]):
         image.save(folder / f"{i}.png")

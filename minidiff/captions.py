@@ -10,28 +10,29 @@ from pathlib import Path
 CAPTION_SOURCES = ("NAME.txt", "metadata.jsonl", "captions.json")
 
 
-def caption_texts(folder: Path) -> list[Path]:
+def find_text_files(folder: Path) -> list[Path]:
+    """Return the .txt files of a folder, sorted by name."""
     return sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
 
 
-def caption_sources(folder: Path) -> list[str]:
-    """Which of CAPTION_SOURCES the folder has."""
-    return [name for name in CAPTION_SOURCES if (caption_texts(folder) if name == "NAME.txt" else (folder / name).is_file())]
+def find_caption_sources(folder: Path) -> list[str]:
+    """Return those of CAPTION_SOURCES that the folder has."""
+    return [name for name in CAPTION_SOURCES if (find_text_files(folder) if name == "NAME.txt" else (folder / name).is_file())]
 
 
 def read_captions(folder: Path, paths: Sequence[Path]) -> dict[str, str]:
-    """{file name: caption} for every picture. Raises ValueError for a picture without caption and a caption without picture."""
-    found = caption_sources(folder)
+    """Return {file name: caption} for every picture. Raises ValueError for a picture without a caption or a caption without a picture."""
+    found = find_caption_sources(folder)
     if not found:
         raise ValueError(f"{folder}: no captions; give one for all pictures, or write {', '.join(CAPTION_SOURCES)}")
     if len(found) > 1:
         raise ValueError(f"{folder}: captions in {' and in '.join(found)}; keep one of them")
     if found == ["NAME.txt"]:
-        captions = captions_beside(paths, caption_texts(folder))
+        captions = read_text_captions(paths, find_text_files(folder))
     elif found == ["metadata.jsonl"]:
-        captions = captions_of_lines(folder / "metadata.jsonl")
+        captions = read_jsonl_captions(folder / "metadata.jsonl")
     else:
-        captions = captions_of_object(folder / "captions.json")
+        captions = read_json_captions(folder / "captions.json")
     names = {path.name for path in paths}
     if strangers := [name for name in captions if name not in names]:
         raise ValueError(f"{folder / found[0]}: a caption for {strangers[0]!r}, which is no picture of the folder")
@@ -40,7 +41,14 @@ def read_captions(folder: Path, paths: Sequence[Path]) -> dict[str, str]:
     return captions
 
 
-def captions_beside(paths: Sequence[Path], texts: Sequence[Path]) -> dict[str, str]:
+def check_caption(path: Path, caption: str) -> None:
+    """Raise ValueError for a caption that says nothing."""
+    if not caption.strip():
+        raise ValueError(f"{path}: its caption is empty; write what the picture shows")
+
+
+def read_text_captions(paths: Sequence[Path], texts: Sequence[Path]) -> dict[str, str]:
+    """Read NAME.txt beside each picture."""
     captions = {}
     for text in texts:
         owners = [path.name for path in paths if path.stem == text.stem]
@@ -50,12 +58,13 @@ def captions_beside(paths: Sequence[Path], texts: Sequence[Path]) -> dict[str, s
     return captions
 
 
-def captions_of_lines(path: Path) -> dict[str, str]:
+def read_jsonl_captions(path: Path) -> dict[str, str]:
+    """Read metadata.jsonl, one {"file_name": ..., "text": ...} per line."""
     captions = {}
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        row = parsed(line, f"{path}, line {number}")
+        row = parse_json(line, f"{path}, line {number}")
         name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(text, str):
             raise ValueError(f'{path}, line {number}: expected {{"file_name": "...", "text": "..."}}')
@@ -63,14 +72,16 @@ def captions_of_lines(path: Path) -> dict[str, str]:
     return captions
 
 
-def captions_of_object(path: Path) -> dict[str, str]:
-    captions = parsed(read_text(path), str(path))
+def read_json_captions(path: Path) -> dict[str, str]:
+    """Read captions.json, one {file name: caption}."""
+    captions = parse_json(read_text(path), str(path))
     if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
         raise ValueError(f'{path}: expected one object {{"file name": "caption", ...}}')
     return captions
 
 
-def parsed(text: str, where: str) -> object:
+def parse_json(text: str, where: str) -> object:
+    """Parse JSON. Raises ValueError that names the place."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -78,6 +89,7 @@ def parsed(text: str, where: str) -> object:
 
 
 def read_text(path: Path) -> str:
+    """Read a file in UTF-8. Raises ValueError for another encoding."""
     try:
         return path.read_text(encoding="utf-8-sig")  # some editors put a mark in front
     except UnicodeDecodeError as error:

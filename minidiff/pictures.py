@@ -1,7 +1,10 @@
-"""Pictures side by side, and pictures with the settings that made them."""
+"""Picture files and pixels: open, crop to the model's size, convert, arrange in a grid, write as PNG.
+
+file -> load_picture -> RGB picture -> fit -> pixels (3, size, size) in [-1, 1]
+bytes (B, H, W, 3)  -> to_pixels -------------> pixels (B, 3, H, W) in [-1, 1]  -> pipeline.to_images -> grid -> save_png
+"""
 
 import math
-import os
 import struct
 import warnings
 from collections.abc import Sequence
@@ -13,11 +16,13 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from minidiff.files import atomic_write
+
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Pictures of one size in rows, as near to a square as they come unless `columns` says otherwise; a single one is returned as it is.
+    """Arrange pictures of one size in rows, as close to a square as possible unless `columns` is given. A single picture is returned as is.
 
-    Raises ValueError for no picture, and for pictures of several sizes.
+    Raises ValueError for no pictures or pictures of different sizes.
     """
     if not images:
         raise ValueError("a grid of 0 pictures; give at least one")
@@ -35,7 +40,7 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
 
 
 def check_png(path: Path) -> None:
-    """Raises ValueError for a name that is not a PNG's, FileNotFoundError where the folder does not exist."""
+    """Raise ValueError for a name that does not end in .png, FileNotFoundError if the folder does not exist."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: pictures are written as PNG; name it {path.with_suffix('.png').name}")
     if not path.parent.is_dir():
@@ -43,33 +48,25 @@ def check_png(path: Path) -> None:
 
 
 def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> None:
-    """Writes a PNG, whole or not at all. `parameters` goes into the text chunk of that name, where Stable Diffusion web interfaces look.
+    """Write a PNG, whole or not at all. Raises like `check_png`.
 
-    Raises as `check_png` does.
+    parameters: the settings that made the picture, for the text chunk of that name, where Stable Diffusion web interfaces look.
     """
     check_png(path)
     info = PngImagePlugin.PngInfo()
     if parameters is not None:
         info.add_text("parameters", parameters)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG", pnginfo=info)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        image.save(file, format="PNG", pnginfo=info)
 
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-OTHER_PICTURES = (".heic", ".heif", ".avif", ".gif", ".tif", ".tiff")  # not read, which should not happen in silence
-
-
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+OTHER_ENDINGS = (".heic", ".heif", ".avif", ".gif", ".tif", ".tiff")  # not read, which needs a warning
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what Pillow raises for broken files
 
 
-def picture_paths(folder: Path) -> list[Path]:
-    """The pictures of a folder by their endings, sorted by name."""
+def list_pictures(folder: Path) -> list[Path]:
+    """Return the picture files of a folder, sorted by name. Raises FileNotFoundError or NotADirectoryError without a folder."""
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder; give one with pictures in it")
     if not folder.is_dir():
@@ -77,13 +74,13 @@ def picture_paths(folder: Path) -> list[Path]:
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     if inner := [path.name for path in entries if path.is_dir()]:
         warnings.warn(f"{folder}: its sub-folders are not read: {', '.join(inner)}", stacklevel=3)
-    if others := [path.name for path in entries if path.suffix.lower() in OTHER_PICTURES]:
+    if others := [path.name for path in entries if path.suffix.lower() in OTHER_ENDINGS]:
         warnings.warn(f"{folder}: of formats that are not read: {', '.join(others)}; save them as .png or .jpg", stacklevel=3)
-    return [path for path in entries if path.suffix.lower() in PICTURES and path.is_file()]
+    return [path for path in entries if path.suffix.lower() in ENDINGS and path.is_file()]
 
 
 def check_picture(path: Path, size: int) -> None:
-    """Raises ValueError for a picture that cannot be read, or that would be enlarged more than twice."""
+    """Raise ValueError for a picture that cannot be read or would be enlarged more than twice."""
     width, height = load_picture(path).size
     if 2 * min(width, height) < size:
         raise ValueError(
@@ -92,7 +89,7 @@ def check_picture(path: Path, size: int) -> None:
 
 
 def load_picture(path: Path) -> Image.Image:
-    """The picture in RGB, turned as its EXIF data say, on white where it is transparent. Raises ValueError if it cannot be read."""
+    """Open a picture in RGB, rotated by its EXIF data, on white where it is transparent. Raises ValueError if it cannot be read."""
     try:
         with Image.open(path) as image:
             return to_rgb(ImageOps.exif_transpose(image))
@@ -101,7 +98,7 @@ def load_picture(path: Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any kind of picture to three channels of 8 bits."""
+    """Convert a picture of any mode to three channels of 8 bits."""
     if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255 instead of scaling
         grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
@@ -112,10 +109,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int, *, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> Float[Tensor, "3 size size"]:
-    """The largest square of an RGB picture at the model's size, in [-1, 1]; bicubic, and smoothed where it shrinks.
+    """Crop the largest square of an RGB picture and resize it to the model's size: bicubic, antialiased where it shrinks, in [-1, 1].
 
-    crop: where the square lies along x and y, 0 at the left and top, 1 at the right and bottom. flip: mirrored left to right.
-    Raises ValueError for a place outside 0..1.
+    Raises ValueError for a `crop` outside 0..1.
+
+    Args:
+        image: In RGB.
+        size: Pixels a side.
+        crop: Where the square lies along x and y: 0 is left and top, 1 right and bottom.
+        flip: Mirror left to right.
     """
     if not all(0 <= place <= 1 for place in crop):
         raise ValueError(f"crop {crop}: both places must lie in 0..1; (0.5, 0.5) is the centre")
@@ -126,6 +128,6 @@ def fit(image: Image.Image, size: int, *, crop: tuple[float, float] = (0.5, 0.5)
     return pixels.flip(-1) if flip else pixels
 
 
-def pixels_of(images: UInt8[np.ndarray, "B H W 3"] | UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B 3 H W"]:
-    """Pictures of bytes as floats in [-1, 1]."""
+def to_pixels(images: UInt8[np.ndarray, "B H W 3"] | UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B 3 H W"]:
+    """Convert pictures of bytes to floats in [-1, 1]."""
     return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1

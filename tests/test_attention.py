@@ -7,7 +7,7 @@ import copy
 import inspect
 import math
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import get_args
 
@@ -28,8 +28,8 @@ from minidiff.attention import Attention, attention, attention_weights, naive_at
 from minidiff.attention_maps import record_cross_attention
 from minidiff.blocks import TransformerBlock
 from minidiff.cli.flags import Attentions
-from minidiff.kernels import self_attention, tiles
-from minidiff.kernels.dispatch import ATTENTION, active_backend, attention_backend, select_backend
+from minidiff.kernels import dispatch, self_attention, tiles
+from minidiff.kernels.dispatch import ATTENTION, active_backend, attention_backend, select_backend, triton_works
 from minidiff.trainers.engine.checkpointing import checkpointed
 from minidiff.vae import AttentionBlock
 from tests.small_models import small_model, training_config
@@ -196,7 +196,8 @@ def gpu(monkeypatch):
     """Tensors "on" an H200, made within the block it gives: they have shapes, dtypes and a device, and no numbers."""
     monkeypatch.setattr(tiles, "DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
-    monkeypatch.setattr(minidiff.attention, "_triton_works", {})
+    monkeypatch.setattr(dispatch, "_triton_works", {})
+    monkeypatch.setattr(dispatch, "_disable_current_modes", nullcontext)  # of this GPU nothing is real
     with FakeTensorMode():
         yield monkeypatch
 
@@ -267,6 +268,29 @@ def test_where_triton_does_not_work_one_warning_says_so_and_all_is_pytorchs(gpu)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert way(4096, 77, 8, 40) == "pytorch"
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_whether_triton_works_is_tried_for_real_even_among_tensors_without_contents(monkeypatch, works):
+    ran = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return self
+
+        def __call__(self, q, *_, **__):
+            ran.append(type(q))
+            if not works:
+                raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(dispatch, "_triton_works", {})
+    monkeypatch.setattr(self_attention, "forward_kernel", Kernel())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with FakeTensorMode():
+            assert triton_works(torch.device(DEVICE)) == works
+        assert triton_works(torch.device(DEVICE)) == works
+    assert ran == [torch.Tensor] and len(said) == (0 if works else 1)  # once, on numbers
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])

@@ -173,7 +173,7 @@ def examples() -> list[partial]:
         partial(text_encoder.TextBlock(text_config).forward, q),
         partial(text_encoder.TextEncoder(text_config).embed, torch.tensor([[1, 2, 3]])),
         partial(text_encoder.TextEncoder(text_config).forward, torch.tensor([[1, 2, 3]])),
-        partial(tasks.pixels_of, np.zeros((1, 4, 4, 3), np.uint8)),
+        partial(tasks.to_pixels, np.zeros((1, 4, 4, 3), np.uint8)),
         partial(tasks.resized, x_t, 3),
         partial(tasks.encoded, np.zeros((1, 8, 8, 3), np.uint8), vae.VAE(vae_config), torch.device("cpu")),
         partial(tasks.reconstruction_loss, torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)),

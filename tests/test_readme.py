@@ -57,9 +57,14 @@ def test_every_file_the_readme_names_exists():
     assert linked
     for path in linked:
         assert (ROOT / path).exists(), path
-    tree = README.split("    README.md  pyproject.toml", 1)[1].split("\n\n", 1)[0]
-    for name in re.findall(r"\b(\w+\.py)\b", tree):
-        assert list((ROOT / "minidiff").rglob(name)) + list((ROOT / "weights_loader").rglob(name)), name
+
+
+def test_every_room_stands_in_the_reading_list():
+    folder = ROOT / "minidiff"
+    linked = {path.rstrip("/") for path in re.findall(r"\]\(([^)#]+)\)", (folder / "README.md").read_text())}
+    assert all((folder / path).exists() for path in linked)
+    rooms = {path.name for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert rooms - linked == {"__init__.py", "__main__.py"}
 
 
 def test_the_messages_of_the_troubleshooting_table_are_the_codes_own():

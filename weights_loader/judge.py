@@ -1,4 +1,4 @@
-"""The judge of the bundled scenes (minidiff/evaluation/judge.py) out of a safetensors file, and into one.
+"""The judge of the bundled scenes (minidiff/bundled/judge.py) out of a safetensors file, and into one.
 
 The file holds our own names, and in its metadata the config with all labels and the vocabulary: it needs nothing beside it.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from minidiff.evaluation.judge import Judge, JudgeConfig
+from minidiff.bundled.judge import Judge, JudgeConfig
 from weights_loader import metadata
 from weights_loader.read import read
 from weights_loader.write import write_safetensors

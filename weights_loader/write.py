@@ -9,8 +9,6 @@ gives two different files, and refuses tensors that share memory.
 """
 
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from minidiff.files import atomic_write, temporary_path, tensor_bytes
 
 DTYPES = {
     torch.float64: "F64",
@@ -57,17 +57,10 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
 
-    temporary = _temporary(path)
-    try:
-        with temporary.open("xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                file.write(_bytes(tensors[name]))
-            file.flush()
-            os.fsync(file.fileno())  # else a crash of the machine may leave the new name on an empty file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(tensor_bytes(tensors[name]))
 
 
 def write_torch(path: str | Path, tree: dict[str, object]):
@@ -77,15 +70,8 @@ def write_torch(path: str | Path, tree: dict[str, object]):
     """
     path = Path(path)
     _check(path, {}, {})
-    temporary = _temporary(path)
-    try:
-        with temporary.open("xb") as file:
-            torch.save(_compact(tree), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        torch.save(_compact(tree), file)
 
 
 def _compact(tree: object) -> object:
@@ -105,7 +91,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     if path.is_file() or path.is_dir() and any(path.iterdir()):
         raise ValueError(f"{path}: exists already; choose a new name, or delete it first")
     _check_parent(path)
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -133,11 +119,3 @@ def _check(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]):
 def _check_parent(path: Path):
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

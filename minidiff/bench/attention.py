@@ -19,10 +19,11 @@ from time import perf_counter
 import torch
 
 from minidiff.bench.attention_cases import KINDS, Case, cases_of, directions
-from minidiff.bench.common import Record, check, header, in_a_line, model_config, row, seconds
+from minidiff.bench.common import Record, check, in_a_line, model_config
 from minidiff.bench.contender import Contender, Refused
 from minidiff.bench.one_attention import SDPA
 from minidiff.bench.ratios import ratio, turns
+from minidiff.markdown import format_seconds, table_header, table_row
 
 CONTENDERS = ("minidiff", "triton", *SDPA, "flex", "by hand")
 ONE = "minidiff.bench.one_attention"
@@ -70,7 +71,7 @@ def bench(
     settings["cases"] = [asdict(case) for case in cases]
     record = Record(out, settings)
     yield in_a_line(record.values["machine"])
-    yield header(["attention", "calls", "way", *contenders, "best of PyTorch / minidiff", "error / best"])
+    yield table_header(["attention", "calls", "way", *contenders, "best of PyTorch / minidiff", "error / best"])
     began = perf_counter()
     with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
         running = {name: stack.enter_context(Contender(ONE, {"contender": name, "device": device})) for name in ("reference", *contenders)}
@@ -83,9 +84,9 @@ def bench(
     for name, reason in sorted({(name, one["refused"]) for name, one in ways if "refused" in one}):
         yield f"\n{name} refused: {reason}"
     sums = [one for when in ("seconds", "cold") for one in sums_of(cases, record.results, when)]
-    yield "\n" + header(["attention of a U-Net step", "minidiff", "best of PyTorch at each shape", "times as fast"])
+    yield "\n" + table_header(["attention of a U-Net step", "minidiff", "best of PyTorch at each shape", "times as fast"])
     for one in sums:
-        yield row([one.name, seconds(median(one.ours)), seconds(median(one.best)), ratio(one.best, one.ours)])
+        yield table_row([one.name, format_seconds(median(one.ours)), format_seconds(median(one.best)), ratio(one.best, one.ours)])
     record.finish(sums=[asdict(one) | {"ratio": asdict(ratio(one.best, one.ours))} for one in sums])
 
 
@@ -146,12 +147,12 @@ def case_rows(case: Case, result: dict, contenders: Sequence[str]) -> Iterator[s
         picks = result["ways"].get("minidiff", {}).get("picks")
         where = f"{case}" + (f" ({picks})" if picks else "")
         wrong = worst_error(case, result)
-        yield row(
+        yield table_row(
             [
                 where,
                 case.calls or "",
                 direction,
-                *(seconds(median(one)) if one else "refused" for one in found),
+                *(format_seconds(median(one)) if one else "refused" for one in found),
                 compared,
                 "" if wrong is None else f"{wrong:.2f}" + (" !" if wrong > ALLOWED else "") + unequal(result),
             ]

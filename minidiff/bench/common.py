@@ -13,6 +13,7 @@ import torch
 
 from minidiff.bundled.tasks import bundled_config
 from minidiff.config import SD1, SD2, ModelConfig
+from minidiff.files import write_text
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
@@ -96,9 +97,7 @@ class Record:
 
     def write(self) -> None:
         if self.out:
-            whole = self.out.with_name(f".{self.out.name}.tmp")
-            whole.write_text(json.dumps(self.values, indent=2) + "\n")
-            os.replace(whole, self.out)
+            write_text(self.out, json.dumps(self.values, indent=2) + "\n")
 
 
 def _read(out: Path | None) -> dict:
@@ -107,23 +106,6 @@ def _read(out: Path | None) -> dict:
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def row(cells: Sequence[object]) -> str:
-    """Of a Markdown table."""
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def header(cells: Sequence[str]) -> str:
-    return row(cells) + "\n" + row(["---"] * len(cells))
-
-
-def seconds(value: float) -> str:
-    """With three digits."""
-    for scale, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
-        if value * scale >= 1:
-            return f"{value * scale:.3g} {unit}"
-    return f"{value * 1e6:.3g} µs"
 
 
 def made_up(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:

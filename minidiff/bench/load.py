@@ -29,6 +29,8 @@ import weights_loader
 from minidiff.bench.common import check, command, in_a_line, machine, made_up
 from minidiff.bench.one_load import Measurement
 from minidiff.config import SD1, ModelConfig
+from minidiff.files import write_text
+from minidiff.markdown import table_header, table_row
 from minidiff.pipeline import StableDiffusion
 from weights_loader.dialects import to_file
 from weights_loader.folder import write_folder_config
@@ -70,8 +72,20 @@ def bench(
     record = {"command": command(), "machine": machine(), "rounds": rounds, "cases": []}
     missed = []
     yield in_a_line(record["machine"])
-    yield "| file | minidiff | diffusers | ratio | with imports | | ratio | memory | minidiff | diffusers | of the model's size |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    columns = (
+        "file",
+        "minidiff",
+        "diffusers",
+        "ratio",
+        "with imports",
+        "",
+        "ratio",
+        "memory",
+        "minidiff",
+        "diffusers",
+        "of the model's size",
+    )
+    yield table_header(columns)
     for case in cases:
         found = measure_case(case, config, CONTENDERS if against else CONTENDERS[:1], rounds)
         summary = summarize(case, found)
@@ -79,9 +93,9 @@ def bench(
             {"case": asdict(case)} | summary | {"runs": {name: [asdict(run) for run in runs] for name, runs in found.items()}}
         )
         missed += [f"missed: {case}: {goal}" for goal in goals_missed(summary)]
-        yield table_row(case, summary)
+        yield case_row(case, summary)
     if out:
-        out.write_text(json.dumps(record, indent=2) + "\n")
+        write_text(out, json.dumps(record, indent=2) + "\n")
     yield "\n" + "\n".join(missed or [f"goals met: {GOAL_TIME} of diffusers' time, memory {GOAL_MEMORY} of the model's size"])
 
 
@@ -112,7 +126,7 @@ def goals_missed(summary: dict) -> list[str]:
     return missed
 
 
-def table_row(case: Case, summary: dict) -> str:
+def case_row(case: Case, summary: dict) -> str:
     def pair(values: dict[str, float]) -> list[str]:
         if "diffusers" not in values:
             return [f"{values['minidiff']:.2f} s", "", ""]
@@ -121,7 +135,7 @@ def table_row(case: Case, summary: dict) -> str:
     memory = [f"{summary['memory'][name] / 1e9:.2f} GB" if name in summary["memory"] else "" for name in CONTENDERS]
     share = summary["memory"]["minidiff"] / summary["model_bytes"]
     cells = [str(case), *pair(summary["seconds"]), *pair(summary["with_imports"]), summary["memory_counted"], *memory, f"{share:.2f}"]
-    return "| " + " | ".join(cells) + " |"
+    return table_row(cells)
 
 
 # --------------------------------------------------------------------------------------------------------- the files

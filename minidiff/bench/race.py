@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff.bench.common import Record, header, row, seconds
+from minidiff.bench.common import Record
 from minidiff.bench.contender import Contender, Refused
 from minidiff.bench.ratios import ratio, turns
+from minidiff.markdown import format_seconds, table_header, table_row
 
 TURN = 1.0  # seconds that a turn takes at least, in as many repeats as that needs
 MOST_REPEATS = 100
@@ -74,18 +75,18 @@ def relative_error(result: Float[Tensor, "*shape"], exact: Float[Tensor, "*other
 
 def table(results: dict[str, dict], first: str) -> Iterator[str]:
     """A line for each contender: time, how many times as fast as the first, peak memory and its share of the first's, error."""
-    yield header(["", "time", f"times as fast as {first}", "peak memory", "share", "error", "three runs"])
+    yield table_header(["", "time", f"times as fast as {first}", "peak memory", "share", "error", "three runs"])
     base = results[first]
     for name, result in results.items():
         if "refused" in result:
-            yield row([name, f"refused: {result['refused']}", "", "", "", "", ""])
+            yield table_row([name, f"refused: {result['refused']}", "", "", "", "", ""])
             continue
         compared = result["rounds"] and len(result["rounds"]) == len(base.get("rounds", ()))
         memory, whole = result.get("memory"), base.get("memory")
-        yield row(
+        yield table_row(
             [
                 name,
-                seconds(median(result["rounds"])) if result["rounds"] else "",
+                format_seconds(median(result["rounds"])) if result["rounds"] else "",
                 ratio(base["rounds"], result["rounds"]) if compared else "",
                 f"{memory / 1e9:.2f} GB" if memory else "",
                 f"{memory / whole:.2f}" if memory and whole else "",

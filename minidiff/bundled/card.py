@@ -6,8 +6,8 @@ from torch import nn
 
 from minidiff.bundled.figures import Record, table
 from minidiff.bundled.recipe import Recipe
+from minidiff.markdown import format_duration, markdown_table
 from minidiff.pipeline import StableDiffusion
-from minidiff.trainers.engine.log import duration
 from minidiff.trainers.engine.settings import Settings
 
 
@@ -53,7 +53,9 @@ def shapes(sd: StableDiffusion) -> str:
         ("U-Net", levels(", ".join(map(str, config.unet.widths)), config.unet.blocks_per_level), sd.unet),
         ("VAE", levels(", ".join(map(str, config.vae.widths)), config.vae.blocks_per_level) + f", factor {config.vae.factor}", sd.vae),
     ]
-    return markdown(("part", "shape", "parameters"), [(name, shape, f"{parameters(module) / 1e6:.2f} M") for name, shape, module in rows])
+    return markdown_table(
+        ("part", "shape", "parameters"), [(name, shape, f"{parameters(module) / 1e6:.2f} M") for name, shape, module in rows]
+    )
 
 
 def parameters(module: nn.Module) -> int:
@@ -68,9 +70,5 @@ def stages(recipe: Recipe, judge: Settings, times: dict[str, dict]) -> str:
         "diffusion": of_batch(recipe.steps, recipe.batch),
         "judge": of_batch(judge.steps, judge.batch),
     }
-    rows = [(name, done.get(name, ""), duration(time["seconds"]), "; ".join(time["devices"])) for name, time in times.items()]
-    return markdown(("stage", "what", "time", "device"), rows)
-
-
-def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ("---",) * len(head), *rows])
+    rows = [(name, done.get(name, ""), format_duration(time["seconds"]), "; ".join(time["devices"])) for name, time in times.items()]
+    return markdown_table(("stage", "what", "time", "device"), rows)

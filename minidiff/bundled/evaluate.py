@@ -19,14 +19,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minidiff.bundled.figures import Figure, Figures, Measure, Record, Verdict
+from minidiff.bundled.judge import Judge
 from minidiff.evaluation.alignment import text_alignment
-from minidiff.evaluation.judge import Judge
 from minidiff.evaluation.kid import kid
-from minidiff.pictures import pixels_of
+from minidiff.files import check_same, checksum
+from minidiff.pictures import to_pixels
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.prompts import FixedPrompt, fixed_prompts, real_scene
 from minidiff.scenes.scenes import sample_scene
-from minidiff.trainers.engine.state import check_same, checksum, read_state, write_state
+from minidiff.trainers.engine.state import read_state, write_state
 
 JUDGED = ("model", "real", "reconstructed")  # kinds of pictures with a verdict
 
@@ -132,7 +133,7 @@ def judged_pictures(
 def real_pixels(pairs: Sequence[tuple[FixedPrompt, int]], draw: int) -> Float[Tensor, "B 3 H W"]:
     """A scene for each prompt and seed; another `draw` gives others. What a scene is depends on nothing else."""
     rows = fixed_prompts()
-    return pixels_of(
+    return to_pixels(
         np.stack([real_scene(prompt, np.random.default_rng([rows.index(prompt), seed, draw])).image for prompt, seed in pairs])
     )
 
@@ -148,7 +149,7 @@ def held_out_psnr(sd: StableDiffusion, count: int = 48) -> tuple[float, float]:
     means = []
     for split in ("train", "held_out_subjects"):
         rng = np.random.default_rng(5)
-        pixels = pixels_of(np.stack([sample_scene(rng, split=split).image for _ in range(count)])).to(sd.device)
+        pixels = to_pixels(np.stack([sample_scene(rng, split=split).image for _ in range(count)])).to(sd.device)
         error = (reconstructed(sd, pixels) - pixels).square().mean(dim=(1, 2, 3))
         means.append((10 * (4 / error).log10()).mean().item())  # pixels are in [-1, 1]
     return means[0], means[1]

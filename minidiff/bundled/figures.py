@@ -4,6 +4,8 @@ import json
 import math
 from dataclasses import asdict, astuple, dataclass, fields
 
+from minidiff.markdown import table_row
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -81,13 +83,13 @@ class Record:
 
 def table(figures: Figures) -> str:
     """The figures as a Markdown table, shares in per cent."""
-    rows = ["| figure | model | real scenes | after the VAE | pictures |", "|---|---|---|---|---|"]
+    rows = [table_row(("figure", "model", "real scenes", "after the VAE", "pictures")), "|---|---|---|---|---|"]
     for name, label in LABELS.items():
         figure = getattr(figures, name)
         if figure is not None:
             show = "{:.4f} ± {:.4f}".format if name in ("text_alignment", "kid") else lambda v, e: f"{100 * v:.1f} ± {100 * e:.1f} %"
             cells = [show(m.value, m.error) for m in (figure.model, figure.real, figure.reconstructed)]
-            rows.append(f"| {label} | {' | '.join(cells)} | {figure.model.count} |")
+            rows.append(table_row((label, *cells, figure.model.count)))
     return "\n".join(rows)
 
 

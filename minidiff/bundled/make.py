@@ -28,11 +28,12 @@ import torch
 from minidiff.bundled.card import card
 from minidiff.bundled.evaluate import evaluate, held_out_psnr
 from minidiff.bundled.figures import Record, as_json, from_json
+from minidiff.bundled.judge import Judge
 from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.run import Progress, averaged, compiling_on, foretold, logged, run_from_scratch, seconds_a_step, timed
 from minidiff.bundled.train_judge import JUDGE_SETTINGS, JudgeTask, judge_config
 from minidiff.config import ModelConfig
-from minidiff.evaluation.judge import Judge
+from minidiff.files import write_text
 from minidiff.pictures import grid, save_png
 from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.scenes.prompts import fixed_prompts
@@ -42,7 +43,6 @@ from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine import distributed
 from minidiff.trainers.engine.loop import Training
 from minidiff.trainers.engine.settings import Settings
-from minidiff.trainers.engine.state import write_text
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 

@@ -10,7 +10,6 @@ folder/samples-*.png      what the averaged weights make of eight fixed prompts
 
 import copy
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents, Scenes, encoded, make_scenes
 from minidiff.config import ModelConfig
+from minidiff.files import checksum, ensure_same_run
 from minidiff.pictures import grid, save_png
 from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.scenes.scenes import SIZE, prompts
@@ -33,7 +33,7 @@ from minidiff.trainers.engine import distributed
 from minidiff.trainers.engine.log import Log
 from minidiff.trainers.engine.loop import Task, Training, train
 from minidiff.trainers.engine.settings import Settings
-from minidiff.trainers.engine.state import check_same, checksum, read_state, write_state, write_text
+from minidiff.trainers.engine.state import read_state, write_state
 from minidiff.vae import VAE
 
 SAMPLES_EVERY = 500  # steps
@@ -190,12 +190,7 @@ def claim(folder: Path, config: ModelConfig, recipe: Recipe, init: StableDiffusi
             f"have {SIZE} pixels; give one of the bundled model's shape"
         )
     given = {"init": init is not None and checksum(init.text_encoder, init.unet, init.vae), "vae": vae is not None and checksum(vae)}
-    asked = json.loads(json.dumps({**dataclasses.asdict(recipe), **given}))
-    path = folder / "recipe.json"
-    if not path.exists() and distributed.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(asked, indent=1))
+    if distributed.rank() == 0:
+        defaults = {**dataclasses.asdict(Recipe()), "vae": False}  # an older run does not name numbers that are newer
+        ensure_same_run(folder / "recipe.json", {**dataclasses.asdict(recipe), **given}, defaults=defaults, ignore=("compile",))
     distributed.barrier()
-    # A number that an older run does not name had its default. Whether it is compiled may change on the way.
-    found = json.loads(json.dumps(dataclasses.asdict(Recipe()))) | {"vae": False} | json.loads(path.read_text())
-    check_same(folder, found | {"compile": None}, asked | {"compile": None})

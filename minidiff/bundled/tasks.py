@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minidiff.bundled.recipe import Recipe
 from minidiff.config import ModelConfig, ScheduleConfig, TextEncoderConfig, TokenizerConfig, UNetConfig, VAEConfig
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.scenes import bpe_merges, sample_scene
 from minidiff.schedule import NoiseSchedule
@@ -108,7 +108,7 @@ class AutoencoderTask:
 
     def loss(self, step: int, samples: range) -> Float[Tensor, ""]:
         chosen, noise = (on(self.device, part) for part in self.draws(step, samples))
-        pixels = pixels_of(self.images[chosen])
+        pixels = to_pixels(self.images[chosen])
         posterior = self.vae.encode(pixels)
         z, target = posterior.mean + (0.5 * posterior.logvar).exp() * noise, pixels
         if step % 2 == 1:
@@ -148,7 +148,7 @@ def encoded(images: UInt8[np.ndarray, "N H W 3"], vae: VAE, device: torch.device
     """The unscaled means of the pictures' latents, `chunk` an iteration, on the CPU; in float32, whatever the training ran in."""
     for start in range(0, len(images), chunk):
         with torch.no_grad():
-            mean = vae.encode(pixels_of(torch.from_numpy(images[start : start + chunk]).to(device))).mean.cpu()
+            mean = vae.encode(to_pixels(torch.from_numpy(images[start : start + chunk]).to(device))).mean.cpu()
         yield mean
 
 

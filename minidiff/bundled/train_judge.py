@@ -1,4 +1,4 @@
-"""Trains the judge (minidiff/evaluation/judge.py) on composed scenes, held-out subjects included: it may know them, the generator may not.
+"""Trains the judge (minidiff/bundled/judge.py) on composed scenes, held-out subjects included: it may know them, the generator may not.
 
     scene, lightly spoilt -> read -> cross-entropies of subject and tint by cell, background, style
                         caption  -> contrastive loss within the batch
@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minidiff.bundled.judge import Judge, JudgeConfig, JudgeOutput, contrastive_loss
 from minidiff.bundled.tasks import bundled_config
 from minidiff.config import TokenizerConfig
-from minidiff.evaluation.judge import Judge, JudgeConfig, Reading, contrastive_loss
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.scenes.scenes import COLOURS, STYLES, Item, Scene, choose, compose, sample_scene, subjects, visible_backgrounds
 from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine.loop import normals, on, rng_for, seeded
@@ -81,7 +81,7 @@ def labels_of(scenes: Sequence[Scene], config: JudgeConfig) -> Labels:
     )
 
 
-def reading_loss(reading: Reading, labels: Labels) -> Float[Tensor, ""]:
+def reading_loss(reading: JudgeOutput, labels: Labels) -> Float[Tensor, ""]:
     """Cross-entropies, each a mean over pictures: subject by cell, tint by cell that is covered, background, style."""
     first = torch.arange(len(labels.subject), device=labels.subject.device)[:, None]
     of_subject = reading.subjects[first, labels.subject]  # [B, 2, h, w]
@@ -158,7 +158,7 @@ def judge_draws(config: JudgeConfig, seed: int, step: int, samples: range) -> tu
     """By chance: scenes, lightly spoilt, the tokens of their captions, and what is in them."""
     rngs = [rng_for(seed, step, sample) for sample in samples]
     scenes = [judge_scene(rng) for rng in rngs]
-    pixels = augmented(pixels_of(np.stack([scene.image for scene in scenes])), rngs)
+    pixels = augmented(to_pixels(np.stack([scene.image for scene in scenes])), rngs)
     return pixels, tokenizer_of(config.tokenizer)([scene.caption for scene in scenes]), labels_of(scenes, config)
 
 

@@ -48,14 +48,14 @@ def pictures(
     """
     from minidiff.cli.model import choose_device
     from minidiff.evaluation.alignment import drift, image_alignment, text_alignment
-    from minidiff.evaluation.folder import drawn_pictures, prompts_of
+    from minidiff.evaluation.folder import find_drawn_pictures, read_prompts
 
     if out is not None and not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
-    paths = drawn_pictures(folder)
-    prompts = prompts_of(folder, paths)
-    counterparts = [] if before is None else same_names(paths, drawn_pictures(before), before)
-    subject, others = ([] if other is None else drawn_pictures(other) for other in (references, real))
+    paths = find_drawn_pictures(folder)
+    prompts = read_prompts(folder, paths)
+    counterparts = [] if before is None else same_names(paths, find_drawn_pictures(before), before)
+    subject, others = ([] if other is None else find_drawn_pictures(other) for other in (references, real))
     if not (prompts or counterparts or subject or others):
         raise ValueError(f"{folder}: nothing to compare with; write captions beside the pictures, or give --references, --before or --real")
     if others and min(len(paths), len(others)) < 4:
@@ -82,22 +82,21 @@ def pictures(
         if min(len(features), len(others)) < 500:
             say([f"KID of {len(features)} and {len(others)} pictures: fewer than 500, so its error is large"])
     if out is not None:
-        temporary = out.with_name(f".{out.name}.tmp")
-        temporary.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
-        temporary.replace(out)
+        from minidiff.files import write_text
+
+        write_text(out, json.dumps(numbers, indent=1))
 
 
 def kid_of(features, others, prompts: list[str]):
     """KID. Its error is of other prompts where there are 20 or more, or else of other noise for the same ones."""
     import torch
 
-    from minidiff.evaluation.judge import scaled
-    from minidiff.evaluation.kid import kid
+    from minidiff.evaluation.kid import kid, scale_features
 
     names = list(dict.fromkeys(prompts))
     group = torch.tensor([names.index(prompt) for prompt in prompts]) if len(names) >= 20 else torch.arange(len(features))
     groups = (group, len(features) + torch.arange(len(others)))
-    return kid(scaled(features), scaled(others), groups=groups, blocks=min(10, len(group.unique()) // 2, len(others) // 2))
+    return kid(scale_features(features), scale_features(others), groups=groups, blocks=min(10, len(group.unique()) // 2, len(others) // 2))
 
 
 def same_names(paths: list[Path], others: list[Path], folder: Path) -> list[Path]:
@@ -204,7 +203,8 @@ def bundled(
     from tqdm import tqdm
 
     import weights_loader
-    from minidiff.bundled.evaluate import evaluate, table
+    from minidiff.bundled.evaluate import evaluate
+    from minidiff.bundled.figures import table
     from minidiff.cli.model import training_on
 
     with training_on(device, threads) as device:

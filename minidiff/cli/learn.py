@@ -124,19 +124,13 @@ def class_prompt_of(options: Options) -> str:
 
 
 def claim(out: Path, asked: dict[str, str]) -> None:
-    """Makes the folder, or makes sure that what stands in it is the same run; raises ValueError for another's, OSError for a file."""
-    from minidiff.trainers.engine.state import check_same
+    """Claim the folder for the run. Raises ValueError if it holds another's, OSError for a file."""
+    from minidiff.files import ensure_same_run
 
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / "run.json"
-        if not path.exists():
-            temporary = out / ".run.json.tmp"
-            temporary.write_text(json.dumps(asked, indent=1))
-            temporary.replace(path)
+        ensure_same_run(out / "run.json", asked)
     except OSError as error:
         raise OSError(f"--out {out}: no folder to write to ({error.strerror}); choose another place") from error
-    check_same(out, json.loads(path.read_text()), asked)
 
 
 def fill_class_folders(sd: "StableDiffusion", concepts: list[Concept], options: Options) -> None:
@@ -156,14 +150,15 @@ def forecast(method: "TrainingRun", device: "torch.device") -> None:
     """What is trained, and how much memory it will take; the latents are made on the way."""
     from tqdm import tqdm
 
+    from minidiff.markdown import format_bytes
     from minidiff.trainers.engine.distributed import world_size
     from minidiff.trainers.engine.log import memory_taken
-    from minidiff.trainers.engine.memory import estimate_memory, readable
+    from minidiff.trainers.engine.memory import estimate_memory
 
     for phase in method.phases:
         for _ in tqdm(phase.prepare(), desc="pictures to latents", unit="picture", file=sys.stderr, leave=False):
             pass
-        taken = f"; this process has taken {readable(memory_taken(device))} so far, the model among it" if device.type == "cpu" else ""
+        taken = f"; this process has taken {format_bytes(memory_taken(device))} so far, the model among it" if device.type == "cpu" else ""
         with phase:
             memory = estimate_memory(phase, phase.settings, device)
         settings = phase.settings

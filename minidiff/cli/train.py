@@ -279,7 +279,7 @@ def from_scratch(
 def say_how_long(foretell, config, recipe: Recipe, device, given: tuple, out: Path) -> None:
     """Says how long each stage that has left no result yet will take, before the first one."""
     from minidiff.bundled.make import device_name
-    from minidiff.trainers.engine.log import duration
+    from minidiff.markdown import format_duration
 
     results = {"diffusion": "model.safetensors", "judge": "judge.safetensors", "evaluation": "figures.json"}
     if all((out / name).exists() for name in results.values()):
@@ -288,8 +288,8 @@ def say_how_long(foretell, config, recipe: Recipe, device, given: tuple, out: Pa
         stage: s for stage, s in foretell(config, recipe, device, *given).items() if not (out / results.get(stage, "latents.pt")).exists()
     }
     if seconds:
-        stages = ", ".join(f"{stage} {duration(s)}" for stage, s in seconds.items())
-        say([f"on {device_name(device)}, about: {stages}; {duration(sum(seconds.values()))} in all"])
+        stages = ", ".join(f"{stage} {format_duration(s)}" for stage, s in seconds.items())
+        say([f"on {device_name(device)}, about: {stages}; {format_duration(sum(seconds.values()))} in all"])
 
 
 COMMANDS = {

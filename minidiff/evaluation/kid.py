@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
@@ -21,6 +22,11 @@ class KID:
 
     value: float
     error: float
+
+
+def scale_features(x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    """Scale each row to length sqrt(D), so that a mean product over D is a cosine."""
+    return F.normalize(x, dim=1) * math.sqrt(x.shape[1])
 
 
 def kernel(x: Float[Tensor, "M D"], y: Float[Tensor, "N D"]) -> Float64[Tensor, "M N"]:

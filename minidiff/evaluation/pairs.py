@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageOps
 
-from minidiff.evaluation.folder import drawn_pictures
+from minidiff.evaluation.folder import find_drawn_pictures
 from minidiff.pictures import load_picture, save_png
 
 ANSWERS = ("left", "right", "equal")
@@ -43,7 +43,7 @@ def make_sheet(first: Path, second: Path, out: Path, seed: int = 0, size: int = 
 
     size: pixels of each picture on the sheet. Raises ValueError for folders without common names, and for an `out` that holds a sheet already.
     """
-    found = [{path.name for path in drawn_pictures(folder)} for folder in (first, second)]
+    found = [{path.name for path in find_drawn_pictures(folder)} for folder in (first, second)]
     names = sorted(found[0] & found[1])
     if not names:
         raise ValueError(f"{first} and {second} have no picture of the same name; make both with the same prompts and seeds")

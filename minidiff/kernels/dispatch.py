@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from minidiff.kernels import cross_attention, self_attention
 
@@ -66,14 +67,21 @@ def select_backend(
 
 @torch.compiler.assume_constant_result
 def triton_works(device: torch.device) -> bool:
-    """Whether Triton works on this GPU, tried once: it also needs a C compiler and Python's headers, which a machine may not have."""
+    """Return whether Triton works on this GPU, tried once: it also needs a C compiler and Python's headers, which a machine may not have."""
     if device not in _triton_works:
-        x = torch.zeros(1, 16, 16, device=device)
-        _triton_works[device] = self_attention.unsupported(x, x, x, 1, False) is None
-        try:
-            if _triton_works[device]:
-                self_attention.fused_self_attention(x, x, x, 1)
-        except Exception as error:  # whatever it is, PyTorch's kernels do not have it
-            _triton_works[device] = False
-            warnings.warn(f"Triton does not work here, PyTorch's attention is used instead: {error}", stacklevel=2)
+        # Asked first where tensors have no contents, as to estimate memory (FakeTensorMode), any kernel would seem to run.
+        with _disable_current_modes():
+            _triton_works[device] = _runs(device)
     return _triton_works[device]
+
+
+def _runs(device: torch.device) -> bool:
+    try:
+        x = torch.zeros(1, 16, 16, device=device)
+        if self_attention.unsupported(x, x, x, 1, False) is not None:
+            return False
+        self_attention.fused_self_attention(x, x, x, 1)
+    except Exception as error:  # whatever it is, PyTorch's kernels do not have it
+        warnings.warn(f"Triton does not work here, PyTorch's attention is used instead: {error}", stacklevel=3)
+        return False
+    return True

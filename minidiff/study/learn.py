@@ -3,7 +3,6 @@
 Run -> training pictures -> methods.py -> Learned: adapters to attach, or the model itself changed
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from minidiff.adapters.custom_diffusion import CustomDiffusion, compress, from_d
 from minidiff.adapters.merge_concepts import merge_concepts
 from minidiff.adapters.parallel import ADAPTER_METHODS, LAYER_PATTERNS, create_adapters
 from minidiff.evaluation.weights import relative_changes
+from minidiff.files import atomic_write
 from minidiff.pictures import save_png
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.pictures import subject_scenes
@@ -223,9 +223,8 @@ def custom_diffusion_of(sd: StableDiffusion, subject: str, seed: int, folder: Pa
     (delta,) = result.adapters
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers = {name: getattr(result, name) for name in ("trained", "bytes", "seconds", "memory")}
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # another process may train the same
-    torch.save({"layers": _detached(delta.layers), "rows": _detached(delta.tokens.rows), **numbers}, temporary)
-    temporary.replace(path)
+    with atomic_write(path) as file:  # another process may train the same
+        torch.save({"layers": _detached(delta.layers), "rows": _detached(delta.tokens.rows), **numbers}, file)
     return result
 
 

@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minidiff.bundled.evaluate import spread
+from minidiff.bundled.judge import Judge, JudgeOutput
 from minidiff.evaluation.alignment import Encoder, image_alignment, text_alignment
-from minidiff.evaluation.judge import Judge, Reading
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.art import STYLES, visible_backgrounds
 from minidiff.scenes.prompts import FixedPrompt, fixed_prompts, real_scene
@@ -109,7 +109,7 @@ def pair_prompts(first: str, second: str, backgrounds: Sequence[str]) -> list[st
     return [on(phrase, background) for phrase, background in zip(phrases, cycled(backgrounds, len(phrases)))]
 
 
-def likeliest(judge: Judge, reading: Reading, count: int = 1) -> list[list[str]]:
+def likeliest(judge: Judge, reading: JudgeOutput, count: int = 1) -> list[list[str]]:
     """The subjects that cover most of each picture."""
     return [[judge.config.subjects[i] for i in row] for row in reading.shares().topk(count).indices.tolist()]
 
@@ -130,7 +130,7 @@ def class_features(judge: Encoder, class_word: str, seed: int) -> Float[Tensor, 
     for text, i in class_prompts(class_word):
         background = text.removesuffix(" background").rsplit(" ", 1)[1]
         scenes.append(real_scene(FixedPrompt(text, "one", (class_word,), background), np.random.default_rng([77, seed, i])))
-    return judge.encode_pictures(pixels_of(np.stack([scene.image for scene in scenes])))
+    return judge.encode_pictures(to_pixels(np.stack([scene.image for scene in scenes])))
 
 
 def others(class_words: Sequence[str]) -> list[FixedPrompt]:

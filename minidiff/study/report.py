@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from minidiff.bench.common import header
-from minidiff.bench.common import row as table_row
 from minidiff.evaluation.alignment import Encoder
 from minidiff.evaluation.kid import KID, kid
 from minidiff.evaluation.weights import KINDS
+from minidiff.markdown import format_bytes, format_fixed, markdown_table
 from minidiff.pictures import grid, save_png
 from minidiff.study.learn import training_pictures
 from minidiff.study.measure import class_features
@@ -49,11 +48,6 @@ SMALLER = [f"share {share}" for share in SHARES]
 Values = Mapping[tuple[str, int], float]  # by subject (or subjects) and seed
 
 
-def fixed(number: float, digits: int) -> str:
-    """So many digits behind the point, and no minus before zeros."""
-    return f"{round(number, digits) + 0.0:.{digits}f}"
-
-
 @dataclass(frozen=True)
 class Interval:
     """A mean and its 95 % interval."""
@@ -63,7 +57,7 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{fixed(self.mean, 3)} [{fixed(self.low, 3)}, {fixed(self.high, 3)}]"
+        return f"{format_fixed(self.mean, 3)} [{format_fixed(self.low, 3)}, {format_fixed(self.high, 3)}]"
 
 
 def interval(values: Values) -> Interval:
@@ -133,26 +127,16 @@ def read(folder: Path) -> Results:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join((header(head), *map(table_row, rows)))
-
-
 def shown(value: Interval | None, share: bool = False) -> str:
     """In a table, where the intervals are wide. share: of what lies in 0..1, and so does its interval."""
     if value is None:
         return ""
     low, high = (max(0.0, value.low), min(1.0, value.high)) if share else (value.low, value.high)
-    return f"{fixed(value.mean, 2)} [{fixed(low, 2)}, {fixed(high, 2)}]"
+    return f"{format_fixed(value.mean, 2)} [{format_fixed(low, 2)}, {format_fixed(high, 2)}]"
 
 
 def mean(values: Values) -> float:
     return sum(values.values()) / len(values)
-
-
-def size(count: float) -> str:
-    """Of so many bytes."""
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def kids(results: Results, judge: Encoder) -> dict[str, KID]:
@@ -185,7 +169,7 @@ def methods_table(results: Results, distances: Mapping[str, KID]) -> str:
                 "" if untouched else "yes" if named and named.low > 0 else "no",
             ]
         )
-    return lines(("method", "likeness", "gain", *SCORES[1:], "KID x 1000", "learned"), rows)
+    return markdown_table(("method", "likeness", "gain", *SCORES[1:], "KID x 1000", "learned"), rows)
 
 
 def costs_table(results: Results) -> str:
@@ -195,20 +179,20 @@ def costs_table(results: Results) -> str:
     for part, name, label in places:
         if seconds := results.of(part, name, "seconds"):
             trained, kept, memory = (mean(results.of(part, name, number)) for number in ("trained", "bytes", "memory"))
-            rows.append([label, f"{trained:,.0f}", size(kept), f"{mean(seconds):.0f} s", size(memory)])
-    return lines(("method", "numbers trained", "file, float32", "training", "memory, computed"), rows)
+            rows.append([label, f"{trained:,.0f}", format_bytes(kept), f"{mean(seconds):.0f} s", format_bytes(memory)])
+    return markdown_table(("method", "numbers trained", "file, float32", "training", "memory, computed"), rows)
 
 
 def changes_table(results: Results, part: str, names: Sequence[str], standard: tuple[str, str], scores: Sequence[str] = SCORES) -> str:
     """Each variant's difference to the standard, on the same runs; and what its file takes, where that is not the same for all."""
     present = [name for name in names if results.of(part, name, "bytes")]
-    sizes = {name: size(mean(results.of(part, name, "bytes"))) for name in present}
+    sizes = {name: format_bytes(mean(results.of(part, name, "bytes"))) for name in present}
     differ = len(set(sizes.values())) > 1
     rows = [
         [name, *(shown(results.difference((part, name), standard, score)) for score in scores), *([sizes[name]] if differ else [])]
         for name in present
     ]
-    return lines((f"minus {standard[1]}", *scores, *(["file"] if differ else [])), rows)
+    return markdown_table((f"minus {standard[1]}", *scores, *(["file"] if differ else [])), rows)
 
 
 def pairs_table(results: Results) -> str:
@@ -217,7 +201,7 @@ def pairs_table(results: Results) -> str:
         for name in (UNTOUCHED, *PAIR_VARIANTS)
         if results.of("pairs", name, "both")
     ]
-    return lines(("two subjects", "both", *SCORES), rows)
+    return markdown_table(("two subjects", "both", *SCORES), rows)
 
 
 def before_table(results: Results) -> str:
@@ -232,7 +216,7 @@ def before_table(results: Results) -> str:
                 cells += [f"{mean({key: values[key] for key in same}):.2f}" for values in (old, new)] + [shown(gain)]
         if cells:
             rows.append([name, *cells])
-    return lines(
+    return markdown_table(
         ("mended", *(f"{score}{part}" for score in ("likeness", "named", "text") for part in (" before", " after", " gain"))), rows
     )
 
@@ -242,8 +226,8 @@ def style_table(results: Results) -> str:
     rows = []
     for name in (UNTOUCHED, "custom-diffusion", "lora"):
         if results.of("style", name, "chroma"):
-            rows.append([name, *(fixed(mean(results.of("style", name, score)), 3) for score in scores)])
-    return lines(("style", *scores), rows)
+            rows.append([name, *(format_fixed(mean(results.of("style", name, score)), 3) for score in scores)])
+    return markdown_table(("style", *scores), rows)
 
 
 def tables(results: Results, distances: Mapping[str, KID]) -> dict[str, str]:
@@ -396,7 +380,7 @@ def drawn_intervals(rows: Sequence[tuple[str, Interval]]) -> Image.Image:
     draw = ImageDraw.Draw(made)
     for i in range(first, last + 1):
         draw.line([(at(i * STEP), 0), (at(i * STEP), height - LINE)], fill="black" if i == 0 else "lightgrey")
-        draw.text((at(i * STEP) - 10, height - LINE + 4), fixed(i * STEP, 1), fill="black")
+        draw.text((at(i * STEP) - 10, height - LINE + 4), format_fixed(i * STEP, 1), fill="black")
     for i, (name, one) in enumerate(rows):
         middle = LINE * i + LINE // 2
         draw.text((6, middle - 5), name, fill="black")

@@ -7,11 +7,10 @@ folder/rows/NAME.png         a row of its pictures: subject, class, new prompts
 folder/pictures, class, learned    what runs are given, and share
 """
 
-import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -21,9 +20,10 @@ import numpy as np
 import torch
 
 from minidiff.bench.common import machine
+from minidiff.bundled.judge import Judge
 from minidiff.evaluation.alignment import drift
-from minidiff.evaluation.judge import Judge
-from minidiff.pictures import grid, pixels_of, save_png
+from minidiff.files import atomic_write, digest, ensure_same_run, tensor_bytes, write_text
+from minidiff.pictures import grid, save_png, to_pixels
 from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.study import measure
 from minidiff.study.learn import Learned, learned, style_pictures, training_pictures
@@ -76,24 +76,12 @@ def study(
 def belong(folder: Path, sd: StableDiffusion) -> None:
     """Notes in a new folder which model and which plan its runs are of. Raises ValueError for a folder of others: their numbers do not mix."""
     plan = {part: variants(part) for part in VARIANTS}
-    of = {
-        "model": digest(p.detach().cpu().float().numpy().tobytes() for p in sd.unet.parameters()),
-        "plan": digest([repr((plan, STEPS)).encode()]),
+    made_by = {
+        "model": digest(tensor_bytes(p.float()) for p in sd.unet.parameters())[:16],
+        "plan": digest([repr((plan, STEPS)).encode()])[:16],
+        "machine": machine(),
     }
-    path = folder / "made-by.json"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(of | {"machine": machine()}, indent=1), encoding="utf-8")
-    known = json.loads(path.read_text(encoding="utf-8"))
-    if other := [name for name in of if known[name] != of[name]]:
-        raise ValueError(f"{folder} has runs of another {' and another '.join(other)}; give a new folder")
-
-
-def digest(parts: Iterable[bytes]) -> str:
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part)
-    return found.hexdigest()[:16]
+    ensure_same_run(folder / "made-by.json", made_by, holds="runs of another kind", ignore=("machine",))
 
 
 def made_on(folder: Path) -> dict[str, object]:
@@ -115,9 +103,7 @@ def one(folder: Path, run: Run, load: Callable[[], StableDiffusion], load_judge:
     np.save(folder / "features" / f"{run.name}.npy", found.of_class.numpy().astype(np.float16))
     costs = {name: getattr(learning, name) for name in ("trained", "bytes", "seconds", "memory", "changes")}
     path = folder / "results" / f"{run.name}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"run": asdict(run), "scores": scores, **costs}, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps({"run": asdict(run), "scores": scores, **costs}, indent=1))
 
 
 def looked_at(sd: StableDiffusion, judge: Judge, run: Run, learning: Learned) -> measure.Measured:
@@ -125,11 +111,11 @@ def looked_at(sd: StableDiffusion, judge: Judge, run: Run, learning: Learned) ->
     if run.part == "style":
         given = style_pictures(run.seed)
         found = measure.style_measured(sd, judge, learning.called[0], [name for _, name in given])
-        chroma_given = measure.chroma(pixels_of(np.stack([np.asarray(picture) for picture, _ in given])))
+        chroma_given = measure.chroma(to_pixels(np.stack([np.asarray(picture) for picture, _ in given])))
         return replace(found, scores=found.scores | {"chroma_given": chroma_given})
     things = []
     for subject, words in zip(run.subjects, learning.called):
-        pictures = pixels_of(np.stack([np.asarray(picture) for picture in training_pictures(subject, run.seed)]))
+        pictures = to_pixels(np.stack([np.asarray(picture) for picture in training_pictures(subject, run.seed)]))
         things.append(measure.Thing(subject, SUBJECTS[subject], words, pictures))
     return measure.measured(sd, judge, things)
 
@@ -141,7 +127,6 @@ def untouched_features(folder: Path, run: Run, sd: StableDiffusion, judge: Judge
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         features, _ = measure.other_features(sd, judge, classes)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
-        np.save(temporary, features.numpy())
-        temporary.replace(path)
+        with atomic_write(path) as file:
+            np.save(file, features.numpy())
     return torch.from_numpy(np.load(path))

@@ -10,9 +10,9 @@ import torch
 from minidiff.bundled import evaluate as evaluation
 from minidiff.bundled.evaluate import evaluate, figures_of, judged, mean_of, reconstructed, spread
 from minidiff.bundled.figures import Figures, Measure, Verdict, table
+from minidiff.bundled.judge import Judge, JudgeOutput
 from minidiff.bundled.tasks import seeded
 from minidiff.bundled.train_judge import judge_config
-from minidiff.evaluation.judge import Judge, Reading
 from minidiff.scenes.prompts import FixedPrompt, fixed_prompts
 from minidiff.scenes.scenes import sample_scene
 from tests.small_models import small_config, small_model, training_config
@@ -37,7 +37,7 @@ def reading_of(judge, places, tint, background, style):
     tints[0, -1 if tint is None else config.colours.index(tint)] = 3
     backgrounds = torch.eye(len(config.colours))[[config.colours.index(background)]]
     styles = torch.eye(len(config.styles))[[config.styles.index(style)]]
-    return Reading(subjects.log_softmax(1), tints.log_softmax(1), backgrounds, styles, torch.ones(1, config.features))
+    return JudgeOutput(subjects.log_softmax(1), tints.log_softmax(1), backgrounds, styles, torch.ones(1, config.features))
 
 
 def verdict(monkeypatch, judge, prompt, places, tint=None, background="red", style="noto"):
@@ -165,7 +165,7 @@ def test_psnr_is_that_of_the_definition():
     psnr = []
     for _ in range(3):
         image = sample_scene(rng).image
-        decoded = reconstructed(sd, evaluation.pixels_of(image[None]))[0].permute(1, 2, 0).numpy() * 127.5 + 127.5
+        decoded = reconstructed(sd, evaluation.to_pixels(image[None]))[0].permute(1, 2, 0).numpy() * 127.5 + 127.5
         psnr.append(20 * math.log10(255) - 10 * math.log10(np.mean((decoded - image) ** 2)))
     assert fresh == pytest.approx(np.mean(psnr), abs=1e-4)  # dB; fp32
     assert held_out != fresh and 0 < held_out < 30

@@ -24,7 +24,7 @@ from minidiff.bundled.tasks import (
     resized,
     sample_timesteps,
 )
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.scenes.art import subject_names
 from minidiff.scenes.scenes import is_held_out_pair
 from minidiff.schedule import NoiseSchedule
@@ -126,7 +126,7 @@ def test_in_every_second_step_smaller_latents_are_decoded_to_the_smaller_picture
     loss = task.loss(step, range(2, 4))
     # the same, by hand
     rngs = [rng_for(RECIPE.seed, step, sample) for sample in (2, 3)]
-    pixels = pixels_of(images_of()[[int(rng.integers(8)) for rng in rngs]])
+    pixels = to_pixels(images_of()[[int(rng.integers(8)) for rng in rngs]])
     posterior = task.vae.encode(pixels)
     z = posterior.mean + posterior.logvar.exp().sqrt() * normals(rngs, (4, 16, 16))
     z, target = (z, pixels) if side == 16 else (resized(z, side), resized(pixels, 4 * side))
@@ -239,7 +239,7 @@ def test_scenes_come_with_their_captions_and_shares_and_latents_are_their_means(
     vae = VAE(CONFIG.vae)
     latents = Latents(torch.cat(list(encoded(images, vae, CPU, chunk=3))), tokens, mask)
     with torch.no_grad():
-        expected = vae.encode(pixels_of(images)).mean
+        expected = vae.encode(to_pixels(images)).mean
     torch.testing.assert_close(latents.mean, expected, rtol=1e-4, atol=1e-5)  # float32, another batch size
     assert not latents.mean.requires_grad
     assert latents.scaling_factor() == pytest.approx(1 / latents.mean.numpy().astype(np.float64).std(ddof=1), rel=1e-9)
@@ -248,7 +248,7 @@ def test_scenes_come_with_their_captions_and_shares_and_latents_are_their_means(
 def test_pixels_run_from_minus_one_to_one():
     images = np.zeros((1, 2, 3, 3), np.uint8)
     images[0, 1, 2] = 0, 51, 255
-    pixels = pixels_of(images)
+    pixels = to_pixels(images)
     assert pixels.shape == (1, 3, 2, 3)
     assert pixels[0, :, 0, 0].tolist() == [-1, -1, -1]
     assert pixels[0, :, 1, 2].tolist() == pytest.approx([-1, -0.6, 1], abs=1e-6)  # fp32

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from minidiff.bundled import train_judge
+from minidiff.bundled.judge import JudgeOutput
 from minidiff.bundled.train_judge import (
     JUDGE_SETTINGS,
     JudgeTask,
@@ -19,8 +20,7 @@ from minidiff.bundled.train_judge import (
     reading_loss,
     retinted,
 )
-from minidiff.evaluation.judge import Reading
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.scenes.scenes import sample_scene, visible_backgrounds
 from minidiff.trainers.engine.loop import rng_for, train
 
@@ -58,7 +58,7 @@ def test_labels_are_those_of_the_scenes():
 def made_up_reading(count, classes, cells=2, seed=0):
     rng = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=rng).log_softmax(dim=1)
-    return Reading(
+    return JudgeOutput(
         draw(count, classes + 1, cells, cells), draw(count, 4, cells, cells), draw(count, 3), draw(count, 2), torch.ones(count, 4)
     )
 
@@ -96,7 +96,7 @@ def test_the_loss_is_lowest_for_what_is_there():
 
 
 def test_augmentation_keeps_the_range_and_gives_each_picture_its_own():
-    pixels = pixels_of(np.stack([scene.image for scene in scenes(8)]))
+    pixels = to_pixels(np.stack([scene.image for scene in scenes(8)]))
     rngs = lambda seeds: [np.random.default_rng(seed) for seed in seeds]
     spoilt = augmented(pixels, rngs(range(8)))
     assert spoilt.min() >= -1 and spoilt.max() <= 1

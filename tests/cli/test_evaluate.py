@@ -1,6 +1,7 @@
 """`minidiff evaluate ...`: pictures, weights, pairs, the study."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from minidiff.cli.model import slug
 from minidiff.evaluation.weights import kind_of
 from minidiff.scenes.scenes import Item, compose
 from tests.command import runner
+from weights_loader.contents import BUNDLED
 
 
 @pytest.fixture
@@ -170,3 +172,15 @@ def test_a_sheet_is_made_and_counted(run, tmp_path):
 def test_a_report_of_nothing_says_what_to_run(run, tmp_path):
     code, out, err = run("evaluate", "report", tmp_path)
     assert code == 2 and "run minidiff evaluate study" in err
+
+
+def test_the_command_of_the_model_card_prints_the_table_of_what_the_model_obeys(run):
+    card = (BUNDLED["tiny"].parent / "README.md").read_text(encoding="utf-8")
+    command = shlex.split(next(line for line in card.splitlines() if line.strip().startswith("minidiff evaluate bundled")))
+    command[command.index("--limit") + 1] = "4"
+    code, out, err = run(*command[1:], "--steps", "2")
+    assert code == 0, err
+    head, _, *rows = out.splitlines()
+    assert head == "| figure | model | real scenes | after the VAE | pictures |"
+    assert {"background", "text alignment", "KID"} <= {row.split(" | ")[0].removeprefix("| ") for row in rows}
+    assert all(row.endswith(" 4 |") for row in rows if row.startswith(("| background", "| text alignment")))

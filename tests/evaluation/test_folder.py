@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from minidiff.evaluation.folder import drawn_pictures, is_grid, prompts_of, settings_inside
+from minidiff.evaluation.folder import find_drawn_pictures, is_grid, read_prompts, read_settings
 from minidiff.pictures import save_png
 
 
@@ -21,28 +21,28 @@ def picture(path, parameters=None, size=(64, 48)):
     ],
 )
 def test_prompt_and_size_are_read_as_web_interfaces_write_them(tmp_path, parameters, prompt):
-    assert settings_inside(picture(tmp_path / "a.png", parameters)) == (prompt, (64, 48))
+    assert read_settings(picture(tmp_path / "a.png", parameters)) == (prompt, (64, 48))
 
 
 def test_other_text_and_files_that_are_no_pictures_say_nothing(tmp_path):
-    assert settings_inside(picture(tmp_path / "a.png", "a cat")) is None
-    assert settings_inside(picture(tmp_path / "b.png")) is None
+    assert read_settings(picture(tmp_path / "a.png", "a cat")) is None
+    assert read_settings(picture(tmp_path / "b.png")) is None
     (tmp_path / "c.png").write_bytes(b"no picture")
-    assert settings_inside(tmp_path / "c.png") is None
+    assert read_settings(tmp_path / "c.png") is None
 
 
 def test_prompts_inside_count_only_if_all_have_one_and_captions_come_first(tmp_path):
     paths = [picture(tmp_path / f"{i}.png", f"cat {i}\nSteps: 1, Size: 64x48") for i in range(2)]
-    assert prompts_of(tmp_path, paths) == ["cat 0", "cat 1"]
+    assert read_prompts(tmp_path, paths) == ["cat 0", "cat 1"]
     picture(tmp_path / "1.png")
     with pytest.warns(UserWarning, match="1 of 2 pictures do not say their prompt, so none is read"):
-        assert prompts_of(tmp_path, paths) == []
+        assert read_prompts(tmp_path, paths) == []
     for i in range(2):
         (tmp_path / f"{i}.txt").write_text(f"dog {i}")
-    assert prompts_of(tmp_path, paths) == ["dog 0", "dog 1"]
+    assert read_prompts(tmp_path, paths) == ["dog 0", "dog 1"]
     (tmp_path / "1.txt").write_text(" ")
     with pytest.raises(ValueError, match="1.png: its caption is empty"):
-        prompts_of(tmp_path, paths)
+        read_prompts(tmp_path, paths)
 
 
 @pytest.mark.parametrize(
@@ -62,4 +62,4 @@ def test_a_grid_is_told_from_a_picture_that_was_enlarged(tmp_path, size, setting
 
 def test_a_folder_without_pictures_is_named(tmp_path):
     with pytest.raises(ValueError, match="no picture in it; give a folder with"):
-        drawn_pictures(tmp_path)
+        find_drawn_pictures(tmp_path)

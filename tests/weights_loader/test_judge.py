@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from minidiff.bundled.judge import Judge, JudgeOutput
 from minidiff.bundled.train_judge import judge_config, labels_of
-from minidiff.evaluation.judge import Judge, Reading
-from minidiff.pictures import pixels_of
+from minidiff.pictures import to_pixels
 from minidiff.scenes.scenes import COLOURS, STYLES, sample_scene, subjects
 from minidiff.trainers.engine.loop import seeded
 from weights_loader.judge import BUNDLED, KEY, load_judge, save_judge
@@ -106,7 +106,7 @@ def scores(judge, seed, count):
     asked = {name: [] for name in STATED}
     for _ in range(count // 100):
         scenes = [sample_scene(rng, split="all_subjects") for _ in range(100)]
-        labels, reading = labels_of(scenes, config), judge.read(pixels_of(np.stack([scene.image for scene in scenes])))
+        labels, reading = labels_of(scenes, config), judge.read(to_pixels(np.stack([scene.image for scene in scenes])))
         likeliest = reading.shares().topk(2).indices
         first = labels.subject[:, 0]
         right = {
@@ -151,7 +151,7 @@ def test_captions_find_their_pictures(judge):
     rng = np.random.default_rng(3)
     scenes = [sample_scene(rng, split="all_subjects") for _ in range(50)]
     pictures, texts = (
-        judge.encode_pictures(pixels_of(np.stack([scene.image for scene in scenes]))),
+        judge.encode_pictures(to_pixels(np.stack([scene.image for scene in scenes]))),
         judge.encode_texts([s.caption for s in scenes]),
     )
     found = (pictures @ texts.T).argmax(dim=1)
@@ -160,6 +160,6 @@ def test_captions_find_their_pictures(judge):
 
 
 def test_two_readings_are_the_same(judge):
-    pixels = pixels_of(np.stack([sample_scene(np.random.default_rng(seed)).image for seed in range(4)]))
+    pixels = to_pixels(np.stack([sample_scene(np.random.default_rng(seed)).image for seed in range(4)]))
     first, second = judge.read(pixels), judge.read(pixels)
-    assert all(torch.equal(getattr(first, field.name), getattr(second, field.name)) for field in dataclasses.fields(Reading))
+    assert all(torch.equal(getattr(first, field.name), getattr(second, field.name)) for field in dataclasses.fields(JudgeOutput))

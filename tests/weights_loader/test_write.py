@@ -73,7 +73,7 @@ def test_a_write_that_fails_midway_leaves_the_old_file_and_nothing_else(tmp_path
     path = tmp_path / "x.safetensors"
     if old:
         path.write_bytes(old)
-    written, whole = [], write._bytes
+    written, whole = [], write.tensor_bytes
 
     def fail_at_the_second(tensor):
         if written:
@@ -82,7 +82,7 @@ def test_a_write_that_fails_midway_leaves_the_old_file_and_nothing_else(tmp_path
         written.append(tensor)
         return whole(tensor)
 
-    monkeypatch.setattr(write, "_bytes", fail_at_the_second)
+    monkeypatch.setattr(write, "tensor_bytes", fail_at_the_second)
     with pytest.raises(type(error)):
         write_safetensors(path, {"a": torch.ones(1000), "z": torch.ones(1000)})
     assert [entry.read_bytes() for entry in tmp_path.iterdir()] == ([old] if old else [])

@@ -10,8 +10,6 @@ and pictures are encoded at every step.
 """
 
 import functools
-import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from minidiff.files import atomic_write, digest, fingerprint, tensor_bytes
 from minidiff.pictures import fit, load_picture
 from minidiff.pipeline import StableDiffusion
 from minidiff.trainers.data.augment import SizeAugmentation, View, sized_view
@@ -29,15 +28,6 @@ from minidiff.trainers.engine.loop import normals
 
 Make = Callable[[], Float[Tensor, "*shape"]]
 KEPT_PICTURES = 16  # decoded ones, where every step needs the picture again; a photograph of 12 megapixels takes 36 MB
-
-
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of the weights with their names, dtypes and shapes, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class Cache:
@@ -73,16 +63,12 @@ def _read_array(path: Path) -> Tensor | None:
 
 def _write_array(path: Path, array: np.ndarray) -> None:
     """Whole or not at all. Raises OSError, which names the file, where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with atomic_write(path) as file:
             np.save(file, array)
-        os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror}); the cache needs room there, or another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Contexts:
@@ -103,7 +89,7 @@ class Contexts:
         return torch.stack([self._context(row) for row in rows]).to(self.sd.device)
 
     def _context(self, row: Tensor) -> Tensor:
-        key = hashlib.sha256(f"context {self._encoder} {row.tolist()}".encode()).hexdigest()
+        key = digest([f"context {self._encoder} {row.tolist()}".encode()])
         return self.cache.get(key, lambda: self._encode(row))
 
     @torch.no_grad()
@@ -211,9 +197,7 @@ class Pictures:
             return fit(load_picture(self.examples[i].path), self.size, flip=flip)
 
         if (i, flip) not in self._keys:
-            digest = hashlib.sha256(f"latent {self._encoder} {self.size} ".encode())
-            digest.update(pixels().contiguous().numpy())
-            self._keys[i, flip] = digest.hexdigest()
+            self._keys[i, flip] = digest([f"latent {self._encoder} {self.size} ".encode(), tensor_bytes(pixels())])
         return self.cache.get(self._keys[i, flip], lambda: self._checked(i, self._encode(pixels()[None])[0]))
 
     def _checked(self, i: int, moments: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minidiff.captions import read_captions
-from minidiff.pictures import PICTURES, check_picture, picture_paths
+from minidiff.captions import check_caption, read_captions
+from minidiff.pictures import ENDINGS, check_picture, list_pictures
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,6 @@ class Example:
     caption: str
 
 
-# --- folders ----------------------------------------------------------------------------------------------------------
-
-
 def read_folder(folder: Path, *, size: int, caption: str | Callable[[Path], str] | None = None) -> list[Example]:
     """Every picture of a folder with its caption, in the order of their names; each is opened once, so that none fails later.
 
@@ -34,9 +31,9 @@ def read_folder(folder: Path, *, size: int, caption: str | Callable[[Path], str]
     captions.json ({file name: caption}). Hidden files are passed over, sub-folders and pictures of other formats with a warning.
     Raises FileNotFoundError or NotADirectoryError for the folder, ValueError for what is in it; each names the file.
     """
-    paths = picture_paths(folder)
+    paths = list_pictures(folder)
     if not paths:
-        raise ValueError(f"{folder}: no picture in it; expected files that end in {', '.join(PICTURES)}")
+        raise ValueError(f"{folder}: no picture in it; expected files that end in {', '.join(ENDINGS)}")
     if caption is None:
         captions = read_captions(folder, paths)
     else:
@@ -47,12 +44,6 @@ def read_folder(folder: Path, *, size: int, caption: str | Callable[[Path], str]
     return [Example(path, " ".join(captions[path.name].split())) for path in paths]
 
 
-def check_caption(path: Path, caption: str) -> None:
-    """Raises ValueError for a caption that says nothing."""
-    if not caption.strip():
-        raise ValueError(f"{path}: its caption is empty; write what the picture shows")
-
-
 def check_distinct(folders: Sequence[Path]) -> None:
     """Raises ValueError if two of the folders are the same one: two concepts, or a concept and its class pictures."""
     seen = set()
@@ -60,9 +51,3 @@ def check_distinct(folders: Sequence[Path]) -> None:
         if folder.resolve() in seen:
             raise ValueError(f"{folder}: given twice; every concept and every set of class pictures needs a folder of its own")
         seen.add(folder.resolve())
-
-
-# --- captions ---------------------------------------------------------------------------------------------------------
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------

@@ -7,8 +7,6 @@ Both end as a folder that `read_folder` reads and a person can look at. A folder
 so that an interrupted run goes on, and pictures of one's own count. Run these before an adapter is on the model.
 """
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +18,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from minidiff.pictures import picture_paths, save_png
+from minidiff.files import ensure_same_run, fingerprint
+from minidiff.pictures import list_pictures, save_png
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.scenes import sample_scene
-from minidiff.trainers.data.cache import fingerprint
 from minidiff.trainers.data.folder import Example
 
 TextFeatures = Callable[[Sequence[str]], Float[Tensor, "N D"]]
@@ -62,7 +60,7 @@ def class_pictures(
     parts = {name: fingerprint(module) for name, module in (("text_encoder", sd.text_encoder), ("unet", sd.unet), ("vae", sd.vae))}
     choices = {"prompt": prompt, "seed": seed, "steps": steps, "sampler": sampler, "guidance_scale": guidance_scale, "size": size}
     claim(folder, count, choices | parts)
-    given = len([path for path in picture_paths(folder) if not path.name.startswith("class-")])
+    given = len([path for path in list_pictures(folder) if not path.name.startswith("class-")])
     paths = [folder / f"class-{i:05d}.png" for i in range(count - given)]
     for start in range(0, len(paths), batch):
         chunk = paths[start : start + batch]
@@ -81,19 +79,7 @@ def claim(folder: Path, count: int, choices: dict) -> None:
     """Makes the folder, or makes sure that what was made in it was made the same way."""
     if count < 1:
         raise ValueError(f"count {count}: ask for at least 1 picture")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / MADE
-    if not path.exists():
-        temporary = folder / f".{MADE}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(choices, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error}); give an empty folder") from error
-    different = [f"{name} {found.get(name)!r}, now {value!r}" for name, value in choices.items() if found.get(name) != value]
-    if different:
-        raise ValueError(f"{folder} holds pictures made in another way ({'; '.join(different)}); give another folder, or ask for the same")
+    ensure_same_run(folder / MADE, choices, holds="pictures made in another way")
 
 
 # --- captions near a target -------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from minidiff.markdown import format_duration
 from minidiff.pictures import save_png
 from minidiff.trainers.engine import distributed
 from minidiff.trainers.engine.loop import TrainStep
@@ -67,7 +68,7 @@ class Log:
         last = [loss for _, loss, _ in self.rows[-10:]]
         text = f"loss {sum(last) / len(last):.4f}, {memory_taken(self.device) / 1e9:.1f} GB"
         left = self.pace.left()
-        return text if left is None else f"{text}, {duration(left)} left"
+        return text if left is None else f"{text}, {format_duration(left)} left"
 
     def _look(self) -> None:
         for step in self.waiting:
@@ -110,15 +111,7 @@ class Pace:
         """To be said once, after the first steps."""
         if self.seconds() is None:
             return None
-        return f"{self.steps - self.last[0]} steps of {self.seconds():.2g} s: about {duration(self.left())}"
-
-
-def duration(seconds: float) -> str:
-    """As 40 s, 12 min or 1 h 5 min."""
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+        return f"{self.steps - self.last[0]} steps of {self.seconds():.2g} s: about {format_duration(self.left())}"
 
 
 def memory_taken(device: torch.device) -> int:

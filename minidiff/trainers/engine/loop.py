@@ -21,12 +21,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
+from minidiff.files import check_same
 from minidiff.trainers.engine import distributed
 from minidiff.trainers.engine.checkpointing import checkpointed, thrifty_malloc
 from minidiff.trainers.engine.optimizer import EMA, learning_rate
 from minidiff.trainers.engine.settings import Settings
-from minidiff.trainers.engine.state import check_same, read_state, write_state
+from minidiff.trainers.engine.state import read_state, write_state
 
 ONLY_HOW = (
     "batch",
@@ -235,10 +237,10 @@ def normals(rngs: Sequence[np.random.Generator], shape: Sequence[int]) -> Float[
 
 def on(device: torch.device, tensor: Tensor) -> Tensor:
     """The tensor on the device; a GPU gets it in its turn, and nobody waits for that."""
-    pinned = (
-        tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
-    )  # else the copy waits for the steps before
-    return pinned.to(device, non_blocking=True)
+    # Unpinned, the copy would wait for the steps before. What has no contents (see memory.py) has nothing to pin, and PyTorch refuses to.
+    if device.type == "cuda" and tensor.device.type == "cpu" and detect_fake_mode(tensor) is None:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @contextmanager

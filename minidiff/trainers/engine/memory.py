@@ -2,7 +2,7 @@
 
     frozen weights     stand there already, as do the trained ones
     optimizer          AdamW keeps two float32 values a trained weight, Muon one
-    average            one
+    ema                one
     gradients          one
     activations        what a layer remembers on the way forward for the way back; grows with the batch
 
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minidiff.markdown import format_bytes
 from minidiff.trainers.engine import loop
 from minidiff.trainers.engine.checkpointing import checkpointed
 from minidiff.trainers.engine.optimizer import Muon
@@ -39,22 +40,22 @@ class Memory:
     trained: int
     gradients: int
     optimizer: int
-    average: int
+    ema: int
     activations: int
 
     @property
     def above(self) -> int:
         """What training adds to a process, or a device, that holds the weights."""
-        return self.gradients + self.optimizer + self.ema_decay + self.activations
+        return self.gradients + self.optimizer + self.ema + self.activations
 
     @property
     def total(self) -> int:
         return self.frozen + self.trained + self.above
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {readable(getattr(self, name))}" for name in ("gradients", "optimizer", "average", "activations"))
-        weights = f"weights {readable(self.frozen + self.trained)}, of which {readable(self.trained)} are trained"
-        return f"about {readable(self.total)} of memory: {weights}; training adds {readable(self.above)} ({parts})"
+        parts = ", ".join(f"{name} {format_bytes(getattr(self, name))}" for name in ("gradients", "optimizer", "ema", "activations"))
+        weights = f"weights {format_bytes(self.frozen + self.trained)}, of which {format_bytes(self.trained)} are trained"
+        return f"about {format_bytes(self.total)} of memory: {weights}; training adds {format_bytes(self.above)} ({parts})"
 
 
 def estimate_memory(task: loop.Task, settings: Settings, device: torch.device) -> Memory:
@@ -80,7 +81,7 @@ def estimate_memory(task: loop.Task, settings: Settings, device: torch.device) -
         trained=bytes_of(trained),
         gradients=gradients,
         optimizer=slots,
-        ema_decay=0 if settings.ema_decay is None else gradients,
+        ema=0 if settings.ema_decay is None else gradients,
         activations=round(reserve * max(live.peak, gradients + stepping)) - gradients,
     )
 
@@ -91,11 +92,6 @@ def moved(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def readable(count: int) -> str:
-    """Bytes as 1.2 GB or 34 MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 class LiveBytes(TorchDispatchMode):

@@ -30,7 +30,7 @@ from torch import nn
 from minidiff.adapters.custom_diffusion import CustomDiffusion, create_custom_diffusion
 from minidiff.adapters.lora import PATTERNS, LoRA, choose, create_lora
 from minidiff.adapters.tokens import RARE_TOKENS, NewTokens, create_tokens
-from minidiff.captions import caption_sources
+from minidiff.captions import find_caption_sources
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.scenes import with_article
 from minidiff.trainers.data.augment import CODE_SIZES, PAPER_SIZES, SCENE_SIZES, SizeAugmentation
@@ -420,5 +420,5 @@ def prior_examples(sd: StableDiffusion, concept: Concept, prior: Prior, prompt: 
     if prior.kind == "near":
         features: Callable = partial(pooled_text, sd)
         return near_examples(read_folder(concept.class_images, size=size), caption, features, least=prior.least, most=prior.count)
-    captioned = prior.kind == "scenes" or concept.class_prompt is None and bool(caption_sources(concept.class_images))
+    captioned = prior.kind == "scenes" or concept.class_prompt is None and bool(find_caption_sources(concept.class_images))
     return read_folder(concept.class_images, size=size, caption=None if captioned else caption)

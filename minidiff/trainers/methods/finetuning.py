@@ -12,9 +12,9 @@ word, is trained or has an adapter on it.
         sd.generate("a photo of a <cat> cat")
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minidiff.adapters.base import Adapter
+from minidiff.files import digest, fingerprint
 from minidiff.pipeline import StableDiffusion
-from minidiff.trainers.data.cache import Cache, Contexts, Pictures, fingerprint
+from minidiff.trainers.data.cache import Cache, Contexts, Pictures
 from minidiff.trainers.engine.diffusion_loss import diffusion_loss, draw
 from minidiff.trainers.engine.loop import rng_for
 from minidiff.trainers.engine.optimizer import adamw
@@ -146,14 +147,10 @@ class FinetuneTask:
         return [pictures for subject in self.subjects for pictures in (subject.pictures, subject.prior) if pictures is not None]
 
     def _digest(self) -> str:
-        """Of captions and pictures: a run does not go on with others."""
-        digest = hashlib.sha256()
-        for subject in self.subjects:
-            digest.update(repr((subject.templates, subject.pictures.sizes)).encode())
-        for pictures in self._all_pictures():
-            for example in pictures.examples:
-                digest.update(f"{example.caption}\n".encode() + example.path.read_bytes())
-        return digest.hexdigest()[:16]
+        """Return a digest of captions and pictures: a run does not go on with others."""
+        captions = (repr((subject.templates, subject.pictures.sizes)).encode() for subject in self.subjects)
+        examples = (example for pictures in self._all_pictures() for example in pictures.examples)
+        return digest(chain(captions, (f"{example.caption}\n".encode() + example.path.read_bytes() for example in examples)))[:16]
 
     # --- what the loop asks for ---------------------------------------------------------------------------------------
 

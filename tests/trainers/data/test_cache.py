@@ -9,7 +9,7 @@ from PIL import Image
 
 from minidiff.pictures import fit, load_picture
 from minidiff.trainers.data.augment import CODE_SIZES, SizeAugmentation
-from minidiff.trainers.data.cache import Cache, Contexts, Pictures, fingerprint
+from minidiff.trainers.data.cache import Cache, Contexts, Pictures
 from minidiff.trainers.data.folder import Example
 from tests.small_models import small_model
 
@@ -237,14 +237,3 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_nothing_half_written(tmp_pat
     with pytest.raises(OSError, match=r"a\.npy: cannot be written \(No space left on device\)"):
         Cache(tmp_path, memory=0).get("a", lambda: torch.ones(3))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_fingerprint_tells_weights_names_and_dtypes_apart():
-    def linear(bias=0.0, dtype=torch.float32):
-        module = torch.nn.Linear(2, 2)
-        torch.nn.init.ones_(module.weight)
-        torch.nn.init.constant_(module.bias, bias)
-        return module.to(dtype)
-
-    prints = [fingerprint(m) for m in (linear(), linear(1e-7), linear(dtype=torch.bfloat16), torch.nn.Sequential(linear()))]
-    assert len(set(prints)) == 4 and fingerprint(linear()) == prints[0]

@@ -1,16 +1,11 @@
 """Folders of pictures: captions from every source, pictures of every kind, and one clear line for everything that is wrong."""
 
 import json
-import warnings
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image, PngImagePlugin
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import center_crop, resize, to_tensor
+from PIL import Image
 
-from minidiff.pictures import fit, load_picture
 from minidiff.trainers.data.folder import Example, check_distinct, read_folder
 
 
@@ -152,76 +147,3 @@ def test_a_tiny_picture_is_named_and_half_the_size_will_do(folder):
     read_folder(folder, size=64, caption="x")
     with pytest.raises(ValueError, match=r"a\.jpg: 40 x 32 pixels are too few to learn 66 x 66 from; give at least 33 a side"):
         read_folder(folder, size=66, caption="x")
-
-
-def test_a_picture_is_turned_as_its_exif_data_say(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held so that the top is at the right
-    image = noise(8, 4)
-    image.save(tmp_path / "x.png", exif=exif)
-    turned = load_picture(tmp_path / "x.png")
-    assert np.array_equal(turned, np.rot90(np.asarray(image), k=-1))
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_lies_on_white(tmp_path, mode):
-    values = np.zeros((2, 2, 4), np.uint8)
-    values[..., 3] = [[0, 255], [128, 255]]
-    image = Image.fromarray(values)
-    if mode == "P":
-        image = Image.new("P", (2, 2), 0)
-        image.putpalette([0, 0, 0, 0, 0, 0])
-        image.putpixel((1, 0), 1)
-        image.putpixel((1, 1), 1)
-        image.save(tmp_path / "x.png", transparency=0)
-        expected = [[255, 0], [255, 0]]
-    else:
-        image.convert(mode).save(tmp_path / "x.png")
-        expected = [[255, 0], [127, 0]]  # 255 (1 - 128 / 255)
-    loaded = load_picture(tmp_path / "x.png")
-    assert loaded.mode == "RGB" and np.array_equal(np.asarray(loaded), np.repeat(np.array(expected)[..., None], 3, axis=2))
-
-
-def test_sixteen_bits_of_grey_are_scaled_not_cut(tmp_path):
-    Image.fromarray(np.array([[0, 257 * 100], [65535, 256]], np.uint16)).save(tmp_path / "x.png")
-    assert np.array_equal(np.asarray(load_picture(tmp_path / "x.png"))[..., 0], [[0, 100], [255, 1]])
-
-
-@pytest.mark.parametrize("mode, ending", [("L", "png"), ("1", "png"), ("P", "png"), ("CMYK", "jpg"), ("L", "webp")])
-def test_other_kinds_of_picture_look_as_pillow_shows_them(tmp_path, mode, ending):
-    noise(16, 16).convert(mode).save(tmp_path / f"x.{ending}")
-    with Image.open(tmp_path / f"x.{ending}") as image:
-        assert np.array_equal(load_picture(tmp_path / f"x.{ending}"), image.convert("RGB"))
-
-
-def test_a_picture_of_ordinary_size_brings_no_warning(tmp_path):
-    info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", "a cat")
-    noise(16, 16).save(tmp_path / "x.png", pnginfo=info)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_picture(tmp_path / "x.png")
-
-
-# --- fit --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("width, height", [(96, 64), (64, 96), (64, 64), (16, 48)])
-def test_fit_is_torchvisions_resize_and_centre_crop(width, height):
-    image = noise(width, height).point(lambda value: 64 + value // 2)  # bicubic overshoots, and clipping depends on which axis comes first
-    reference = center_crop(resize(image, 32, InterpolationMode.BICUBIC), 32)
-    # One byte: Pillow rounds between its two passes, and their order is its own choice.
-    torch.testing.assert_close(fit(image, 32), to_tensor(reference) * 2 - 1, rtol=0, atol=1.001 / 127.5)
-
-
-def test_fit_gives_one_pixel_for_one_and_mirrors_them():
-    image = noise(32, 32)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
-    assert torch.equal(fit(image, 32), pixels) and pixels.min() == -1 and pixels.max() == 1
-    assert torch.equal(fit(image, 32, flip=True), pixels.flip(2))
-    assert torch.equal(fit(noise(50, 32), 32, crop=(1.0, 0.3)), fit(noise(50, 32).crop((18, 0, 50, 32)), 32))
-
-
-def test_fit_refuses_a_crop_outside():
-    with pytest.raises(ValueError, match=r"crop \(0.5, 1.2\): both places must lie in 0..1"):
-        fit(noise(8, 8), 8, crop=(0.5, 1.2))

@@ -61,7 +61,7 @@ def test_pictures_of_ones_own_count_and_are_kept(sd, tmp_path):
 
 def test_a_folder_of_another_prompt_or_model_is_refused(sd, tmp_path):
     fill(sd, tmp_path, count=1)
-    with pytest.raises(ValueError, match="made in another way \\(prompt 'a photo of a dog', now 'a cat'\\); give another folder"):
+    with pytest.raises(ValueError, match="made in another way \\(prompt 'a photo of a dog', now 'a cat'\\); choose another place"):
         fill(sd, tmp_path, "a cat")
     with pytest.raises(ValueError, match="made in another way \\(text_encoder"):
         fill(small_model(seed=1), tmp_path)

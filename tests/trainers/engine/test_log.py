@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from minidiff.trainers.engine import log
-from minidiff.trainers.engine.log import BLUE, GREY, HEIGHT, MARGIN, WIDTH, Log, Pace, duration, loss_curve, memory_taken, read_rows
+from minidiff.trainers.engine.log import BLUE, GREY, HEIGHT, MARGIN, WIDTH, Log, Pace, loss_curve, memory_taken, read_rows
 from minidiff.trainers.engine.loop import TrainStep
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_the_loss_is_looked_at_once_a_second_only(tmp_path, clock, monkeypatch):
 
 
 def test_the_other_processes_are_silent(tmp_path, monkeypatch):
-    monkeypatch.setattr(log.processes, "number", lambda: 1)
+    monkeypatch.setattr(log.distributed, "rank", lambda: 1)
     with Log(tmp_path, "lora", CPU) as one:
         one.add(step(1))
         assert one.text() == ""
@@ -122,13 +122,6 @@ def test_pace_leaves_the_first_step_out_and_says_how_long_the_rest_takes(clock):
     pace.add(step(13))
     assert pace.seconds() == 2.0 and pace.left() == 2.0 * 87
     assert pace.forecast() == "87 steps of 2 s: about 3 min"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(0.4, "0 s"), (99, "99 s"), (101, "2 min"), (3500, "58 min"), (3900, "1 h 5 min"), (90_000, "25 h 0 min")]
-)
-def test_durations_in_words(seconds, words):
-    assert duration(seconds) == words
 
 
 def test_memory_taken_is_at_least_what_is_held():

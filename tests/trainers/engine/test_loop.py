@@ -145,7 +145,7 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
     def run():
         training = Training(SmallTask(), settings, CPU, path)
         losses = [step.loss.item() for step in training.run()]
-        torch.save((weights(training), losses), tmp_path / f"{loop.processes.number()}.pt")
+        torch.save((weights(training), losses), tmp_path / f"{loop.distributed.rank()}.pt")
 
     assert together(2, run) == [0, 0]
     alone = Training(SmallTask(), small_settings(batch=8), CPU)

@@ -13,7 +13,7 @@ from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents
 from minidiff.trainers.engine import loop
 from minidiff.trainers.engine.checkpointing import checkpointed
-from minidiff.trainers.engine.memory import RESERVE, LiveBytes, Memory, estimate_memory, readable
+from minidiff.trainers.engine.memory import RESERVE, LiveBytes, Memory, estimate_memory
 from minidiff.trainers.engine.optimizer import Muon
 from tests.small_models import training_config
 from tests.small_task import CPU, SmallTask, small_settings
@@ -63,11 +63,11 @@ def test_the_parts_are_counted():
     trained = 4 * (3 * 1000 + 1000 + 3 * 1000)
     task.optimizers = lambda settings: (Muon([task.net[0].weight], 1.0), torch.optim.AdamW([task.net[0].bias, task.net[3].weight]))
     estimate = estimate_memory(task, small_settings(), CPU)
-    assert (estimate.frozen, estimate.trained, estimate.gradients, estimate.average) == (12, trained, trained, trained)
+    assert (estimate.frozen, estimate.trained, estimate.gradients, estimate.ema) == (12, trained, trained, trained)
     assert estimate.optimizer == 4 * (3 * 1000 + 2 * 1000 + 2 * 3 * 1000)
-    assert estimate.above == estimate.gradients + estimate.optimizer + estimate.average + estimate.activations
+    assert estimate.above == estimate.gradients + estimate.optimizer + estimate.ema + estimate.activations
     assert estimate.total == estimate.frozen + estimate.trained + estimate.above
-    assert estimate_memory(task, small_settings(ema_decay=None), CPU).average == 0
+    assert estimate_memory(task, small_settings(ema_decay=None), CPU).ema == 0
 
 
 def test_what_is_frozen_in_the_networks_counts_once():
@@ -111,13 +111,10 @@ def test_a_task_that_fails_keeps_no_gradient_and_no_mode():
 
 
 def test_it_is_told_in_words():
-    assert (readable(0), readable(1_234_000), readable(1_250_000_000)) == ("0 MB", "1 MB", "1.2 GB")
-    memory = Memory(
-        frozen=3_000_000_000, trained=1_000_000, gradients=1_000_000, optimizer=2_000_000, ema_decay=0, activations=2_000_000_000
-    )
+    memory = Memory(frozen=3_000_000_000, trained=1_000_000, gradients=1_000_000, optimizer=2_000_000, ema=0, activations=2_000_000_000)
     assert str(memory) == (
-        "about 5.0 GB of memory: weights 3.0 GB, of which 1 MB are trained; "
-        "training adds 2.0 GB (gradients 1 MB, optimizer 2 MB, average 0 MB, activations 2.0 GB)"
+        "about 5.0 GB of memory: weights 3.0 GB, of which 1.0 MB are trained; "
+        "training adds 2.0 GB (gradients 1.0 MB, optimizer 2.0 MB, ema 0 kB, activations 2.0 GB)"
     )
 
 

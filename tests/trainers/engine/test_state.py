@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minidiff.trainers.engine.loop import train
-from minidiff.trainers.engine.state import check_same, checksum, read_state, write_state, write_text
+from minidiff.trainers.engine.state import read_state, write_state
 from tests.small_task import CPU, SmallTask, forked, small_settings
 
 
@@ -77,24 +77,3 @@ def test_a_file_that_is_no_state_is_said_to_be_none(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="state.pt is not the state of a run"):
         read_state(path)
-
-
-def test_every_difference_is_named(tmp_path):
-    check_same(tmp_path, {"a": 1, "b": "x"}, {"a": 1, "b": "x"})
-    with pytest.raises(ValueError, match=r"holds another run \(b 'x', now 'y'; c None, now 2; d 3, now None\)"):
-        check_same(tmp_path, {"a": 1, "b": "x", "d": 3}, {"a": 1, "b": "y", "c": 2})
-
-
-def test_a_checksum_knows_weights_again_and_notices_the_least_change():
-    task = SmallTask()
-    before = checksum(task.net)
-    assert checksum(SmallTask().net) == before
-    with torch.no_grad():
-        task.net[0].bias[0] = torch.nextafter(task.net[0].bias[0], torch.tensor(9.0))
-    assert checksum(task.net) != before
-
-
-def test_text_is_written_whole_over_what_was_there(tmp_path):
-    for text in ("one", "± two"):
-        write_text(tmp_path / "a.txt", text)
-    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "± two" and os.listdir(tmp_path) == ["a.txt"]

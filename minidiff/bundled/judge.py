@@ -26,6 +26,7 @@ from minidiff.attention import Attention
 from minidiff.blocks import ResBlock
 from minidiff.config import TextEncoderConfig, TokenizerConfig
 from minidiff.evaluation.alignment import check_size
+from minidiff.evaluation.kid import scale_features
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
 
@@ -69,7 +70,7 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class JudgeOutput:
     """What the judge sees in B pictures; all but the features are log-probabilities.
 
     subjects: of each cell, the last one is "nothing"; tints: of what stands in a cell, the last one is "its own colours".
@@ -155,16 +156,16 @@ class Judge(nn.Module):
         self.backgrounds = nn.Linear(width, len(config.colours))
         self.styles = nn.Linear(width, len(config.styles))
 
-    def read(self, pixels: Float[Tensor, "B 3 H W"]) -> Reading:
+    def read(self, pixels: Float[Tensor, "B 3 H W"]) -> JudgeOutput:
         """What is in each picture. Raises ValueError for pictures of another size."""
         check_size(pixels, self.image_size, "judge")
         cells, pooled = self.pictures(pixels.to(self.log_scale.device))
-        return Reading(
+        return JudgeOutput(
             self.subjects(cells).float().log_softmax(dim=1),
             self.tints(cells).float().log_softmax(dim=1),
             self.backgrounds(pooled).float().log_softmax(dim=1),
             self.styles(pooled).float().log_softmax(dim=1),
-            scaled(self.picture_projection(pooled).float()),
+            scale_features(self.picture_projection(pooled).float()),
         )
 
     def encode_pictures(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
@@ -178,12 +179,7 @@ class Judge(nn.Module):
     def encode_tokens(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B D"]:
         end = (tokens == self.tokenizer.end_id).int().argmax(dim=1)  # the first end token: the rest is padding
         context = self.texts(tokens)
-        return scaled(self.text_projection(context[torch.arange(len(tokens), device=tokens.device), end]).float())
-
-
-def scaled(x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    """Each row at length sqrt(D)."""
-    return F.normalize(x, dim=1) * math.sqrt(x.shape[1])
+        return scale_features(self.text_projection(context[torch.arange(len(tokens), device=tokens.device), end]).float())
 
 
 def contrastive_loss(pictures: Float[Tensor, "B D"], texts: Float[Tensor, "B D"], log_scale: Float[Tensor, ""]) -> Float[Tensor, ""]:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from minidiff.bundled.judge import AttentionPool, Judge, JudgeConfig, JudgeOutput, contrastive_loss
 from minidiff.bundled.tasks import seeded
 from minidiff.config import TextEncoderConfig, TokenizerConfig
-from minidiff.evaluation.judge import AttentionPool, Judge, JudgeConfig, Reading, contrastive_loss, scaled
+from minidiff.evaluation.kid import scale_features
 from minidiff.scenes.scenes import bpe_merges
 
 TOKENIZER = TokenizerConfig(merges=bpe_merges(), context_length=32)
@@ -60,7 +61,7 @@ def test_the_temperature_has_a_limit():
 
 def test_features_have_the_length_that_makes_their_mean_product_the_cosine(judge):
     pictures, texts = judge.encode_pictures(noise(3, 3, 32, 32)), judge.encode_texts(["a cat", "a red key", ""])
-    for features in (pictures, texts, scaled(noise(3, 12) * 7)):
+    for features in (pictures, texts, scale_features(noise(3, 12) * 7)):
         assert_close(features.square().mean(dim=1), torch.ones(3))
 
 
@@ -75,7 +76,7 @@ def test_a_text_is_read_at_its_end_and_padding_changes_nothing(judge):
 def test_a_picture_is_read_alone_as_among_others(judge):
     pixels = noise(3, 3, 32, 32).clamp(-1, 1)
     whole, alone = judge.read(pixels), judge.read(pixels[1:2])
-    for field in dataclasses.fields(Reading):
+    for field in dataclasses.fields(JudgeOutput):
         assert_close(getattr(alone, field.name), getattr(whole, field.name)[1:2], rtol=1e-4, atol=1e-5)  # fp32, another batch
 
 
@@ -89,7 +90,7 @@ def test_the_readings_are_probabilities(judge):
 
 def reading_of(subjects, tints):
     """Of one picture, from probabilities."""
-    return Reading(subjects.log()[None], tints.log()[None], torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 4))
+    return JudgeOutput(subjects.log()[None], tints.log()[None], torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 4))
 
 
 def test_shares_places_and_tints_are_those_of_the_cells():

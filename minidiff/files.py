@@ -1,0 +1,137 @@
+"""Files that appear whole or not at all, digests that recognise weights, and the check that a run continues the one before it.
+
+    with atomic_write(path) as file:        .NAME.3f9a1c20.tmp --- fsync, rename ---> NAME
+        torch.save(state, file)
+
+A file system renames in one step: whoever reads meanwhile, or starts again after a crash or a full disk, finds the old file or the new one.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import secrets
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+# --- whole or not at all ----------------------------------------------------------------------------------------------
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a new name beside `path`, hidden and unlike that of any other process: .NAME.3f9a1c20.tmp."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that becomes `path` when the block ends, replacing what was there. If the block raises, `path` stays as it was.
+
+    Raises OSError if the folder is missing or the disk is full.
+    """
+    temporary = temporary_path(path)
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a crash of the machine might leave the new name on an empty file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete the temporary files of writers of `path` that were killed. Only safe where no other process writes `path`."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text in UTF-8, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+# --- digests ----------------------------------------------------------------------------------------------------------
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the numbers of a tensor of any device and strides as bytes, in row-major order."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def digest(parts: Iterable[bytes | memoryview]) -> str:
+    """Return the SHA-256 of the parts, joined, in hexadecimal."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part)
+    return sha.hexdigest()
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return the SHA-256 of a module's weights with their names, dtypes and shapes, in hexadecimal."""
+
+    def parts() -> Iterator[bytes | memoryview]:
+        for name, tensor in module.state_dict().items():
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode()
+            yield tensor_bytes(tensor)
+
+    return digest(parts())
+
+
+def checksum(*modules: nn.Module) -> int:
+    """Return the CRC-32 of the modules' parameters: faster than `fingerprint`, and what the states of runs hold."""
+    crc = 0
+    for module in modules:
+        for p in module.parameters():
+            crc = zlib.crc32(tensor_bytes(p), crc)
+    return crc
+
+
+# --- the same run? ----------------------------------------------------------------------------------------------------
+
+
+def differences(found: Mapping[str, object], asked: Mapping[str, object]) -> list[str]:
+    """Return one phrase per entry that differs, such as "seed 0, now 1"."""
+    names = [*asked, *(name for name in found if name not in asked)]
+    return [f"{name} {found.get(name)!r}, now {asked.get(name)!r}" for name in names if found.get(name) != asked.get(name)]
+
+
+def check_same(place: Path, found: Mapping[str, object], asked: Mapping[str, object], holds: str = "another run") -> None:
+    """Raise ValueError unless `found`, the settings of what is in `place`, are those `asked` for. The message names each that differs."""
+    if different := differences(found, asked):
+        raise ValueError(f"{place} holds {holds} ({'; '.join(different)}); choose another place, or ask for the same")
+
+
+def ensure_same_run(
+    path: Path,
+    asked: Mapping[str, object],
+    *,
+    holds: str = "another run",
+    defaults: Mapping[str, object] | None = None,
+    ignore: Sequence[str] = (),
+) -> None:
+    """Claim a folder for a run: write `asked` to the JSON file `path`, or raise ValueError if another run's settings are there already.
+
+    Args:
+        path: The file. Its folder is made if it is missing.
+        asked: The settings that make this run what it is, of any type that JSON holds.
+        holds: What the folder holds if they differ, for the message.
+        defaults: Settings of older runs, whose file does not name them.
+        ignore: Settings that may change from run to run.
+    """
+    asked = json.loads(json.dumps(asked))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(asked, indent=1))
+    try:
+        found = json.loads(json.dumps(defaults or {})) | json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error}); choose an empty folder") from error
+    same = {name: asked.get(name) for name in ignore}
+    check_same(path.parent, found | same, asked | same, holds)
