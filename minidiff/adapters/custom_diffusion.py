@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.adapters.base import Adapter, Hook
+from minidiff.adapters.layers import modules_of
 from minidiff.adapters.tokens import NewTokens
 from minidiff.pipeline import StableDiffusion
 
@@ -124,8 +125,7 @@ class CustomDiffusion(Adapter):
 
 def cross_attention_layers(sd: StableDiffusion) -> dict[str, nn.Linear]:
     """Return the projections of all cross-attentions by name: to_q, to_k, to_v, to_out."""
-    modules = {f"unet.{name}": m for name, m in sd.unet.named_modules() if ".cross_attention.to_" in name}
-    return {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+    return {name: m for name, m in modules_of(sd, (nn.Linear,)).items() if ".cross_attention.to_" in name}
 
 
 def some_layers(names: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff.adapters.layers import choose, layers_of, weight_of
+from minidiff.adapters.layers import choose, layers_of
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.low_rank import LowRank
 from minidiff.pipeline import StableDiffusion
@@ -59,11 +59,10 @@ def extract_lora(
     ours, theirs = layers_of(base), layers_of(tuned)
     changes = {}
     for name in choose(list(ours), patterns):
-        before = weight_of(ours[name])
-        if name not in theirs or before.shape != weight_of(theirs[name]).shape:
+        if name not in theirs or ours[name].weight.shape != theirs[name].weight.shape:
             raise ValueError(f"{name} is absent or of another shape in the tuned model; extract from two models of one kind")
-        after = weight_of(theirs[name])
-        delta = after.float() - before.float().to(after.device)
+        after = theirs[name].weight
+        delta = after.float() - ours[name].weight.float().to(after.device)
         if delta.any():
             down, up = _factors(delta, rank, energy, criterion, clamp)
             changes[name] = LowRank(down.to(base.device), up.to(base.device), float(len(down)))

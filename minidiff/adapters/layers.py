@@ -3,23 +3,25 @@
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from minidiff.pipeline import StableDiffusion
 
 PARTS = ("unet", "text_encoder")
+Layer = nn.Linear | nn.Conv2d
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
-def layers_of(sd: StableDiffusion, kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)) -> dict[str, nn.Module]:
+def modules_of(sd: StableDiffusion, kinds: tuple[type[Kind], ...]) -> dict[str, Kind]:
     """Return the modules of some kinds in the U-Net and the text encoder, by their names with the part in front."""
     return {f"{part}.{name}": m for part in PARTS for name, m in getattr(sd, part).named_modules() if isinstance(m, kinds)}
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    """Return the weight of a linear layer or a convolution."""
-    assert isinstance(layer, nn.Linear | nn.Conv2d), f"{type(layer).__name__} has no weight that is known here"
-    return layer.weight
+def layers_of(sd: StableDiffusion) -> dict[str, Layer]:
+    """Return the linear layers and convolutions of the U-Net and the text encoder, by their names with the part in front."""
+    return modules_of(sd, (nn.Linear, nn.Conv2d))
 
 
 def choose(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

@@ -16,11 +16,11 @@ from functools import partial
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minidiff.adapters.base import Adapter, Hook, by_layer, module_dict
 from minidiff.adapters.layer_change import LayerChange
-from minidiff.adapters.layers import choose, layers_of, nearest, weight_of
+from minidiff.adapters.layers import Layer, choose, layers_of, nearest
 from minidiff.adapters.low_rank import LowRank
 from minidiff.pipeline import StableDiffusion
 
@@ -54,7 +54,7 @@ class LoRA(Adapter, Generic[Change]):
         """Return the changes by layer."""
         return by_layer(self.by_name)
 
-    def pairs(self, sd: StableDiffusion) -> list[tuple[Change, nn.Module]]:
+    def pairs(self, sd: StableDiffusion) -> list[tuple[Change, Layer]]:
         """Return each change with the model's layer that it belongs to.
 
         Raises ValueError with the layers that are absent or of another shape.
@@ -64,7 +64,7 @@ class LoRA(Adapter, Generic[Change]):
             if name not in layers:
                 wrong.append(f"no layer {name}; {nearest(name, list(layers))}")
                 continue
-            expected = tuple(weight_of(layers[name]).shape)
+            expected = tuple(layers[name].weight.shape)
             if change.shape != expected:
                 wrong.append(f"{name}: a change of shape {change.shape}, for a weight of shape {expected}")
             pairs.append((change, layers[name]))
@@ -81,7 +81,7 @@ class LoRA(Adapter, Generic[Change]):
             change.take(layer)
         return [Hook(layer, partial(self._add, change)) for change, layer in pairs]
 
-    def _add(self, change: Change, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _add(self, change: Change, layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # The sum of a layer's half precision and the change's float32 is float32, and is rounded once.
         return (output + self.weight * change(args[0])).to(output.dtype)
 
@@ -121,7 +121,7 @@ def create_lora(
     layers = layers_of(sd)
     changes = {}
     for name in choose(list(layers), patterns):
-        weight = weight_of(layers[name])
+        weight = layers[name].weight
         down = _first_down((rank, *weight.shape[1:]), init, generator).to(weight.device)
         up = torch.zeros(weight.shape[0], rank, *(1,) * (weight.dim() - 2), device=weight.device)
         changes[name] = LowRank(down, up, float(alpha), dropout)
@@ -153,16 +153,15 @@ def merge_lora(sd: StableDiffusion, lora: LoRA) -> Callable[[], None]:
         )
     changed = []
     for change, layer in pairs:
-        weight = weight_of(layer)
-        base = weight.data
+        base = layer.weight.data
         with torch.no_grad():
-            weight.data = (base.float() + lora.weight * change.delta().to(base.device)).to(base.dtype)
-        changed.append((weight, base, weight.data_ptr()))
+            layer.weight.data = (base.float() + lora.weight * change.delta().to(base.device)).to(base.dtype)
+        changed.append((layer, base, layer.weight.data_ptr()))
 
     def undo() -> None:
-        if any(weight.data_ptr() != merged for weight, _, merged in changed):
+        if any(layer.weight.data_ptr() != merged for layer, _, merged in changed):
             raise ValueError("the weights are not those of this merge any more; undo later merges first, before the model is moved or cast")
-        for weight, base, _ in changed:
-            weight.data = base
+        for layer, base, _ in changed:
+            layer.weight.data = base
 
     return undo

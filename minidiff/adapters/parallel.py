@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minidiff.adapters.base import Adapter, Hook, by_layer, module_dict
-from minidiff.adapters.layers import choose, layers_of
+from minidiff.adapters.layers import choose, modules_of
 from minidiff.attention import Attention
 from minidiff.blocks import FeedForward
 from minidiff.pipeline import StableDiffusion
@@ -33,6 +33,7 @@ LAYER_PATTERNS = {
     "cross_attention": (r"^unet\..*cross_attention$",),
     "feed_forward": (r"^unet\..*feed_forward$",),
 }
+KINDS = (Attention, FeedForward)
 SCALE = 4.0  # of the scaled parallel adapter: the paper's choice (section 4.6)
 PREFIX_STD = 0.02
 
@@ -150,14 +151,10 @@ class AdapterSet(Adapter):
 
     def fit(self, sd: StableDiffusion) -> Sequence[Hook]:
         """Return the hooks of all modules. Raises ValueError with the layers that are absent."""
-        layers = _places(sd)
+        layers = modules_of(sd, KINDS)
         if absent := [name for name in self.layers if name not in layers]:
             raise ValueError(f"these adapters do not fit the model, which has no {', '.join(absent[:5])}")
         return [hook for name, module in self.layers.items() for hook in module.hooks(layers[name])]
-
-
-def _places(sd: StableDiffusion) -> dict[str, Attention | FeedForward]:
-    return {name: m for name, m in layers_of(sd, (Attention, FeedForward)).items() if isinstance(m, Attention | FeedForward)}
 
 
 # --- creating ---------------------------------------------------------------------------------------------------------
@@ -195,7 +192,7 @@ def create_adapters(
         raise ValueError(f"rank {rank}: expected a whole number from 1, such as 8")
     if scale is not None and method != "scaled_parallel":
         raise ValueError(f"scale {scale} has no meaning for {method!r}; choose 'scaled_parallel'")
-    layers = {name: layer for name, layer in _places(sd).items() if name.startswith("unet.")}
+    layers = {name: layer for name, layer in modules_of(sd, KINDS).items() if name.startswith("unet.")}
     result = {}
     for name in choose(list(layers), patterns):
         layer = layers[name]

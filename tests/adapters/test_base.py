@@ -4,36 +4,20 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from minidiff.adapters.base import Adapter, Hook
 from minidiff.adapters.custom_diffusion import CustomDiffusion, create_custom_diffusion
-from minidiff.adapters.layer_change import LayerChange
-from minidiff.adapters.layers import layers_of
-from minidiff.adapters.lora import LoRA, create_lora, merge_lora
+from minidiff.adapters.lora import LoRA
 from minidiff.adapters.low_rank import LowRank
 from minidiff.adapters.parallel import create_adapters
 from minidiff.adapters.tokens import NewTokens
+from tests.adapters.learned_lora import KEYS, generator, random_lora
 from tests.small_models import small_model
-
-KEYS = (r"cross_attention\.to_k$",)
 
 
 @pytest.fixture
 def sd():
     return small_model()
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def random_lora(sd, patterns=KEYS):
-    lora = create_lora(sd, patterns, rank=2, alpha=2.0, init="kaiming", generator=generator())
-    with torch.no_grad():
-        for low in lora.layers.values():
-            low.up.weight.copy_(0.3 * torch.randn(low.up.weight.shape, generator=generator(1)))
-    return lora
 
 
 def prefix(sd):
@@ -45,7 +29,7 @@ def every_kind(sd):
     return {
         "words": words,
         "Custom Diffusion": create_custom_diffusion(sd, tokens=NewTokens({"<new2>": torch.ones(2, 16)})),
-        "LoRA": random_lora(sd),
+        "LoRA": random_lora(sd, KEYS),
         "prefix": prefix(sd),
     }
 
@@ -80,7 +64,7 @@ def test_what_does_not_fit_is_not_listed(sd):
 
 
 def test_a_deep_copy_lists_its_own_adapters_which_come_off_alone(sd):
-    lora, before = random_lora(sd), answer(sd)
+    lora, before = random_lora(sd, KEYS), answer(sd)
     lora.attach(sd)
     live, copied = answer(sd), copy.deepcopy(sd)
     (other,) = copied.attached
@@ -126,7 +110,7 @@ def test_the_version_stays_while_nothing_changes_or_parameters_are_written_in_pl
 
 
 def test_a_custom_diffusion_gives_the_same_before_and_after_a_lora(sd):
-    lora, delta = random_lora(sd), create_custom_diffusion(sd)
+    lora, delta = random_lora(sd, KEYS), create_custom_diffusion(sd)
     with torch.no_grad():
         for W in delta.weights:
             W.mul_(2)
@@ -145,7 +129,7 @@ def test_a_prefix_comes_last_and_a_custom_diffusion_or_words_may_follow_it(sd):
     rows.attach(sd)
     before = answer(sd)
     with pytest.raises(ValueError, match="attach this LoRA before it"):
-        random_lora(sd).attach(sd)
+        random_lora(sd, KEYS).attach(sd)
     random_lora(sd, (r"self_attention\.to_k$",)).attach(sd)  # on other layers
     sd.attached[-1].detach()
     delta.attach(sd), words.attach(sd)
@@ -175,40 +159,3 @@ def test_a_new_kind_of_adapter_is_its_hooks(sd):
         loud.attach(sd)
     loud.detach()
     assert torch.equal(answer(sd), before)
-
-
-class FullDifference(LayerChange):
-    """A toy change: the difference as it is."""
-
-    def __init__(self, difference):
-        super().__init__()
-        self.difference = nn.Parameter(difference)
-
-    @property
-    def shape(self):
-        return tuple(self.difference.shape)
-
-    def delta(self):
-        return self.difference
-
-
-def test_a_new_kind_of_change_is_a_shape_and_a_delta(sd):
-    """On every layer: linear ones, and convolutions of all strides. It goes with others on one LoRA, live and merged."""
-    low = random_lora(sd, (r"^(unet|text_encoder)\.",))
-    full = LoRA({name: FullDifference(change.delta().detach()) for name, change in low.layers.items()}, weight=0.7)
-    mixed = LoRA({name: (full if i % 2 else low).layers[name] for i, name in enumerate(low.layers)}, weight=0.7)
-    low.weight, before = 0.7, answer(sd)
-    answers = []
-    for lora in (low, full, mixed):
-        lora.attach(sd)
-        answers.append(answer(sd))
-        lora.detach()
-    undo = merge_lora(sd, full)
-    answers.append(answer(sd))
-    undo()
-    assert torch.equal(answer(sd), before) and (answers[0] - before).abs().max() > 0.1
-    for other in answers[1:]:
-        torch.testing.assert_close(other, answers[0], rtol=1e-4, atol=1e-5)  # fp32, a whole network of small widths
-    name = next(iter(layers_of(sd)))
-    with pytest.raises(ValueError, match=rf"{name}: a change of shape \(2, 3\), for a weight of shape"):
-        LoRA({name: FullDifference(torch.ones(2, 3))}).attach(sd)

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from minidiff.adapters.layers import layers_of
+from minidiff.adapters.layers import modules_of
 from minidiff.adapters.lora import create_lora
 from minidiff.adapters.parallel import ADAPTER_METHODS, LAYER_PATTERNS, AdapterSet, ParallelAdapter, create_adapters
 from minidiff.attention import Attention, attention_weights, naive_attention
@@ -61,7 +61,7 @@ def bottleneck(small, x):
 
 
 def test_prefix_tuning_is_attention_over_the_concatenated_keys_and_values(sd):
-    layer, adapters = layers_of(sd, (Attention,))[CROSS], learned(sd, "prefix", (CROSS,))
+    layer, adapters = modules_of(sd, (Attention,))[CROSS], learned(sd, "prefix", (CROSS,))
     x, context, (q, k, v) = inputs(layer)
     prefix = adapters.layers[CROSS]
     # in front, as in the paper; where they stand makes no difference
@@ -75,7 +75,7 @@ def test_prefix_tuning_is_attention_over_the_concatenated_keys_and_values(sd):
 
 def test_prefix_tuning_mixes_the_heads_with_attention_to_the_prefix(sd):
     """He et al. eq. 7: (1 - lambda) attention(q, K, V) + lambda attention(q, P_k, P_v), head by head."""
-    layer, adapters = layers_of(sd, (Attention,))[CROSS], learned(sd, "prefix", (CROSS,))
+    layer, adapters = modules_of(sd, (Attention,))[CROSS], learned(sd, "prefix", (CROSS,))
     x, context, (q, k, v) = inputs(layer)
     keys, values = (rows.expand(2, -1, -1) for rows in (adapters.layers[CROSS].keys, adapters.layers[CROSS].values))
     share = attention_weights(q, torch.cat([k, keys], dim=1), layer.heads)[..., k.shape[1] :].sum(-1)  # lambda: B h N
@@ -93,7 +93,7 @@ def test_prefix_tuning_mixes_the_heads_with_attention_to_the_prefix(sd):
     "name", [CROSS, "unet.middle.transformer.blocks.0.self_attention", "unet.middle.transformer.blocks.0.feed_forward"]
 )
 def test_a_bottleneck_behind_or_beside_a_layer_is_the_closed_form(method, scale, reads_output, name, sd):
-    layer, adapters = layers_of(sd, (Attention, FeedForward))[name], learned(sd, method, (f"^{name}$",))
+    layer, adapters = modules_of(sd, (Attention, FeedForward))[name], learned(sd, method, (f"^{name}$",))
     x = torch.randn(2, 5, 32, generator=generator(2))
     args = (x, torch.randn(2, 7, 16, generator=generator(3))) if name == CROSS else (x,)
     h = layer(*args)
@@ -106,7 +106,7 @@ def test_a_bottleneck_behind_or_beside_a_layer_is_the_closed_form(method, scale,
 
 
 def test_the_multi_head_one_adds_to_each_head_before_to_out(sd):
-    layer, adapters = layers_of(sd, (Attention,))[CROSS], learned(sd, "multi_head_parallel", (CROSS,))
+    layer, adapters = modules_of(sd, (Attention,))[CROSS], learned(sd, "multi_head_parallel", (CROSS,))
     x, context, (q, k, v) = inputs(layer)
     small, heads, rank = adapters.layers[CROSS], naive_attention(q, k, v, layer.heads), 3
     added = []

@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minidiff.adapters.layer_change import LayerChange
-from minidiff.adapters.layers import PARTS, layers_of, weight_of
+from minidiff.adapters.layers import PARTS, layers_of
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.low_rank import LowRank
 from minidiff.pipeline import StableDiffusion
@@ -112,7 +112,7 @@ def fit(changes: Mapping[str, StoredChange], sd: StableDiffusion) -> dict[str, L
         if ours in result:
             raise ValueError(f"the layer {name} occurs under two names; two LoRAs in one file? Split them")
         try:
-            result[ours] = change.to_change(weight_of(layers[ours]))
+            result[ours] = change.to_change(layers[ours].weight)
         except ValueError as error:
             wrong.append(f"{name}: {error}")
     if unknown or wrong:
