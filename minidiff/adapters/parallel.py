@@ -128,11 +128,10 @@ class Prefix(AdapterModule):
         """Return a hook on to_k and one on to_v."""
         assert isinstance(layer, Attention)
         pairs = (layer.to_k, self.keys), (layer.to_v, self.values)
-        return [Hook(projection, partial(_append, rows), "extend") for projection, rows in pairs]
+        return [Hook(projection, partial(self._append, rows), "extend") for projection, rows in pairs]
 
-
-def _append(rows: nn.Parameter, projection: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return torch.cat([output, rows.to(output.dtype).expand(len(output), -1, -1)], dim=1)
+    def _append(self, rows: nn.Parameter, projection: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.cat([output, rows.to(output.dtype).expand(len(output), -1, -1)], dim=1)
 
 
 class AdapterSet(Adapter):
