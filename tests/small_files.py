@@ -8,7 +8,7 @@ from minidiff.adapters.custom_diffusion import CustomDiffusion, compress
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.low_rank import LowRank
 from minidiff.adapters.tokens import NewTokens
-from weights_loader.adapters.lora import layer_places
+from weights_loader.adapters.lora import layer_locations
 from weights_loader.adapters.peft import PEFT
 
 KEYS_AND_VALUES = r"cross_attention\.to_[kv]$"
@@ -19,7 +19,7 @@ def random_lora(sd, pattern="", ranks=(2, 3, 4), alphas=(0.1, 1.0, 2.5)):
     """Of every layer with the pattern in its name; ranks and alphas in turn, by default so that no two neighbours are scaled alike."""
     generator = torch.Generator().manual_seed(0)
     layers = {}
-    for name in layer_places(sd, PEFT):
+    for name in layer_locations(sd, PEFT):
         if re.search(pattern, name):
             weight, rank = weight_of(sd, name), ranks[len(layers) % len(ranks)]
             down = 0.2 * torch.randn(rank, *weight.shape[1:], generator=generator)

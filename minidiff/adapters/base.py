@@ -16,6 +16,7 @@ output is attached last. New words change no layer and may come at any time.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal
 
 from torch import nn
@@ -24,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from minidiff.pipeline import StableDiffusion
 
 Effect = Literal["input", "replace", "add", "extend"]  # see above
+_changes = count(1)  # of all adapters, so that no two ever have the same version
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,17 +66,17 @@ class Adapter(nn.Module):
 
     @property
     def version(self) -> int:
-        """Return the number of changes so far."""
+        """Return the number of the last change, counted over all adapters."""
         return self._version
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if not name.startswith("_"):
-            self._version += 1
+            self._version = next(_changes)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Adapter":
         """Count a move or a cast: `to`, `half`, `cuda` and the like all end here."""
-        self._version += 1
+        self._version = next(_changes)
         return super()._apply(fn, recurse)
 
     @property
@@ -103,7 +105,7 @@ class Adapter(nn.Module):
         self._handles = [hook.register() for hook in hooks]
         self._hooks, self._sd = hooks, sd
         sd.attached.append(self)
-        self._version += 1
+        self._version = next(_changes)
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`. Does nothing if this is not attached."""
@@ -113,7 +115,7 @@ class Adapter(nn.Module):
             handle.remove()
         self._sd.attached.remove(self)
         self._hooks, self._handles, self._sd = (), [], None
-        self._version += 1
+        self._version = next(_changes)
 
     def changes(self, layer: nn.Module, effect: Effect) -> bool:
         """Return whether this adapter is attached with a hook of this effect on the layer."""
@@ -121,12 +123,17 @@ class Adapter(nn.Module):
 
     def _check_order(self, hooks: Sequence[Hook], sd: StableDiffusion) -> None:
         for hook in hooks:
-            for other in sd.attached:
+            for other in attached_to(sd):
                 if hook.effect == "add" and other.changes(hook.layer, "extend"):
                     raise ValueError(
                         f"{self.title} adds to the output of a layer that {other.title} has made longer, as prefix tuning does; "
                         f"attach {self.title} before it"
                     )
+
+
+def attached_to(sd: StableDiffusion) -> list[Adapter]:
+    """Return the adapters that are on a model, in the order in which they came."""
+    return [adapter for adapter in sd.attached if isinstance(adapter, Adapter)]
 
 
 def module_dict(layers: Mapping[str, nn.Module]) -> nn.ModuleDict:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.adapters.base import Adapter, Hook
+from minidiff.adapters.base import Adapter, Hook, attached_to
 from minidiff.adapters.layers import modules_of
 from minidiff.adapters.tokens import NewTokens
 from minidiff.pipeline import StableDiffusion
@@ -62,7 +62,7 @@ class CustomDiffusion(Adapter):
         Raises ValueError if a layer is absent or of another shape, or has another Custom Diffusion on it already.
         """
         layers = self.model_layers(sd)
-        if taken := [name for name, layer in layers.items() if any(other.changes(layer, "replace") for other in sd.attached)]:
+        if taken := [name for name, layer in layers.items() if any(other.changes(layer, "replace") for other in attached_to(sd))]:
             raise ValueError(f"another Custom Diffusion is on {some_layers(taken)}; detach it first, or merge the two with merge_concepts")
         weights, biases = self.layers, self.biases
         outputs = {name: partial(self._output, weights[name], biases.get(name), name.endswith((".to_k", ".to_v"))) for name in layers}

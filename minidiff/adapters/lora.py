@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from minidiff.adapters.base import Adapter, Hook, by_layer, module_dict
+from minidiff.adapters.base import Adapter, Hook, attached_to, by_layer, module_dict
 from minidiff.adapters.layer_change import LayerChange
 from minidiff.adapters.layers import Layer, choose, layers_of, nearest
 from minidiff.adapters.low_rank import LowRank
@@ -145,7 +145,7 @@ def merge_lora(sd: StableDiffusion, lora: LoRA) -> Callable[[], None]:
     if lora.attached:
         raise ValueError("this LoRA is attached, so merging would apply it twice; detach() it first")
     pairs = lora.pairs(sd)
-    hidden = [name for name, (_, layer) in zip(lora.layers, pairs) if any(other.changes(layer, "replace") for other in sd.attached)]
+    hidden = [name for name, (_, layer) in zip(lora.layers, pairs) if any(other.changes(layer, "replace") for other in attached_to(sd))]
     if hidden:
         raise ValueError(
             f"a Custom Diffusion stands in the place of {len(hidden)} of the weights to be changed, {hidden[0]} for one; "

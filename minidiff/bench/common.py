@@ -128,7 +128,7 @@ def made_up(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
 def made_up_to_run(config: ModelConfig) -> StableDiffusion:
     """The same in float32 with each weight in its own memory, at the size that keeps activations at unit variance."""
     sd = made_up(config, torch.float32)
-    for part in (sd.text_encoder, sd.unet, sd.vae):
+    for part in sd.parts.values():
         weights = {}
         for name, weight in part.state_dict().items():
             if weight.ndim > 1:

@@ -32,9 +32,9 @@ from minidiff.config import SD1, ModelConfig
 from minidiff.files import write_text
 from minidiff.markdown import table_header, table_row
 from minidiff.pipeline import StableDiffusion
-from weights_loader.dialects import to_file
 from weights_loader.folder import write_folder_config
 from weights_loader.metadata import config_to_json
+from weights_loader.save import tensors_of
 from weights_loader.write import write_safetensors
 
 CONTENDERS = ("minidiff", "diffusers")
@@ -165,7 +165,7 @@ def write_case(sd: StableDiffusion, case: Case, folder: Path) -> Path:
         return folder / "settings"
     (folder / "settings").mkdir()
     write_folder_config(folder / "settings", sd.config, sd.tokenizer)
-    tensors = to_file(sd.text_encoder, "ldm") | to_file(sd.unet, "ldm") | to_file(sd.vae, "ldm")
+    tensors = tensors_of(sd, "ldm")
     path = folder / f"model{case.kind}"
     if case.kind == ".ckpt":  # torch writes memory that tensors share once; here each has its own
         torch.save({"state_dict": {name: tensor.clone() for name, tensor in tensors.items()}}, path)

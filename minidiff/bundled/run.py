@@ -156,13 +156,13 @@ def logged(stage: str, training: Training, folder: Path) -> Iterator[Progress]:
     with Log(folder, stage, training.device) as log:
         for step in training.run():
             log.add(step)
-            yield Progress(stage, step.i, step.steps, step.loss, log.text())
+            yield Progress(stage, step.done, step.steps, step.loss, log.text())
 
 
 def averaged(training: Training, name: str) -> nn.Module:
     """A copy of a module, with the averaged weights."""
     module = training.task.modules[name]
-    with training.ema[name].put_in(module):
+    with training.ema[name].swapped_in(module):
         return copy.deepcopy(module).requires_grad_(False).eval()
 
 

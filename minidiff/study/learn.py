@@ -4,7 +4,7 @@ Run -> training pictures -> methods.py -> Learned: adapters to attach, or the mo
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from minidiff.adapters.base import Adapter
 from minidiff.adapters.custom_diffusion import CustomDiffusion, compress, from_deltas
 from minidiff.adapters.merge_concepts import merge_concepts
 from minidiff.adapters.parallel import ADAPTER_METHODS, LAYER_PATTERNS, create_adapters
+from minidiff.adapters.tokens import NewTokens
 from minidiff.evaluation.weights import relative_changes
 from minidiff.files import atomic_write
 from minidiff.pictures import save_png
@@ -26,10 +27,14 @@ from minidiff.scenes.pictures import subject_scenes
 from minidiff.scenes.scenes import sample_scene, with_article
 from minidiff.study.plan import PICTURES, STEPS, SUBJECTS, UNTOUCHED, Run, Variant, standard, variants
 from minidiff.trainers.engine.memory import estimate_memory
-from minidiff.trainers.methods import common
-from minidiff.trainers.methods.common import TrainingRun
-from minidiff.trainers.methods.finetuning import Group
-from minidiff.trainers.methods.options import Concept, CustomDiffusionOptions, LoRAOptions, Options, PivotalOptions, Prior
+from minidiff.trainers.methods import table
+from minidiff.trainers.methods.common import fill_class_images, make_subjects
+from minidiff.trainers.methods.custom_diffusion import CustomDiffusionOptions
+from minidiff.trainers.methods.finetuning import FinetuneTask, Group, TrainingRun
+from minidiff.trainers.methods.lora import LoRAOptions
+from minidiff.trainers.methods.method import MethodOptions
+from minidiff.trainers.methods.options import Concept
+from minidiff.trainers.methods.override import override
 
 RANK = 8  # of the adapters of adapters/parallel.py
 RIDGE = 0.1  # of a merge: the bundled model's text has few directions
@@ -100,43 +105,33 @@ def concept(method: str, subject: str, seed: int, folder: Path, count: int = PIC
 
 def called(method: str, one: Concept) -> str:
     """The words for the subject, as the method taught them."""
-    return one.token if method in ("textual-inversion", "pivotal-tuning") else one.words
+    return one.token if method in ("textual-inversion", "pivotal-tuning") else one.subject_phrase
 
 
-def with_class_pictures(sd: StableDiffusion, one: Concept, options: Options) -> Concept:
+def with_class_pictures(sd: StableDiffusion, one: Concept, options: MethodOptions) -> Concept:
     """The concept with the folder of its class pictures, filled if it is not; all runs of the class share it."""
-    prior = options.lora.prior if isinstance(options, PivotalOptions) else getattr(options, "prior", Prior())
+    prior = options.prior
     if prior.kind == "none":
         return one
     words = one.class_word or "style"
     one = replace(one, class_images=one.images.parent.parent / "class" / f"{words}-{prior.kind}-{prior.count}")
-    for _ in common.fill_class_images(sd, one, prior, options.prompt, options.samples):
+    for _ in fill_class_images(sd, one, options):
         pass
     return one
-
-
-FUNCTIONS: dict[str, Callable[..., TrainingRun]] = {
-    "lora": common.lora,
-    "dreambooth": common.dreambooth,
-    "dreambooth-lora": common.dreambooth,
-    "textual-inversion": common.textual_inversion,
-    "pivotal-tuning": common.pivotal,
-    "custom-diffusion": common.custom_diffusion,
-}
 
 
 def trained(
     sd: StableDiffusion, variant: Variant, concepts: Sequence[Concept], seed: int, start_from: CustomDiffusion | None = None
 ) -> Learned:
     """Trains one method on one subject or several, with the run's seed."""
-    options = seeded(variant.options, seed)
+    options = override(variant.options, {"seed": seed})
     concepts = [with_class_pictures(sd, one, options) for one in concepts]
     before = None
     if variant.method in ADAPTER_METHODS:
         method, adapters = small_modules(sd, variant.method, concepts, options)
     else:
         more = {} if start_from is None else {"start_from": start_from}
-        method = FUNCTIONS[variant.method](sd, concepts, options, **more)
+        method = table.METHODS[variant.method.removesuffix("-lora")].build(sd, concepts, options, **more)
         adapters = tuple(one for one in (method.tokens, method.lora, method.custom_diffusion) if one is not None)
     if not adapters:
         before = {name: p.detach().clone() for name, p in sd.unet.named_parameters()}
@@ -154,28 +149,14 @@ def trained(
     return Learned(adapters, tuple(called(variant.method, one) for one in concepts), count, 4 * kept, seconds, memory, changes)
 
 
-def seeded(options: Options, seed: int) -> Options:
-    if isinstance(options, PivotalOptions):
-        return replace(options, tokens=seeded(options.tokens, seed), lora=seeded(options.lora, seed))
-    return replace(options, settings=replace(options.settings, seed=seed))
-
-
 def small_modules(
     sd: StableDiffusion, name: str, concepts: Sequence[Concept], options: LoRAOptions
 ) -> tuple[TrainingRun, tuple[Adapter, ...]]:
     """A method of adapters/parallel.py at the attentions, trained as a LoRA is."""
     generator = torch.Generator().manual_seed(options.settings.seed)
     adapters = create_adapters(sd, LAYER_PATTERNS["attention"], method=name, rank=RANK, generator=generator)
-    phase = common.make_phase(
-        sd,
-        name,
-        common.captioned(sd, concepts, options, None),
-        options,
-        None,
-        modules={name: adapters},
-        adapters=[adapters],
-        groups=[Group(tuple(adapters.parameters()))],
-    )
+    subjects, groups = make_subjects(sd, concepts, options, None), [Group(tuple(adapters.parameters()))]
+    phase = FinetuneTask(sd, name, subjects, options, modules={name: adapters}, adapters=[adapters], groups=groups)
     return TrainingRun((phase,)), (adapters,)
 
 
@@ -195,16 +176,21 @@ def pair(sd: StableDiffusion, run: Run, folder: Path) -> Learned:
     one = custom_diffusion_of(sd, run.subjects[0], run.seed, folder)
     if run.variant == "sequential":
         step = trained(sd, Variant(method, replace(options, start=FIRST_WORDS)), [second], run.seed, one.adapters[0])
-        return replace(step, called=(first.words, second.words), seconds=one.seconds + step.seconds)
+        return replace(step, called=(first.subject_phrase, second.subject_phrase), seconds=one.seconds + step.seconds)
     other = custom_diffusion_of(sd, run.subjects[1], run.seed, folder, second=True)
     start = time.perf_counter()
     captions = [sample_scene(np.random.default_rng([1, i])).caption for i in range(1000)]
-    targets = [[f"a photo of a {words}"] for words in (first.words, second.words)]
+    targets = [[f"a photo of a {words}"] for words in (first.subject_phrase, second.subject_phrase)]
     merged, _ = merge_concepts(sd, [one.adapters[0], other.adapters[0]], targets, captions, RIDGE)
     seconds = one.seconds + other.seconds + time.perf_counter() - start
     size = 4 * sum(p.numel() for p in merged.parameters())
     return replace(
-        one, adapters=(merged,), called=(first.words, second.words), seconds=seconds, trained=one.trained + other.trained, bytes=size
+        one,
+        adapters=(merged,),
+        called=(first.subject_phrase, second.subject_phrase),
+        seconds=seconds,
+        trained=one.trained + other.trained,
+        bytes=size,
     )
 
 
@@ -216,8 +202,8 @@ def custom_diffusion_of(sd: StableDiffusion, subject: str, seed: int, folder: Pa
     one = concept("custom-diffusion", subject, seed, folder, second=second)
     if path.exists():
         kept = torch.load(path, weights_only=True)
-        delta = CustomDiffusion(kept.pop("layers"), common.NewTokens(kept.pop("rows"))).to(sd.device)
-        return Learned((delta,), (one.words,), **kept)
+        delta = CustomDiffusion(kept.pop("layers"), NewTokens(kept.pop("rows"))).to(sd.device)
+        return Learned((delta,), (one.subject_phrase,), **kept)
     options: CustomDiffusionOptions = replace(standard("custom-diffusion"), start=FIRST_WORDS[second:])
     result = trained(sd, Variant("custom-diffusion", options), [one], seed)
     (delta,) = result.adapters

@@ -15,15 +15,14 @@ All methods take the same number of steps of the same batch: the budget is equal
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from minidiff.trainers.methods.options import (
-    DreamBoothOptions,
-    LoRAOptions,
-    Options,
-    PivotalOptions,
-    Prior,
-    preset,
-)
+from minidiff.trainers.methods.dreambooth import DreamBoothOptions
+from minidiff.trainers.methods.lora import LoRAOptions
+from minidiff.trainers.methods.method import MethodOptions
+from minidiff.trainers.methods.options import Prior
+from minidiff.trainers.methods.override import override
+from minidiff.trainers.methods.table import preset
 
 # Held-out subjects, and the subject of training that stands for their class: alike, and drawn well by the bundled model.
 SUBJECTS = {"tiger": "lion", "teapot": "mug", "violin": "guitar", "cake": "cupcake", "sofa": "chair"}
@@ -59,20 +58,15 @@ class Variant:
     """A method and its numbers. method: of presets, or one of adapters/parallel.py's. pictures: how many of the subject it is given."""
 
     method: str
-    options: Options
+    options: MethodOptions
     pictures: int = PICTURES
 
 
-def budget(options: Options, steps: int) -> Options:
-    """The same options for so many steps in all, in bfloat16; pivotal tuning takes half of them for its word."""
-    if isinstance(options, PivotalOptions):
-        return replace(options, tokens=budget(options.tokens, steps // 2), lora=budget(options.lora, steps - steps // 2))
-    return replace(options, settings=replace(options.settings, steps=steps, precision="bfloat16"))
-
-
-def standard(method: str) -> Options:
-    """The bundled model's preset of a method, with the study's budget."""
-    return budget(preset(method, "bundled"), STEPS)
+def standard(method: str) -> Any:
+    """Return the bundled model's preset of a method with the study's budget, in bfloat16; pivotal tuning has half of it for each phase."""
+    options = preset(method, "bundled")
+    steps = STEPS // len(options.phases())
+    return override(options, {"steps": steps, "token_steps": steps, "precision": "bfloat16"})
 
 
 def methods() -> dict[str, Variant]:

@@ -1,6 +1,7 @@
 import copy
 import math
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,10 +54,10 @@ LAYERS = {
 class OneLayer(StableDiffusion):
     """As much of a StableDiffusion as adapters look at: its U-Net is one layer."""
 
-    device = torch.device("cpu")
+    device, text_encoder = torch.device("cpu"), nn.Sequential()
 
     def __init__(self, layer):
-        self.unet, self.text_encoder, self.attached = nn.Sequential(copy.deepcopy(layer)), nn.Sequential(), []
+        self.unet, self.attached = nn.Sequential(copy.deepcopy(layer)), []
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -287,7 +288,7 @@ def test_the_named_sets_choose_what_the_public_trainers_do(sd):
 def test_on_stable_diffusion_1_the_sets_are_as_large_as_the_public_trainers_say():
     sd = object.__new__(StableDiffusion)
     with torch.device("meta"):
-        sd.unet, sd.text_encoder = UNet(SD1.unet), TextEncoder(SD1.text_encoder)
+        sd.unet, sd.text = UNet(SD1.unet), SimpleNamespace(encoder=TextEncoder(SD1.text_encoder))
     layers = layers_of(sd)
     # kohya prints 192 modules for the U-Net, 278 with convolutions; diffusers has 16 transformers with two attentions, CLIP 12 blocks.
     counts = {"attention": 128, "transformer": 192, "conv": 278, "text_encoder": 48}

@@ -44,7 +44,7 @@ def pack(changes: PlacedChanges) -> tuple[dict[str, Tensor], dict[str, str]]:
     if len({one.rank for one in layers.values()}) == 1 or any(one.alpha != one.rank for one in layers.values()):
         for ours, one in layers.items():
             alpha = torch.tensor(float(one.alpha), dtype=torch.float64)
-            tensors[f"{changes.places[ours].name}.alpha"] = alpha.float() if alpha.float() == alpha else alpha
+            tensors[f"{changes.locations[ours].name}.alpha"] = alpha.float() if alpha.float() == alpha else alpha
     rank, alpha = commonest(layers.values())
     metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
     version = {768: "sd_v1", 1024: "sd_v2"}.get(changes.sd.config.unet.context_width)

@@ -27,8 +27,9 @@ from weights_loader.adapters.kohya import KOHYA
 from weights_loader.adapters.lora_file import Dialect, Factors, PlacedChanges, StoredChange
 from weights_loader.adapters.peft import PEFT
 from weights_loader.detect import describe
-from weights_loader.dialects import Place, table
+from weights_loader.families import part_names
 from weights_loader.metadata import FORMAT, settings_to_metadata
+from weights_loader.name_table import TensorLocation, name_table
 from weights_loader.read import Checkpoint, read
 from weights_loader.report import SHOWN, nearest, some
 from weights_loader.write import write_safetensors
@@ -81,16 +82,16 @@ def parse(checkpoint: Checkpoint) -> Mapping[str, StoredChange]:
     return dialect.parse(checkpoint)
 
 
-def layer_places(sd: StableDiffusion, dialect: Dialect) -> dict[str, Place]:
+def layer_locations(sd: StableDiffusion, dialect: Dialect) -> dict[str, TensorLocation]:
     """Return {our layer: where a LoRA file has it}, for all linear layers and convolutions of the U-Net and the text encoder."""
     assert dialect.layer_name is not None, f"{dialect.name} has no names of its own"
-    tables = {part: table(getattr(sd, part), "diffusers") for part in PARTS}
+    tables = {part: name_table(getattr(sd, part), part_names(sd.config, part, "diffusers")) for part in PARTS}
     result = {}
     for ours in layers_of(sd):
         part, layer = ours.split(".", 1)
-        place = tables[part][f"{layer}.weight"]
-        result[ours] = Place(dialect.layer_name(part, place.name.removesuffix(".weight")), convolution=place.convolution)
-    assert len({place.name for place in result.values()}) == len(result), f"two layers have one name in {dialect.name} files"
+        location = tables[part][f"{layer}.weight"]
+        result[ours] = TensorLocation(dialect.layer_name(part, location.name.removesuffix(".weight")), convolution=location.convolution)
+    assert len({location.name for location in result.values()}) == len(result), f"two layers have one name in {dialect.name} files"
     return result
 
 
@@ -100,15 +101,15 @@ def fit(changes: Mapping[str, StoredChange], sd: StableDiffusion) -> dict[str, L
     Raises ValueError with those that the model lacks or has in another width.
     """
     named = [dialect for dialect in DIALECTS if dialect.layer_name]
-    places = {place.name: ours for dialect in named for ours, place in layer_places(sd, dialect).items()}
+    ours_of = {location.name: ours for dialect in named for ours, location in layer_locations(sd, dialect).items()}
     # Files of one part alone leave its name out.
-    places |= {name.split(".", 1)[1]: ours for name, ours in places.items() if "." in name}
+    ours_of |= {name.split(".", 1)[1]: ours for name, ours in ours_of.items() if "." in name}
     layers, result, unknown, wrong = layers_of(sd), {}, [], []
     for name, change in changes.items():
-        if name not in places:
+        if name not in ours_of:
             unknown.append(name)
             continue
-        ours = places[name]
+        ours = ours_of[name]
         if ours in result:
             raise ValueError(f"the layer {name} occurs under two names; two LoRAs in one file? Split them")
         try:
@@ -117,7 +118,7 @@ def fit(changes: Mapping[str, StoredChange], sd: StableDiffusion) -> dict[str, L
             wrong.append(f"{name}: {error}")
     if unknown or wrong:
         lines = [f"not a LoRA for this model: {len(unknown)} of its {len(changes)} layers are not there, {len(wrong)} have other widths"]
-        lines += some([f"no layer {name}{nearest(name, list(places))}" for name in unknown[:SHOWN]], len(unknown))
+        lines += some([f"no layer {name}{nearest(name, list(ours_of))}" for name in unknown[:SHOWN]], len(unknown))
         lines += some(wrong, len(wrong))
         raise ValueError("\n".join(lines) + _likely_cause(changes, sd))
     return result
@@ -168,7 +169,7 @@ def pack(lora: LoRA, sd: StableDiffusion, names: str) -> tuple[dict[str, Tensor]
         if not isinstance(change, LowRank):
             raise ValueError(f"{name} has a {type(change).__name__}, and files of {names} hold low-rank changes only")
         layers[name] = change
-    return write(PlacedChanges(layers, layer_places(sd, written[names]), sd))
+    return write(PlacedChanges(layers, layer_locations(sd, written[names]), sd))
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

@@ -15,10 +15,9 @@ from torch import Tensor
 from minidiff.adapters.layer_change import LayerChange
 from minidiff.adapters.low_rank import LowRank
 from minidiff.pipeline import StableDiffusion
-from weights_loader.dialects import Place, respell
+from weights_loader.dialects import Aliases
+from weights_loader.name_table import TensorLocation, canonical_name
 from weights_loader.read import Checkpoint
-
-Aliases = Sequence[tuple[str, str]]  # (pattern of an older name, what it is now)
 
 
 @runtime_checkable
@@ -35,17 +34,17 @@ class PlacedChanges:
     """What goes into a file: the changes by our names of the layers, where the file has these layers, and the model they belong to."""
 
     layers: Mapping[str, LowRank]
-    places: Mapping[str, Place]
+    locations: Mapping[str, TensorLocation]
     sd: StableDiffusion
 
     def tensors(self, down: str, up: str) -> dict[str, Tensor]:
         """Return both halves of each layer, named by the layer and these ends."""
         result = {}
         for ours, change in self.layers.items():
-            place = self.places[ours]
-            kernel = (..., None, None) if place.convolution else ...
-            result[f"{place.name}.{down}.weight"] = change.down.weight.detach()[kernel]
-            result[f"{place.name}.{up}.weight"] = change.up.weight.detach()[kernel]
+            location = self.locations[ours]
+            kernel = (..., None, None) if location.convolution else ...
+            result[f"{location.name}.{down}.weight"] = change.down.weight.detach()[kernel]
+            result[f"{location.name}.{up}.weight"] = change.up.weight.detach()[kernel]
         return result
 
 
@@ -131,7 +130,7 @@ def parse_factors(tensors: Mapping[str, Tensor], aliases: Aliases, default_alpha
         match = END.fullmatch(name)
         if match is None:
             raise ValueError(f"tensor {name!r} is no part of a LoRA; expected names that end in .lora_A.weight, .lora_down.weight, .alpha")
-        layer = respell(match["layer"] or match["scaled"], tuple(aliases))
+        layer = canonical_name(match["layer"] or match["scaled"], aliases)
         kind = "alpha" if match["scaled"] else HALVES[match["peft"] or match["older"] or match["kohya"]]
         if kind in found.setdefault(layer, {}):
             raise ValueError(f"{layer} has two tensors for {kind}; two LoRAs in one file? Split them")

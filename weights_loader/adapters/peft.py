@@ -96,7 +96,7 @@ def _config(changes: PlacedChanges) -> dict[str, object]:
     result = {}
     for part in PARTS:
         layers = {
-            changes.places[ours].name.removeprefix(f"{part}.").removeprefix("text_model."): one
+            changes.locations[ours].name.removeprefix(f"{part}.").removeprefix("text_model."): one
             for ours, one in changes.layers.items()
             if ours.startswith(f"{part}.")
         }

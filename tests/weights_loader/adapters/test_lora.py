@@ -12,14 +12,13 @@ import weights_loader
 from minidiff.adapters.layer_change import LayerChange
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.low_rank import LowRank
-from tests.checkpoints import family_model, ldm_tensors
+from tests.checkpoints import family_model, ldm_tensors, part_to_file
 from tests.parity.check import largest_error
 from tests.small_files import random_lora, weight_of
 from tests.small_models import small_model
 from weights_loader.adapters import lora as lora_files
 from weights_loader.adapters.lora import pack, parse_weighted, read_lora, write_lora
 from weights_loader.adapters.lora_file import Dialect, parse_factors
-from weights_loader.dialects import to_file
 from weights_loader.read import read
 from weights_loader.write import write_safetensors
 
@@ -305,7 +304,7 @@ def test_something_else_given_as_a_lora_is_named(tmp_path):
     sd = family_model("SD 1")
     weights_loader.save(sd, tmp_path / "folder", layout="diffusers")
     write_safetensors(tmp_path / "model.safetensors", ldm_tensors(sd))
-    write_safetensors(tmp_path / "vae.safetensors", to_file(sd.vae, "ldm"))
+    write_safetensors(tmp_path / "vae.safetensors", part_to_file(sd, "vae", "ldm"))
     write_safetensors(tmp_path / "word.safetensors", {"<cat>": torch.zeros(1, 16)})
     (tmp_path / "empty").mkdir()
     for name, message in (
@@ -386,7 +385,7 @@ DIFFERENCES = Dialect(
 
 
 def test_a_new_dialect_with_a_new_kind_of_change_is_a_line_in_the_table(sd, tmp_path, monkeypatch):
-    lora, places = random_lora(sd), lora_files.layer_places(sd, lora_files.PEFT)
+    lora, places = random_lora(sd), lora_files.layer_locations(sd, lora_files.PEFT)
     deltas = {name: one.delta().detach() for name, one in lora.layers.items()}
     tensors = {f"{places[name].name}.diff": delta[(..., None, None) if places[name].convolution else ...] for name, delta in deltas.items()}
     write_safetensors(tmp_path / "x.safetensors", tensors)
