@@ -61,8 +61,8 @@ def merge_concepts(
         files: Custom Diffusion files of one concept or more each
         out: the file, ending in .safetensors, .bin or .ckpt, or else the diffusers folder to make
         model: the checkpoint that they were learned on
-        target: a caption whose words shall look as learned, for the file whose word it holds; "photo of a <word>" by default
-        captions: a text file with a caption a line, about 1000, that shall stay as they are; those of the bundled scenes by default
+        target: a caption whose words should look as learned, for the file whose word it holds; "photo of a <word>" by default
+        captions: a text file with a caption a line, about 1000, that should stay as they are; those of the bundled scenes by default
         ridge: added to the diagonal where the captions do not suffice, as 1e-3
     """
     import weights_loader
@@ -161,7 +161,7 @@ def extract(
 
 
 def check_out(out: Path, suffixes: tuple[str, ...]) -> None:
-    """Raises ValueError or OSError for a name that cannot be written, before any work is done."""
+    """Raise ValueError or OSError for a name that cannot be written, before any work is done."""
     if out.suffix not in suffixes:
         expected = " or ".join(suffix or "no suffix (a folder)" for suffix in suffixes)
         raise ValueError(f"--out {out}: expected a name with {expected}")
@@ -170,7 +170,7 @@ def check_out(out: Path, suffixes: tuple[str, ...]) -> None:
 
 
 def read_captions(path: Path | None, sd: "StableDiffusion") -> list[str]:
-    """A caption a line; the bundled scenes' for a model that knows them."""
+    """Read one caption per line, or make the bundled scenes' for a model that knows them."""
     import numpy as np
 
     from minidiff.scenes.scenes import sample_scene
@@ -179,20 +179,20 @@ def read_captions(path: Path | None, sd: "StableDiffusion") -> list[str]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         return [line for line in lines if line]
     if family_of(sd.config) != "bundled":
-        raise ValueError("no captions that shall stay as they are; give --captions FILE, a text file with about 1000 of them, one a line")
+        raise ValueError("no captions that should stay as they are; give --captions FILE, a text file with about 1000 of them, one a line")
     return [sample_scene(np.random.default_rng([0, i])).caption for i in range(REGULARISATION)]
 
 
 def targets_of(files: tuple[str, ...], words: list[tuple[str, ...]], given: tuple[str, ...]) -> list[list[str]]:
-    """For each file the captions with one of its words: those given, or the ones it was learned with, or "photo of a <word>"."""
+    """Return for each file the captions with one of its words: those given, or the ones it was learned with, or "photo of a <word>"."""
     targets = [[caption for caption in given if any(word in caption for word in own)] for own in words]
     if stray := [caption for caption in given if not any(caption in own for own in targets)]:
         every = ", ".join(word for own in words for word in own)
         raise ValueError(f"--target {stray[0]!r} holds none of the learned words {every}")
-    return [own or learnt_captions(file, names) for own, file, names in zip(targets, files, words)]
+    return [own or learned_captions(file, names) for own, file, names in zip(targets, files, words)]
 
 
-def learnt_captions(file: str, words: tuple[str, ...]) -> list[str]:
+def learned_captions(file: str, words: tuple[str, ...]) -> list[str]:
     if not words:
         raise ValueError(f"{file}: no word in it; a merge tells concepts apart by their words")
     path = Path(file)
@@ -203,7 +203,7 @@ def learnt_captions(file: str, words: tuple[str, ...]) -> list[str]:
 
 
 def settings_in(path: Path) -> dict:
-    """What a file of this project was made with; nothing in others."""
+    """Return the settings that a file of this project was made with; nothing for others."""
     from weights_loader.metadata import SETTINGS_KEY
     from weights_loader.read import read
 

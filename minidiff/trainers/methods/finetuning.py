@@ -11,7 +11,7 @@ where it, or a word, is trained or has an adapter on it.
     for phase, step in run.run(device, folder): ...     # within each phase its adapters are on the model
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -241,7 +241,7 @@ class TrainingRun:
     tokens: NewTokens | None = None
     custom_diffusion: CustomDiffusion | None = None
 
-    def run(self, device: torch.device, folder: Path | None = None) -> Iterator[tuple[FinetuneTask, TrainStep]]:
+    def run(self, device: torch.device, folder: Path | None = None) -> Generator[tuple[FinetuneTask, TrainStep], None, None]:
         """Train one phase after the other, a step an iteration, each with its state in folder/NAME.state; EMAs become the weights."""
         for phase in self.phases:
             with phase:
