@@ -33,7 +33,7 @@ from minidiff import (
     unet,
     vae,
 )
-from minidiff.adapters import custom_diffusion, lora, parallel
+from minidiff.adapters import custom_diffusion, extraction, layer_change, low_rank, merge_concepts, parallel
 from minidiff.bench import attention_cases
 from minidiff.bench import race as bench_race
 from minidiff.bundled import evaluate, tasks
@@ -121,11 +121,12 @@ def examples() -> list[partial]:
     )
     public_clip.mean = public_clip.std = torch.ones(3, 1, 1)
     return [
-        partial(parallel.Adapter(8, 2, torch.Generator()).forward, q),
+        partial(parallel.SequentialAdapter(8, 2, torch.Generator()).forward, q),
         partial(parallel.ParallelAdapter(8, 2, torch.Generator()).forward, q),
         partial(parallel.MultiHeadParallelAdapter(8, 2, 2, torch.Generator()).forward, q),
-        partial(lora.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0).forward, q),
-        partial(lora.kept, torch.tensor([3.0, 1.0]), 0.5, "sum"),
+        partial(layer_change.LayerChange.forward, low_rank.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0), q),
+        partial(low_rank.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0).forward, q),
+        partial(extraction.rank_for_energy, torch.tensor([3.0, 1.0]), 0.5, "sum"),
         partial(attention.attention_weights, q, k, 2),
         partial(attention.naive_attention, q, k, v, 2),
         partial(attention.attention, q, k, v, 2),
@@ -139,7 +140,7 @@ def examples() -> list[partial]:
         partial(custom_diffusion.compress, changes),
         partial(custom_diffusion.compress(changes).deltas),
         partial(custom_diffusion.from_deltas, sd, changes),
-        partial(custom_diffusion.merge_directions, torch.randn(2, 8), torch.randn(20, 8)),
+        partial(merge_concepts.merge_directions, torch.randn(2, 8), torch.randn(20, 8)),
         partial(weights.layer_changes, changes, changes),
         partial(weights.relative_changes, changes, changes),
         partial(public_clip.encode_pictures, pixels),
