@@ -1,4 +1,4 @@
-"""The numbers of the recipe that makes the bundled model; importing them costs nothing, so that the command line can show them at once."""
+"""The numbers of the recipe that makes the bundled model. Importing them is cheap, so that the command line can show them at once."""
 
 import math
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from minidiff.trainers.engine.settings import Schedule, Settings
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model of the scenes is made. Raises ValueError for what cannot be followed.
+    """The numbers that make a model of the scenes. Raises ValueError for numbers that cannot work.
 
-    widths: of the U-Net's levels, multiples of 32; None is (64, 128, 160), or those of the model to train on from.
-    scenes: how many are composed ahead, for the VAE and for the U-Net to learn from.
-    schedule: of the text encoder's and the U-Net's learning rate; the VAE's falls in any case.
-    compile: changes the result by rounding only; None compiles on a CUDA device and nowhere else, where it gains nothing at this size.
+    widths: of the U-Net's levels, multiples of 32; None is (64, 128, 160), or those of the model to train further.
+    scenes: how many are composed to train the VAE and the U-Net on.
+    schedule: of the text encoder's and the U-Net's learning rate; the VAE's always decays.
+    compile: changes the result by rounding only; None compiles on a CUDA device only, because a CPU gains nothing at this size.
     """
 
     seed: int = 0
@@ -46,13 +46,13 @@ class Recipe:
         self.diffusion()
 
     def autoencoder(self) -> Settings:
-        """The loop's settings for the VAE."""
+        """Return the settings of the VAE's training."""
         return self._settings(
             steps=self.vae_steps, batch=self.vae_batch, learning_rate=self.vae_learning_rate, schedule="linear_after_hold"
         )
 
     def diffusion(self) -> Settings:
-        """The loop's settings for the text encoder and the U-Net."""
+        """Return the settings of the text encoder's and the U-Net's training."""
         return self._settings(steps=self.steps, batch=self.batch, learning_rate=self.learning_rate, schedule=self.schedule)
 
     def _settings(self, *, steps: int, batch: int, learning_rate: float, schedule: Schedule) -> Settings:

@@ -204,7 +204,7 @@ def bundled(
 
     import weights_loader
     from minidiff.bundled.evaluate import evaluate
-    from minidiff.bundled.figures import table
+    from minidiff.bundled.figures import format_figures
     from minidiff.cli.model import training_on
 
     with training_on(device, threads) as device:
@@ -213,7 +213,7 @@ def bundled(
             for progress in evaluate(sd, judge, steps=steps, guidance_scale=guidance, seeds=seeds, limit=limit):
                 bar.total = progress.total
                 bar.update(progress.done - bar.n)
-        print(table(progress.figures))
+        print(format_figures(progress.figures))
 
 
 def study(
@@ -242,15 +242,15 @@ def study(
 
     import weights_loader
     from minidiff.cli.model import choose_device
-    from minidiff.study.plan import runs
-    from minidiff.study.run import study as make
+    from minidiff.study.plan import list_runs
+    from minidiff.study.run import run_study
 
     device = choose_device(device)
-    chosen = [run for run in runs(part) if not (out / "results" / f"{run.name}.json").exists()][:limit]
+    chosen = [run for run in list_runs(part) if not (out / "results" / f"{run.name}.json").exists()][:limit]
     load_tiny = partial(weights_loader.load, "tiny", dtype=torch.float32, device=device)
     load_judge = partial(weights_loader.load_judge, device=device)
     with tqdm(total=len(chosen), unit="run", file=sys.stderr) as bar:
-        for progress in make(out, chosen, load_tiny, load_judge, jobs=jobs, threads=threads):
+        for progress in run_study(out, chosen, load_tiny, load_judge, jobs=jobs, threads=threads):
             bar.set_postfix_str(f"{progress.name}, {progress.left / 3600:.1f} h left", refresh=False)
             bar.update()
 
@@ -262,9 +262,9 @@ def report(out: tyro.conf.Positional[Path], /) -> None:
         out: folder of the study
     """
     import weights_loader
-    from minidiff.study.report import read, write
+    from minidiff.study.report import read_results, write_report
 
-    print(write(read(out), weights_loader.load_judge()))
+    print(write_report(read_results(out), weights_loader.load_judge()))
 
 
 COMMANDS = {

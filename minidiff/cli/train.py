@@ -239,8 +239,8 @@ def from_scratch(
     from tqdm import tqdm
 
     import weights_loader
-    from minidiff.bundled.make import foretold_bundled, run_bundled
-    from minidiff.bundled.run import claim, foretold, run_from_scratch
+    from minidiff.bundled.make import estimate_bundled_seconds, run_bundled
+    from minidiff.bundled.run import claim_folder, estimate_seconds, run_from_scratch
     from minidiff.bundled.tasks import bundled_config
 
     def save(sd) -> None:
@@ -257,12 +257,12 @@ def from_scratch(
         if other:
             config = replace(config, vae=other.config.vae)
         given = base, other and other.vae
-        claim(out, config, asked, *given)
+        claim_folder(out, config, asked, *given)
         if recipe == "bundled":
-            say_how_long(foretold_bundled, config, asked, device, given, out)
+            say_how_long(estimate_bundled_seconds, config, asked, device, given, out)
             run = run_bundled(config, asked, out, device, save, save_judge, *given)
         else:
-            say_how_long(foretold, config, asked, device, given, out)
+            say_how_long(estimate_seconds, config, asked, device, given, out)
             run = run_from_scratch(config, asked, out, device, save, *given)
         stage = None
         for step in outer.enter_context(closing(run)):
@@ -278,7 +278,7 @@ def from_scratch(
 
 def say_how_long(foretell, config, recipe: Recipe, device, given: tuple, out: Path) -> None:
     """Says how long each stage that has left no result yet will take, before the first one."""
-    from minidiff.bundled.make import device_name
+    from minidiff.machine import format_device
     from minidiff.markdown import format_duration
 
     results = {"diffusion": "model.safetensors", "judge": "judge.safetensors", "evaluation": "figures.json"}
@@ -289,7 +289,7 @@ def say_how_long(foretell, config, recipe: Recipe, device, given: tuple, out: Pa
     }
     if seconds:
         stages = ", ".join(f"{stage} {format_duration(s)}" for stage, s in seconds.items())
-        say([f"on {device_name(device)}, about: {stages}; {format_duration(sum(seconds.values()))} in all"])
+        say([f"on {format_device(device)}, about: {stages}; {format_duration(sum(seconds.values()))} in all"])
 
 
 COMMANDS = {

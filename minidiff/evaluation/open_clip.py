@@ -1,4 +1,4 @@
-"""A public CLIP as the encoder of alignment and KID: open_clip's network, its weights in a file that the user gives.
+"""A public CLIP as the encoder for alignment and KID: open_clip's network with weights from the user's file.
 
 Nothing is downloaded. Names are open_clip's, such as ViT-B-32 or ViT-L-14; OpenAI's weights go with their -quickgelu names.
 """
@@ -42,10 +42,11 @@ class OpenClip:
 
     @torch.no_grad()
     def encode_pictures(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """Pixels in [-1, 1] of the network's size. Raises ValueError for another one."""
+        """Encode pixels in [-1, 1] of the network's size. Raises ValueError for another size."""
         check_size(pixels, self.image_size, "CLIP")
         return self.model.encode_image(((pixels.to(self.device).float() + 1) / 2 - self.mean) / self.std, normalize=True).float()
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
+        """Encode texts."""
         return self.model.encode_text(self.tokenizer(list(texts)).to(self.device), normalize=True).float()

@@ -1,6 +1,6 @@
-"""Makes sheet.webp, the picture sheet of the bundled scenes, from three openly licensed emoji families.
+"""Make sheet.webp, the picture sheet of the bundled scenes, from three openly licensed emoji families.
 
-One row of 64 x 64 cells a subject, in the order of subjects.json; the columns are noto, twemoji and fluent.
+One row of 64 x 64 cells per subject, in the order of subjects.json; the columns are noto, twemoji and fluent.
 Each picture is cut to what is drawn, then scaled so that its longer side is 64 pixels.
 
 The art comes from npm archives (see LICENSES.md), which are too big to ship:
@@ -33,13 +33,13 @@ FOLDERS = {
 
 
 def emoji_code(file_name: str) -> str:
-    """The hexadecimal code of a picture's file name without FE0F, which the families use differently."""
+    """Return the hexadecimal code of a picture's file name without FE0F, which the families use differently."""
     parts = Path(file_name).stem.lower().split("-")
     return "-".join(part for part in parts if part != "fe0f")
 
 
 def read_pictures(archive: Path, folder: str, codes: set[str]) -> dict[str, Image.Image]:
-    """The RGBA pictures of `codes` in one npm archive; ValueError names those that are missing."""
+    """Read the RGBA pictures of `codes` from one npm archive. Raises ValueError that names those that are missing."""
     found = {}
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -64,7 +64,7 @@ def fit_cell(picture: Image.Image) -> Image.Image:
 
 
 def make_sheet(archives: list[Path]) -> Image.Image:
-    """The whole sheet, RGBA, (64 * subjects) high and (64 * styles) wide; archives in the order of FOLDERS."""
+    """Make the whole sheet, RGBA, (64 * subjects) high and (64 * styles) wide; archives in the order of FOLDERS."""
     codes = [subject["code"] for subject in json.loads((HERE / "subjects.json").read_text())]
     sheet = Image.new("RGBA", (CELL * len(FOLDERS), CELL * len(codes)))
     for column, (archive, folder) in enumerate(zip(archives, FOLDERS.values(), strict=True)):
