@@ -41,7 +41,7 @@ from lessons.common import BLUE, ORANGE, PINK, start
 from minidiff.config import SD1
 from minidiff.scenes.scenes import Item, compose
 from minidiff.schedule import NoiseSchedule
-from minidiff.trainers.engine.diffusion_loss import Draws
+from minidiff.trainers.engine.diffusion_loss import NoiseSample
 from minidiff.trainers.engine.diffusion_loss import diffusion_loss as library_loss
 from minidiff.unet import UNet
 
@@ -157,7 +157,7 @@ def library(model, schedule, x_0, t, eps):
     def unet(x_t, t, context):
         return model(x_t[..., 0, 0], t)[..., None, None]
 
-    draws = Draws(t, eps[..., None, None])
+    draws = NoiseSample(t, eps[..., None, None])
     return library_loss(unet, schedule, x_0[..., None, None], x_0[..., None], draws)
 
 
@@ -352,7 +352,7 @@ edges = torch.linspace(0, sd.schedule.config.timesteps, 4 if lesson.quick else 1
 curves = {label: [] for label in captions}
 for low, high in pairwise(edges.tolist()):
     t = torch.linspace(low, high - 1, 2 * B).long().to(lesson.device)  # each scene at two timesteps
-    draws = Draws(t, normal(2 * B, C, H, W))
+    draws = NoiseSample(t, normal(2 * B, C, H, W))
     for label, texts in captions.items():
         context = sd.encode_prompts(2 * texts)
         with torch.no_grad():
@@ -392,7 +392,7 @@ print(f"U-Net of Stable Diffusion 1.x: {millions:.0f} million")
 # %% [markdown]
 # ## Read next
 #
-# - `minidiff/trainers/engine/diffusion_loss.py`: `draw` draws t and noise, `squared_error` is your first two lines, `diffusion_loss` your mean,
+# - `minidiff/trainers/engine/diffusion_loss.py`: `sample_noise` draws t and noise, `squared_error` is your first two lines, `diffusion_loss` your mean,
 #   with a mask and a weight for who wants them.
 # - `minidiff/trainers/engine/loop.py` is the loop around it.
 # - Ho, Jain and Abbeel 2020, "Denoising diffusion probabilistic models", algorithm 1 and eq. 14.

@@ -49,7 +49,7 @@ from minidiff.scenes.scenes import sample_scene
 
 # %%
 from minidiff.text_encoder import TextEncoder
-from minidiff.trainers.engine.diffusion_loss import Draws, squared_error
+from minidiff.trainers.engine.diffusion_loss import NoiseSample, squared_error
 from minidiff.trainers.engine.loop import Training
 from minidiff.trainers.engine.optimizer import EMA
 from minidiff.trainers.engine.settings import Settings
@@ -173,7 +173,7 @@ test_draws = []
 for low, high in zip(edges.tolist(), edges[1:].tolist()):
     t = torch.linspace(low, high - 1, len(x_0)).long()
     eps = torch.randn(x_0.shape, generator=generator)
-    test_draws.append(Draws(t.to(lesson.device), eps.to(lesson.device)))
+    test_draws.append(NoiseSample(t.to(lesson.device), eps.to(lesson.device)))
 
 
 # %%
@@ -291,7 +291,7 @@ def with_falling_rate(training):
     """The run once more from where it stands, with a rate that falls from here to the end."""
     other = prepare(config, steps)
     other.load_state_dict(copy.deepcopy(training.state_dict()))
-    settings = replace(other.settings, schedule="linear", warmup_steps=training.i)
+    settings = replace(other.settings, schedule="linear", warmup_steps=training.done)
     other.settings = settings  # linear: falls after the warm-up, which is over
     return other
 
@@ -303,9 +303,9 @@ seen["constant"], rates["constant"] = [weight_of(beginner.unet)], []
 for step in first.run():
     seen["constant"].append(weight_of(beginner.unet))
     rates["constant"].append(step.lr)
-    if step.i == steps // 3:
-        losses[f"after {step.i}"] = measure(**first.task.modules)
-    if step.i == 4 * steps // 5:
+    if step.done == steps // 3:
+        losses[f"after {step.done}"] = measure(**first.task.modules)
+    if step.done == 4 * steps // 5:
         runs["linear"] = with_falling_rate(first)
         seen["linear"], rates["linear"] = list(seen["constant"]), list(rates["constant"])
 for step in runs["linear"].run():
@@ -340,7 +340,7 @@ for falls, training in runs.items():
     losses[falls] = measure(**modules)
     with ExitStack() as stack:
         for name, module in modules.items():
-            stack.enter_context(means[name].put_in(module))
+            stack.enter_context(means[name].swapped_in(module))
         losses[f"{falls}, mean"] = measure(**modules)
 
 # %%
@@ -455,7 +455,7 @@ for _ in mistaken.run():
     pass
 looks = measure(**mistaken.task.modules, asked=mistaken.task.schedule)[0].mean(dim=-1)
 is_so = measure(**mistaken.task.modules)[0].mean(dim=-1)
-print(f"{mistaken.i} steps, asked for {other}")
+print(f"{mistaken.done} steps, asked for {other}")
 print(f"by that target: loss {looks.mean():.2f}, in the last bin {looks[-1]:.2f}")
 print(f"by the right one: loss {is_so.mean():.2f}, in the last bin {is_so[-1]:.2f}")
 if bundled and not lesson.quick:

@@ -53,8 +53,8 @@ from minidiff.evaluation.alignment import image_alignment
 from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
-from minidiff.trainers.methods import common
-from minidiff.trainers.methods.options import Concept, preset
+from minidiff.trainers.methods.options import Concept
+from minidiff.trainers.methods.table import METHODS, preset
 from weights_loader import load_judge
 
 # %%
@@ -118,7 +118,7 @@ names = library.choose(list(library.layers_of(sd)), library.PATTERNS["transforme
 options = preset("fine-tune", "bundled")
 settings = replace(options.settings, steps=2 if lesson.quick else 70, batch=4)
 options = replace(options, settings=settings, weights=tuple(f"^{re.escape(name)}\\.weight$" for name in names))
-training = common.fine_tune(tuned, [concept], options)
+training = METHODS["fine-tune"].build(tuned, [concept], options)
 losses = [float(step.loss) for _, step in training.run(lesson.device)]
 after, verdict_after = draw(tuned)
 print(f"{len(names)} matrices, {len(losses)} steps of {settings.batch} pictures")
@@ -290,7 +290,7 @@ settings = replace(options.settings, steps=1 if lesson.quick else 50, batch=4)
 trained = {}
 for r in (8,) if lesson.quick else (1, 8):
     low = replace(options.low_rank, rank=r)
-    method = common.lora(sd, [concept], replace(options, settings=settings, low_rank=low))
+    method = METHODS["lora"].build(sd, [concept], replace(options, settings=settings, low_rank=low))
     for _ in method.run(lesson.device):
         pass
     method.lora.attach(sd)
@@ -350,7 +350,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 # with B. Three beginnings, each before its first step. With a zero among the two, the picture is that of the model as it was.
 
 # %%
-task = common.lora(sd, [concept], replace(options, settings=settings)).phases[0]
+task = METHODS["lora"].build(sd, [concept], replace(options, settings=settings)).phases[0]
 (adapter,) = task.adapters
 beginnings = {"B zero": (1, 0), "both zero": (0, 0), "both drawn": (1, 1)}  # of A, of B
 

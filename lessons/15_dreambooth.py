@@ -3,7 +3,7 @@
 #
 # **How does a model learn one new animal from five pictures, and what does it forget meanwhile?**
 #
-# - Explains: [minidiff/trainers/methods/common.py](../minidiff/trainers/methods/common.py),
+# - Explains: [minidiff/trainers/methods/dreambooth.py](../minidiff/trainers/methods/dreambooth.py),
 #   [minidiff/trainers/methods/finetuning.py](../minidiff/trainers/methods/finetuning.py)
 # - You change: `with_prior`, the loss that keeps the class
 # - Minutes: 35
@@ -48,8 +48,9 @@ from minidiff.config import SD1
 from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
-from minidiff.trainers.methods import common
-from minidiff.trainers.methods.options import Concept, Prior, preset
+from minidiff.trainers.methods.common import fill_class_images
+from minidiff.trainers.methods.options import Concept, Prior
+from minidiff.trainers.methods.table import METHODS, preset
 from minidiff.unet import UNet
 from weights_loader import load_judge
 
@@ -115,13 +116,13 @@ settings = replace(options.settings, batch=2, precision="bfloat16")
 def learn(model, concept, prior, steps, look_every):
     """Trains, and stops to look; by step, what is drawn for the name and for the class."""
     now = replace(options, settings=replace(settings, steps=steps), prior=prior)
-    method = common.dreambooth(model, [concept], now)
+    method = METHODS["dreambooth"].build(model, [concept], now)
     seen = {0: before}
     for _, step in method.run(lesson.device):
-        if step.i % look_every == 0:
-            seen[step.i] = draw(model, named), draw(model, lions)
-            (_, _, tiger), (_, lion, _) = seen[step.i]
-            print(f"step {step.i:3}: {tiger:4.0%} tiger for sks, {lion:4.0%} lion for lion")
+        if step.done % look_every == 0:
+            seen[step.done] = draw(model, named), draw(model, lions)
+            (_, _, tiger), (_, lion, _) = seen[step.done]
+            print(f"step {step.done:3}: {tiger:4.0%} tiger for sks, {lion:4.0%} lion for lion")
     return seen
 
 
@@ -174,9 +175,9 @@ print(f"two losses of the subject, two of the class: {with_prior(rows, 2, 1.0):.
 # %%
 count, drawn_in = (2, 2) if lesson.quick else (16, 12)
 prior = Prior(kind="generated", count=count, steps=drawn_in)
-for filled in common.fill_class_images(sd, concept, prior, options.prompt, options.samples):
+for filled in fill_class_images(sd, concept, replace(options, prior=prior)):
     pass
-print(f"{filled.i} pictures of a lion, drawn by the model itself")
+print(f"{filled.done} pictures of a lion, drawn by the model itself")
 
 # %%
 beside = lesson.load()
@@ -215,7 +216,7 @@ nameless = replace(concept, token="", prompt="a photo of a lion")
 broken = lesson.load()
 fine = replace(preset("fine-tune", "bundled"), prior=prior, weights=("^unet", "^text_encoder"))
 fine = replace(fine, settings=replace(settings, steps=1 if lesson.quick else 80))
-for _ in common.fine_tune(broken, [nameless], fine).run(lesson.device):
+for _ in METHODS["fine-tune"].build(broken, [nameless], fine).run(lesson.device):
     pass
 pictures, lion, tiger = draw(broken, lions)
 print(f'"a lion", without a name: {lion:.0%} lion, {tiger:.0%} tiger')
@@ -257,7 +258,7 @@ print(f"{weights / 1e6:.0f} million, {4 * 4 * weights / 1e9:.1f} GB before any p
 # %% [markdown]
 # ## Read next
 #
-# - `minidiff/trainers/methods/common.py`: `dreambooth` puts the pieces together; `minidiff/trainers/methods/finetuning.py`: the last line of
+# - `minidiff/trainers/methods/dreambooth.py`: `build` puts the pieces together; `minidiff/trainers/methods/finetuning.py`: the last line of
 #   `FinetuneTask.loss` is yours.
 # - Ruiz et al. 2023, "DreamBooth: fine tuning text-to-image diffusion models for subject-driven generation", section 3.3 and eq. 2.
 # - Lesson 16: nothing of the model moves, and one word is learned.

@@ -43,8 +43,8 @@ from minidiff.config import SD1, SD2
 from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
-from minidiff.trainers.methods import common
-from minidiff.trainers.methods.options import Concept, preset
+from minidiff.trainers.methods.options import Concept
+from minidiff.trainers.methods.table import METHODS, preset
 from weights_loader import load_judge
 
 # %%
@@ -67,7 +67,7 @@ of_word = replace(options.tokens.settings, steps=steps, **fast)
 of_lora = replace(options.lora.settings, steps=lora_steps, **fast)
 low_rank = replace(options.lora, settings=of_lora)
 options = replace(options, tokens=replace(options.tokens, settings=of_word), lora=low_rank)
-method = common.pivotal(sd, [concept], options)
+method = METHODS["pivotal-tuning"].build(sd, [concept], options)
 
 # %%
 table = sd.text_encoder.token_embedding.weight.detach().clone()
@@ -136,7 +136,7 @@ words, results = [], {}
 training = method.run(lesson.device)
 for phase, step in training:
     words.append(method.tokens.rows["<tiger>"].detach().cpu().clone())
-    if step.i == steps:  # the word is learned; what follows is the LoRA
+    if step.done == steps:  # the word is learned; what follows is the LoRA
         results["word"] = draw("<tiger>"), draw("lion")
         break
 
@@ -175,7 +175,7 @@ lesson.show(fig, "away", "Two vectors leave the lion's, at first as one, then ap
 
 # %%
 for phase, step in training:
-    if step.i == lora_steps:
+    if step.done == lora_steps:
         results["both"] = draw("<tiger>"), draw("lion")
 assert torch.equal(method.tokens.rows["<tiger>"].detach().cpu(), words[-1])
 assert torch.equal(sd.text_encoder.token_embedding.weight, table)
@@ -185,9 +185,9 @@ assert torch.equal(sd.text_encoder.token_embedding.weight, table)
 
 # %%
 sks = replace(concept, token="sks")
-alone = common.lora(sd, [sks], low_rank)
+alone = METHODS["lora"].build(sd, [sks], low_rank)
 for _, step in alone.run(lesson.device):
-    if step.i == lora_steps:
+    if step.done == lora_steps:
         results["LoRA"] = draw("sks lion"), draw("lion")
 
 # %%

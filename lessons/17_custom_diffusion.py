@@ -39,8 +39,9 @@ from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
 from minidiff.scenes.scenes import sample_scene
-from minidiff.trainers.methods import common
-from minidiff.trainers.methods.options import Concept, preset
+from minidiff.trainers.methods.common import fill_class_images
+from minidiff.trainers.methods.options import Concept
+from minidiff.trainers.methods.table import METHODS, preset
 from minidiff.unet import UNet
 from weights_loader import load_judge
 
@@ -119,7 +120,7 @@ lesson.show(fig, "five", "Five tigers and five violins, each on another backgrou
 tuned = lesson.load()
 options = preset("fine-tune", "bundled")
 settings = replace(options.settings, steps=1 if lesson.quick else 25, batch=4)
-training = common.fine_tune(tuned, [concepts["tiger"]], replace(options, settings=settings))
+training = METHODS["fine-tune"].build(tuned, [concepts["tiger"]], replace(options, settings=settings))
 for _ in training.run(lesson.device):
     pass
 old, new = (dict(one.unet.named_parameters()) for one in (sd, tuned))
@@ -165,13 +166,13 @@ settings = replace(options.settings, steps=count, **fast)
 prior = replace(options.prior, count=4 if lesson.quick else 40)
 options = replace(options, settings=settings, prior=prior)
 for concept in concepts.values():
-    for _ in common.fill_class_images(sd, concept, prior, options.prompt, options.samples):
+    for _ in fill_class_images(sd, concept, options):
         pass
 
 
 def learn(chosen, starts, steps):
     now = replace(options, start=starts, settings=replace(settings, steps=steps))
-    method = common.custom_diffusion(sd, chosen, now)
+    method = METHODS["custom-diffusion"].build(sd, chosen, now)
     for _ in method.run(lesson.device):
         pass
     return method.custom_diffusion
@@ -191,8 +192,8 @@ print(f"that is {numbers / everything:.1%}")
 after = {}
 for subject, concept in concepts.items():
     apart[subject].attach(sd)
-    after[subject], found = draw(on_backgrounds(f"a {concept.words}"), [subject])
-    print(f'"a {concept.words}": {found}')
+    after[subject], found = draw(on_backgrounds(f"a {concept.subject_phrase}"), [subject])
+    print(f'"a {concept.subject_phrase}": {found}')
     apart[subject].detach()
 rows = [pictures for subject in subjects for pictures in (before[subject], after[subject])]
 labels = ["a lion", "a <one>\nlion", "a guitar", "a <two>\nguitar"]
@@ -226,7 +227,7 @@ print(f"two that it knows: {found}")
 
 # %%
 joint = learn(list(concepts.values()), rare, 2 * count)
-a, b = (f"a {concept.words}" for concept in concepts.values())
+a, b = (f"a {concept.subject_phrase}" for concept in concepts.values())
 both = of_two(a, b)
 joint.attach(sd)
 together["joint\ntraining"], found = draw(both, list(subjects))
@@ -319,7 +320,7 @@ lesson.show(fig, "small", "Both maps meet the point; one stays with the old map 
 # %%
 scenes = [sample_scene(np.random.default_rng([1, i])) for i in range(500)]
 captions = [scene.caption for scene in scenes]
-targets = [[f"a photo of a {concept.words}"] for concept in concepts.values()]
+targets = [[f"a photo of a {concept.subject_phrase}"] for concept in concepts.values()]
 merged, report = library.merge_concepts(sd, list(apart.values()), targets, captions, ridge=0.1)
 print(f"{report.rows} rows asked for, {report.regularisation_rows} to be kept")
 print(f"asked for, missed by {report.residual:.0e}; the others move by {report.drift:.1%}")

@@ -11,7 +11,7 @@ from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.tasks import DiffusionTask, Latents, bundled_config
 from minidiff.config import SD1, ModelConfig
 from minidiff.schedule import NoiseSchedule
-from minidiff.trainers.engine.diffusion_loss import diffusion_loss, draw
+from minidiff.trainers.engine.diffusion_loss import diffusion_loss, sample_noise
 from minidiff.trainers.engine.loop import rng_for, train
 from minidiff.trainers.engine.memory import estimate_memory
 from minidiff.trainers.engine.optimizer import adamw
@@ -40,7 +40,7 @@ class LowRankTask:
 
     def loss(self, step, samples):
         cells = self.config.image_size // self.config.vae.factor
-        draws = draw([rng_for(0, step, sample) for sample in samples], (4, cells, cells), 1000, CPU)
+        draws = sample_noise([rng_for(0, step, sample) for sample in samples], (4, cells, cells), 1000, CPU)
         context = self.context.expand(len(samples), -1, -1)
         return diffusion_loss(self.unet, self.schedule, torch.zeros_like(draws.eps), context, draws).mean()
 

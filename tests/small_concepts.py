@@ -6,18 +6,14 @@ import numpy as np
 from PIL import Image
 
 from minidiff.trainers.engine.settings import Settings
-from minidiff.trainers.methods.common import custom_diffusion, dreambooth, fine_tune, lora, pivotal, textual_inversion
-from minidiff.trainers.methods.options import (
-    Concept,
-    CustomDiffusionOptions,
-    DreamBoothOptions,
-    FineTuneOptions,
-    LoRAOptions,
-    LowRankOptions,
-    PivotalOptions,
-    Prior,
-    TextualInversionOptions,
-)
+from minidiff.trainers.methods import custom_diffusion, dreambooth, fine_tune, lora, pivotal, textual_inversion
+from minidiff.trainers.methods.custom_diffusion import CustomDiffusionOptions
+from minidiff.trainers.methods.dreambooth import DreamBoothOptions
+from minidiff.trainers.methods.fine_tune import FineTuneOptions
+from minidiff.trainers.methods.lora import LoRAOptions
+from minidiff.trainers.methods.options import Concept, LowRankOptions, Prior
+from minidiff.trainers.methods.pivotal import PivotalOptions
+from minidiff.trainers.methods.textual_inversion import TextualInversionOptions
 
 FOLDER = Prior(kind="folder")
 
@@ -47,20 +43,20 @@ def quick(**changes) -> Settings:
 
 
 def small_methods() -> dict:
-    """Each method with a prior where it may have one: {name: (function, options, the concept's token)}."""
+    """Each method with a prior where it may have one: {name: (build, options, the concept's token)}."""
     low = LowRankOptions(rank=2)
     words = TextualInversionOptions(settings=quick(), vectors=2)
     return {
         "lora": (
-            lora,
+            lora.build,
             LoRAOptions(settings=quick(), low_rank=LowRankOptions(rank=2, text_encoder=True, text_scale=0.5, dropout=0.1)),
             "sks",
         ),
-        "dreambooth": (dreambooth, DreamBoothOptions(settings=quick(), prior=FOLDER), "sks"),
-        "dreambooth, text encoder": (dreambooth, DreamBoothOptions(settings=quick(), prior=FOLDER, text_encoder=True), "sks"),
-        "dreambooth with LoRA": (dreambooth, DreamBoothOptions(settings=quick(), prior=FOLDER, low_rank=low), "sks"),
-        "textual inversion": (textual_inversion, words, "<cat>"),
-        "pivotal": (pivotal, PivotalOptions(tokens=words, lora=LoRAOptions(settings=quick(), low_rank=low, prior=FOLDER)), "<cat>"),
-        "custom diffusion": (custom_diffusion, CustomDiffusionOptions(settings=quick(), prior=FOLDER, start=("ktn", "pll")), "<cat>"),
-        "fine-tune": (fine_tune, FineTuneOptions(settings=quick(), weights=(r"^unet\.up.*conv_1", r"token_embedding")), "sks"),
+        "dreambooth": (dreambooth.build, DreamBoothOptions(settings=quick(), prior=FOLDER), "sks"),
+        "dreambooth, text encoder": (dreambooth.build, DreamBoothOptions(settings=quick(), prior=FOLDER, text_encoder=True), "sks"),
+        "dreambooth with LoRA": (dreambooth.build, DreamBoothOptions(settings=quick(), prior=FOLDER, low_rank=low), "sks"),
+        "textual inversion": (textual_inversion.build, words, "<cat>"),
+        "pivotal": (pivotal.build, PivotalOptions(tokens=words, lora=LoRAOptions(settings=quick(), low_rank=low, prior=FOLDER)), "<cat>"),
+        "custom diffusion": (custom_diffusion.build, CustomDiffusionOptions(settings=quick(), prior=FOLDER, start=("ktn", "pll")), "<cat>"),
+        "fine-tune": (fine_tune.build, FineTuneOptions(settings=quick(), weights=(r"^unet\.up.*conv_1", r"token_embedding")), "sks"),
     }

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minidiff.trainers.engine import distributed
-from minidiff.trainers.engine.loop import normals, rng_for
+from minidiff.trainers.engine.loop import randn_per_sample, rng_for
 from minidiff.trainers.engine.optimizer import adamw
 from minidiff.trainers.engine.settings import Settings
 
@@ -39,7 +39,7 @@ class SmallTask:
 
     def loss(self, step, samples):
         self.at(step, samples)
-        x = normals([rng_for(7, step, sample) for sample in samples], (3,))
+        x = randn_per_sample([rng_for(7, step, sample) for sample in samples], (3,))
         return (self.net(x).float() - x.abs()).square().mean()
 
 

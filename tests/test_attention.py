@@ -20,7 +20,6 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import minidiff.attention
 import minidiff.vae
 from minidiff.adapters.custom_diffusion import create_custom_diffusion
 from minidiff.adapters.lora import PATTERNS, create_lora
@@ -30,7 +29,7 @@ from minidiff.blocks import TransformerBlock
 from minidiff.cli.flags import Attentions
 from minidiff.kernels import dispatch, self_attention, tiles
 from minidiff.kernels.dispatch import ATTENTION, active_backend, attention_backend, select_backend, triton_works
-from minidiff.trainers.engine.checkpointing import checkpointed
+from minidiff.trainers.engine.checkpointing import with_checkpointing
 from minidiff.vae import AttentionBlock
 from tests.small_models import small_model, training_config
 
@@ -418,7 +417,7 @@ class Calls(TorchDispatchMode):
 @pytest.fixture(scope="module")
 def sd():
     sd, tf32 = small_model(training_config()), torch.backends.cudnn.allow_tf32
-    for part in (sd.text_encoder, sd.unet, sd.vae):
+    for part in sd.parts.values():
         part.to(DEVICE)
     torch.backends.cudnn.allow_tf32 = False  # convolutions of 10 bits would make large differences of small ones
     yield sd
@@ -435,7 +434,7 @@ def unet_and_gradients(unet, name, checkpointing=False):
     """What the U-Net says, and the gradients of all its weights and of its context."""
     x_t, t, context = unet_inputs()
     weights = [context.requires_grad_(), *unet.parameters()]
-    with attention_backend(name), checkpointed([unet], checkpointing):
+    with attention_backend(name), with_checkpointing([unet], checkpointing):
         out = unet(x_t, t, context)
         return out, *torch.autograd.grad(out.square().mean(), weights)
 

@@ -46,7 +46,9 @@ class Calls:
 # --- seeds ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler, eta", [*((sampler, 0.0) for sampler in SAMPLERS), ("ddim", 1.0)])
+@pytest.mark.parametrize(
+    "sampler, eta", [*((name, 0.0) for name in SAMPLERS), *((name, 1.0) for name, row in SAMPLERS.items() if row.takes_eta)]
+)
 def test_a_seed_gives_one_picture_alone_and_in_any_batch(sd, sampler, eta):
     prompts, seeds = [PROMPT, "a cat", "a dog and a pear", PROMPT], [11, 3, 11, 4]
     *_, last = sd.denoise(prompts, seeds=seeds, steps=4, sampler=sampler, eta=eta)
@@ -114,7 +116,7 @@ def test_n_steps_are_n_steps_and_the_samplers_number_of_calls(eps_sd, sampler, s
     with Calls(eps_sd.unet.conv_out) as rows:
         walk = list(eps_sd.denoise([PROMPT, "a cat"], steps=steps, sampler=sampler))
     assert [step.i for step in walk] == list(range(steps))
-    assert rows == [4] * {"heun": 2 * steps - 1, "plms": steps + 1}.get(sampler, steps)  # both halves of guidance in one call
+    assert rows == [4] * SAMPLERS[sampler].model_calls(steps)  # both halves of guidance in one call
     assert all(step.x_t.shape == step.x0_hat.shape == (2, 4, 8, 8) and step.x_t.dtype == torch.float32 for step in walk)
     assert all(step.attention_maps is None for step in walk)
     assert all(step.t > later.t for step, later in zip(walk, walk[1:]))

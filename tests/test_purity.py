@@ -22,6 +22,7 @@ from minidiff import (
     attention_maps,
     blocks,
     compare,
+    conditioning,
     cuda_graph,
     guidance,
     pipeline,
@@ -35,11 +36,11 @@ from minidiff.adapters import custom_diffusion, lora, parallel
 from minidiff.bench import attention_cases
 from minidiff.bench import race as bench_race
 from minidiff.bundled import evaluate, tasks
+from minidiff.bundled import judge as judge_network
 from minidiff.bundled import train_judge as judge_trainer
 from minidiff.bundled.train_judge import JudgeTask, judge_config
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.evaluation import alignment, kid, pairs, weights
-from minidiff.evaluation import judge as judge_network
 from minidiff.evaluation.open_clip import OpenClip
 from minidiff.kernels import cross_attention, dispatch, geglu, group_norm_silu, self_attention, tiles
 from minidiff.samplers import Denoiser, Level
@@ -53,6 +54,7 @@ from tests.small_models import small_model
 
 SOURCES = ("model", "real", "reconstructed")  # of the evaluation's figures
 TINY = attention_cases.AttentionCase("tiny", 6, 5, heads=2, head_dim=8, calls=1, batch=1, dtype="float32")
+LEVEL_FUNCTIONS = (samplers.timestep_levels, samplers.fractional_levels, samplers.karras_levels)
 PACKAGE = Path(minidiff.__file__).parent
 
 
@@ -93,12 +95,14 @@ def examples() -> list[partial]:
     schedule = NoiseSchedule(ScheduleConfig())
     denoise, now, then = Denoiser(lambda x_t, t: 0.5 * x_t, "eps", torch.float32), Level(700, 0.1), Level(500, 0.3)
     noise = partial(torch.randn, x_t.shape)
+    alpha_bar = schedule.alpha_bar.numpy()
     sd = small_model()
+    full = conditioning.Conditioning(torch.randn(2, 3, 16))
     cells, ones = x.to(tiles.DEVICE, memory_format=torch.channels_last), torch.ones(8, device=tiles.DEVICE)
     conversions = [schedule.x0_from_eps, schedule.eps_from_x0, schedule.x0_from_v, schedule.eps_from_v]
     weight = nn.Parameter(torch.ones(3))
     changes = {"unet.down.0.transformers.0.blocks.0.cross_attention.to_k": torch.randn(16, 16)}
-    answer, draws = lambda x_t, t, context: 0.5 * x_t, diffusion_loss.Draws(t, eps)
+    answer, draws = lambda x_t, t, context: 0.5 * x_t, diffusion_loss.NoiseSample(t, eps)
     judge = JudgeTask(judge_config(), 0, torch.device("cpu")).judge
     pixels, two = torch.rand(2, 3, 64, 64), torch.tensor([0, 1])
     features, labels = (
@@ -125,6 +129,7 @@ def examples() -> list[partial]:
         partial(attention.naive_attention, q, k, v, 2),
         partial(attention.attention, q, k, v, 2),
         partial(dispatch.select_backend, q, k, v, 2),
+        partial(dispatch.fused_attention, "pytorch", q, k, v, 2),
         partial(attention.Attention(8, 2).forward, q, k),
         partial(attention_cases.exact, TINY, attention_cases.inputs(TINY, "normal"), torch.device("cpu")),
         partial(bench_race.relative_error, q, 2 * q),
@@ -139,6 +144,7 @@ def examples() -> list[partial]:
         partial(measure.chroma, pixels),
         partial(blocks.timestep_embedding, t, 8),
         partial(blocks.TimeEmbedding(8).forward, t),
+        partial(blocks.AddedEmbedding(3, 8).forward, torch.randn(2, 3), torch.rand(2, 6)),
         partial(blocks.norm_silu, nn.GroupNorm(4, 8), x),
         partial(blocks.geglu, q),
         partial(blocks.tile_rows, x, 4),
@@ -150,10 +156,18 @@ def examples() -> list[partial]:
         partial(compare.outputs_by_layer, nn.Linear(8, 8), nn.Linear.__call__, (q,)),
         partial(guidance.guide, x_t, eps, 7.5),
         partial(guidance.guided, lambda x_t, t, context: x_t, context, context, 7.5),
+        partial(full.tensors),
+        partial(full.with_tensors, [q]),
+        partial(full.to, torch.device("cpu"), torch.float64),
+        partial(conditioning.Conditioning(q[:1]).expand, 3),
+        partial(conditioning.as_conditioning, q),
+        partial(conditioning.concatenate, full, full),
+        partial(sd.predict, x_t, t, full),
+        partial(sd.denoise, "a cat", x=torch.randn(1, 4, 8, 8), start=1, steps=2),
         partial(sd.decode, torch.randn(1, 4, 8, 8)),
         partial(pipeline.to_images, torch.randn(1, 3, 8, 8)),
-        partial(denoise.predict, x_t, now),
-        partial(denoise.split, eps, x_t, now),
+        partial(denoise.model_output, x_t, now),
+        partial(denoise.to_x0_eps, eps, x_t, now),
         partial(denoise.__call__, x_t, now),
         *(partial(samplers.sample, denoise.model, x_t, schedule, sampler=name, steps=5, noise=noise) for name in samplers.SAMPLERS),
         partial(samplers.ddpm, denoise, x_t, now, then, noise),
@@ -163,6 +177,7 @@ def examples() -> list[partial]:
         partial(samplers.euler_ancestral, denoise, x_t, now, then, noise),
         partial(samplers.heun, denoise, x_t, now, then),
         partial(samplers.dpmpp_2m, denoise, x_t, now, then, (Level(800, 0.05), eps)),
+        *(partial(function, schedule, alpha_bar, 5, "linspace") for function in LEVEL_FUNCTIONS),
         partial(art.tinted, np.full((4, 4, 4), 200, np.uint8), "red"),
         *(partial(method, x_t, t, eps) for method in [schedule.q_sample, schedule.velocity, schedule.target, *conversions]),
         partial(schedule.snr, t),
@@ -180,7 +195,7 @@ def examples() -> list[partial]:
         partial(diffusion_loss.squared_error, answer, schedule, x_t, context, draws),
         partial(diffusion_loss.diffusion_loss, answer, schedule, x_t, context, draws, mask=x_t[:, :1], min_snr=5.0),
         partial(diffusion_loss.min_snr_weight, schedule, t, 5.0),
-        partial(loop.on, torch.device("cpu"), x_t),
+        partial(loop.to_device, torch.device("cpu"), x_t),
         partial(memory.bytes_of, [x_t]),
         partial(distributed.average_gradients, [weight], x_t.sum()),
         partial(optimizer.orthogonalise, torch.randn(4, 6)),
@@ -213,10 +228,11 @@ def examples() -> list[partial]:
         ),
         partial(judge_trainer.augment, pixels, [np.random.default_rng(i) for i in range(2)]),
         partial(labels.to, torch.device("cpu")),
-        partial(unet.DownLevel(8, 8, 2, False, unet_config).forward, x, time, context),
-        partial(unet.UpLevel(8, [8, 8], 8, 2, True, unet_config).forward, x, [x + 1, x + 2], time, context),
-        partial(unet.Middle(8, 2, unet_config).forward, x, time, context),
+        partial(unet.DownLevel(8, 8, 2, 1, False, unet_config).forward, x, time, context),
+        partial(unet.UpLevel(8, [8, 8], 8, 2, 1, True, unet_config).forward, x, [x + 1, x + 2], time, context),
+        partial(unet.Middle(8, 2, 1, unet_config).forward, x, time, context),
         partial(unet.UNet(unet_config).forward, x_t, t, context),
+        partial(unet.UNet(unet_config).encode, x_t, t, context, x),
         partial(cross_attention.fused_cross_attention, *(y.to(tiles.DEVICE) for y in (q, k, v)), 1),
         partial(cross_attention.unsupported, q, k, v, 1),
         partial(self_attention.fused_self_attention, *(y.to(tiles.DEVICE) for y in (q, k, v)), 1),
@@ -230,10 +246,7 @@ def examples() -> list[partial]:
         partial(tiles.device_of, ones),
         partial(tiled_decode.should_tile, vae_config, x_t),
         partial(tiled_decode.decode_tiled, vae.VAE(vae_config), x_t),
-        partial(cuda_graph.SameInput(nn.Linear(8, 8)).__call__, q),
-        partial(cuda_graph.TimeTable(sd.unet, lambda: [10, 700]).embed, t),
-        partial(cuda_graph.TimeTable(sd.unet, lambda: [10, 700]).project, nn.Linear(32, 8), time),
-        partial(cuda_graph.Recorded(lambda x_t, t: 0.5 * x_t, sd.unet).__call__, x_t, t),
+        partial(cuda_graph.UNetGraph(sd.unet, []).__call__, x_t, t, full),
         partial(gaussian.sample, torch.Generator()),
         partial(gaussian.kl),
         partial(vae.AttentionBlock(8, 4).forward, x),

@@ -21,8 +21,9 @@ from minidiff.adapters.custom_diffusion import Compressed, CustomDiffusion
 from minidiff.adapters.tokens import NewTokens
 from minidiff.pipeline import StableDiffusion
 from weights_loader import detect, embedding
-from weights_loader.dialects import table
+from weights_loader.families import part_names
 from weights_loader.metadata import FORMAT, settings_to_metadata
+from weights_loader.name_table import name_table
 from weights_loader.read import read
 from weights_loader.report import SHOWN, nearest, some
 from weights_loader.write import new_folder, write_safetensors, write_torch
@@ -128,7 +129,11 @@ def fit(changes: Mapping[str, Change], sd: StableDiffusion) -> dict[str, Tensor]
     Raises ValueError with all layers that the model lacks or has in another shape.
     """
     parameters = sd.unet.state_dict()
-    places = {place.name: ours for layout in ("ldm", "diffusers") for ours, place in table(sd.unet, layout).items()}
+    places = {
+        place.name: ours
+        for layout in ("ldm", "diffusers")
+        for ours, place in name_table(sd.unet, part_names(sd.config, "unet", layout)).items()
+    }
     result, unknown, wrong = {}, [], []
     for name, change in changes.items():
         if name not in places:
@@ -181,7 +186,7 @@ def write_custom_diffusion(
     if settings and path.suffix in (".bin", ".ckpt"):
         raise ValueError(f"{path}: settings are kept in .safetensors and folders only; leave them out, or change the name")
     layout = "ldm" if path.suffix == ".ckpt" else "diffusers"
-    theirs = table(sd.unet, layout)
+    theirs = name_table(sd.unet, part_names(sd.config, "unet", layout))
     named = {theirs[name.removeprefix("unet.")].name: change for name, change in changes.items()}
     match path.suffix:
         case ".safetensors":
@@ -221,7 +226,7 @@ def _write_folder(path: Path, changes: Mapping[str, Change], rows: Mapping[str, 
     if unfit := [word for word in rows if Path(f"{word}.safetensors").name != f"{word}.safetensors"]:
         raise ValueError(f"{path}: the word {unfit[0]!r} cannot name a file in the folder; write .safetensors")
     parameters = sd.unet.state_dict()
-    base = {place.name: parameters[ours] for ours, place in table(sd.unet, "diffusers").items()}
+    base = {place.name: parameters[ours] for ours, place in name_table(sd.unet, part_names(sd.config, "unet", "diffusers")).items()}
     tensors = {}
     for attention in sorted({re.match(r".+attn[12]", name)[0] for name in base if re.search(r"\.attn[12]\.", name)}):
         changed = {name.removeprefix(f"{attention}.") for name in changes if name.startswith(f"{attention}.")}

@@ -25,8 +25,9 @@ from torch import Tensor
 from minidiff.adapters.lora import PARTS, LoRA, LowRank, layers_of
 from minidiff.pipeline import StableDiffusion
 from weights_loader import detect
-from weights_loader.dialects import Place, respell, table
+from weights_loader.families import part_names
 from weights_loader.metadata import FORMAT, settings_to_metadata
+from weights_loader.name_table import TensorLocation, canonical_name, name_table
 from weights_loader.read import Checkpoint, read
 from weights_loader.report import SHOWN, nearest, some
 from weights_loader.write import write_safetensors
@@ -123,7 +124,7 @@ def parse(tensors: dict[str, Tensor], config: dict[str, object]) -> dict[str, Fa
         match = END.fullmatch(name)
         if match is None:
             raise ValueError(f"tensor {name!r} is no part of a LoRA; expected names that end in .lora_A.weight, .lora_down.weight, .alpha")
-        layer = respell(match["layer"] or match["scaled"], SPELLINGS)
+        layer = canonical_name(match["layer"] or match["scaled"], SPELLINGS)
         kind = "alpha" if match["scaled"] else HALVES[match["peft"] or match["older"] or match["kohya"]]
         if kind in found.setdefault(layer, {}):
             raise ValueError(f"{layer} has two tensors for {kind}; two LoRAs in one file? Split them")
@@ -180,21 +181,21 @@ def _finite(layer: str, alpha: object) -> float:
     return float(alpha)
 
 
-def layer_places(sd: StableDiffusion, names: str) -> dict[str, Place]:
+def layer_places(sd: StableDiffusion, names: str) -> dict[str, TensorLocation]:
     """{our layer: where a LoRA file has it}, for all linear layers and convolutions of the U-Net and the text encoder.
 
     Raises ValueError for an unknown naming.
     """
     if names not in NAMES:
         raise ValueError(f"names {names!r} unknown; choose {' or '.join(NAMES)}")
-    tables = {part: table(getattr(sd, part), "diffusers") for part in PARTS}
+    tables = {part: name_table(getattr(sd, part), part_names(sd.config, part, "diffusers")) for part in PARTS}
     result = {}
     for ours in layers_of(sd):
         part, layer = ours.split(".", 1)
         place = tables[part][f"{layer}.weight"]
         theirs = place.name.removesuffix(".weight")
         theirs = f"{part}.{theirs}" if names == "diffusers" else KOHYA[part] + theirs.replace(".", "_")
-        result[ours] = Place(theirs, convolution=place.convolution)
+        result[ours] = TensorLocation(theirs, convolution=place.convolution)
     assert len({place.name for place in result.values()}) == len(result), f"two layers have one name in {names} files"
     return result
 
@@ -310,7 +311,7 @@ def _commonest(factors: dict[str, Factors]) -> tuple[int, float]:
     return ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
 
 
-def _peft_metadata(factors: dict[str, Factors], places: dict[str, Place]) -> dict[str, object]:
+def _peft_metadata(factors: dict[str, Factors], places: dict[str, TensorLocation]) -> dict[str, object]:
     """peft's config of each part: the commonest rank and alpha, and the layers that differ.
 
     A layer is named from inside the part, and the text encoder's without `text_model.`, which transformers 5 does not have: peft compares

@@ -114,7 +114,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
 def random_model_to_run(config: ModelConfig) -> StableDiffusion:
     """Make a random float32 model with each weight in its own memory, scaled to keep activations at unit variance."""
     sd = random_model(config, torch.float32)
-    for part in (sd.text_encoder, sd.unet, sd.vae):
+    for part in sd.parts.values():
         weights = {}
         for name, weight in part.state_dict().items():
             if weight.ndim > 1:

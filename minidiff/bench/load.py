@@ -31,9 +31,9 @@ from minidiff.files import write_text
 from minidiff.machine import format_machine, read_machine
 from minidiff.markdown import table_header, table_row
 from minidiff.pipeline import StableDiffusion
-from weights_loader.dialects import to_file
 from weights_loader.folder import write_folder_config
 from weights_loader.metadata import config_to_json
+from weights_loader.save import tensors_of
 from weights_loader.write import write_safetensors
 
 CONTENDERS = ("minidiff", "diffusers")
@@ -171,7 +171,7 @@ def write_case(sd: StableDiffusion, case: FileCase, folder: Path) -> Path:
         return folder / "settings"
     (folder / "settings").mkdir()
     write_folder_config(folder / "settings", sd.config, sd.tokenizer)
-    tensors = to_file(sd.text_encoder, "ldm") | to_file(sd.unet, "ldm") | to_file(sd.vae, "ldm")
+    tensors = tensors_of(sd, "ldm")
     path = folder / f"model{case.kind}"
     if case.kind == ".ckpt":  # torch writes memory that tensors share once; here each has its own
         torch.save({"state_dict": {name: tensor.clone() for name, tensor in tensors.items()}}, path)

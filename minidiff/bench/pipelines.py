@@ -18,7 +18,6 @@ from minidiff.config import ModelConfig
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-    from minidiff.cuda_graph import Savings
     from minidiff.pipeline import StableDiffusion
 
 COMPILED = {"compiled": "reduce-overhead", "max-autotune": "max-autotune"}
@@ -46,8 +45,8 @@ def make_model_jobs(device: str, against: bool, max_autotune: bool = False, comp
         compiled: Add diffusers compiled.
     """
 
-    def job(library: str, dtype: str, how: str = "eager", savings: bool = True, untimed: bool = False) -> dict:
-        return {"library": library, "dtype": dtype, "how": how, "savings": savings, "untimed": untimed, "device": device}
+    def job(library: str, dtype: str, how: str = "eager", untimed: bool = False) -> dict:
+        return {"library": library, "dtype": dtype, "how": how, "untimed": untimed, "device": device}
 
     half = "bfloat16"
     if torch.device(device).type == "cpu":
@@ -59,8 +58,8 @@ def make_model_jobs(device: str, against: bool, max_autotune: bool = False, comp
         theirs["diffusers compiled"] = job("diffusers", half, "compiled")
     if max_autotune:
         theirs["diffusers max-autotune"] = job("diffusers", half, "max-autotune")
-    ours = {"minidiff": job("minidiff", half), "minidiff without savings": job("minidiff", half, savings=False)}
-    return (theirs if against else {}) | ours | {"minidiff float32": job("minidiff", "float32", savings=False, untimed=True)}
+    ours = {"minidiff": job("minidiff", half), "minidiff float32": job("minidiff", "float32", untimed=True)}
+    return (theirs if against else {}) | ours
 
 
 def start_worker(job: dict) -> tuple[PeakMemory, torch.device, torch.dtype]:
@@ -99,10 +98,8 @@ def diffusers_pipeline(job: dict, device: torch.device, dtype: torch.dtype) -> "
     return pipe
 
 
-def minidiff_model(job: dict, device: torch.device, dtype: torch.dtype) -> "tuple[StableDiffusion, Savings]":
-    """Load our model, with every exact saving or none."""
+def minidiff_model(job: dict, device: torch.device, dtype: torch.dtype) -> "StableDiffusion":
+    """Load our model."""
     import weights_loader
-    from minidiff.cuda_graph import NO_SAVINGS, Savings
 
-    sd = weights_loader.load(f"{job['folder']}/model", dtype=dtype, device=device)
-    return sd, Savings() if job["savings"] else NO_SAVINGS
+    return weights_loader.load(f"{job['folder']}/model", dtype=dtype, device=device)

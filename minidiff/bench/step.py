@@ -98,14 +98,13 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
 
 def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> Callable[[], Tensor]:
     """Step like our pipeline."""
-    from minidiff.cuda_graph import channels_last, saving
+    from minidiff.conditioning import Conditioning
     from minidiff.guidance import guided
+    from minidiff.pipeline import channels_last
 
-    sd, savings = minidiff_model(job, device, dtype)
-    if savings.channels_last:
-        channels_last(sd.unet)
-    model = guided(sd.unet, given["cond"], given["uncond"], GUIDANCE, savings.shared_prefix)
-    model, t = saving(model, sd.unet, lambda: [T], savings), torch.tensor([T], device=device)
+    sd, t = minidiff_model(job, device, dtype), torch.tensor([T], device=device)
+    channels_last(sd.unet)
+    model = guided(sd.predict, Conditioning(given["cond"]), Conditioning(given["uncond"]), GUIDANCE, shared_prefix=True)
     return lambda: model(given["x_t"], t)
 
 

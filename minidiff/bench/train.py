@@ -80,7 +80,7 @@ def make_train_jobs(device: str, against: bool) -> dict[str, dict]:
     """Return the contenders' jobs: bfloat16 by autocast, and float32 for the errors and as the usual choice on a CPU."""
 
     def job(library: str, dtype: str, how: str = "eager", untimed: bool = False) -> dict:
-        return {"library": library, "dtype": dtype, "how": how, "savings": True, "untimed": untimed, "device": device}
+        return {"library": library, "dtype": dtype, "how": how, "untimed": untimed, "device": device}
 
     half = "bfloat16"
     if torch.device(device).type == "cpu":
@@ -118,11 +118,11 @@ def prepare(job: dict) -> Callable[[dict], dict]:
 
 def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> tuple[Callable, Callable]:
     """Return our step, as `minidiff train` takes it, and the loss."""
-    from minidiff.trainers.engine.diffusion_loss import Draws, diffusion_loss
+    from minidiff.trainers.engine.diffusion_loss import NoiseSample, diffusion_loss
     from minidiff.trainers.engine.loop import Training
     from minidiff.trainers.engine.settings import Settings
-    from minidiff.trainers.methods import common
-    from minidiff.trainers.methods.options import Concept, Prior, Samples, family_of, preset
+    from minidiff.trainers.methods.options import Concept, DataOptions, Prior, family_of
+    from minidiff.trainers.methods.table import METHODS, preset
 
     sd, _ = minidiff_model(job, device, dtype)
     folder = Path(job["folder"])
@@ -130,19 +130,19 @@ def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[s
         steps=10**6, batch=1, learning_rate=RATE, precision=job["dtype"], compile=job["how"] == "compiled", save_every=10**6
     )
     options = preset(job["method"], family_of(sd.config))
-    options = replace(options, settings=settings, samples=Samples(size=job["size"]))
+    options = replace(options, settings=settings, data=DataOptions(size=job["size"]))
     if job["method"] == "lora":
         options = replace(options, low_rank=replace(options.low_rank, rank=RANK, layers=("attention",)))
-        method = common.lora(sd, [Concept(images=folder / "subject", prompt="a photo of a dog")], options)
+        method = METHODS["lora"].build(sd, [Concept(images=folder / "subject", prompt="a photo of a dog")], options)
     else:
         options = replace(options, sizes="none", prior=Prior(kind="folder"))
         concept = Concept(images=folder / "subject", class_images=folder / "class", token="<new1>", class_word="dog")
-        method = common.custom_diffusion(sd, [concept], options)
+        method = METHODS["custom-diffusion"].build(sd, [concept], options)
     phase = method.phases[0].__enter__()
     walk = Training(phase, settings, device).run()
 
     def loss() -> Tensor:
-        draws = Draws(given["t"], given["eps"])
+        draws = NoiseSample(given["t"], given["eps"])
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return diffusion_loss(
                 lambda x_t, t, context: sd.unet(x_t.to(dtype), t, context), sd.schedule, given["x_0"], given["context"].to(dtype), draws

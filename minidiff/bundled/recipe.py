@@ -8,12 +8,27 @@ from minidiff.trainers.engine.settings import Schedule, Settings
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers that make a model of the scenes. Raises ValueError for numbers that cannot work.
+    """How long the bundled model is trained, and how.
 
-    widths: of the U-Net's levels, multiples of 32; None is (64, 128, 160), or those of the model to train further.
-    scenes: how many are composed to train the VAE and the U-Net on.
-    schedule: of the text encoder's and the U-Net's learning rate; the VAE's always decays.
-    compile: changes the result by rounding only; None compiles on a CUDA device only, because a CPU gains nothing at this size.
+    Raises ValueError for what cannot be followed. Each line is the help of a flag of `minidiff train from-scratch`.
+
+    Args:
+        seed: of everything that is random
+        widths: of the U-Net's three levels, multiples of 32; 64 128 160 by default, or those of the model to train on from
+        vae_steps: steps of the VAE
+        vae_batch: pictures at once
+        vae_learning_rate: of the VAE; it stays for a quarter of the steps, then falls
+        kl_weight: what the latents' distance from unit normals counts in the VAE's loss
+        scenes: how many are composed before training, for the VAE and for the U-Net to learn from
+        steps: of the text encoder and the U-Net
+        batch: latents at once
+        learning_rate: of the text encoder and the U-Net
+        schedule: of that rate, after it has risen
+        object_weight: what a latent cell of an object counts, beyond the 0.4 of the background
+        caption_dropout: share of captions that are left empty, for guidance
+        ema_decay: decay of the running mean of the weights, which is the result
+        compile: run the networks through torch.compile, which changes the result by rounding only; by default on a CUDA device and nowhere
+            else, where it gains nothing at this size
     """
 
     seed: int = 0

@@ -181,13 +181,13 @@ def run_logged(stage: str, training: Training, folder: Path) -> Iterator[StagePr
     with Log(folder, stage, training.device) as log:
         for step in training.run():
             log.add(step)
-            yield StageProgress(stage, step.i, step.steps, step.loss, log.text())
+            yield StageProgress(stage, step.done, step.steps, step.loss, log.text())
 
 
 def copy_averaged(training: Training, name: str) -> nn.Module:
     """Return a copy of a trained module with its EMA weights."""
     module = training.task.modules[name]
-    with training.ema[name].put_in(module):
+    with training.ema[name].swapped_in(module):
         return copy.deepcopy(module).requires_grad_(False).eval()
 
 

@@ -28,8 +28,8 @@ from minidiff.scenes.scenes import bpe_merges, sample_scene
 from minidiff.schedule import NoiseSchedule
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
-from minidiff.trainers.engine.diffusion_loss import Draws, squared_error
-from minidiff.trainers.engine.loop import normals, on, rng_for, seeded
+from minidiff.trainers.engine.diffusion_loss import NoiseSample, squared_error
+from minidiff.trainers.engine.loop import randn_per_sample, rng_for, to_device, with_seed
 from minidiff.trainers.engine.optimizer import optimizers
 from minidiff.trainers.engine.prefetch import prefetch
 from minidiff.trainers.engine.settings import Settings
@@ -96,7 +96,7 @@ class AutoencoderTask:
     def __init__(self, config: ModelConfig, recipe: Recipe, images: UInt8[np.ndarray, "N H W 3"], device: torch.device):
         self.recipe, self.device = recipe, device
         self.images = torch.from_numpy(images).to(device)  # as bytes: on a GPU no step waits for pictures
-        with seeded(recipe.seed):
+        with with_seed(recipe.seed):
             self.vae = VAE(config.vae).to(device)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
         self.networks = (self.vae.encoder, self.vae.decoder)
@@ -106,8 +106,8 @@ class AutoencoderTask:
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
         return optimizers([self.vae], settings.learning_rate)
 
-    def loss(self, step: int, samples: range) -> Float[Tensor, ""]:
-        chosen, noise = (on(self.device, part) for part in self.draws(step, samples))
+    def loss(self, step: int, sample_ids: range) -> Float[Tensor, ""]:
+        chosen, noise = (to_device(self.device, part) for part in self.draws(step, sample_ids))
         pixels = to_pixels(self.images[chosen])
         posterior = self.vae.encode(pixels)
         z, target = posterior.mean + (0.5 * posterior.logvar).exp() * noise, pixels
@@ -119,7 +119,7 @@ class AutoencoderTask:
 
 
 def autoencoder_draws(
-    seed: int, count: int, shape: tuple[int, ...], step: int, samples: range
+    seed: int, count: int, shape: tuple[int, ...], step: int, sample_ids: range
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, "B C h w"]]:
     """Draw which of `count` pictures each sample is, and the noise of its latent.
 
@@ -128,10 +128,10 @@ def autoencoder_draws(
         count: Number of pictures.
         shape: (C, h, w) of a latent.
         step: Number of the step.
-        samples: Numbers of its samples.
+        sample_ids: Numbers of its samples.
     """
-    rngs = [rng_for(seed, step, sample) for sample in samples]
-    return torch.tensor([int(rng.integers(count)) for rng in rngs]), normals(rngs, shape)
+    rngs = [rng_for(seed, step, sample) for sample in sample_ids]
+    return torch.tensor([int(rng.integers(count)) for rng in rngs]), randn_per_sample(rngs, shape)
 
 
 def resize(x: Float[Tensor, "B C H W"], side: int) -> Float[Tensor, "B C side side"]:
@@ -173,7 +173,7 @@ class DiffusionTask:
         self.x_0 = (latents.mean * config.vae.scaling_factor).to(device)
         self.tokens = latents.tokens.to(device)
         self.weight = (0.4 + recipe.object_weight * latents.mask).to(device)
-        with seeded(recipe.seed):
+        with with_seed(recipe.seed):
             self.text_encoder = initialise(TextEncoder(config.text_encoder)).to(device)
             self.unet = initialise(UNet(config.unet)).to(device)
         if init is not None:
@@ -185,15 +185,15 @@ class DiffusionTask:
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
         return optimizers(self.modules.values(), settings.learning_rate)
 
-    def loss(self, step: int, samples: range) -> Float[Tensor, ""]:
-        chosen, dropped, t, eps = (on(self.device, part) for part in self.draws(step, samples))
+    def loss(self, step: int, sample_ids: range) -> Float[Tensor, ""]:
+        chosen, dropped, t, eps = (to_device(self.device, part) for part in self.draws(step, sample_ids))
         context = self.text_encoder(torch.where(dropped[:, None], self.empty, self.tokens[chosen]))
-        error = squared_error(self.unet, self.schedule, self.x_0[chosen], context, Draws(t, eps))
+        error = squared_error(self.unet, self.schedule, self.x_0[chosen], context, NoiseSample(t, eps))
         return (self.weight[chosen] * error).mean()
 
 
 def diffusion_draws(
-    recipe: Recipe, timesteps: int, shape: tuple[int, ...], step: int, samples: range
+    recipe: Recipe, timesteps: int, shape: tuple[int, ...], step: int, sample_ids: range
 ) -> tuple[Int[Tensor, " B"], Bool[Tensor, " B"], Int[Tensor, " B"], Float[Tensor, "B C h w"]]:
     """Draw each sample's latent, whether its caption is left empty, t, and eps.
 
@@ -202,12 +202,12 @@ def diffusion_draws(
         timesteps: Of the schedule.
         shape: (N, C, h, w) of all latents.
         step: Number of the step.
-        samples: Numbers of its samples.
+        sample_ids: Numbers of its samples.
     """
-    rngs = [rng_for(recipe.seed, step, sample) for sample in samples]
+    rngs = [rng_for(recipe.seed, step, sample) for sample in sample_ids]
     chosen = torch.tensor([int(rng.integers(shape[0])) for rng in rngs])
     dropped = torch.tensor([rng.random() < recipe.caption_dropout for rng in rngs])
-    return chosen, dropped, sample_timesteps(rngs, timesteps), normals(rngs, shape[1:])
+    return chosen, dropped, sample_timesteps(rngs, timesteps), randn_per_sample(rngs, shape[1:])
 
 
 def sample_timesteps(rngs: Sequence[np.random.Generator], timesteps: int) -> Int[Tensor, " B"]:

@@ -23,7 +23,7 @@ from minidiff.config import TokenizerConfig
 from minidiff.pictures import to_pixels
 from minidiff.scenes.scenes import COLOURS, STYLES, Item, Scene, choose, compose, sample_scene, subjects, visible_backgrounds
 from minidiff.tokenizer import Tokenizer
-from minidiff.trainers.engine.loop import normals, on, rng_for, seeded
+from minidiff.trainers.engine.loop import randn_per_sample, rng_for, to_device, with_seed
 from minidiff.trainers.engine.optimizer import optimizers
 from minidiff.trainers.engine.prefetch import prefetch
 from minidiff.trainers.engine.settings import Settings
@@ -64,7 +64,7 @@ class Labels:
 
     def to(self, device: torch.device) -> "Labels":
         """Move all labels to a device."""
-        return Labels(*(on(device, getattr(self, field.name)) for field in fields(self)))
+        return Labels(*(to_device(device, getattr(self, field.name)) for field in fields(self)))
 
 
 def make_labels(scenes: Sequence[Scene], config: JudgeConfig) -> Labels:
@@ -100,7 +100,7 @@ def augment(pixels: Float[Tensor, "B 3 H W"], rngs: Sequence[np.random.Generator
     """Blur or sharpen each picture, shift its colours slightly, and add noise; in [-1, 1]."""
     drawn = [(rng.uniform(-0.5, 1), rng.normal(1, 0.06, 3), rng.normal(0, 0.04, 3), rng.uniform(0, 0.1)) for rng in rngs]
     blur, gain, offset, level = (torch.from_numpy(np.array(part)).to(pixels) for part in zip(*drawn))
-    noise = level[:, None, None, None] * normals(rngs, pixels.shape[1:]).to(pixels)
+    noise = level[:, None, None, None] * randn_per_sample(rngs, pixels.shape[1:]).to(pixels)
     blurred = pixels
     for _ in range(2):  # two boxes of 3 pixels: nearly a Gaussian of 1.2
         blurred = F.avg_pool2d(blurred, 3, stride=1, padding=1, count_include_pad=False)
@@ -140,7 +140,7 @@ class JudgeTask:
 
     def __init__(self, config: JudgeConfig, seed: int, device: torch.device):
         self.seed, self.device = seed, device
-        with seeded(seed):
+        with with_seed(seed):
             self.judge = Judge(config).to(device)
         self.modules: dict[str, nn.Module] = {"judge": self.judge}
         self.networks = (self.judge.pictures, self.judge.texts)
@@ -149,25 +149,27 @@ class JudgeTask:
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
         return optimizers([self.judge], settings.learning_rate)
 
-    def loss(self, step: int, samples: range) -> Float[Tensor, ""]:
-        pixels, tokens, labels = self.draws(step, samples)
-        reading = self.judge.read(on(self.device, pixels))
-        texts = self.judge.encode_tokens(on(self.device, tokens))
+    def loss(self, step: int, sample_ids: range) -> Float[Tensor, ""]:
+        pixels, tokens, labels = self.draws(step, sample_ids)
+        reading = self.judge.read(to_device(self.device, pixels))
+        texts = self.judge.encode_tokens(to_device(self.device, tokens))
         labels = labels.to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             return judge_loss(reading, labels) + contrastive_loss(reading.features, texts, self.judge.log_scale)
 
 
-def judge_draws(config: JudgeConfig, seed: int, step: int, samples: range) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, "B L"], Labels]:
+def judge_draws(
+    config: JudgeConfig, seed: int, step: int, sample_ids: range
+) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, "B L"], Labels]:
     """Compose augmented scenes, with the tokens of their captions and their labels.
 
     Args:
         config: Of the judge.
         seed: Of the run.
         step: Number of the step.
-        samples: Numbers of its samples.
+        sample_ids: Numbers of its samples.
     """
-    rngs = [rng_for(seed, step, sample) for sample in samples]
+    rngs = [rng_for(seed, step, sample) for sample in sample_ids]
     scenes = [judge_scene(rng) for rng in rngs]
     pixels = augment(to_pixels(np.stack([scene.image for scene in scenes])), rngs)
     return pixels, get_tokenizer(config.tokenizer)([scene.caption for scene in scenes]), make_labels(scenes, config)

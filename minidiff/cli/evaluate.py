@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from minidiff.cli.flags import File, Folder, Text, Whole
-from minidiff.cli.model import load, say
+from minidiff.cli.model import load, print_notes
 
 if TYPE_CHECKING:
     from minidiff.evaluation.alignment import Encoder
@@ -80,7 +80,7 @@ def pictures(
         numbers["KID"] = {"value": distance.value, "error": distance.error, "pictures": len(features), "real": len(others)}
         print(f"{'KID':16} {distance.value:.4f} ± {distance.error:.4f}  {len(features)} pictures, {len(others)} real ones")
         if min(len(features), len(others)) < 500:
-            say([f"KID of {len(features)} and {len(others)} pictures: fewer than 500, so its error is large"])
+            print_notes([f"KID of {len(features)} and {len(others)} pictures: fewer than 500, so its error is large"])
     if out is not None:
         from minidiff.files import write_text
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from minidiff.cli.flags import DTypes, File, Number, Several, Whole
-from minidiff.cli.model import load, say, weighted
+from minidiff.cli.model import load, print_notes, weighted
 from minidiff.trainers.methods.options import family_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def merge_lora(files: Files, /, out: Path, model: str = "tiny", dtype: DTypes = 
         raise ValueError("no LoRA to merge; give at least one file")
     check_out(out, (".safetensors", ""))
     sd = weights_loader.load(model, dtype="file" if dtype == "auto" else getattr(torch, dtype))
-    say(sd.notes)
+    print_notes(sd.notes)
     for path, weight in weighted(files):
         one = weights_loader.read_lora(path, sd)
         one.weight = weight
@@ -78,7 +78,7 @@ def merge_concepts(
     merged, report = custom_diffusion.merge_concepts(sd, concepts, targets, regularisation, ridge)
     settings = {"method": "merge", "files": [Path(file).name for file in files], "captions": targets, "ridge": ridge}
     weights_loader.write_custom_diffusion(out, merged, sd, settings if out.suffix in (".safetensors", "") else None)
-    say(
+    print_notes(
         [
             f"constraints  {report.rows} tokens of {sum(map(len, targets))} captions, met to {report.residual:.1e} of their size",
             f"drift        {report.drift:.2%} of the keys and values of {report.regularisation_rows} tokens that should stay",
@@ -109,7 +109,7 @@ def compress(file: tyro.conf.Positional[str], /, out: Path, model: str = "tiny",
     settings = {"method": "compress", "file": Path(file).name, **({"rank": rank} if rank else {"share": share})}
     weights_loader.write_custom_diffusion(out, delta, sd, settings if out.suffix == ".safetensors" else None, small)
     ranks = sorted(u.shape[1] for u, _ in small.layers.values())
-    say(
+    print_notes(
         [
             f"ranks {ranks[0]} to {ranks[-1]}: {small.size / 1e6:.2f} MB of changes in place of {small.full_size / 1e6:.2f} MB",
             f"error {small.error:.1%} of the changes' norm",
@@ -155,7 +155,7 @@ def extract(
     settings |= {"clamp": clamp}
     weights_loader.write_lora(out, made, first, names, settings)
     ranks = sorted(layer.rank for layer in made.layers.values())
-    say([f"{len(ranks)} layers that differ, ranks {ranks[0]} to {ranks[-1]}: {out.stat().st_size / 1e6:.2f} MB"])
+    print_notes([f"{len(ranks)} layers that differ, ranks {ranks[0]} to {ranks[-1]}: {out.stat().st_size / 1e6:.2f} MB"])
     print(out)
 
 

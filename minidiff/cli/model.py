@@ -19,7 +19,7 @@ def load(model: str, dtype: str, device: "str | torch.device", **options):
 
     device = choose_device(device) if isinstance(device, str) else device
     sd = weights_loader.load(model, dtype=None if dtype == "auto" else getattr(torch, dtype), device=device, **options)
-    say(sd.notes)
+    print_notes(sd.notes)
     return sd
 
 
@@ -30,7 +30,7 @@ def weighted(files: Sequence[str]) -> tuple[tuple[str, float], ...]:
     return tuple(parse_weighted(file) for file in files)
 
 
-def say(notes: Iterable[str]) -> None:
+def print_notes(notes: Iterable[str]) -> None:
     for note in notes:
         print(f"minidiff: {note}", file=sys.stderr)
 

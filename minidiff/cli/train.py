@@ -1,303 +1,344 @@
-"""The commands `minidiff train METHOD`: their flags over a preset; cli/learn.py does what they ask for."""
+"""`minidiff train METHOD`: from the flags to the files that a run ends in.
 
+    flags over the preset -> check -> class pictures -> forecast -> steps, with sheets of pictures -> files, and the command that uses them
+
+The methods are trainers/methods/table.py; their flags are made from their options (cli/flags.py). Whatever is wrong with what was asked
+for raises before the first step, with nothing written. Imports that take long are inside the functions that need them.
+"""
+
+import re
+import shlex
 import sys
-from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+import warnings
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from minidiff.bundled.recipe import RECIPES, Recipe
-from minidiff.cli.flags import (
-    Attentions,
-    File,
-    LowRank,
-    Number,
-    Pictures,
-    PriorFlags,
-    RecipeFlags,
-    Run,
-    Several,
-    Text,
-    TextEncoderFlags,
-    Training,
-    What,
-    Whole,
-    WordFlags,
-    changed,
-    choices,
-)
-from minidiff.cli.learn import learn
-from minidiff.cli.model import load, say, training_on
-from minidiff.trainers.methods.options import Family, FineTuneOptions, LowRankOptions, Options, PivotalOptions, Words, preset
+from minidiff.cli.flags import CONFIG, Attentions, DTypes, File, Several, Whole, command_class, flag_groups, given
+from minidiff.cli.model import load, print_notes, training_on
+from minidiff.trainers.methods.method import Method, MethodOptions, describe
+from minidiff.trainers.methods.options import Concept, family_of
+from minidiff.trainers.methods.override import documented, override, places
+from minidiff.trainers.methods.table import METHODS
 
-LoRANames = Literal["diffusers", "kohya"]
+if TYPE_CHECKING:
+    import torch
+
+    from minidiff.pipeline import StableDiffusion
+    from minidiff.trainers.engine.loop import TrainStep
+    from minidiff.trainers.methods.finetuning import FinetuneTask, Subject, TrainingRun
+
+SAMPLE_STEPS = 20
+CONCEPT_NAMES = {"class" if name == "class_word" else name.replace("_", "-"): name for name in documented(Concept)}
+EXAMPLE = 'images=DIR,token="<cat>",class=cat'
 
 
-def lora(
-    what: What,
-    run: Run,
-    training: Training = Training(),
-    low_rank: LowRank = LowRank(),
-    text: TextEncoderFlags = TextEncoderFlags(),
-    pictures: Pictures = Pictures(),
-    prior: PriorFlags = PriorFlags(),
-    names: LoRANames = "diffusers",
-) -> None:
-    """A LoRA: small changes beside chosen layers, from a folder of pictures with one caption for all or one for each.
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """Where it is learned, and what is shown meanwhile. Stopped at any time, the same command resumes from the last save in --out.
 
     Args:
-        names: of the layers in the file: diffusers', or kohya's for the web interfaces
-    """
-
-    def options(family: Family) -> Options:
-        base = preset("lora", family)
-        return replace(
-            base,
-            settings=training.over(base.settings),
-            samples=pictures.over(base.samples),
-            low_rank=low_rank.over(base.low_rank, text),
-            prior=prior.over(base.prior),
-        )
-
-    learn("lora", what, run, options, names)
-
-
-def dreambooth(
-    what: What,
-    run: Run,
-    training: Training = Training(),
-    low_rank: bool = False,
-    lora: LowRank = LowRank(),
-    text: TextEncoderFlags = TextEncoderFlags(),
-    pictures: Pictures = Pictures(),
-    prior: PriorFlags = PriorFlags(),
-    names: LoRANames = "diffusers",
-) -> None:
-    """DreamBooth: a rare word becomes the subject's name; the whole U-Net learns it, or a LoRA with --low-rank.
-
-    Args:
-        low_rank: train a LoRA instead of the U-Net: a small file in place of a whole checkpoint
-        names: of the layers in the LoRA's file: diffusers', or kohya's for the web interfaces
-    """
-    if not low_rank and (lora != LowRank() or names != "diffusers"):
-        flag = next((name for name, value in asdict(lora).items() if value not in (None, ())), "names")
-        raise ValueError(f"--{flag} is of a LoRA; give --low-rank too, or leave it out")
-
-    def options(family: Family) -> Options:
-        base = preset("dreambooth-lora" if low_rank else "dreambooth", family)
-        base = replace(base, settings=training.over(base.settings), samples=pictures.over(base.samples), prior=prior.over(base.prior))
-        if low_rank:
-            return replace(base, low_rank=lora.over(base.low_rank or LowRankOptions(), text))
-        return changed(base, **text.values())
-
-    learn("dreambooth", what, run, options, names)
-
-
-def textual_inversion(
-    what: What,
-    run: Run,
-    training: Training = Training(),
-    pictures: Pictures = Pictures(),
-    words: WordFlags = WordFlags(),
-    names: Literal["diffusers", "a1111"] = "diffusers",
-) -> None:
-    """Textual Inversion: a new word alone; the model stays as it is, and the file has a few kilobytes.
-
-    Args:
-        names: of the file's tensors: diffusers', or a1111's for the web interfaces
-    """
-
-    def options(family: Family) -> Options:
-        base = words.over(preset("textual-inversion", family))
-        return replace(base, settings=training.over(base.settings), samples=pictures.over(base.samples))
-
-    learn("textual-inversion", what, run, options, names)
-
-
-def pivotal_tuning(
-    what: What,
-    run: Run,
-    training: Training = Training(),
-    low_rank: LowRank = LowRank(),
-    text: TextEncoderFlags = TextEncoderFlags(),
-    pictures: Pictures = Pictures(),
-    prior: PriorFlags = PriorFlags(),
-    token_steps: Whole = None,
-    token_learning_rate: Number = None,
-    words: WordFlags = WordFlags(),
-    names: LoRANames = "diffusers",
-) -> None:
-    """Pivotal tuning: first a new word, then a LoRA around it; two files, to be used together.
-
-    Args:
-        token_steps: steps of the new word; --steps are the LoRA's
-        token_learning_rate: of the new word; --learning-rate is the LoRA's
-        names: of the LoRA's layers: diffusers', or kohya's for the web interfaces
-    """
-
-    def options(family: Family) -> PivotalOptions:
-        base = preset("pivotal-tuning", family)
-        first = replace(training, steps=token_steps, learning_rate=token_learning_rate, warmup_steps=None, schedule=None)
-        tokens = words.over(base.tokens)
-        tokens = replace(tokens, settings=first.over(tokens.settings), samples=pictures.over(tokens.samples))
-        around = replace(
-            base.lora,
-            settings=training.over(base.lora.settings),
-            samples=pictures.over(base.lora.samples),
-            low_rank=low_rank.over(base.lora.low_rank, text),
-            prior=prior.over(base.lora.prior),
-        )
-        return replace(base, tokens=tokens, lora=around)
-
-    learn("pivotal-tuning", what, run, options, names)
-
-
-def custom_diffusion(
-    what: What,
-    run: Run,
-    training: Training = Training(),
-    pictures: Pictures = Pictures(),
-    prior: PriorFlags = PriorFlags(),
-    start_from: File = None,
-    start: Several = (),
-    token_scale: Number = None,
-    all_of_attention: bool = False,
-    sizes: choices(Literal["none", "paper", "code"]) = None,
-    words: choices(Words) = None,
-    names: Literal["minidiff", "diffusers", "original"] = "minidiff",
-) -> None:
-    """Custom Diffusion: keys and values of cross-attention and a new word; several concepts jointly, or one after the other.
-
-    Args:
-        start_from: a Custom Diffusion to which these concepts are added, learned before on the same model
-        start: rare words that the new ones start from, in order
-        token_scale: the words' share of the learning rate
-        all_of_attention: queries and outputs of cross-attention too, as the authors do for faces
-        sizes: show the subject at several sizes: as in the paper, as in its program, or not
-        words: for these sizes, of photographs or of the bundled model's scenes
-        names: minidiff, one safe file; diffusers, a folder; original, the authors' delta.bin
-    """
-
-    def options(family: Family) -> Options:
-        base = preset("custom-diffusion", family)
-        base = changed(base, start=start or None, token_scale=token_scale, sizes=sizes, words=words)
-        base = replace(base, all_of_attention=all_of_attention)
-        return replace(base, settings=training.over(base.settings), samples=pictures.over(base.samples), prior=prior.over(base.prior))
-
-    learn("custom-diffusion", what, run, options, names, start_from)
-
-
-def fine_tune(
-    what: What,
-    run: Run,
-    training: Training = Training(),
-    pictures: Pictures = Pictures(),
-    prior: PriorFlags = PriorFlags(),
-    weights: Several = (),
-    text_scale: Number = None,
-) -> None:
-    """Fine-tuning: the model's own weights, all of the U-Net or those of chosen names.
-
-    Args:
-        weights: regular expressions over names of weights, as "^unet\\.up" or cross_attention
-        text_scale: the text encoder's share of the learning rate, where its weights are among them
-    """
-
-    def options(family: Family) -> FineTuneOptions:
-        base = changed(preset("fine-tune", family), weights=weights or None, text_scale=text_scale)
-        return replace(base, settings=training.over(base.settings), samples=pictures.over(base.samples), prior=prior.over(base.prior))
-
-    learn("fine-tune", what, run, options)
-
-
-def from_scratch(
-    out: tyro.conf.Positional[Path],
-    /,
-    recipe: choices(Literal["bundled", "half"]) = None,
-    numbers: RecipeFlags = RecipeFlags(),
-    init: Text = None,
-    vae: Text = None,
-    device: str = "auto",
-    attention: Attentions = "auto",
-    threads: Whole = None,
-) -> None:
-    """Train a small Stable Diffusion from nothing on composed scenes: the VAE, then text encoder and U-Net together.
-
-    Stopped at any time and started again with the same arguments, it goes on from its last state.
-
-    Args:
-        out: folder of the run; the model ends there as model.safetensors, and its parts, in half precision, beside it
-        recipe: bundled makes a judge, its figures and a card as well; half is a smaller, half-trained model; without it the model alone
-        init: a checkpoint of the bundled model's kind to train on from; its VAE is kept
-        vae: a checkpoint whose VAE is taken as it is; text encoder and U-Net begin from nothing
+        out: folder of the run, where the files it ends in are written
+        model: "tiny" (ships with minidiff), a .safetensors or .ckpt file, or a diffusers folder
+        prediction: what the model predicts, eps or v, where its file is wrong about it
+        dtype: of the frozen weights; float32 by default, float16 or bfloat16 halve them on a GPU
         device: auto, cpu, cuda, cuda:1, mps
-        attention: how it is worked out: auto takes what is fastest; triton is this package's kernels, on a GPU
+        attention: how it is computed: auto takes what is fastest; triton is this package's kernels, on a GPU
         threads: CPU threads to use; all cores by default
+        sample_every: steps between two sheets of validation pictures, always on the same seeds; 0 for none but at the end
+        sample_prompt: what they show; the first caption of each concept by default
+        num_samples: how many pictures of each prompt
     """
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    model: str = "tiny"
+    prediction: Annotated[Literal["eps", "v"] | None, tyro.conf.arg(metavar="{eps,v}", help_behavior_hint="")] = None
+    dtype: DTypes = "auto"
+    device: str = "auto"
+    attention: Attentions = "auto"
+    threads: Whole = None
+    sample_every: int = 100
+    sample_prompt: Several = ()
+    num_samples: int = 4
+
+    def check(self) -> None:
+        """Raise ValueError for a number out of range."""
+        for name, smallest in (("sample_every", 0), ("num_samples", 1), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: at least {smallest}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that was asked for.
+
+    Args:
+        name: of the method
+        method: its row of the table
+        options: the preset with the flags that were given
+        concepts: what is learned, with the folders of class pictures
+        run: where it is learned
+        names: spelling of the files
+        start_from: a file of an earlier result, to which the concepts are added
+    """
+
+    name: str
+    method: Method[Any]
+    options: MethodOptions
+    concepts: list[Concept]
+    run: RunFlags
+    names: str
+    start_from: Path | None
+
+
+def train(name: str, args: list[str]) -> None:
+    """Parse the flags of a method, train, and write what was learned."""
+    method = METHODS[name]
+    numbers = f"Presets of the bundled model: {describe(method.presets['bundled'])}.\n\nPresets of Stable Diffusion: "
+    description = f"{method.summary}\n\n{numbers}{describe(method.presets['sd1'])}."
+    asked = vars(tyro.cli(flag_class(method), prog=f"minidiff train {name}", description=description, args=args, config=CONFIG))
+    run: RunFlags = asked["run"]
+    run.check()
+    concepts = read_concepts(given([asked["concept"]], Concept), asked["more"])
+    with training_on(run.device, run.threads, run.attention) as device:
+        sd = load(run.model, "float32" if run.dtype == "auto" else run.dtype, device, prediction=run.prediction)
+        presets = method.low_rank_presets if asked.get("as_lora") else method.presets
+        options = apply_flags(presets[family_of(sd.config)], method, asked)
+        concepts = [with_class_folder(concept, i, run.out, options) for i, concept in enumerate(concepts, start=1)]
+        job = Job(name, method, options, concepts, run, asked.get("names", "diffusers"), asked.get("start_from"))
+        learn(job, sd, device)
+
+
+def learn(job: Job, sd: "StableDiffusion", device: "torch.device") -> None:
+    """Prepare the run, take its steps, write its files, and print the command that uses them."""
+    from minidiff.cli.outputs import write_results
+    from minidiff.trainers.engine.distributed import rank
+
+    run = job.run
+    training = prepare(job, sd)
+    print_forecast(training, device)
+    prompts = list(run.sample_prompt) or [first_caption(subject) for subject in training.phases[0].subjects]
+    try:
+        take_steps(training, run, prompts, device)
+    except KeyboardInterrupt:
+        print_notes([f"stopped; the same command resumes from what is saved in {run.out}"])
+        raise
+    if rank() == 0:
+        flags = [text for flag, path in write_results(training, sd, run.out, job.names, settings_of(job)) for text in (flag, str(path))]
+        model = [] if "--model" in flags or run.model == "tiny" else ["--model", run.model]
+        prediction = ["--prediction", run.prediction] if model and run.prediction else []
+        print(shlex.join(["minidiff", "generate", prompts[0], *model, *prediction, *flags]))
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def flag_class(method: Method[Any]) -> type:
+    """Make the class of all flags of a method."""
+    parts: dict[str, Any] = {"concept": flag_groups(Concept)["method"], "run": (RunFlags,)}
+    if method.low_rank_presets:
+        about = "train a LoRA instead of the U-Net: a small file in place of a whole checkpoint"
+        parts["as_lora"] = (Annotated[bool, tyro.conf.arg(name="low-rank", help=about, help_behavior_hint="")], False)
+    if method.start_from:
+        about = f"a {method.start_from.replace('_', ' ').title()} to which these concepts are added, learned before on the same model"
+        parts["start_from"] = (Annotated[File, tyro.conf.arg(metavar="FILE", help=about)], None)
+    if method.formats:
+        about = "spelling of the files: " + "; ".join(f"{name}: {what}" for name, what in method.formats.items())
+        parts["names"] = (Annotated[Literal[tuple(method.formats)], tyro.conf.arg(help=about)], next(iter(method.formats)))
+    about = f"one more thing to learn, as {EXAMPLE}; it knows {', '.join(f'{name}=' for name in CONCEPT_NAMES)}"
+    parts["more"] = (Annotated[Several, tyro.conf.arg(name="concept", help=about)], ())
+    return command_class(parts | flag_groups(method.options, taken=documented(Concept)))
+
+
+def apply_flags(preset: MethodOptions, method: Method[Any], asked: dict[str, Any]) -> MethodOptions:
+    """Return the preset with the flags that were given. Raises ValueError for one that these options have no place for."""
+    groups = [part for name, part in asked.items() if name in flag_groups(method.options)]
+    changes = given(groups, method.options)
+    known = {flat.name for flat in places(preset)}
+    lost = [name for name in changes if name not in known]
+    if method.low_rank_presets and not asked["as_lora"] and asked.get("names") != next(iter(method.formats)):
+        lost.append("names")
+    if lost:
+        raise ValueError(f"--{lost[0].replace('_', '-')} is of a LoRA; give --low-rank too, or leave it out")
+    return override(preset, changes)
+
+
+def read_concepts(values: dict[str, Any], more: tuple[str, ...]) -> list[Concept]:
+    """Return the concept of --images and its companions, and those of --concept. Raises ValueError where there is none."""
+    if values and "images" not in values:
+        raise ValueError(
+            f"--{next(iter(values)).replace('_', '-')} without --images; give the folder of the pictures, or --concept {EXAMPLE}"
+        )
+    if not values and not more:
+        raise ValueError(f"nothing to learn; give --images DIR, or --concept {EXAMPLE}")
+    return [*([Concept(**values)] if values else []), *(parse_concept(text) for text in more)]
+
+
+def parse_concept(text: str) -> Concept:
+    """Read 'images=cat,token=<cat>,class=cat' as a Concept; a comma within a value is one unless a known name and = follow."""
+    parts = re.split(rf",?\b({'|'.join(sorted(CONCEPT_NAMES, key=len, reverse=True))})=", text)
+    if parts[0] or len(parts) < 3:
+        raise ValueError(f"--concept {text}: expected {EXAMPLE}; it knows {', '.join(CONCEPT_NAMES)}")
+    names, values = parts[1::2], [value.strip('"') for value in parts[2::2]]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--concept {text}: {twice[0]} is given twice")
+    found: dict[str, Any] = {CONCEPT_NAMES[name]: value for name, value in zip(names, values) if value}
+    if "images" not in found:
+        raise ValueError(f"--concept {text}: no images=DIR")
+    if found.get("captions", "no") not in ("yes", "no"):
+        raise ValueError(f"--concept {text}: captions={found['captions']}; write yes or no")
+    found["captions"] = found.get("captions") == "yes"
+    return Concept(**found | {name: Path(found[name]) for name in ("images", "class_images") if name in found})
+
+
+# --- before the first step --------------------------------------------------------------------------------------------
+
+
+def with_class_folder(concept: Concept, number: int, out: Path, options: MethodOptions) -> Concept:
+    """Give class pictures that are made a folder in the run's, unless there is another."""
+    if concept.class_images is None and options.prior.is_made:
+        return replace(concept, class_images=out / f"class-{number}")
+    return concept
+
+
+def prepare(job: Job, sd: "StableDiffusion") -> "TrainingRun":
+    """Check everything, claim the folder of the run, fill the folders of class pictures, and put the run together.
+
+    Making class pictures may take long, so what can be wrong is found before: the run is put together without them first.
+    """
+    from minidiff.trainers.engine.distributed import barrier, rank
+    from minidiff.trainers.methods.common import class_caption
+
+    is_made = job.options.prior.is_made
+    with warnings.catch_warnings():
+        if is_made:
+            warnings.simplefilter("ignore")  # they come again
+            for concept in job.concepts:
+                class_caption(concept, job.options.prompt)
+        training = build(replace(job, options=override(job.options, {"prior": "none"})) if is_made else job, sd)
+    if rank() == 0:
+        claim(job.run.out, {"method": job.name, "model": job.run.model, "names": job.names})
+        fill_class_folders(job, sd)
+    barrier()
+    return build(job, sd) if is_made else training
+
+
+def build(job: Job, sd: "StableDiffusion") -> "TrainingRun":
+    """Put the run together; raises for all that is wrong."""
+    import weights_loader
+    from minidiff.trainers.data.cache import Cache
+
+    cache = Cache(job.run.out / "cache")
+    if job.start_from is None:
+        return job.method.build(sd, job.concepts, job.options, cache)
+    before = getattr(weights_loader, f"read_{job.method.start_from}")(job.start_from, sd)
+    return job.method.build(sd, job.concepts, job.options, cache, start_from=before)
+
+
+def claim(out: Path, asked: dict[str, str]) -> None:
+    """Claim the folder for the run. Raises ValueError if it holds another's, OSError for a file."""
+    from minidiff.files import ensure_same_run
+
+    try:
+        ensure_same_run(out / "run.json", asked)
+    except OSError as error:
+        raise OSError(f"--out {out}: no folder to write to ({error.strerror}); choose another place") from error
+
+
+def fill_class_folders(job: Job, sd: "StableDiffusion") -> None:
+    """Fill the folders of class pictures, if the prior's are made, with a bar for each."""
     from tqdm import tqdm
 
-    import weights_loader
-    from minidiff.bundled.make import estimate_bundled_seconds, run_bundled
-    from minidiff.bundled.run import claim_folder, estimate_seconds, run_from_scratch
-    from minidiff.bundled.tasks import bundled_config
+    from minidiff.trainers.methods.common import fill_class_images
 
-    def save(sd) -> None:
-        weights_loader.save(sd, out / "model.safetensors")
-        weights_loader.save_parts(sd, out)
-
-    def save_judge(judge) -> None:
-        weights_loader.save_judge(judge, out / "judge.safetensors")
-
-    with training_on(device, threads, attention) as device, ExitStack() as outer, ExitStack() as bars:
-        asked = numbers.over(RECIPES[recipe or "bundled"])
-        base, other = (load(file, "float32", device) if file else None for file in (init, vae))
-        config = base.config if base else bundled_config(asked.widths)
-        if other:
-            config = replace(config, vae=other.config.vae)
-        given = base, other and other.vae
-        claim_folder(out, config, asked, *given)
-        if recipe == "bundled":
-            say_how_long(estimate_bundled_seconds, config, asked, device, given, out)
-            run = run_bundled(config, asked, out, device, save, save_judge, *given)
-        else:
-            say_how_long(estimate_seconds, config, asked, device, given, out)
-            run = run_from_scratch(config, asked, out, device, save, *given)
-        stage = None
-        for step in outer.enter_context(closing(run)):
-            if step.stage != stage:
-                bars.close()
-                stage, bar = step.stage, bars.enter_context(tqdm(desc=step.stage, total=step.steps, initial=step.i - 1, file=sys.stderr))
-            bar.update(step.i - bar.n)
-            if step.text:
-                bar.set_postfix_str(step.text, refresh=False)
-        bars.close()
-        print(out / "model.safetensors")
+    seed = job.options.phases()[-1].settings.seed
+    for concept in job.concepts if job.options.prior.is_made else ():
+        count = job.options.prior.count
+        with tqdm(desc=f"class pictures in {concept.class_images}", total=count, unit="picture", file=sys.stderr) as bar:
+            for filled in fill_class_images(sd, concept, job.options, seed):
+                bar.update(filled.done - bar.n)
 
 
-def say_how_long(foretell, config, recipe: Recipe, device, given: tuple, out: Path) -> None:
-    """Says how long each stage that has left no result yet will take, before the first one."""
-    from minidiff.machine import format_device
-    from minidiff.markdown import format_duration
+def print_forecast(training: "TrainingRun", device: "torch.device") -> None:
+    """Make the latents, and print what is trained and how much memory it will take."""
+    from tqdm import tqdm
 
-    results = {"diffusion": "model.safetensors", "judge": "judge.safetensors", "evaluation": "figures.json"}
-    if all((out / name).exists() for name in results.values()):
-        return
-    seconds = {
-        stage: s for stage, s in foretell(config, recipe, device, *given).items() if not (out / results.get(stage, "latents.pt")).exists()
-    }
-    if seconds:
-        stages = ", ".join(f"{stage} {format_duration(s)}" for stage, s in seconds.items())
-        say([f"on {format_device(device)}, about: {stages}; {format_duration(sum(seconds.values()))} in all"])
+    from minidiff.markdown import format_bytes
+    from minidiff.trainers.engine.distributed import world_size
+    from minidiff.trainers.engine.log import memory_taken
+    from minidiff.trainers.engine.memory import estimate_memory
+
+    for phase in training.phases:
+        for _ in tqdm(phase.prepare(), desc="pictures to latents", unit="picture", file=sys.stderr, leave=False):
+            pass
+        taken = f"; this process has taken {format_bytes(memory_taken(device))} so far, the model among it" if device.type == "cpu" else ""
+        with phase:
+            memory = estimate_memory(phase, phase.settings, device)
+        settings = phase.settings
+        trained = sum(p.numel() for group in phase.groups for p in group.params)
+        pictures = sum(len(subject.pictures) for subject in phase.subjects)
+        samples = settings.batch * settings.gradient_accumulation * world_size()
+        how = f"{settings.steps} steps of {samples} samples, learning rate {settings.learning_rate:g}"
+        print_notes([f"{phase.name}: {trained:,} numbers are trained on {pictures} pictures, {how}", f"{memory}{taken}"])
 
 
-COMMANDS = {
-    "lora": lora,
-    "dreambooth": dreambooth,
-    "textual-inversion": textual_inversion,
-    "pivotal-tuning": pivotal_tuning,
-    "custom-diffusion": custom_diffusion,
-    "fine-tune": fine_tune,
-    "from-scratch": from_scratch,
-}
+def first_caption(subject: "Subject") -> str:
+    """Return what a subject is asked for by."""
+    return (subject.templates or (subject.pictures.examples[0].caption,))[0]
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def take_steps(training: "TrainingRun", run: RunFlags, prompts: list[str], device: "torch.device") -> None:
+    """Take the steps that are left, phase by phase."""
+    phases = 0
+    with closing(training.run(device, run.out)) as steps:
+        for phase, own in groupby(steps, key=lambda pair: pair[0]):
+            show_phase(phase, (step for _, step in own), run, prompts, device)
+            phases += 1
+    if not phases:
+        print_notes(["all steps were taken before; the files are written again"])
+
+
+def show_phase(phase: "FinetuneTask", steps: "Iterator[TrainStep]", run: RunFlags, prompts: list[str], device: "torch.device") -> None:
+    """Take the steps of one phase, with a bar, a log and sheets of pictures."""
+    from tqdm import tqdm
+
+    from minidiff.trainers.engine.distributed import rank
+    from minidiff.trainers.engine.log import Log
+
+    first, announced = next(steps), False
+    bar = tqdm(desc=phase.name, total=first.steps, initial=first.done - 1, unit="step", file=sys.stderr)
+    with Log(run.out, phase.name, device) as log, bar:
+        for step in chain([first], steps):
+            log.add(step)
+            bar.update(step.done - bar.n)
+            bar.set_postfix_str(log.text(), refresh=False)
+            if not announced and log.pace.forecast() and bar.n - bar.initial >= 5:
+                announced = True
+                bar.write(f"minidiff: {log.pace.forecast()}", file=sys.stderr)
+            is_due = step.done == step.steps or (run.sample_every and step.done % run.sample_every == 0)
+            if is_due and rank() == 0:
+                save_sheet(phase, prompts, run.num_samples, run.out / f"{phase.name}-{step.done:06d}.png")
+
+
+def save_sheet(phase: "FinetuneTask", prompts: list[str], count: int, path: Path) -> None:
+    """Write one row per prompt, the same seeds every time."""
+    from minidiff.pictures import grid, save_png
+
+    columns = [phase.pictures(prompts, seed=seed, steps=SAMPLE_STEPS) for seed in range(count)]
+    save_png(grid([column[row] for row in range(len(prompts)) for column in columns], columns=count), path)
+
+
+def settings_of(job: Job) -> dict[str, object]:
+    """Return all that was asked for, for the metadata of the files; of folders their names alone, for files are passed on."""
+    named = [{k: value.name if isinstance(value, Path) else value for k, value in asdict(concept).items()} for concept in job.concepts]
+    options: Any = job.options  # a dataclass
+    return {"method": job.name, "model": Path(job.run.model).name, "concepts": named, **asdict(options)}

@@ -4,7 +4,7 @@ StudyRun -> training pictures -> a method of trainers/methods -> Outcome: adapte
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minidiff.adapters.custom_diffusion import CustomDiffusion, compress, from_deltas, merge_concepts
 from minidiff.adapters.parallel import METHODS, PATTERNS, create_adapters
+from minidiff.adapters.tokens import NewTokens
 from minidiff.evaluation.weights import relative_changes
 from minidiff.files import atomic_write
 from minidiff.pictures import save_png
@@ -24,10 +25,14 @@ from minidiff.scenes.pictures import subject_scenes
 from minidiff.scenes.scenes import sample_scene, with_article
 from minidiff.study.plan import PICTURES, STEPS, SUBJECTS, UNTOUCHED, StudyRun, Variant, standard_options, variants
 from minidiff.trainers.engine.memory import estimate_memory
-from minidiff.trainers.methods import common
-from minidiff.trainers.methods.common import TrainingRun
-from minidiff.trainers.methods.finetuning import Adapter, Group
-from minidiff.trainers.methods.options import Concept, CustomDiffusionOptions, LoRAOptions, Options, PivotalOptions, Prior
+from minidiff.trainers.methods import table
+from minidiff.trainers.methods.common import fill_class_images, make_subjects
+from minidiff.trainers.methods.custom_diffusion import CustomDiffusionOptions
+from minidiff.trainers.methods.finetuning import Adapter, FinetuneTask, Group, TrainingRun
+from minidiff.trainers.methods.lora import LoRAOptions
+from minidiff.trainers.methods.method import MethodOptions
+from minidiff.trainers.methods.options import Concept
+from minidiff.trainers.methods.override import override
 
 RANK = 8  # of the adapters of family.py
 RIDGE = 0.1  # of a merge: the bundled model's text has few directions
@@ -111,29 +116,19 @@ def make_concept(method: str, subject: str, seed: int, folder: Path, count: int 
 
 def prompt_name(method: str, one: Concept) -> str:
     """Return the words for the subject in a prompt, as the method taught them."""
-    return one.token if method in ("textual-inversion", "pivotal-tuning") else one.words
+    return one.token if method in ("textual-inversion", "pivotal-tuning") else one.subject_phrase
 
 
-def with_class_pictures(sd: StableDiffusion, one: Concept, options: Options) -> Concept:
+def with_class_pictures(sd: StableDiffusion, one: Concept, options: MethodOptions) -> Concept:
     """Return the concept with a folder of class pictures, filled first if necessary; all runs of the class share it."""
-    prior = options.lora.prior if isinstance(options, PivotalOptions) else getattr(options, "prior", Prior())
+    prior = options.prior
     if prior.kind == "none":
         return one
     words = one.class_word or "style"
     one = replace(one, class_images=one.images.parent.parent / "class" / f"{words}-{prior.kind}-{prior.count}")
-    for _ in common.fill_class_images(sd, one, prior, options.prompt, options.samples):
+    for _ in fill_class_images(sd, one, options):
         pass
     return one
-
-
-FUNCTIONS: dict[str, Callable[..., TrainingRun]] = {
-    "lora": common.lora,
-    "dreambooth": common.dreambooth,
-    "dreambooth-lora": common.dreambooth,
-    "textual-inversion": common.textual_inversion,
-    "pivotal-tuning": common.pivotal,
-    "custom-diffusion": common.custom_diffusion,
-}
 
 
 def train_method(
@@ -148,14 +143,14 @@ def train_method(
         seed: Of the run.
         start_from: Custom Diffusion that is trained further.
     """
-    options = with_seed(variant.options, seed)
+    options = override(variant.options, {"seed": seed})
     concepts = [with_class_pictures(sd, one, options) for one in concepts]
     before = None
     if variant.method in METHODS:
         method, adapters = make_adapter_run(sd, variant.method, concepts, options)
     else:
         more = {} if start_from is None else {"start_from": start_from}
-        method = FUNCTIONS[variant.method](sd, concepts, options, **more)
+        method = table.METHODS[variant.method.removesuffix("-lora")].build(sd, concepts, options, **more)
         adapters = tuple(one for one in (method.tokens, method.lora, method.custom_diffusion) if one is not None)
     if not adapters:
         before = {name: p.detach().clone() for name, p in sd.unet.named_parameters()}
@@ -173,29 +168,14 @@ def train_method(
     return Outcome(adapters, tuple(prompt_name(variant.method, one) for one in concepts), count, 4 * kept, seconds, memory, changes)
 
 
-def with_seed(options: Options, seed: int) -> Options:
-    """Return the options with that seed in all their phases."""
-    if isinstance(options, PivotalOptions):
-        return replace(options, tokens=with_seed(options.tokens, seed), lora=with_seed(options.lora, seed))
-    return replace(options, settings=replace(options.settings, seed=seed))
-
-
 def make_adapter_run(
     sd: StableDiffusion, name: str, concepts: Sequence[Concept], options: LoRAOptions
 ) -> tuple[TrainingRun, tuple[Adapter, ...]]:
     """A method of family.py at the attentions, trained as a LoRA is."""
     generator = torch.Generator().manual_seed(options.settings.seed)
     adapters = create_adapters(sd, PATTERNS["attention"], method=name, rank=RANK, generator=generator)
-    phase = common.make_phase(
-        sd,
-        name,
-        common.captioned(sd, concepts, options, None),
-        options,
-        None,
-        modules={name: adapters},
-        adapters=[adapters],
-        groups=[Group(tuple(adapters.parameters()))],
-    )
+    subjects, groups = make_subjects(sd, concepts, options, None), [Group(tuple(adapters.parameters()))]
+    phase = FinetuneTask(sd, name, subjects, options, modules={name: adapters}, adapters=[adapters], groups=groups)
     return TrainingRun((phase,)), (adapters,)
 
 
@@ -215,16 +195,21 @@ def train_pair(sd: StableDiffusion, run: StudyRun, folder: Path) -> Outcome:
     one = train_custom_diffusion(sd, run.subjects[0], run.seed, folder)
     if run.variant == "sequential":
         step = train_method(sd, Variant(method, replace(options, start=FIRST_WORDS)), [second], run.seed, one.adapters[0])
-        return replace(step, prompt_names=(first.words, second.words), seconds=one.seconds + step.seconds)
+        return replace(step, prompt_names=(first.subject_phrase, second.subject_phrase), seconds=one.seconds + step.seconds)
     other = train_custom_diffusion(sd, run.subjects[1], run.seed, folder, second=True)
     start = time.perf_counter()
     captions = [sample_scene(np.random.default_rng([1, i])).caption for i in range(1000)]
-    targets = [[f"a photo of a {words}"] for words in (first.words, second.words)]
+    targets = [[f"a photo of a {words}"] for words in (first.subject_phrase, second.subject_phrase)]
     merged, _ = merge_concepts(sd, [one.adapters[0], other.adapters[0]], targets, captions, RIDGE)
     seconds = one.seconds + other.seconds + time.perf_counter() - start
     size = 4 * sum(p.numel() for p in merged.parameters())
     return replace(
-        one, adapters=(merged,), prompt_names=(first.words, second.words), seconds=seconds, trained=one.trained + other.trained, bytes=size
+        one,
+        adapters=(merged,),
+        prompt_names=(first.subject_phrase, second.subject_phrase),
+        seconds=seconds,
+        trained=one.trained + other.trained,
+        bytes=size,
     )
 
 
@@ -237,8 +222,8 @@ def train_custom_diffusion(sd: StableDiffusion, subject: str, seed: int, folder:
     one = make_concept("custom-diffusion", subject, seed, folder, second=second)
     if path.exists():
         kept = torch.load(path, weights_only=True)
-        delta = CustomDiffusion(kept.pop("layers"), common.NewTokens(kept.pop("rows"))).to(sd.device)
-        return Outcome((delta,), (one.words,), **kept)
+        delta = CustomDiffusion(kept.pop("layers"), NewTokens(kept.pop("rows"))).to(sd.device)
+        return Outcome((delta,), (one.subject_phrase,), **kept)
     options: CustomDiffusionOptions = replace(standard_options("custom-diffusion"), start=FIRST_WORDS[second:])
     result = train_method(sd, Variant("custom-diffusion", options), [one], seed)
     (delta,) = result.adapters

@@ -15,15 +15,14 @@ All methods take the same number of steps of the same batch size; the presets gi
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from minidiff.trainers.methods.options import (
-    DreamBoothOptions,
-    LoRAOptions,
-    Options,
-    PivotalOptions,
-    Prior,
-    preset,
-)
+from minidiff.trainers.methods.dreambooth import DreamBoothOptions
+from minidiff.trainers.methods.lora import LoRAOptions
+from minidiff.trainers.methods.method import MethodOptions
+from minidiff.trainers.methods.options import Prior
+from minidiff.trainers.methods.override import override
+from minidiff.trainers.methods.table import preset
 
 # Held-out subjects, each with the training subject that stands for its class: similar, and drawn well by the bundled model.
 SUBJECTS = {"tiger": "lion", "teapot": "mug", "violin": "guitar", "cake": "cupcake", "sofa": "chair"}
@@ -62,20 +61,15 @@ class Variant:
     """A method and its options. method: a preset, or a method of adapters/parallel.py. pictures: how many of the subject it is given."""
 
     method: str
-    options: Options
+    options: MethodOptions
     pictures: int = PICTURES
 
 
-def with_budget(options: Options, steps: int) -> Options:
-    """Return the options with that many steps in all, in bfloat16; pivotal tuning spends half of them on its word."""
-    if isinstance(options, PivotalOptions):
-        return replace(options, tokens=with_budget(options.tokens, steps // 2), lora=with_budget(options.lora, steps - steps // 2))
-    return replace(options, settings=replace(options.settings, steps=steps, precision="bfloat16"))
-
-
-def standard_options(method: str) -> Options:
-    """Return the bundled model's preset of a method with the study's number of steps."""
-    return with_budget(preset(method, "bundled"), STEPS)
+def standard_options(method: str) -> Any:
+    """Return the bundled model's preset of a method with the study's budget, in bfloat16; pivotal tuning has half of it for each phase."""
+    options = preset(method, "bundled")
+    steps = STEPS // len(options.phases())
+    return override(options, {"steps": steps, "token_steps": steps, "precision": "bfloat16"})
 
 
 def method_variants() -> dict[str, Variant]:

@@ -6,9 +6,9 @@ import torch
 from minidiff.adapters.lora import create_lora, layers_of
 from minidiff.adapters.parallel import METHODS, PATTERNS, Adapters, ParallelAdapter, create_adapters
 from minidiff.attention import Attention, attention_weights, naive_attention
-from minidiff.attention_maps import word_map
+from minidiff.attention_maps import with_attention_maps, word_map
 from minidiff.blocks import FeedForward
-from minidiff.trainers.engine.checkpointing import checkpointed
+from minidiff.trainers.engine.checkpointing import with_checkpointing
 from tests.small_models import small_model
 
 BOTH = PATTERNS["attention"] + PATTERNS["feed_forward"]
@@ -148,7 +148,7 @@ def test_gradient_flows_to_every_weight_and_checkpointing_does_not_change_it(met
     adapters, gradients = learned(sd, method, rank=8), []  # of fewer units all may be below zero
     adapters.attach(sd)
     for on in (False, True):
-        with checkpointed([sd.unet], on):
+        with with_checkpointing([sd.unet], on):
             gradients.append(torch.autograd.grad(answer(sd).square().mean(), list(adapters.parameters())))
     adapters.detach()
     assert all(torch.equal(one, other) for one, other in zip(*gradients))
@@ -189,13 +189,13 @@ def test_half_precision_stays_and_the_adapters_are_float32(method, how):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_pictures_with_guidance_and_attention_maps(method, sd):
-    def last(**more):
-        *_, step = sd.denoise("a cat", steps=2, guidance_scale=3.0, seeds=[0, 1], **more)
+    def last(change=lambda steps: steps):
+        *_, step = change(sd.denoise("a cat", steps=2, guidance_scale=3.0, seeds=[0, 1]))
         return step
 
     before, adapters = last().x_t, learned(sd, method)
     adapters.attach(sd)
-    live, recorded = last().x_t, last(attention_maps=True)
+    live, recorded = last().x_t, last(lambda steps: with_attention_maps(steps, sd.unet))
     adapters.detach()
     assert torch.equal(recorded.x_t, live), "recording runs some layers twice"
     assert word_map(recorded.attention_maps, [1], (8, 8)).shape == (2, 8, 8)

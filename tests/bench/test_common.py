@@ -67,5 +67,5 @@ def test_made_up_weights_keep_activations_at_their_size():
         prediction = sd.unet(latents, torch.tensor([500]), context)
         pixels = sd.vae.decode(latents)
     assert 0.1 < prediction.std() < 10 and 0.1 < pixels.std() < 10
-    weights = [p for part in (sd.text_encoder, sd.unet, sd.vae) for p in part.parameters()]
+    weights = [p for part in sd.parts.values() for p in part.parameters()]
     assert len({p.data_ptr() for p in weights}) == len(weights)  # each its own memory: the cache must not hold the whole model

@@ -11,15 +11,14 @@ from tests.small_models import small_config
 def test_ours_and_theirs_are_the_same_picture(tmp_path):
     pictures = []
     with pipelines.model_folder(small_config()) as folder:
-        for library, savings in (("diffusers", False), ("minidiff", True), ("minidiff", False)):
-            job = {"folder": str(folder), "device": "cpu", "how": "eager", "dtype": "float32", "savings": savings, "library": library}
+        for library in ("diffusers", "minidiff"):
+            job = {"folder": str(folder), "device": "cpu", "how": "eager", "dtype": "float32", "library": library}
             answer = prepare(job | {"size": 32, "steps": 2})
             answer({"do": "check", "result": str(tmp_path / "result.npy")})
             pictures.append(np.load(tmp_path / "result.npy"))
     assert pictures[0].shape == (1, 3, 32, 32) and pictures[0].std() > 0.05 and 0 <= pictures[0].min() < pictures[0].max() <= 1
-    for picture in pictures[1:]:
-        # Two steps of float32 parity (1e-4 relative each) at guidance 7.5, then the decoder.
-        np.testing.assert_allclose(picture, pictures[0], atol=2e-3)
+    # Two steps of float32 parity (1e-4 relative each) at guidance 7.5, then the decoder.
+    np.testing.assert_allclose(pictures[1], pictures[0], atol=2e-3)
 
 
 def test_nonsense_is_refused_at_once():

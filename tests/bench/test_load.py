@@ -126,4 +126,4 @@ def test_a_contender_that_fails_is_named_with_what_it_said(tmp_path):
 
 
 def all_weights(sd):
-    return [weight for part in (sd.text_encoder, sd.unet, sd.vae) for weight in part.parameters()]
+    return [weight for part in sd.parts.values() for weight in part.parameters()]

@@ -28,7 +28,7 @@ def test_both_have_the_same_loss_and_steps_change_it(folder, tmp_path, monkeypat
     monkeypatch.setattr(train_bench, "RATE", 1e-2)  # so that two steps show
     first = []
     for library in ("diffusers", "minidiff"):
-        job = {"folder": str(folder), "device": "cpu", "how": "eager", "dtype": "float32", "savings": True, "library": library}
+        job = {"folder": str(folder), "device": "cpu", "how": "eager", "dtype": "float32", "library": library}
         answer = prepare(job | {"method": method, "size": 64})
         losses = []
         for _ in range(2):  # each check is the loss as it is, then two steps

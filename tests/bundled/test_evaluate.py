@@ -11,17 +11,17 @@ from minidiff.bundled import evaluate as evaluation
 from minidiff.bundled.evaluate import evaluate, judge_batch, mean_with_error, reconstruct, spread_prompts, summarize_verdicts
 from minidiff.bundled.figures import Figures, Measure, Verdict, format_figures
 from minidiff.bundled.judge import Judge, JudgeOutput
-from minidiff.bundled.tasks import seeded
 from minidiff.bundled.train_judge import judge_config
 from minidiff.scenes.prompts import FixedPrompt, fixed_prompts
 from minidiff.scenes.scenes import sample_scene
+from minidiff.trainers.engine.loop import with_seed
 from tests.small_models import small_config, small_model, training_config
 
 
 @pytest.fixture(scope="module")
 def judge():
     config = judge_config()
-    with seeded(0):
+    with with_seed(0):
         return Judge(dataclasses.replace(config, widths=(8, 8, 16), heads=2)).eval().requires_grad_(False)
 
 

@@ -8,10 +8,10 @@ import torch
 from torch.testing import assert_close
 
 from minidiff.bundled.judge import AttentionPool, Judge, JudgeConfig, JudgeOutput, contrastive_loss
-from minidiff.bundled.tasks import seeded
 from minidiff.config import TextEncoderConfig, TokenizerConfig
 from minidiff.evaluation.kid import scale_features
 from minidiff.scenes.scenes import bpe_merges
+from minidiff.trainers.engine.loop import with_seed
 
 TOKENIZER = TokenizerConfig(merges=bpe_merges(), context_length=32)
 CONFIG = JudgeConfig(
@@ -30,7 +30,7 @@ CONFIG = JudgeConfig(
 
 @pytest.fixture(scope="module")
 def judge():
-    with seeded(0):
+    with with_seed(0):
         return Judge(CONFIG).eval()
 
 
@@ -107,7 +107,7 @@ def test_shares_places_and_tints_are_those_of_the_cells():
 
 
 def test_the_pool_knows_where_things_stand():
-    with seeded(0):
+    with with_seed(0):
         pool = AttentionPool(8, 4, 2)
     x = noise(1, 8, 4, 4)
     assert not torch.allclose(pool(x), pool(x.flip(-1)), atol=1e-4)

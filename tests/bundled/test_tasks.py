@@ -29,7 +29,7 @@ from minidiff.scenes.art import subject_names
 from minidiff.scenes.scenes import is_held_out_pair
 from minidiff.schedule import NoiseSchedule
 from minidiff.tokenizer import Tokenizer
-from minidiff.trainers.engine.loop import Training, normals, rng_for
+from minidiff.trainers.engine.loop import Training, randn_per_sample, rng_for
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 from tests.small_models import small_model, training_config
@@ -128,7 +128,7 @@ def test_in_every_second_step_smaller_latents_are_decoded_to_the_smaller_picture
     rngs = [rng_for(RECIPE.seed, step, sample) for sample in (2, 3)]
     pixels = to_pixels(images_of()[[int(rng.integers(8)) for rng in rngs]])
     posterior = task.vae.encode(pixels)
-    z = posterior.mean + posterior.logvar.exp().sqrt() * normals(rngs, (4, 16, 16))
+    z = posterior.mean + posterior.logvar.exp().sqrt() * randn_per_sample(rngs, (4, 16, 16))
     z, target = (z, pixels) if side == 16 else (resize(z, side), resize(pixels, 4 * side))
     assert target.shape[-1] == 4 * side
     torch.testing.assert_close(asked[0], z, rtol=1e-4, atol=1e-5)  # float32

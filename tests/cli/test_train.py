@@ -19,25 +19,31 @@ import weights_loader
 from minidiff.bundled import make
 from minidiff.bundled import run as trainers_run
 from minidiff.bundled.recipe import RECIPES, Recipe
-from minidiff.cli import flags, learn, train
-from minidiff.cli.flags import parse_concept
+from minidiff.cli import train
+from minidiff.cli.flags import flag_groups, given
+from minidiff.cli.main import commands
+from minidiff.cli.train import parse_concept
 from minidiff.kernels.dispatch import active_backend
 from minidiff.trainers.engine import memory
 from minidiff.trainers.engine.settings import Settings
-from minidiff.trainers.methods import options
+from minidiff.trainers.methods.lora import LoRAOptions
+from minidiff.trainers.methods.method import Method
+from minidiff.trainers.methods.options import Concept, DataOptions, LowRankOptions, Prior
+from minidiff.trainers.methods.override import documented, flat_fields, override
+from minidiff.trainers.methods.table import METHODS
 from tests.command import runner
 from tests.small_concepts import picture_folder
 from tests.small_models import small_model, training_config
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("--model", "model.safetensors", "--steps", "3", "--batch", "2", "--save-every", "1", "--samples", "1", "--sample-every", "0")
+QUICK = ("--model", "model.safetensors", "--steps", "3", "--batch", "2", "--save-every", "1", "--num-samples", "1", "--sample-every", "0")
 ESTIMATE = memory.estimate_memory
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """Runs a command in a folder with a small model and pictures of two things."""
-    monkeypatch.setattr(learn, "SAMPLE_STEPS", 1)
+    monkeypatch.setattr(train, "SAMPLE_STEPS", 1)
     monkeypatch.setattr(
         memory, "estimate_memory", lambda *_: memory.Memory(1, 2, 3, 4, 5, 6)
     )  # seconds each time; one test has the real one
@@ -116,7 +122,7 @@ def test_a_run_leaves_its_losses_a_curve_and_sheets_of_pictures(run, tmp_path, m
     from PIL import Image
 
     monkeypatch.setattr(memory, "estimate_memory", ESTIMATE)
-    args = ("train", "lora", "--images", "cat", "--prompt", "a cat", "--out", "run", *QUICK, "--sample-every", "2", "--samples", "3")
+    args = ("train", "lora", "--images", "cat", "--prompt", "a cat", "--out", "run", *QUICK, "--sample-every", "2", "--num-samples", "3")
     code, _, err = run(*args, "--sample-prompt", "a red cat", "--sample-prompt", "a dog")
     assert code == 0 and re.search(r"minidiff: about \d+ MB of memory: weights .* training adds \d+ MB", err), err
     names = {path.name for path in (tmp_path / "run").iterdir()}
@@ -130,16 +136,16 @@ def learned(folder):
 
 
 def test_stopped_by_ctrl_c_and_started_again_it_ends_the_same(run, tmp_path, monkeypatch):
-    args = ("train", "lora", "--images", "cat", "--prompt", "a cat", *QUICK[:-4], "--samples", "1", "--save-every", "100")
+    args = ("train", "lora", "--images", "cat", "--prompt", "a cat", *QUICK[:-4], "--num-samples", "1", "--save-every", "100")
     assert run(*args, "--out", "whole")[0] == 0
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(learn, "save_sheet", interrupted)
+        patch.setattr(train, "save_sheet", interrupted)
         code, out, err = run(*args, "--out", "parts", "--sample-every", "2")
-    assert (code, out) == (130, "") and "stopped; the same command goes on from what is saved in parts" in err and "Traceback" not in err
+    assert (code, out) == (130, "") and "stopped; the same command resumes from what is saved in parts" in err and "Traceback" not in err
     code, _, err = run(*args, "--out", "parts", "--sample-every", "2")
     assert code == 0
     whole, parts = learned(tmp_path / "whole"), learned(tmp_path / "parts")
@@ -152,7 +158,7 @@ def test_stopped_by_ctrl_c_and_started_again_it_ends_the_same(run, tmp_path, mon
 
 def test_killed_and_started_again_it_ends_the_same(run, tmp_path):
     args = ("train", "lora", "--images", "cat", "--prompt", "a cat", "--model", "model.safetensors", "--steps", "40", "--batch", "1")
-    args += ("--save-every", "1", "--samples", "1", "--sample-every", "0", "--threads", "1")
+    args += ("--save-every", "1", "--num-samples", "1", "--sample-every", "0", "--threads", "1")
     process = subprocess.Popen(
         [sys.executable, "-m", "minidiff", *args, "--out", "killed"], cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL
     )
@@ -176,7 +182,20 @@ def environment() -> dict[str, str]:
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_with_the_doubled_batch(run, tmp_path):
     args = ["train", "lora", "--images", "cat", "--prompt", "a cat", "--prior", "generated", "--class-word", "cat", "--prior-count", "2"]
-    args += ["--prior-steps", "2", "--model", "model.safetensors", "--steps", "3", "--samples", "1", "--threads", "1", "--device", "cpu"]
+    args += [
+        "--prior-steps",
+        "2",
+        "--model",
+        "model.safetensors",
+        "--steps",
+        "3",
+        "--num-samples",
+        "1",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+    ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "minidiff"]
     done = subprocess.run(
         [*torchrun, *args, "--batch", "2", "--out", "two"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
@@ -212,7 +231,7 @@ BAD = {
     (*LORA, "--images", "cat", "--steps", "0"): "steps 0: training needs at least 1",
     (*LORA, "--images", "cat", "--rank", "0"): "rank 0",
     (*LORA, "--images", "cat", "--layers", "atention"): "atention",
-    (*LORA, "--images", "cat", "--samples", "0"): "--samples 0: at least 1",
+    (*LORA, "--images", "cat", "--num-samples", "0"): "--num-samples 0: at least 1",
     (*LORA, "--images", "cat", "--device", "gpu"): "device 'gpu' unknown",
     (*LORA, "--images", "cat", "--captions"): "give one of the two",
     (*LORA, "--images", "cat", "--concept", "images=cat"): "cat: given twice",
@@ -344,45 +363,55 @@ def test_the_recipes_are_told_apart(run, tmp_path, monkeypatch):
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", train.COMMANDS)
+@pytest.mark.parametrize("method", [*METHODS, "from-scratch"])
 def test_help_shows_every_flag_once_and_says_what_it_is(run, method):
     code, out, _ = run("train", method, "--help")
     assert code == 0
     flags = re.findall(r"^. (--[a-z][\w-]*)", out, flags=re.MULTILINE)
     assert len(flags) == len(set(flags)) > 5 and not any("." in flag for flag in flags)
+    entries = re.split(r"^. (?=--[a-z])", out, flags=re.MULTILINE)[1:]
+    assert all(re.search(r"[a-z]{3,}", entry.split(maxsplit=1)[1].lower()) for entry in entries)
     if method != "from-scratch":
-        entries = re.split(r"^. (?=--[a-z])", out, flags=re.MULTILINE)[1:]
-        assert all(re.search(r"[a-z]{3,}", entry.split(maxsplit=1)[1].lower()) for entry in entries)
         assert "Presets of the bundled model:" in out and "{None}" not in out
 
 
-def test_every_number_of_a_run_has_a_flag():
+def test_every_number_of_a_run_has_a_flag_and_its_help():
     def names(cls):
         return {field.name for field in dataclasses.fields(cls)}
 
-    assert names(flags.Training) == names(Settings)
-    assert names(flags.RecipeFlags) == names(Recipe)
-    assert names(flags.Pictures) == names(options.Samples)
-    assert names(flags.LowRank) | names(flags.TextEncoderFlags) == names(options.LowRankOptions)
-    assert len(names(flags.PriorFlags)) == len(names(options.Prior))
-    assert names(flags.What) - {"concept"} == names(options.Concept)
+    def flags_of(cls, group):
+        return names(flag_groups(cls)[group])
+
+    assert flags_of(LoRAOptions, "settings") == names(Settings)
+    assert flags_of(LoRAOptions, "data") == names(DataOptions)
+    assert flags_of(LoRAOptions, "low_rank") == names(LowRankOptions)
+    assert len(flags_of(LoRAOptions, "prior")) == len(names(Prior)) == len(Prior.FLAT_NAMES)
+    assert flags_of(Concept, "method") == names(Concept)
+    assert flags_of(Recipe, "method") == names(Recipe)
+    for options in (Concept, Recipe, *(method.options for method in METHODS.values())):
+        for flat in flat_fields(options):
+            assert flat.help or flat.name in documented(Concept), f"{options.__name__}: {flat.name}"
+
+
+def settings_flags(**values):
+    return given([flag_groups(LoRAOptions)["settings"](**values)], LoRAOptions)
 
 
 def test_a_flag_changes_its_number_and_nothing_else():
-    base = Settings(steps=10, batch=4, learning_rate=1e-3, warmup_steps=5, seed=3)
-    assert flags.Training().over(base) == base
-    assert flags.Training(warmup_steps=0, seed=0, checkpointing=True).over(base) == dataclasses.replace(
-        base, warmup_steps=0, seed=0, checkpointing=True
-    )
-    low_rank = options.LowRankOptions(text_encoder=True)
-    assert flags.LowRank().over(low_rank, flags.TextEncoderFlags()) == low_rank
-    changed = flags.LowRank(rank=2, layers=("conv",)).over(low_rank, flags.TextEncoderFlags(text_encoder="no"))
-    assert changed == options.LowRankOptions(rank=2, layers=("conv",))
+    settings = Settings(steps=10, batch=4, learning_rate=1e-3, warmup_steps=5, seed=3)
+    base = LoRAOptions(settings=settings, low_rank=LowRankOptions(text_encoder=True))
+    assert override(base, settings_flags()) == base
+    changed = override(base, settings_flags(warmup_steps=0, seed=0, checkpointing=True))
+    assert changed == dataclasses.replace(base, settings=dataclasses.replace(settings, warmup_steps=0, seed=0, checkpointing=True))
+    flags = flag_groups(LoRAOptions)["low_rank"]
+    assert override(base, given([flags()], LoRAOptions)) == base
+    changed = override(base, given([flags(rank=2, layers=("conv",), text_encoder="no")], LoRAOptions))
+    assert changed == dataclasses.replace(base, low_rank=LowRankOptions(rank=2, layers=("conv",)))
 
 
 def test_a_concept_is_read_from_one_argument():
     concept = parse_concept('images=my cat,token="<cat>",class=cat,prompt=a photo of a {}, sitting,class-images=cats')
-    assert concept == options.Concept(
+    assert concept == Concept(
         images=Path("my cat"), token="<cat>", class_word="cat", prompt="a photo of a {}, sitting", class_images=Path("cats")
     )
     assert parse_concept("images=a,captions=yes").captions
@@ -394,3 +423,55 @@ def test_a_concept_is_read_from_one_argument():
     ):
         with pytest.raises(ValueError, match=said):
             parse_concept(text)
+
+
+# --- a method of one's own --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyOptions:
+    """A method of this test's own.
+
+    Args:
+        glow: how much it glows
+    """
+
+    settings: Settings
+    data: DataOptions = DataOptions()
+    prior: Prior = Prior()
+    prompt: str = "a photo of a {}"
+    glow: float = 1.0
+
+    def phases(self):
+        return (self,)
+
+    def highlights(self):
+        return (f"glow {self.glow:g}",)
+
+
+def build_toy(sd, concepts, options, cache=None):
+    """A LoRA on one layer, larger the more it glows."""
+    from minidiff.trainers.methods.common import make_lora, make_subjects
+    from minidiff.trainers.methods.finetuning import FinetuneTask, TrainingRun
+
+    adapter, groups = make_lora(sd, LowRankOptions(rank=1, alpha=options.glow, layers=("unet.middle.*to_q",)), options.settings.seed)
+    subjects = make_subjects(sd, concepts, options, cache)
+    phase = FinetuneTask(sd, "toy", subjects, options, modules={"toy": adapter}, adapters=[adapter], groups=groups, cache=cache)
+    return TrainingRun((phase,), lora=adapter)
+
+
+def test_a_method_is_a_file_and_a_line_in_the_table(run, tmp_path, monkeypatch):
+    presets = dict.fromkeys(("sd1", "sd2", "bundled"), ToyOptions(settings=Settings(steps=5, batch=1, learning_rate=1e-2)))
+    toy = Method(summary="Train a toy.", presets=presets, build=build_toy, formats={"diffusers": "theirs", "kohya": "the others'"})
+    monkeypatch.setitem(METHODS, "toy", toy)
+    assert "train toy" in commands()
+    code, out, _ = run("train", "toy", "--help")
+    assert code == 0 and "Train a toy." in out and "learning rate 0.01, glow 1" in out
+    assert re.search(r"--glow FLOAT +how much it glows", out) and "--prior-count INT" in out and "--names {diffusers,kohya}" in out
+    code, out, err = run("train", "toy", "--images", "cat", "--class-word", "cat", "--glow", "3", "--out", "run", *QUICK)
+    assert code == 0, err
+    assert shlex.split(out)[-2:] == ["--lora", "run/lora.safetensors"]
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["glow"] == 3
+    assert run(*shlex.split(out)[1:], "--steps", "1", "--out", "picture.png")[0] == 0
+    code, _, err = run("train", "toy", "--images", "cat", "--class-word", "cat", "--out", "other", "--learning-rate", "0")
+    assert code == 2 and "learning_rate 0.0: nothing is learned at it" in err

@@ -19,19 +19,15 @@ from minidiff.config import SD1, SD2, ModelConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
-from minidiff.trainers.engine.diffusion_loss import draw
+from minidiff.trainers.engine.diffusion_loss import sample_noise
 from minidiff.trainers.engine.loop import rng_for, train
 from minidiff.trainers.engine.settings import Settings
-from minidiff.trainers.methods.common import custom_diffusion, dreambooth, fine_tune, lora
-from minidiff.trainers.methods.options import (
-    Concept,
-    CustomDiffusionOptions,
-    DreamBoothOptions,
-    FineTuneOptions,
-    LoRAOptions,
-    LowRankOptions,
-    Samples,
-)
+from minidiff.trainers.methods import custom_diffusion, dreambooth, fine_tune, lora
+from minidiff.trainers.methods.custom_diffusion import CustomDiffusionOptions
+from minidiff.trainers.methods.dreambooth import DreamBoothOptions
+from minidiff.trainers.methods.fine_tune import FineTuneOptions
+from minidiff.trainers.methods.lora import LoRAOptions
+from minidiff.trainers.methods.options import Concept, DataOptions, LowRankOptions
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 from tests.small_concepts import FOLDER, picture_folder
@@ -61,7 +57,7 @@ def reference_losses(task, unet, params, rates):
     for step, rate in enumerate(rates):
         optimizer.param_groups[0]["lr"] = rate
         batch, rngs = task._draw([rng_for(0, step, sample) for sample in range(4)])
-        draws = draw(rngs, batch.latents.shape[1:], config.timesteps, CPU)
+        draws = sample_noise(rngs, batch.latents.shape[1:], config.timesteps, CPU)
         noisy = scheduler.add_noise(batch.latents, draws.eps, draws.t)
         context = task.sd.encode_prompts(batch.captions)
         prediction = unet(noisy, draws.t, encoder_hidden_states=context).sample
@@ -79,7 +75,7 @@ def reference_losses(task, unet, params, rates):
 def test_twenty_steps_of_lora_are_pefts(tmp_path, prediction):
     sd = small_model(small_config(prediction))
     options = LoRAOptions(settings=SETTINGS, low_rank=LowRankOptions(rank=3, alpha=6.0))
-    method = lora(
+    method = lora.build(
         sd, [Concept(images=picture_folder(tmp_path / "pictures", captions=("a cat", "a red dog", "a car")), captions=True)], options
     )
 
@@ -106,7 +102,7 @@ def test_twenty_steps_of_full_fine_tuning_are_diffusers(tmp_path, prediction):
     unet = reference_unet(sd, tmp_path / "model")
     concept = Concept(images=picture_folder(tmp_path / "pictures", captions=("a cat", "a red dog", "a car")), captions=True)
     before = sd.unet.conv_in.weight.detach().clone()
-    with fine_tune(sd, [concept], FineTuneOptions(settings=FULL)).phases[0] as task:
+    with fine_tune.build(sd, [concept], FineTuneOptions(settings=FULL)).phases[0] as task:
         steps = list(train(task, FULL, CPU))
         theirs = reference_losses(task, unet, list(unet.parameters()), [step.lr for step in steps])
     assert not torch.equal(before, sd.unet.conv_in.weight)
@@ -140,7 +136,7 @@ def one_step(method) -> None:
 
 
 ONE = Settings(steps=1, batch=1, learning_rate=1e-4, checkpointing=True)
-SIZE = Samples(size=128)
+SIZE = DataOptions(size=128)
 
 
 def full_concept(folder, token) -> Concept:
@@ -154,7 +150,7 @@ def full_concept(folder, token) -> Concept:
 @pytest.mark.parametrize("config", [SD1, SD2], ids=["SD 1", "SD 2"])
 def test_a_lora_step_at_full_size(tmp_path, config):
     sd = full_size(config, torch.bfloat16)
-    method = lora(sd, [full_concept(tmp_path, "sks")], LoRAOptions(settings=ONE, samples=SIZE))
+    method = lora.build(sd, [full_concept(tmp_path, "sks")], LoRAOptions(settings=ONE, data=SIZE))
     # diffusers' number for rank 4 on all attention of SD 1.x
     assert config is not SD1 or sum(p.numel() for p in method.lora.parameters()) == 797_184
     one_step(method)
@@ -164,8 +160,8 @@ def test_a_lora_step_at_full_size(tmp_path, config):
 @pytest.mark.parametrize("config", [SD1, SD2], ids=["SD 1", "SD 2"])
 def test_a_custom_diffusion_step_at_full_size(tmp_path, config):
     sd = full_size(config, torch.bfloat16)
-    options = CustomDiffusionOptions(settings=ONE, samples=SIZE, prior=FOLDER)
-    method = custom_diffusion(sd, [full_concept(tmp_path, "<new1>")], options)
+    options = CustomDiffusionOptions(settings=ONE, data=SIZE, prior=FOLDER)
+    method = custom_diffusion.build(sd, [full_concept(tmp_path, "<new1>")], options)
     trained = sum(p.numel() for p in method.custom_diffusion.parameters())
     width = config.unet.context_width
     assert trained == 19_169_280 * width // 768 + width  # keys and values are as wide as the context; one new word
@@ -178,4 +174,4 @@ def test_a_dreambooth_step_at_full_size(tmp_path, config):
     """Weights, gradients and AdamW's two averages of 860 million parameters in float32: 14 GB."""
     sd = full_size(config, torch.float32)
     settings = dataclasses.replace(ONE, learning_rate=1e-4, max_grad_norm=None)
-    one_step(dreambooth(sd, [full_concept(tmp_path, "sks")], DreamBoothOptions(settings=settings, samples=SIZE, prior=FOLDER)))
+    one_step(dreambooth.build(sd, [full_concept(tmp_path, "sks")], DreamBoothOptions(settings=settings, data=SIZE, prior=FOLDER)))

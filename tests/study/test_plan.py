@@ -4,7 +4,6 @@ import pytest
 
 from minidiff.scenes.art import subject_names
 from minidiff.study import plan
-from minidiff.trainers.methods.options import PivotalOptions
 
 
 def test_every_run_has_a_name_of_its_own_that_is_a_file_name():
@@ -17,8 +16,7 @@ def test_subjects_are_held_out_and_their_classes_are_not():
 
 
 def steps(options):
-    parts = (options.tokens, options.lora) if isinstance(options, PivotalOptions) else (options,)
-    return sum(part.settings.steps * part.settings.batch for part in parts)
+    return sum(part.settings.steps * part.settings.batch for part in options.phases())
 
 
 @pytest.mark.parametrize("part", list(plan.VARIANTS))

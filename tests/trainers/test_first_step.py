@@ -18,7 +18,7 @@ from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents
 from minidiff.bundled.train_judge import JudgeTask
 from minidiff.kernels import dispatch, tiles
 from minidiff.trainers.engine import memory
-from minidiff.trainers.engine.loop import Training, on, trained_weights
+from minidiff.trainers.engine.loop import Training, to_device, trainable_weights
 from minidiff.trainers.engine.memory import estimate_memory
 from tests.bundled.test_train_judge import SMALL as SMALL_JUDGE
 from tests.small_concepts import small_concept, small_methods
@@ -57,7 +57,7 @@ def gpu(monkeypatch):
 
 def walk_first_step(task, settings, monkeypatch):
     """Its memory is estimated and its first step taken, with zeros for gradients."""
-    weights, shapes = trained_weights(task.modules).values(), []
+    weights, shapes = trainable_weights(task.modules).values(), []
 
     def backward(loss):
         shapes.append((type(loss), loss.device.type, loss.shape))
@@ -69,7 +69,7 @@ def walk_first_step(task, settings, monkeypatch):
         estimate = estimate_memory(task, settings, CUDA)
         step = next(Training(task, settings, CUDA).run())
     assert estimate.trained == estimate.gradients == sum(4 * p.numel() for p in weights) and estimate.activations > 0
-    assert shapes == [(FakeTensor, "cuda", ())] * 2 and step.i == 1 and step.loss.device.type == "cuda"
+    assert shapes == [(FakeTensor, "cuda", ())] * 2 and step.done == 1 and step.loss.device.type == "cuda"
 
 
 def moved_to_cuda(phase):
@@ -126,7 +126,7 @@ def test_what_has_no_contents_is_not_pinned_and_what_has_is(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: tensor)  # there may be no GPU
     with FakeTensorMode(allow_non_fake_inputs=True):
-        on(CUDA, torch.ones(2)), on(CUDA, real)
-    on(CPU, real)
+        to_device(CUDA, torch.ones(2)), to_device(CUDA, real)
+    to_device(CPU, real)
     assert not pinned
-    assert on(CUDA, real) is real and len(pinned) == 1
+    assert to_device(CUDA, real) is real and len(pinned) == 1

@@ -13,7 +13,8 @@ from tests.parity.check import largest_error
 from tests.small_files import ALL, KEYS_AND_VALUES, compressed, random_delta, weight_of
 from tests.small_models import small_model
 from weights_loader.custom_diffusion import read_custom_diffusion, write_custom_diffusion
-from weights_loader.dialects import table
+from weights_loader.families import part_names
+from weights_loader.name_table import name_table
 from weights_loader.read import read
 from weights_loader.write import write_safetensors
 
@@ -99,7 +100,7 @@ def test_diffusers_gives_the_same_with_our_folder(pattern, sd, tmp_path):
 
 
 def theirs(sd, layout, delta):
-    places = table(sd.unet, layout)
+    places = name_table(sd.unet, part_names(sd.config, "unet", layout))
     return {places[f"{name.removeprefix('unet.')}.weight"].name: weight.detach() for name, weight in delta.layers.items()}
 
 

@@ -13,7 +13,7 @@ from minidiff.bundled.judge import Judge, JudgeOutput
 from minidiff.bundled.train_judge import judge_config, make_labels
 from minidiff.pictures import to_pixels
 from minidiff.scenes.scenes import COLOURS, STYLES, sample_scene, subjects
-from minidiff.trainers.engine.loop import seeded
+from minidiff.trainers.engine.loop import with_seed
 from weights_loader.judge import BUNDLED, KEY, load_judge, save_judge
 
 SMALL = dataclasses.replace(judge_config(), widths=(8, 8, 16), heads=2)
@@ -21,7 +21,7 @@ SMALL = dataclasses.replace(judge_config(), widths=(8, 8, 16), heads=2)
 
 @pytest.fixture(scope="module")
 def small():
-    with seeded(0):
+    with with_seed(0):
         return Judge(SMALL).eval()
 
 

@@ -9,11 +9,10 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 import weights_loader
-from tests.checkpoints import family_model, ldm_tensors
+from tests.checkpoints import family_model, ldm_tensors, part_to_file
 from tests.parity.check import largest_error
 from tests.small_files import random_lora, weight_of
 from tests.small_models import small_model
-from weights_loader.dialects import to_file
 from weights_loader.lora import factors_of, fit, lora_from_factors, lora_to_file, parse, parse_weighted, read_lora, write_lora
 from weights_loader.read import read
 from weights_loader.write import write_safetensors
@@ -297,7 +296,7 @@ def test_something_else_given_as_a_lora_is_named(tmp_path):
     sd = family_model("SD 1")
     weights_loader.save(sd, tmp_path / "folder", layout="diffusers")
     write_safetensors(tmp_path / "model.safetensors", ldm_tensors(sd))
-    write_safetensors(tmp_path / "vae.safetensors", to_file(sd.vae, "ldm"))
+    write_safetensors(tmp_path / "vae.safetensors", part_to_file(sd, "vae", "ldm"))
     write_safetensors(tmp_path / "word.safetensors", {"<cat>": torch.zeros(1, 16)})
     (tmp_path / "empty").mkdir()
     for name, message in (

@@ -123,7 +123,7 @@ def test_a_folder_is_complete_for_a_diffusers_pipeline(tmp_path):
         "special_tokens_map.json",
         "tokenizer_config.json",
     }
-    assert read(tmp_path / "model/carried.safetensors").tensors.keys() == family_model("SD 2").carried.keys()
+    assert read(tmp_path / "model/carried.safetensors").tensors.keys() == family_model("SD 2").extra_tensors.keys()
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_name_that_does_not_fit_the_layout_is_refused(name, layout, message, t
 @pytest.mark.parametrize("layout, name", [("ldm", "model.safetensors"), ("diffusers", "model")])
 def test_nothing_is_left_of_a_file_that_could_not_be_written(layout, name, tmp_path):
     sd = family_model("SD 1")
-    sd.carried["cond_stage_model.logit_scale"] = torch.zeros(1, dtype=torch.complex64)  # a dtype that safetensors has not
+    sd.extra_tensors["cond_stage_model.logit_scale"] = torch.zeros(1, dtype=torch.complex64)  # a dtype that safetensors has not
     with pytest.raises(ValueError, match="complex64"):
         weights_loader.save(sd, tmp_path / name, layout)
     assert not list(tmp_path.iterdir())

@@ -1,10 +1,10 @@
-"""Custom Diffusion's augmentation: the subject at several sizes, and a word in the caption that says so.
+"""Custom Diffusion's augmentation: the subject at several sizes, and a phrase in the caption that says so.
 
     picture -> resized to a random side -> smaller: on grey, at a random place; the loss counts inside it only   "very small ..."
                                         -> larger: a random window of it                                       "zoomed in ..."
 
-Paper: Kumari et al. 2023, "Multi-concept customization of text-to-image diffusion", section 4. The words are a parameter, because the
-bundled model knows others than Stable Diffusion.
+Paper: Kumari et al. 2023, "Multi-concept customization of text-to-image diffusion", section 4. The phrases are a parameter, because
+the bundled model knows others than Stable Diffusion.
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class SizeAugmentation:
     kind: "paper" takes any side from 0.4 to 1.4 of the model's size. "code" is the published program: two times in three from 1/3 to 1,
         else from 1.2 to 1.4, where what falls between 0.6 and 1 fills the picture after all. The paper's is the default: it shows every
         size it draws, and its smallest pictures leave more latent cells to learn from.
-    small, large: one of them is drawn for a picture below 0.6 and above 1; the published program says "a far away" for "far away".
-    before: the words of a caption in front of which the size stands ("a <cat>" becomes "a small <cat>"); None: in front of all.
+    small, large: phrases, one of which is drawn for a picture below 0.6 or above 1; the published program says "a far away" for "far away".
+    before: the part of a caption in front of which the phrase goes ("a <cat>" becomes "a small <cat>"); None: in front of all.
     """
 
     kind: str = "paper"
@@ -41,10 +41,10 @@ class SizeAugmentation:
         if self.kind not in ("paper", "code"):
             raise ValueError(f"augmentation {self.kind!r} unknown; choose paper, code")
         if not self.small or not self.large:
-            raise ValueError("augmentation without words: small and large need at least one each")
+            raise ValueError("augmentation without phrases: small and large need at least one each")
 
     def check(self, size: int, factor: int) -> None:
-        """Raises ValueError if the smallest picture would leave no latent cell to learn from; factor: pixels a cell is wide."""
+        """Raise ValueError if the smallest picture would leave no latent cell to learn from; factor: pixels a cell is wide."""
         smallest = round(0.4 * size) if self.kind == "paper" else size // 3
         if smallest < 3 * factor:
             raise ValueError(
@@ -52,60 +52,69 @@ class SizeAugmentation:
             )
 
     def draw_side(self, size: int, rng: np.random.Generator) -> int:
-        """A random side in pixels, to which the picture is resized."""
+        """Draw the side in pixels to which the picture is resized."""
         if self.kind == "paper":
             return round(size * rng.uniform(0.4, 1.4))
         side = int(rng.integers(size // 3, size + 1) if rng.integers(3) < 2 else rng.integers(int(1.2 * size), int(1.4 * size)))
         side += side % 2
         return size if SMALL_BELOW * size <= side <= size else side
 
-    def word(self, side: int, size: int, rng: np.random.Generator) -> str:
-        """What the caption says of this side; "" for nothing."""
+    def size_phrase(self, side: int, size: int, rng: np.random.Generator) -> str:
+        """Draw what the caption says of this side; "" for nothing."""
         if SMALL_BELOW * size <= side <= LARGE_ABOVE * size:
             return ""
-        words = self.small if side < size else self.large
-        return words[int(rng.integers(len(words)))]
+        phrases = self.small if side < size else self.large
+        return phrases[int(rng.integers(len(phrases)))]
 
-    def say(self, caption: str, word: str) -> str:
-        """The caption with the word in it."""
-        if not word:
+    def with_phrase(self, caption: str, phrase: str) -> str:
+        """Return the caption with a phrase in it."""
+        if not phrase:
             return caption
         if self.before is None or self.before not in caption:
-            return f"{word} {caption}"
-        return caption.replace(self.before, f"{word} {self.before}", 1)
+            return f"{phrase} {caption}"
+        return caption.replace(self.before, f"{phrase} {self.before}", 1)
 
 
 PAPER_SIZES = SizeAugmentation()
 CODE_SIZES = SizeAugmentation("code", small=("very small", "a far away"))
-SCENE_SIZES = SizeAugmentation(small=("small",), large=("large",))  # the bundled model's words; replace `before`: they stand inside
+SCENE_SIZES = SizeAugmentation(small=("small",), large=("large",))  # the bundled model's; replace `before`: they go inside
 
 
 @dataclass(frozen=True)
 class View:
-    """A picture as one training sample shows it. mask: 1 in the latent cells whose loss counts, else 0. word: what is said of its size."""
+    """A picture as one training sample shows it. mask: 1 in the latent cells whose loss counts, else 0."""
 
     pixels: Float[Tensor, "3 H W"]
     mask: Float[Tensor, "1 h w"]
-    word: str
+    size_phrase: str
 
 
 def sized_view(
     image: Image.Image, size: int, factor: int, augmentation: SizeAugmentation, rng: np.random.Generator, *, flip: bool = False
 ) -> View:
-    """The centre square of an RGB picture at a random size, on `size` x `size` pixels; factor: pixels a latent cell is wide."""
+    """Show the centre square of an RGB picture at a random size, on `size` x `size` pixels.
+
+    Args:
+        image: the picture
+        size: side of the canvas, in pixels
+        factor: pixels a latent cell is wide
+        augmentation: which sizes, and the phrases for them
+        rng: what the size, the phrase and the place are drawn from
+        flip: mirror it
+    """
     side = augmentation.draw_side(size, rng)
-    word = augmentation.word(side, size, rng)
+    phrase = augmentation.size_phrase(side, size, rng)
     top, left = (int(start) for start in rng.integers(abs(size - side) + 1, size=2))
     picture = fit(image, side, flip=flip)
     if side >= size:
-        return View(picture[:, top : top + size, left : left + size].contiguous(), torch.ones(1, size // factor, size // factor), word)
+        return View(picture[:, top : top + size, left : left + size].contiguous(), torch.ones(1, size // factor, size // factor), phrase)
     pixels = torch.zeros(3, size, size)  # 0 is the grey halfway between black and white
     pixels[:, top : top + side, left : left + side] = picture
-    return View(pixels, valid_cells(top, left, side, size, factor), word)
+    return View(pixels, valid_cells(top, left, side, size, factor), phrase)
 
 
 def valid_cells(top: int, left: int, side: int, size: int, factor: int) -> Float[Tensor, "1 h w"]:
-    """1 in the latent cells inside the pasted box less one cell around, where the encoder mixes in the grey; as the published program."""
+    """Return 1 in the latent cells inside the pasted box less one cell around, where the encoder mixes in the grey; as the published program."""
     mask = torch.zeros(1, size // factor, size // factor)
     rows, columns = (slice(start // factor + 1, (start + side) // factor - 1) for start in (top, left))
     mask[:, rows, columns] = 1

@@ -24,14 +24,14 @@ from minidiff.pictures import fit, load_picture
 from minidiff.pipeline import StableDiffusion
 from minidiff.trainers.data.augment import SizeAugmentation, View, sized_view
 from minidiff.trainers.data.folder import Example
-from minidiff.trainers.engine.loop import normals
+from minidiff.trainers.engine.loop import randn_per_sample
 
 Make = Callable[[], Float[Tensor, "*shape"]]
 KEPT_PICTURES = 16  # decoded ones, where every step needs the picture again; a photograph of 12 megapixels takes 36 MB
 
 
 class Cache:
-    """Float32 tensors by key: in memory up to so many bytes, from there on in files of the folder; without a folder all in memory."""
+    """Float32 tensors by key: in memory up to `memory` bytes, then in files of the folder; without a folder all in memory."""
 
     def __init__(self, folder: Path | None = None, memory: int = 2**30):
         self.folder, self.memory = folder, memory
@@ -39,7 +39,7 @@ class Cache:
         self._bytes = 0
 
     def get(self, key: str, make: Make) -> Float[Tensor, "*shape"]:
-        """What was kept under the key, or what `make` gives, which is kept. A file that is broken is made anew."""
+        """Return the tensor under the key, or make and keep it. A broken file is made again."""
         if key in self._kept:
             return self._kept[key]
         path = self.folder / f"{key}.npy" if self.folder is not None else None
@@ -62,7 +62,7 @@ def _read_array(path: Path) -> Tensor | None:
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:
-    """Whole or not at all. Raises OSError, which names the file, where it cannot be written."""
+    """Write the file whole or not at all. Raises OSError, which names the file, where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
@@ -105,15 +105,28 @@ class Batch:
     latents: Float[Tensor, "B C h w"]
     mask: Float[Tensor, "B 1 h w"]
     captions: tuple[str, ...]
-    words: tuple[str, ...]  # what the size augmentation says of each, already in its caption
+    size_phrases: tuple[str, ...]  # what the size augmentation says of each, already in its caption
+
+    @classmethod
+    def concatenate(cls, batches: "Sequence[Batch]") -> "Batch":
+        """Put batches behind each other."""
+        latents, mask = torch.cat([batch.latents for batch in batches]), torch.cat([batch.mask for batch in batches])
+        captions, phrases = ([text for batch in batches for text in getattr(batch, name)] for name in ("captions", "size_phrases"))
+        return cls(latents, mask, tuple(captions), tuple(phrases))
 
 
 class Pictures:
-    """A set of captioned pictures, as the U-Net is given them.
+    """A set of captioned pictures, as the U-Net is given them. Raises ValueError for values outside those below.
 
-    size: pixels, a multiple of the VAE's factor. crop: "centre", or "random" along the longer side. flip: the share of samples that are
-    mirrored. sizes: Custom Diffusion's augmentation, which takes the centre square. posterior: "sample" draws a latent at every step,
-    "mean" takes the most likely one. Raises ValueError for values outside these.
+    Args:
+        sd: the model whose VAE encodes them
+        examples: paths and captions
+        cache: of latents
+        size: pixels, a multiple of the VAE's factor
+        crop: "centre", or "random" along the longer side
+        flip: the share of samples that are mirrored, 0..1
+        sizes: Custom Diffusion's augmentation, which takes the centre square
+        posterior: "sample" draws a latent at every step, "mean" takes the most likely one
     """
 
     def __init__(
@@ -152,34 +165,34 @@ class Pictures:
 
     @property
     def cacheable(self) -> bool:
-        """Whether a picture has one latent, or two with flips."""
+        """Say whether a picture has one latent, or two with flips."""
         return self.crop == "centre" and self.sizes is None
 
     def precompute_latents(self) -> Iterator[int]:
-        """Fills the cache, one picture an iteration, and yields how many are done; nothing to do where latents cannot be kept."""
+        """Fill the cache, one picture an iteration, and yield how many are done; do nothing where latents cannot be kept."""
         for i in range(len(self) if self.cacheable else 0):
             for flip in {self.flip == 1, self.flip > 0}:
                 self._moments(i, flip)
             yield i + 1
 
     def batch(self, indices: Sequence[int], rngs: Sequence[np.random.Generator]) -> Batch:
-        """One sample for each index, drawn from the generator beside it: flip, then crop or size, then the latent."""
+        """Draw one sample per index, each from its own generator: flip, then crop or size, then the latent."""
         flips = [bool(rng.random() < self.flip) for rng in rngs]
         captions = tuple(self.examples[i].caption for i in indices)
         if self.cacheable:
             moments = torch.stack([self._moments(i, flip) for i, flip in zip(indices, flips, strict=True)])
             cells = self.size // self.sd.config.vae.factor
-            mask, words = torch.ones(len(captions), 1, cells, cells), ("",) * len(captions)
+            mask, phrases = torch.ones(len(captions), 1, cells, cells), ("",) * len(captions)
         else:
             views = [self._view(i, flip, rng) for i, flip, rng in zip(indices, flips, rngs, strict=True)]
             moments = self._encode(torch.stack([view.pixels for view in views]))
-            mask, words = torch.stack([view.mask for view in views]), tuple(view.word for view in views)
+            mask, phrases = torch.stack([view.mask for view in views]), tuple(view.size_phrase for view in views)
         if self.sizes is not None:
-            captions = tuple(self.sizes.say(caption, word) for caption, word in zip(captions, words))
+            captions = tuple(self.sizes.with_phrase(caption, phrase) for caption, phrase in zip(captions, phrases))
         latents, std = moments.to(self.sd.device).unbind(1)
         if self.posterior == "sample":
-            latents = latents + std * normals(rngs, latents.shape[1:]).to(self.sd.device)
-        return Batch(latents * self.sd.config.vae.scaling_factor, mask.to(self.sd.device), captions, words)
+            latents = latents + std * randn_per_sample(rngs, latents.shape[1:]).to(self.sd.device)
+        return Batch(latents * self.sd.config.vae.scaling_factor, mask.to(self.sd.device), captions, phrases)
 
     def _view(self, i: int, flip: bool, rng: np.random.Generator) -> View:
         image = self._picture(self.examples[i].path)
@@ -191,7 +204,7 @@ class Pictures:
         return View(fit(image, self.size, crop=(x, y), flip=flip), torch.ones(1, cells, cells), "")
 
     def _moments(self, i: int, flip: bool) -> Tensor:
-        """Mean and standard deviation of the posterior of picture i, (2, C, h, w), from the cache or into it."""
+        """Return mean and standard deviation of the posterior of picture i, (2, C, h, w), from the cache or into it."""
 
         def pixels() -> Tensor:
             return fit(load_picture(self.examples[i].path), self.size, flip=flip)
@@ -208,7 +221,7 @@ class Pictures:
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) to mean and standard deviation, (B, 2, C, h, w), in float32."""
+        """Encode (B, 3, H, W) to mean and standard deviation, (B, 2, C, h, w), in float32."""
         dtype = self.sd.vae.quant_conv.weight.dtype
         with torch.autocast(self.sd.device.type, enabled=False):  # the training's precision is none of a kept latent's business
             posterior = self.sd.vae.encode(pixels.to(self.sd.device, dtype))

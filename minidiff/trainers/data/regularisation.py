@@ -31,9 +31,9 @@ MADE = "made.json"  # what a folder was filled with
 
 @dataclass(frozen=True)
 class Filled:
-    """Progress: i pictures of `count` stand in the folder."""
+    """Progress: `done` pictures of `count` are in the folder."""
 
-    i: int
+    done: int
     count: int
 
 
@@ -53,9 +53,9 @@ def class_pictures(
     guidance_scale: float | None = None,
     size: int | None = None,
 ) -> Iterator[Filled]:
-    """Fills the folder up to `count` pictures of the prompt, `batch` an iteration; picture i has the seed `seed` + i.
+    """Fill the folder up to `count` pictures of the prompt, `batch` an iteration; picture i has the seed `seed` + i.
 
-    Raises ValueError for a folder that holds another prompt's pictures or another model's, as soon as it is iterated.
+    The other arguments are those of sd.generate. Raises ValueError for a folder that holds another prompt's pictures or another model's, as soon as it is iterated.
     """
     parts = {name: fingerprint(module) for name, module in (("text_encoder", sd.text_encoder), ("unet", sd.unet), ("vae", sd.vae))}
     choices = {"prompt": prompt, "seed": seed, "steps": steps, "sampler": sampler, "guidance_scale": guidance_scale, "size": size}
@@ -76,7 +76,7 @@ def class_pictures(
 
 
 def claim(folder: Path, count: int, choices: dict) -> None:
-    """Makes the folder, or makes sure that what was made in it was made the same way."""
+    """Make the folder, or make sure that what was made in it was made the same way."""
     if count < 1:
         raise ValueError(f"count {count}: ask for at least 1 picture")
     ensure_same_run(folder / MADE, choices, holds="pictures made in another way")
@@ -87,7 +87,7 @@ def claim(folder: Path, count: int, choices: dict) -> None:
 
 @torch.no_grad()
 def pooled_text(sd: StableDiffusion, texts: Sequence[str], *, pool: str = "end", batch: int = 100) -> Float[Tensor, "N D"]:
-    """One feature a text from the text encoder's output, at length 1; float32, on the CPU.
+    """Return one feature per text from the text encoder's output, at length 1; float32, on the CPU.
 
     pool: "end" takes the end token, which has read the whole caption: what CLIP compares with pictures but for the projection, which
     Stable Diffusion's files leave out, so that cosines of the two differ. "mean" averages words and end token, for an encoder that
@@ -107,34 +107,44 @@ def pooled_text(sd: StableDiffusion, texts: Sequence[str], *, pool: str = "end",
 
 
 def nearest(
-    target: Float[Tensor, " D"], features: Float[Tensor, "N D"], *, least: float | None = None, most: int | None = 200
+    target: Float[Tensor, " D"], features: Float[Tensor, "N D"], *, min_similarity: float | None = None, max_count: int | None = 200
 ) -> list[int]:
-    """Which features have the largest cosine with the target's, nearest first, equal ones in their order.
+    """Return which features have the largest cosine with the target's, nearest first, equal ones in their order.
 
-    least: none below this cosine. most: no more than these. Raises ValueError where none is left.
+    Raises ValueError where none is left.
+
+    Args:
+        target: what they should be near to
+        features: those to choose from
+        min_similarity: no cosine below this one
+        max_count: no more features than this
     """
     cosines = F.normalize(features, dim=-1) @ F.normalize(target, dim=-1)
-    order = cosines.argsort(descending=True, stable=True)[:most]
-    if least is not None:
-        order = order[cosines[order] >= least]
+    order = cosines.argsort(descending=True, stable=True)[:max_count]
+    if min_similarity is not None:
+        order = order[cosines[order] >= min_similarity]
     if not len(order):
         best = f"the nearest of {len(cosines)} has {cosines.max():.3f}" if len(cosines) else "there are none"
-        raise ValueError(f"no caption with a cosine of at least {least} to the target: {best}; give other captions or a lower limit")
+        raise ValueError(
+            f"no caption with a cosine of at least {min_similarity} to the target: {best}; give other captions or a lower limit"
+        )
     return order.tolist()
 
 
 def near_examples(
-    examples: Sequence[Example], target: str, features: TextFeatures, *, least: float | None = None, most: int | None = 200
+    examples: Sequence[Example], target: str, features: TextFeatures, *, min_similarity: float | None = None, max_count: int | None = 200
 ) -> list[Example]:
-    """The captioned pictures whose captions are near the target, by features such as partial(pooled_text, sd) or CLIP's; as `nearest`."""
-    chosen = nearest(features([target])[0], features([example.caption for example in examples]), least=least, most=most)
+    """Return the pictures whose captions are near the target, by features such as partial(pooled_text, sd) or CLIP's; as `nearest`."""
+    chosen = nearest(
+        features([target])[0], features([example.caption for example in examples]), min_similarity=min_similarity, max_count=max_count
+    )
     return [examples[i] for i in chosen]
 
 
 def scene_pictures(
     sd: StableDiffusion, target: str, folder: Path, *, count: int = 200, candidates: int = 2000, seed: int = 0
 ) -> Iterator[Filled]:
-    """Fills the folder with the bundled scenes nearest to the target, and NAME.txt beside each.
+    """Fill the folder with the bundled scenes nearest to the target, and NAME.txt beside each.
 
     Nearest by the mean of `pooled_text`, of `candidates` scenes as training shows them. Raises ValueError for too few of them, and as
     `class_pictures` does.
@@ -144,7 +154,7 @@ def scene_pictures(
     choices = {"target": target, "candidates": candidates, "seed": seed, "text_encoder": fingerprint(sd.text_encoder)}
     claim(folder, count, choices)
     captions = [sample_scene(np.random.default_rng([seed, i])).caption for i in range(candidates)]
-    chosen = nearest(pooled_text(sd, [target], pool="mean")[0], pooled_text(sd, captions, pool="mean"), most=count)
+    chosen = nearest(pooled_text(sd, [target], pool="mean")[0], pooled_text(sd, captions, pool="mean"), max_count=count)
     for done, i in enumerate(chosen):
         path = folder / f"scene-{done:05d}.png"
         if not path.exists():

@@ -22,9 +22,9 @@ M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @contextmanager
-def checkpointed(networks: Iterable[nn.Module], on: bool = True) -> Iterator[None]:
-    """Within the block, the networks' blocks are checkpointed; forward hooks on layers inside them run again as well."""
-    blocks = {part: None for network in networks for part in network.modules() if on and isinstance(part, BLOCKS)}  # each once
+def with_checkpointing(networks: Iterable[nn.Module], enabled: bool = True) -> Iterator[None]:
+    """Checkpoint the networks' blocks within the `with` block; forward hooks on layers inside them run again as well."""
+    blocks = {part: None for network in networks for part in network.modules() if enabled and isinstance(part, BLOCKS)}  # each once
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
@@ -35,13 +35,13 @@ def checkpointed(networks: Iterable[nn.Module], on: bool = True) -> Iterator[Non
 
 
 @contextmanager
-def thrifty_malloc(on: bool = True) -> Iterator[None]:
-    """Within the block glibc gives the memory of tensors from 1 MB on back to the system at once; else it keeps up to 32 MB of each.
+def thrifty_malloc(enabled: bool = True) -> Iterator[None]:
+    """Make glibc give the memory of tensors from 1 MB on back to the system at once, where it would keep up to 32 MB of each.
 
     What checkpointing saves is spent again otherwise: the many tensors that come and go leave holes (measured on a CPU: 440 MB for 250).
     It costs a quarter more time, and does nothing where there is no glibc.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if on and sys.platform == "linux" else None
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if enabled and sys.platform == "linux" else None
     if mallopt is None:
         yield
         return

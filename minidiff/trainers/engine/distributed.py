@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=2 -m minidiff train ...
 
-Every process holds all weights; gradients are averaged before each step, so all take the same step. Process 0 alone writes and talks.
+Every process holds all weights; gradients are averaged before each step, so all take the same step. Rank 0 alone writes and prints.
 With a single process everything here does nothing. Left out: sharded weights and optimizers.
 """
 
@@ -15,7 +15,7 @@ from torch import nn
 
 
 def init_distributed(device: torch.device) -> torch.device:
-    """Joins the processes that torchrun started, if it did (it says so in environment variables), and gives the device of this one.
+    """Join the processes that torchrun started, if it did (it says so in environment variables), and return the device of this one.
 
     On GPUs (NCCL) each process has the GPU of its number; on CPUs (gloo) all share the device. For the command line to call.
     """
@@ -29,29 +29,29 @@ def init_distributed(device: torch.device) -> torch.device:
 
 
 def destroy_distributed() -> None:
-    """Says goodbye to the others; nothing without them."""
+    """Leave the process group. Does nothing in a single process."""
     if world_size() > 1:
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """Which process this is, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
-    """Goes on when all processes have come here, as after process 0 has written a file."""
+    """Wait until all processes have come here, as after rank 0 has written a file."""
     if world_size() > 1:
         dist.barrier()
 
 
 def all_equal(value: int, device: torch.device) -> bool:
-    """Whether all processes have the same number."""
+    """Say whether all processes have the same number."""
     if world_size() == 1:
         return True
     ends = torch.tensor([value, -value], device=device)
@@ -60,9 +60,9 @@ def all_equal(value: int, device: torch.device) -> bool:
 
 
 def average_gradients(params: Sequence[nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
-    """Replaces each gradient by its mean over all processes; gives the mean of the losses.
+    """Replace each gradient by its mean over all processes; return the mean of the losses.
 
-    A weight that one process did not meet has a gradient of 0 there; one that none met keeps none.
+    A weight that one process did not use has a gradient of 0 there; one that none used keeps none.
     """
     if world_size() == 1:
         return loss

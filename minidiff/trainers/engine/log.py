@@ -1,6 +1,6 @@
-"""What a run says while it goes: losses as numbers, as a curve, and to TensorBoard; how long it will take; how much memory it has taken.
+"""The log of a run: losses as numbers, as a curve, and to TensorBoard; how long it will take; how much memory it has taken.
 
-folder/NAME.csv         step, loss, learning rate; a run that is taken up again writes on
+folder/NAME.csv         step, loss, learning rate; a resumed run appends
 folder/NAME-loss.png    the curve, drawn by Pillow
 folder/tensorboard/     if the package tensorboard is installed
 """
@@ -26,7 +26,7 @@ GREY, BLUE, INK = (200, 205, 215), (30, 90, 200), (60, 60, 60)
 
 
 class Log:
-    """Keeps what a run's steps say. Of several processes, the first one alone does."""
+    """Collect the steps of a run. Of several processes, the first one alone does."""
 
     def __init__(self, folder: Path, name: str, device: torch.device):
         self.csv, self.png, self.device = folder / f"{name}.csv", folder / f"{name}-loss.png", device
@@ -46,11 +46,11 @@ class Log:
             self.board.close()
 
     def add(self, step: TrainStep) -> None:
-        """One more step."""
+        """Take note of one more step."""
         if self.silent:
             return
         if not self.rows and not self.waiting:
-            self.rows = [row for row in read_rows(self.csv) if row[0] < step.i]
+            self.rows = [row for row in read_rows(self.csv) if row[0] < step.done]
         self.waiting.append(step)
         self.pace.add(step)
         now = time.monotonic()
@@ -62,7 +62,7 @@ class Log:
             self.written = now
 
     def text(self) -> str:
-        """As "loss 0.1234, 1.2 GB, 12 min left"; the loss is the mean of the last ten steps looked at."""
+        """Return "loss 0.1234, 1.2 GB, 12 min left"; the loss is the mean of the last ten steps looked at."""
         if not self.rows:
             return ""
         last = [loss for _, loss, _ in self.rows[-10:]]
@@ -72,50 +72,53 @@ class Log:
 
     def _look(self) -> None:
         for step in self.waiting:
-            self.rows.append((step.i, float(step.loss), step.lr))
+            self.rows.append((step.done, float(step.loss), step.lr))
             if self.board is not None:
-                self.board.add_scalar("loss", self.rows[-1][1], step.i)
-                self.board.add_scalar("learning rate", step.lr, step.i)
+                self.board.add_scalar("loss", self.rows[-1][1], step.done)
+                self.board.add_scalar("learning rate", step.lr, step.done)
         self.waiting = []
 
     def _write(self) -> None:
         self._look()
         if self.rows and not self.silent:
-            self.csv.write_text("".join(f"{i},{loss!r},{rate!r}\n" for i, loss, rate in self.rows))
+            self.csv.write_text("".join(f"{i},{loss!r},{lr!r}\n" for i, loss, lr in self.rows))
             save_png(loss_curve([loss for _, loss, _ in self.rows], self.rows[0][0]), self.png)
 
 
 class Pace:
-    """How long the steps take. The first one is left out: it takes longer."""
+    """The time that steps take. The first one is left out: it takes longer."""
 
     def __init__(self):
         self.first: tuple[int, float] | None = None  # number and end of the first step
-        self.last: tuple[int, float] | None = None
+        self.last = (0, 0.0)
         self.steps = 0
 
     def add(self, step: TrainStep) -> None:
-        self.last, self.steps = (step.i, time.monotonic()), step.steps
+        """Take note of a step that has just ended."""
+        self.last, self.steps = (step.done, time.monotonic()), step.steps
         self.first = self.first or self.last
 
     def seconds(self) -> float | None:
-        """A step, or None before the second."""
+        """Return the seconds per step, or None before the second one."""
         if self.first is None or self.last[0] == self.first[0]:
             return None
         return (self.last[1] - self.first[1]) / (self.last[0] - self.first[0])
 
     def left(self) -> float | None:
-        """Seconds until the last step, if all take as long as those before."""
-        return None if self.seconds() is None else self.seconds() * (self.steps - self.last[0])
+        """Return the seconds until the last step, if all take as long as those before."""
+        seconds = self.seconds()
+        return None if seconds is None else seconds * (self.steps - self.last[0])
 
     def forecast(self) -> str | None:
-        """To be said once, after the first steps."""
-        if self.seconds() is None:
+        """Return a line to be printed once, after the first steps."""
+        seconds, left = self.seconds(), self.left()
+        if seconds is None or left is None:
             return None
-        return f"{self.steps - self.last[0]} steps of {self.seconds():.2g} s: about {format_duration(self.left())}"
+        return f"{self.steps - self.last[0]} steps of {seconds:.2g} s: about {format_duration(left)}"
 
 
 def memory_taken(device: torch.device) -> int:
-    """The most bytes so far: of the device's memory, or, on a CPU, of this process."""
+    """Return the most bytes so far: of the device's memory, or, on a CPU, of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on every system
@@ -125,19 +128,19 @@ def memory_taken(device: torch.device) -> int:
 
 
 def read_rows(path: Path) -> list[tuple[int, float, float]]:
-    """What a Log wrote; nothing if it is not there, and up to the first line that is not whole."""
+    """Read what a Log wrote, up to the first line that is not whole; nothing if it is not there."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            i, loss, rate = line.split(",")
-            rows.append((int(i), float(loss), float(rate)))
+            i, loss, lr = line.split(",")
+            rows.append((int(i), float(loss), float(lr)))
         except ValueError:
             break
     return rows
 
 
 def tensorboard(folder: Path):
-    """A writer of TensorBoard's files, or None if that package is not installed."""
+    """Return a writer of TensorBoard's files, or None if that package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -146,11 +149,11 @@ def tensorboard(folder: Path):
 
 
 def loss_curve(losses: Sequence[float], first: int = 1) -> Image.Image:
-    """Each step's loss in grey, and their running mean over a fiftieth of the run in blue; `first` is the number of the first step."""
+    """Draw each step's loss in grey, and their running mean over a fiftieth of the run in blue; `first` is the number of the first step."""
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(image)
     finite = np.asarray([loss for loss in losses if np.isfinite(loss)] or [0.0])
-    low, high = finite.min(), max(np.quantile(finite, 0.99), finite.min() + 1e-8)  # a few wild steps shall not press the rest to the floor
+    low, high = finite.min(), max(np.quantile(finite, 0.99), finite.min() + 1e-8)  # a few wild steps should not flatten the rest
     window = max(1, len(losses) // 50)
     sums = np.cumsum([0.0, *np.nan_to_num(losses, nan=high, posinf=high)])
     ends = np.arange(1, len(losses) + 1)

@@ -1,17 +1,19 @@
-"""The training loop: one for every method, and for training from nothing.
+"""The training loop: one for every method, and for training from scratch.
 
-    task.loss(step, samples) -> gradients -> mean over processes -> clip -> optimizers -> averages -> TrainStep
-         the method                                                                          every so often: the state file
+    task.loss(step, sample_ids) -> gradients -> mean over processes -> clip -> optimizers -> EMA -> TrainStep
+         the method                                                                     every so often: the state file
 
-A Task says what is trained and what the loss of a sample is; the loop says how. Whatever a task draws by chance comes from
+A Task says what is trained and what the loss of a sample is; the loop says how. All randomness of a task comes from
 rng_for(seed, step, sample). So a sample is the same whether its batch is made at once, by accumulation or by several processes, and a run
-that is stopped and taken up again from its state ends, on a CPU, with the very same weights.
+that is stopped and resumed from its state ends, on a CPU, with the very same weights.
+
+Steps are numbered from 0, and so are `step` of a loss and of the learning rate; `done` is how many of them are over.
 """
 
 import dataclasses
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,165 +27,170 @@ from torch._guards import detect_fake_mode
 
 from minidiff.files import check_same
 from minidiff.trainers.engine import distributed
-from minidiff.trainers.engine.checkpointing import checkpointed, thrifty_malloc
+from minidiff.trainers.engine.checkpointing import thrifty_malloc, with_checkpointing
 from minidiff.trainers.engine.optimizer import EMA, learning_rate
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.engine.state import read_state, write_state
 
-ONLY_HOW = (
-    "batch",
-    "gradient_accumulation",
-    "checkpointing",
-    "compile",
-    "save_every",
-)  # settings that change a run by rounding, or not at all
+# Settings that change a run by rounding, or not at all.
+ONLY_HOW = ("batch", "gradient_accumulation", "checkpointing", "compile", "save_every")
 
 
 @runtime_checkable
 class Task(Protocol):
     """What is trained.
 
-    modules: their parameters that require a gradient are trained, and their names stand in the state file. All float32.
-    loss: the mean over the samples of these numbers in the step's whole batch, each with the draws of rng_for(seed, step, number). It
-        may not keep tensors for later calls, nor look at values on the device (`.item()`, `if (x > 0).any()`): the loop would wait.
+    modules: their parameters that require a gradient are trained; the state file names them so. All float32.
+    loss: the mean over the samples of these numbers in the step's whole batch, each with the random numbers of rng_for(seed, step, number).
+        It may not keep tensors for later calls, nor look at values on the device (`.item()`, `if (x > 0).any()`): the loop would wait.
 
     A task may also have
     networks: tuple of the modules that the loss runs through, if more than `modules`: those that checkpointing and compile mean.
-    about: dict of numbers and strings that another run must not differ in to go on from the state, as the method and its data.
+    about: flat dict of numbers and strings that identifies the run, as its phase, a hash of its data and its data options. It is written
+        into the state, and must be equal for a run to resume from there.
     """
 
     modules: dict[str, nn.Module]
 
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]: ...
 
-    def loss(self, step: int, samples: range) -> Float[Tensor, ""]: ...
+    def loss(self, step: int, sample_ids: range) -> Float[Tensor, ""]: ...
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """One step done: its number from 1, of how many; the mean loss, on the device (float() waits for it); the learning rate."""
+    """A step that was taken.
 
-    i: int
+    Args:
+        done: how many steps are over with this one, 1 after the first
+        steps: how many there are in all
+        loss: mean over the step's samples, on the device (float() waits for it)
+        lr: learning rate of the step
+    """
+
+    done: int
     steps: int
     loss: Float[Tensor, ""]
     lr: float
 
 
 def train(task: Task, settings: Settings, device: torch.device, state: Path | None = None) -> Iterator[TrainStep]:
-    """The steps of a run that are left, one an iteration; see Training."""
+    """Take the steps of a run that are left, one an iteration; see Training."""
     return Training(task, settings, device, state).run()
 
 
 class Training:
-    """A run: the task's weights, their optimizers and averages, and how many steps are done. `averages` has one a module, or none.
+    """A run: the task's weights, their optimizers, an EMA per module if asked for, and how many steps are done.
 
-    state: a file to go on from, if it is there, and to save to. Raises ValueError if it belongs to another run, naming what differs.
+    state: a file to resume from, if it is there, and to save to. Raises ValueError if it belongs to another run, naming what differs.
     """
 
     def __init__(self, task: Task, settings: Settings, device: torch.device, state: Path | None = None):
         self.task, self.settings, self.device, self.state = task, settings, device, state
-        self.i = 0
-        self.weights = trained_weights(task.modules)
+        self.done = 0
+        self.weights = trainable_weights(task.modules)
         self.optimizers = task.optimizers(settings)
         decay = settings.ema_decay
         self.ema = {} if decay is None else {name: EMA(module, decay) for name, module in task.modules.items()}
         self.scaler = torch.amp.GradScaler(device.type, enabled=half_precision(settings.precision, device) == torch.float16)
         if state is not None and state.exists():
             self.load_state_dict(read_state(state))
-        self.saved = self.i
-        if not distributed.all_equal(self.i, device):
-            raise ValueError(f"the processes begin at different steps, this one at {self.i}: all need the same {state}")
+        self.saved = self.done
+        if not distributed.all_equal(self.done, device):
+            raise ValueError(f"the processes begin at different steps, this one at {self.done}: all need the same {state}")
 
     def run(self) -> Iterator[TrainStep]:
-        """Takes the steps that are left, one an iteration. Stopped between two steps or in one, it saves the last whole step."""
+        """Take the steps that are left, one an iteration. Stopped between two steps or in one, it saves the last whole step."""
         settings = self.settings
         thrifty = settings.checkpointing and self.device.type == "cpu"
-        with compiled(networks_of(self.task), self.device, settings.compile), thrifty_malloc(thrifty):
+        with with_compile(networks_of(self.task), self.device, settings.compile), thrifty_malloc(thrifty):
             try:
-                while self.i < settings.steps:
-                    rate = learning_rate(self.i, settings)
+                while self.done < settings.steps:
+                    lr = learning_rate(self.done, settings)
                     loss = self._gradients()
                     with uninterrupted():
-                        self._move(rate)
-                    if self.i % settings.save_every == 0 or self.i == settings.steps:
+                        self._update(lr)
+                    if self.done % settings.save_every == 0 or self.done == settings.steps:
                         self.save()
-                    yield TrainStep(self.i, settings.steps, loss, rate)
+                    yield TrainStep(self.done, settings.steps, loss, lr)
             except (KeyboardInterrupt, GeneratorExit):
                 self.save()
                 raise
 
     def _gradients(self) -> Float[Tensor, ""]:
-        """The gradient of the mean loss over the whole batch, in every weight's .grad."""
+        """Compute the gradient of the mean loss over the whole batch, in every weight's .grad, and return that loss."""
         settings, loss = self.settings, torch.zeros((), device=self.device)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        for samples in parts(settings):
+        for sample_ids in microbatches(settings):
             if settings.compile:
                 torch.compiler.cudagraph_mark_step_begin()  # what the graphs gave out before may be overwritten
-            with checkpointed(networks_of(self.task), settings.checkpointing):
-                part = loss_of(self.task, self.i, samples, settings, self.device) / settings.gradient_accumulation
+            with with_checkpointing(networks_of(self.task), settings.checkpointing):
+                part = compute_loss(self.task, self.done, sample_ids, settings, self.device) / settings.gradient_accumulation
                 self.scaler.scale(part).backward()
             loss += part.detach()
         return distributed.average_gradients(list(self.weights.values()), loss)
 
-    def _move(self, rate: float) -> None:
+    def _update(self, lr: float) -> None:
+        """Clip the gradients and take the step."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         if self.settings.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.weights.values(), self.settings.max_grad_norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("scale", 1.0)
+                group["lr"] = lr * group.get("scale", 1.0)
             self.scaler.step(optimizer)  # with float16 a step whose gradient overflowed is left out
         self.scaler.update()
-        for name, average in self.ema.items():
-            average.update(self.task.modules[name])
-        self.i += 1
+        for name, ema in self.ema.items():
+            ema.update(self.task.modules[name])
+        self.done += 1
 
     def save(self) -> None:
-        """Writes the state, if there is a new one and a file to write to."""
-        if self.state is None or self.i == self.saved or distributed.rank() > 0:
+        """Write the state, if there is a new one and a file to write to."""
+        if self.state is None or self.done == self.saved or distributed.rank() > 0:
             return
         for name, p in self.weights.items():
             if not p.isfinite().all():
                 kept = f"the state of step {self.saved} is kept"
-                raise ValueError(f"{name} is not finite after step {self.i}, {kept}: lower the learning rate")
+                raise ValueError(f"{name} is not finite after step {self.done}, {kept}: lower the learning rate")
         with uninterrupted():
-            self.saved = self.i  # also if writing fails: it is not tried again on the way out
+            self.saved = self.done  # also if writing fails: it is not tried again on the way out
             write_state(self.state, self.state_dict())
 
     def state_dict(self) -> dict:
-        """All that a run needs to go on: tensors, numbers, lists and dicts only, so that it can be read back without running code."""
+        """Return all that a run needs to resume: tensors, numbers, lists and dicts only, so that it can be read back without running code."""
         return {
-            "i": self.i,
+            "i": self.done,
             "asked": self._asked(),
             "weights": {name: p.detach() for name, p in self.weights.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "ema": {name: average.state_dict() for name, average in self.ema.items()},
+            "ema": {name: ema.state_dict() for name, ema in self.ema.items()},
             "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Resume from a state. Raises ValueError if it belongs to another run."""
         check_same(self.state or Path("the state"), state["asked"], self._asked())
-        self.i = state["i"]
+        self.done = state["i"]
         with torch.no_grad():
             for name, p in self.weights.items():
                 p.copy_(state["weights"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        for name, average in self.ema.items():
-            average.load_state_dict(state["ema"][name])
+        for name, ema in self.ema.items():
+            ema.load_state_dict(state["ema"][name])
         self.scaler.load_state_dict(state["scaler"])
 
     def _asked(self) -> dict:
-        """What makes a run this run and no other."""
+        """Identify a run by its settings, its task and the shapes of its weights."""
         settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in ONLY_HOW}
         weights = {name: "x".join(map(str, p.shape)) for name, p in self.weights.items()}
-        return settings | {"samples a step": samples_a_step(self.settings)} | getattr(self.task, "about", {}) | weights
+        return settings | {"samples a step": samples_per_step(self.settings)} | getattr(self.task, "about", {}) | weights
 
 
-def trained_weights(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by module and name. Raises ValueError if there is none, or one is not float32."""
+def trainable_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by module and name. Raises ValueError if there is none, or one is not float32."""
     weights = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters() if p.requires_grad}
     if not weights:
         raise ValueError(f"nothing in {', '.join(modules) or 'no module'} requires a gradient: there is nothing to train")
@@ -194,49 +201,57 @@ def trained_weights(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
 
 
 def networks_of(task: Task) -> tuple[nn.Module, ...]:
-    """The modules that the task's loss runs through."""
+    """Return the modules that the task's loss runs through."""
     return getattr(task, "networks", None) or tuple(task.modules.values())
 
 
-def samples_a_step(settings: Settings) -> int:
-    """The size of a step's whole batch."""
+def samples_per_step(settings: Settings) -> int:
+    """Return the size of a step's whole batch."""
     return settings.batch * settings.gradient_accumulation * distributed.world_size()
 
 
-def parts(settings: Settings) -> Iterator[range]:
-    """This process's samples of a step, as many at a time as go into memory."""
+def microbatches(settings: Settings) -> Iterator[range]:
+    """Yield this process's sample ids of a step, settings.batch at a time."""
     first = distributed.rank() * settings.gradient_accumulation
     for k in range(first, first + settings.gradient_accumulation):
         yield range(k * settings.batch, (k + 1) * settings.batch)
 
 
-def loss_of(task: Task, step: int, samples: range, settings: Settings, device: torch.device) -> Float[Tensor, ""]:
-    """The task's loss in the precision asked for. PyTorch's own generators, which dropout draws from, are seeded for it and given back."""
+def compute_loss(task: Task, step: int, sample_ids: range, settings: Settings, device: torch.device) -> Float[Tensor, ""]:
+    """Return the task's loss in the precision asked for. PyTorch's own generators, which dropout draws from, are seeded and restored.
+
+    Args:
+        task: what is trained
+        step: from 0
+        sample_ids: numbers of the samples within the step
+        settings: seed and precision are read
+        device: where the loss is computed
+    """
     half = half_precision(settings.precision, device)
-    with seeded(int(rng_for(settings.seed, step, samples.start).integers(2**62))):
+    with with_seed(int(rng_for(settings.seed, step, sample_ids.start).integers(2**62))):
         with torch.autocast(device.type, dtype=half, enabled=half is not None):
-            return task.loss(step, samples)
+            return task.loss(step, sample_ids)
 
 
 def half_precision(precision: str, device: torch.device) -> torch.dtype | None:
-    """The 16-bit dtype to compute in, or None for float32."""
+    """Return the 16-bit dtype to compute in, or None for float32."""
     if precision == "auto":
         precision = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
 
 
 def rng_for(seed: int, step: int, sample: int) -> np.random.Generator:
-    """All chance of one sample of one step."""
+    """Return the random generator for one sample of one step, its only source of randomness."""
     return np.random.default_rng([seed, step, sample])
 
 
-def normals(rngs: Sequence[np.random.Generator], shape: Sequence[int]) -> Float[Tensor, "B *shape"]:
-    """Unit normals, one sample's from each generator, on the CPU."""
+def randn_per_sample(rngs: Sequence[np.random.Generator], shape: Sequence[int]) -> Float[Tensor, "B *shape"]:
+    """Draw unit normals, one sample from each generator, on the CPU."""
     return torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs]))
 
 
-def on(device: torch.device, tensor: Tensor) -> Tensor:
-    """The tensor on the device; a GPU gets it in its turn, and nobody waits for that."""
+def to_device(device: torch.device, tensor: Tensor) -> Tensor:
+    """Move a tensor to the device; a GPU gets it in its turn, and nobody waits for that."""
     # Unpinned, the copy would wait for the steps before. What has no contents (see memory.py) has nothing to pin, and PyTorch refuses to.
     if device.type == "cuda" and tensor.device.type == "cpu" and detect_fake_mode(tensor) is None:
         tensor = tensor.pin_memory()
@@ -244,8 +259,8 @@ def on(device: torch.device, tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """PyTorch's initialisers and dropout draw from the global generators: seeds them, and gives them back as they were."""
+def with_seed(seed: int) -> Iterator[None]:
+    """Seed PyTorch's global generators, which initialisers and dropout draw from, within the block; restore them after it."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
@@ -253,7 +268,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done, so that no step is half taken and no file half written."""
+    """Let Ctrl-C wait until the block is done, so that no step is half taken and no file half written."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals only ever reach the main thread
         return
@@ -268,12 +283,12 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
-def compiled(networks: Sequence[nn.Module], device: torch.device, on: bool) -> Iterator[None]:
-    """Within the block the networks run through torch.compile; names and weights are as before."""
-    for network in networks if on else ():
+def with_compile(networks: Sequence[nn.Module], device: torch.device, enabled: bool) -> Iterator[None]:
+    """Run the networks through torch.compile within the block; names and weights are unchanged."""
+    for network in networks if enabled else ():
         network.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
     try:
         yield
     finally:
-        for network in networks if on else ():
+        for network in networks if enabled else ():
             network._compiled_call_impl = None  # there is no public way back

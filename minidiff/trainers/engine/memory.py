@@ -1,10 +1,10 @@
-"""How much memory a run will take, told before it begins.
+"""How much memory a run will take, estimated before it begins.
 
-    frozen weights     stand there already, as do the trained ones
-    optimizer          AdamW keeps two float32 values a trained weight, Muon one
+    weights            frozen and trained ones: in memory already
+    optimizer          AdamW keeps two float32 values per trained weight, Muon one
     ema                one
     gradients          one
-    activations        what a layer remembers on the way forward for the way back; grows with the batch
+    activations        what a layer keeps of the forward pass for the backward pass; grows with the batch
 
 The activations are not guessed: the task's own loss is run forward and backward on tensors without contents (PyTorch's FakeTensorMode),
 and every tensor's bytes are counted from its birth to its death. That takes no memory, and seconds rather than minutes.
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from minidiff.markdown import format_bytes
 from minidiff.trainers.engine import loop
-from minidiff.trainers.engine.checkpointing import checkpointed
+from minidiff.trainers.engine.checkpointing import with_checkpointing
 from minidiff.trainers.engine.optimizer import Muon
 from minidiff.trainers.engine.settings import Settings
 
@@ -45,11 +45,12 @@ class Memory:
 
     @property
     def above(self) -> int:
-        """What training adds to a process, or a device, that holds the weights."""
+        """Return what training adds to a process, or a device, that holds the weights."""
         return self.gradients + self.optimizer + self.ema + self.activations
 
     @property
     def total(self) -> int:
+        """Return the bytes of weights and training together."""
         return self.frozen + self.trained + self.above
 
     def __str__(self) -> str:
@@ -59,15 +60,15 @@ class Memory:
 
 
 def estimate_memory(task: loop.Task, settings: Settings, device: torch.device) -> Memory:
-    """What the run of this task takes. The task is left as it was, but that its weights lose gradients they had."""
+    """Estimate what the run of this task takes. The task is left as it was, but that its weights lose gradients they had."""
     networks = loop.networks_of(task)
     weights = {p for module in (*task.modules.values(), *networks) for p in module.parameters()}
     trained = [p for p in weights if p.requires_grad]
     for p in weights:
         p.grad = None
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, checkpointed(networks, settings.checkpointing):
-            loop.loss_of(task, 0, range(settings.batch), settings, device).backward()
+        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, with_checkpointing(networks, settings.checkpointing):
+            loop.compute_loss(task, 0, range(settings.batch), settings, device).backward()
     finally:
         for p in weights:
             p.grad = None
@@ -75,7 +76,7 @@ def estimate_memory(task: loop.Task, settings: Settings, device: torch.device) -
     # While the optimizers step, the activations are gone. On a GPU AdamW works on all weights at once and makes a copy of them.
     stepping = gradients if device.type == "cuda" else 2 * max(map(bytes_of, ([p] for p in trained)))
     reserve = RESERVE.get((device.type, settings.checkpointing), 1.0)
-    slots = sum(bytes_of(moved(o)) * (1 if isinstance(o, Muon) else 2) for o in task.optimizers(settings))
+    slots = sum(bytes_of(params_of(o)) * (1 if isinstance(o, Muon) else 2) for o in task.optimizers(settings))
     return Memory(
         frozen=bytes_of(p for p in weights if not p.requires_grad),
         trained=bytes_of(trained),
@@ -86,16 +87,18 @@ def estimate_memory(task: loop.Task, settings: Settings, device: torch.device) -
     )
 
 
-def moved(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+def params_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters that an optimizer changes."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Return the size of tensors together."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within the block, counts the bytes of the tensors that are made and still alive: `live` now, `peak` at most."""
+    """Count the bytes of the tensors that are made within the block and still alive: `live` now, `peak` at most."""
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,6 @@
-"""How weights move: the two optimizers, the learning rate over the steps, and an average that follows the weights.
+"""How weights change: the two optimizers, the learning rate over the steps, and the EMA of the weights.
 
-Personalising uses AdamW (Loshchilov and Hutter 2019) throughout. Training from nothing uses Muon for matrices and convolutions, AdamW for
+The training methods use AdamW (Loshchilov and Hutter 2019) throughout. Training from scratch uses Muon for matrices and convolutions, AdamW for
 the rest.
 
 Muon (Jordan et al. 2024; Liu et al. 2025, "Muon is scalable for LLM training") takes the momentum of a weight matrix, replaces it by
@@ -22,7 +22,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at 0, singu
 
 
 def orthogonalise(matrix: Float[Tensor, "R C"], steps: int = 5) -> Float[Tensor, "R C"]:
-    """The same singular vectors with all singular values near 1, by the quintic Newton-Schulz iteration x <- (a + b x x' + c (x x')^2) x.
+    """Return the same singular vectors with all singular values near 1, by the quintic Newton-Schulz iteration x <- (a + b x x' + c (x x')^2) x.
 
     Every factor is a polynomial in x x', so the product of them is worked out on that small square matrix and applied to x once.
     """
@@ -40,13 +40,14 @@ def orthogonalise(matrix: Float[Tensor, "R C"], steps: int = 5) -> Float[Tensor,
 
 
 class Muon(torch.optim.Optimizer):
-    """One Muon step a weight of two or more dimensions (a convolution is its matrix C_out x C_in*kh*kw), with Nesterov momentum."""
+    """Muon, for weights of two or more dimensions (a convolution is its matrix C_out x C_in*kh*kw), with Nesterov momentum."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self):
+        """Change every weight that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -60,7 +61,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(modules: Iterable[nn.Module], lr: float) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon over the hidden matrices and convolutions, AdamW over embeddings, biases and norms."""
+    """Return Muon over the hidden matrices and convolutions, AdamW over embeddings, biases and norms."""
     matrices, others = [], []
     for module in modules:
         for part in module.modules():
@@ -71,7 +72,7 @@ def optimizers(modules: Iterable[nn.Module], lr: float) -> tuple[Muon, torch.opt
 
 
 def adamw(params: Iterable[nn.Parameter | dict], settings: Settings) -> torch.optim.AdamW:
-    """AdamW with the numbers that the public trainers of Stable Diffusion share. params: weights, or groups of them.
+    """Return AdamW with the numbers that the public trainers of Stable Diffusion share. params: weights, or groups of them.
 
     A group {"params": [...], "scale": 0.1} learns at a tenth of the learning rate.
     """
@@ -79,12 +80,12 @@ def adamw(params: Iterable[nn.Parameter | dict], settings: Settings) -> torch.op
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """The rate of a step, counted from 0: rises in a line over `warmup_steps` steps, then follows the schedule.
+    """Return the learning rate of a step, counted from 0: it rises linearly over `warmup_steps` steps, then follows the schedule.
 
-    constant          stays
-    linear            falls in a line to 0
-    cosine            falls to 0 as half a cosine (Loshchilov and Hutter 2017, without restarts)
-    linear_after_hold  stays for a quarter of all steps, then falls in a line to 5 %
+    constant            stays
+    linear              falls in a line to 0
+    cosine              falls to 0 as half a cosine (Loshchilov and Hutter 2017, without restarts)
+    linear_after_hold   stays for a quarter of all steps, then falls in a line to 5 %
     """
     warmup_steps, steps = settings.warmup_steps, settings.steps
     rising = (step + 1) / warmup_steps if step < warmup_steps else 1.0
@@ -99,7 +100,7 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 class EMA:
-    """A running mean of the weights that are trained, which samples better than they: mean <- d mean + (1 - d) weights.
+    """The exponential moving average of the weights that are trained, which samples better than they: mean <- d mean + (1 - d) weights.
 
     d rises with the steps, (1 + n) / (10 + n), up to `decay`, so that the first, bad weights are soon forgotten.
     """
@@ -107,22 +108,23 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
         self.steps = 0
-        self.mean = {name: p.detach().clone() for name, p in _trained(module)}
+        self.mean = {name: p.detach().clone() for name, p in _trainable(module)}
 
     @torch.no_grad()
     def update(self, module: nn.Module):
+        """Move the mean towards the weights after a step."""
         d = min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
-        torch._foreach_lerp_(list(self.mean.values()), [p for _, p in _trained(module)], 1 - d)
+        torch._foreach_lerp_(list(self.mean.values()), [p for _, p in _trainable(module)], 1 - d)
 
     def copy_to(self, module: nn.Module) -> None:
-        """The module's trained weights become the averaged ones."""
+        """Replace the module's trained weights by the averaged ones."""
         _copy(self.mean, module)
 
     @contextmanager
-    def put_in(self, module: nn.Module) -> Iterator[None]:
-        """The module holds the averaged weights for the time of the block, to be looked at, saved or copied."""
-        own = {name: p.detach().clone() for name, p in _trained(module)}
+    def swapped_in(self, module: nn.Module) -> Iterator[None]:
+        """Let the module hold the averaged weights within the block, to be looked at, saved or copied."""
+        own = {name: p.detach().clone() for name, p in _trainable(module)}
         try:
             self.copy_to(module)
             yield
@@ -130,19 +132,21 @@ class EMA:
             _copy(own, module)
 
     def state_dict(self) -> dict:
+        """Return what a run needs to resume."""
         return {"steps": self.steps, "mean": self.mean}
 
     def load_state_dict(self, state: dict):
+        """Resume from a state."""
         self.steps = state["steps"]
         for name, value in state["mean"].items():
             self.mean[name].copy_(value)
 
 
-def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def _trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
 @torch.no_grad()
 def _copy(values: dict[str, Tensor], module: nn.Module):
-    for name, p in _trained(module):
+    for name, p in _trainable(module):
         p.copy_(values[name])

@@ -10,16 +10,22 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the loop (loop.py) trains, whatever it trains. Raises ValueError for what cannot be done.
+    """How long and how fast the loop (loop.py) trains, whatever it trains. Raises ValueError for what cannot be done.
 
-    batch: samples at once, in each process; a step sees batch * gradient_accumulation * processes of them.
-    schedule: of the learning rate after `warmup_steps` steps, see optimizer.learning_rate.
-    max_grad_norm: the largest norm of the whole gradient; None leaves it as it is.
-    ema_decay: decay of the running mean of the weights; None keeps none.
-    precision: of matrix products and convolutions; what is trained stays in float32. "auto" is bfloat16 on a GPU, float32 elsewhere.
-    checkpointing: forget what is inside a block on the way forward and work it out again on the way back: less memory, a third slower.
-    compile: run the networks through torch.compile (CUDA graphs on a GPU); it takes a minute before the first step.
-    save_every: steps between two saves of the state.
+    Args:
+        steps: how many steps
+        batch: samples at once, in each process; a step sees batch * gradient_accumulation * processes of them
+        learning_rate: of the optimizer AdamW
+        gradient_accumulation: batches whose gradients are added up for a step
+        warmup_steps: steps over which the learning rate rises from 0
+        schedule: of the learning rate after that; see optimizer.learning_rate
+        max_grad_norm: the largest norm of the whole gradient; inf (None in Python) leaves it as it is
+        ema_decay: decay of a running mean of the weights, which is then the result, as 0.99; none by default
+        precision: of products and convolutions; auto is bfloat16 on a GPU, float32 elsewhere; what is trained stays in float32
+        checkpointing: compute what is inside a block twice: less memory, a third slower
+        compile: run the networks through torch.compile (CUDA graphs on a GPU); it takes a minute before the first step
+        seed: of everything that is random
+        save_every: steps between two saves of the state
     """
 
     steps: int

@@ -8,7 +8,7 @@ from minidiff.files import atomic_write, remove_leftovers
 
 
 def write_state(path: Path, state: dict) -> None:
-    """Save a state. A run that is killed while it writes, or finds the disk full, finds its last state there.
+    """Write the state whole or not at all: a run that is killed meanwhile, or finds the disk full, still has the last one.
 
     Raises OSError with one clear line if the file cannot be written.
     """
@@ -23,7 +23,7 @@ def write_state(path: Path, state: dict) -> None:
 
 
 def read_state(path: Path) -> dict:
-    """Load a state, with its tensors on the CPU. Raises ValueError for a file that is no state."""
+    """Read a state, with its tensors on the CPU. Raises ValueError for a file that is no state."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

@@ -1,20 +1,20 @@
-"""The training of every personalising method: one task, in which a method says what is trained and which words go with which pictures.
+"""What all training methods have in common: one task, in which a method says what is trained and which words go with which pictures.
 
     subject's pictures -. captions, or templates -> text encoder -> context -.
     prior's pictures ---' latents ----------------- q_sample ----> x_t ------+--> U-Net -> loss of the subject + weight * loss of the prior
 
-The loss is latent diffusion's (diffusion_loss.py). Where prior pictures are given, each sample brings one of them into the same batch
-(DreamBooth, Ruiz et al. 2023, eq. 2). What a frozen encoder gives is made once; the text encoder runs in each step only where it, or a
-word, is trained or has an adapter on it.
+The loss is latent diffusion's (diffusion_loss.py). Prior preservation: where prior pictures are given, each sample brings one of them into
+the same batch (DreamBooth, Ruiz et al. 2023, eq. 2). What a frozen encoder gives is made once; the text encoder runs in each step only
+where it, or a word, is trained or has an adapter on it.
 
-    with task:                                          # adapters are on the model
-        for step in train(task, task.settings, device, state): ...
-        sd.generate("a photo of a <cat> cat")
+    run = TrainingRun((task,), lora=lora)
+    for phase, step in run.run(device, folder): ...     # within each phase its adapters are on the model
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,19 +28,19 @@ from minidiff.adapters.parallel import Adapters
 from minidiff.adapters.tokens import NewTokens
 from minidiff.files import digest, fingerprint
 from minidiff.pipeline import StableDiffusion
-from minidiff.trainers.data.cache import Cache, Contexts, Pictures
-from minidiff.trainers.engine.diffusion_loss import diffusion_loss, draw
-from minidiff.trainers.engine.loop import rng_for
+from minidiff.trainers.data.cache import Batch, Cache, Contexts, Pictures
+from minidiff.trainers.engine.diffusion_loss import diffusion_loss, sample_noise
+from minidiff.trainers.engine.loop import Training, TrainStep, rng_for
 from minidiff.trainers.engine.optimizer import adamw
 from minidiff.trainers.engine.settings import Settings
-from minidiff.trainers.methods.options import Samples
+from minidiff.trainers.methods.method import PhaseOptions
 
 Adapter = LoRA | NewTokens | CustomDiffusion | Adapters
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What is learned. templates: captions of which one is drawn for each sample, in place of the pictures' own. prior: pictures of its class."""
+    """What is learned. templates: captions, one at random for each sample, in place of the pictures' own. prior: class pictures."""
 
     pictures: Pictures
     templates: tuple[str, ...] = ()
@@ -55,22 +55,21 @@ class Group:
     scale: float = 1.0
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A batch: scaled latents, masks of the cells whose loss counts, and captions."""
-
-    latents: Float[Tensor, "B C h w"]
-    mask: Float[Tensor, "B 1 h w"]
-    captions: tuple[str, ...]
-
-
 class FinetuneTask:
-    """A Task of loop.py, or one of several phases of a method. Within `with task:` the adapters are on the model and the groups can learn.
+    """A Task of loop.py: one phase of a method. Within `with task:` the adapters are on the model and the groups can learn.
 
-    name: of the phase. modules: as in Task; adapters, or parts of sd itself. adapters: those on the model meanwhile, also without being
-    trained. groups: what is trained of the modules. prior_weight: see module docstring.
-    Outside the block sd is as it was, but for those of its own weights that were trained, and that nothing of it requires a gradient.
+    Outside the block sd is as it was, but for those of its own weights that were trained; nothing of it requires a gradient.
     Raises ValueError for prior pictures of some subjects only.
+
+    Args:
+        sd: the model
+        name: of the phase
+        subjects: each is as likely for a sample
+        options: settings, data and the prior's weight are read
+        modules: as in Task: adapters, or parts of sd itself, by name
+        adapters: those on the model meanwhile, also without being trained
+        groups: what is trained of the modules
+        cache: of latents and contexts; None keeps them in memory
     """
 
     def __init__(
@@ -78,13 +77,11 @@ class FinetuneTask:
         sd: StableDiffusion,
         name: str,
         subjects: Sequence[Subject],
+        options: PhaseOptions,
         *,
-        modules: dict[str, nn.Module],
+        modules: Mapping[str, nn.Module],
         adapters: Sequence[Adapter],
         groups: Sequence[Group],
-        settings: Settings,
-        samples: Samples,
-        prior_weight: float = 1.0,
         cache: Cache | None = None,
     ):
         if len({subject.prior is None for subject in subjects}) > 1:
@@ -94,17 +91,18 @@ class FinetuneTask:
                 f"this U-Net has {sd.config.unet.in_channels} input channels: an inpainting model; load a text-to-image checkpoint"
             )
         self.sd, self.name, self.subjects = sd, name, tuple(subjects)
-        self.modules, self.adapters, self.groups = modules, tuple(adapters), tuple(groups)
-        self.settings, self.samples, self.prior_weight = settings, samples, prior_weight
+        self.modules, self.adapters, self.groups = dict(modules), tuple(adapters), tuple(groups)
+        self.settings, self.data, self.prior_weight = options.settings, options.data, options.prior.weight
+        self.has_prior = any(subject.prior is not None for subject in subjects)
         self.cache = cache or Cache()
         self.contexts: dict[str, Tensor] | None = None  # by caption; None: the text encoder runs in every step
-        self.about = {"phase": name, "prior weight": prior_weight, "data": self._digest(), "model": fingerprint(sd.unet.conv_in)}
-        self.about |= asdict(samples)
+        self.about: dict[str, object] = {"phase": name, "prior weight": self.prior_weight, "data": self._digest()}
+        self.about |= {"model": fingerprint(sd.unet.conv_in)} | asdict(self.data)
 
     # --- before and after ---------------------------------------------------------------------------------------------
 
     def prepare(self) -> Iterator[int]:
-        """Makes the latents that can be made ahead, one picture an iteration; `with task:` does it too, without saying how far it is."""
+        """Make the latents that can be precomputed, one picture an iteration; `with task:` does it too, without saying how far it is."""
         done = 0
         for pictures in self._all_pictures():
             for _ in pictures.precompute_latents():
@@ -152,7 +150,7 @@ class FinetuneTask:
         return [pictures for subject in self.subjects for pictures in (subject.pictures, subject.prior) if pictures is not None]
 
     def _digest(self) -> str:
-        """Return a digest of captions and pictures: a run does not go on with others."""
+        """Return a digest of captions and pictures: a run does not resume with others."""
         captions = (repr((subject.templates, subject.pictures.sizes)).encode() for subject in self.subjects)
         examples = (example for pictures in self._all_pictures() for example in pictures.examples)
         return digest(chain(captions, (f"{example.caption}\n".encode() + example.path.read_bytes() for example in examples)))[:16]
@@ -161,51 +159,54 @@ class FinetuneTask:
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
+        """Return the modules that the loss runs through."""
         return (self.sd.unet,) if self.contexts is not None else (self.sd.unet, self.sd.text_encoder)
 
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
+        """Return AdamW over the groups."""
         return (adamw([{"params": list(group.params), "scale": group.scale} for group in self.groups], settings),)
 
-    def loss(self, step: int, samples: range) -> Float[Tensor, ""]:
-        """Mean over the samples of the subject's loss, plus the prior's weight times that of the picture beside each."""
-        sd, B = self.sd, len(samples)
-        rngs = [rng_for(self.settings.seed, step, sample) for sample in samples]
-        batch, rngs = self._draw(rngs)
-        draws = draw(rngs, batch.latents.shape[1:], sd.config.schedule.timesteps, sd.device, self.samples.offset_noise)
+    def loss(self, step: int, sample_ids: range) -> Float[Tensor, ""]:
+        """Return the mean over the samples of the subject's loss, plus the prior's weight times that of its class picture."""
+        sd, B = self.sd, len(sample_ids)
+        batch, rngs = self._draw([rng_for(self.settings.seed, step, sample) for sample in sample_ids])
+        noise = sample_noise(rngs, batch.latents.shape[1:], sd.config.schedule.timesteps, sd.device, self.data.offset_noise)
         context = self._context(batch.captions).to(sd.dtype)
         loss = diffusion_loss(
             lambda x_t, t, context: sd.unet(x_t.to(sd.dtype), t, context),
             sd.schedule,
             batch.latents,
             context,
-            draws,
+            noise,
             mask=batch.mask,
-            min_snr=self.samples.min_snr,
+            min_snr=self.data.min_snr,
         )
         return loss[:B].mean() + self.prior_weight * loss[B:].sum() / B
 
-    def _draw(self, rngs: Sequence[np.random.Generator]) -> tuple[Drawn, list[np.random.Generator]]:
-        """The subjects' samples, then the prior's if there is one; and beside each the generator for what else it draws."""
-        mine: list[list[np.random.Generator]] = [[] for _ in self.subjects]
-        for rng in rngs:
-            mine[int(rng.integers(len(self.subjects)))].append(rng)
-        chosen = [(subject, own) for subject, own in zip(self.subjects, mine) if own]
-        parts = [self._drawn(subject.pictures, subject.templates, own) for subject, own in chosen]
-        parts += [self._drawn(subject.prior, (), own) for subject, own in chosen if subject.prior is not None]
-        latents, mask = torch.cat([part.latents for part in parts]), torch.cat([part.mask for part in parts])
-        ordered = [rng for _, own in chosen for rng in own]
-        captions = tuple(caption for part in parts for caption in part.captions)
-        return Drawn(latents, mask, captions), ordered * (len(captions) // len(rngs))
+    def _draw(self, rngs: Sequence[np.random.Generator]) -> tuple[Batch, list[np.random.Generator]]:
+        """Draw the samples of all subjects, then their class pictures if there are any, and return the generator of each row.
 
-    def _drawn(self, pictures: Pictures, templates: Sequence[str], rngs: Sequence[np.random.Generator]) -> Drawn:
+        A sample and its class picture share a generator, which goes on to draw their timesteps and noise.
+        """
+        chosen = [int(rng.integers(len(self.subjects))) for rng in rngs]
+        rngs_of = {k: [rng for rng, i in zip(rngs, chosen) if i == k] for k in sorted(set(chosen))}
+        batches = [self._draw_from(self.subjects[k].pictures, self.subjects[k].templates, own) for k, own in rngs_of.items()]
+        ordered = [rng for own in rngs_of.values() for rng in own]
+        if self.has_prior:
+            batches += [self._draw_from(prior, (), own) for k, own in rngs_of.items() if (prior := self.subjects[k].prior)]
+            ordered = ordered * 2
+        return Batch.concatenate(batches), ordered
+
+    def _draw_from(self, pictures: Pictures, templates: Sequence[str], rngs: Sequence[np.random.Generator]) -> Batch:
+        """Draw one picture per generator, then its template if there are any, then whether its caption is dropped."""
         batch = pictures.batch([int(rng.integers(len(pictures))) for rng in rngs], rngs)
         captions = batch.captions
         if templates:
             captions = [templates[int(rng.integers(len(templates)))] for rng in rngs]
             if pictures.sizes is not None:
-                captions = [pictures.sizes.say(caption, word) for caption, word in zip(captions, batch.words)]
-        dropped = [rng.random() < self.samples.caption_dropout for rng in rngs]
-        return Drawn(batch.latents, batch.mask, tuple("" if drop else caption for drop, caption in zip(dropped, captions)))
+                captions = [pictures.sizes.with_phrase(caption, phrase) for caption, phrase in zip(captions, batch.size_phrases)]
+        dropped = [rng.random() < self.data.caption_dropout for rng in rngs]
+        return replace(batch, captions=tuple("" if drop else caption for drop, caption in zip(dropped, captions)))
 
     def _context(self, captions: Sequence[str]) -> Float[Tensor, "B L D"]:
         if self.contexts is not None:
@@ -215,7 +216,7 @@ class FinetuneTask:
     # --- to look at ---------------------------------------------------------------------------------------------------
 
     def pictures(self, prompts: Sequence[str], *, seed: int = 0, steps: int = 30) -> list[Image.Image]:
-        """What the model draws as it is now, between two steps; each prompt on the same seed, without dropout."""
+        """Generate a picture per prompt with the model as it is now, between two steps; all on the same seed, without dropout."""
         for adapter in self.adapters:
             adapter.eval()
         try:
@@ -226,11 +227,31 @@ class FinetuneTask:
 
 
 def possible_captions(subject: Subject) -> Iterable[str]:
-    """Every caption that a sample may have, with the words of the size augmentation."""
+    """Yield every caption that a sample may have, with the phrases of the size augmentation."""
     own = subject.templates or tuple(example.caption for example in subject.pictures.examples)
     for pictures, captions in ((subject.pictures, own), (subject.prior, ())):
         if pictures is not None:
             captions = captions or tuple(example.caption for example in pictures.examples)
             sizes = pictures.sizes
-            words = ("",) if sizes is None else ("", *sizes.small, *sizes.large)
-            yield from (caption if sizes is None else sizes.say(caption, word) for caption in captions for word in words)
+            phrases = ("",) if sizes is None else ("", *sizes.small, *sizes.large)
+            yield from (caption if sizes is None else sizes.with_phrase(caption, phrase) for caption in captions for phrase in phrases)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRun:
+    """The phases of a method, and the adapters that are its result; without any, the result is the model's own weights."""
+
+    phases: tuple[FinetuneTask, ...]
+    lora: LoRA | None = None
+    tokens: NewTokens | None = None
+    custom_diffusion: CustomDiffusion | None = None
+
+    def run(self, device: torch.device, folder: Path | None = None) -> Iterator[tuple[FinetuneTask, TrainStep]]:
+        """Train one phase after the other, a step an iteration, each with its state in folder/NAME.state; EMAs become the weights."""
+        for phase in self.phases:
+            with phase:
+                training = Training(phase, phase.settings, device, folder / f"{phase.name}.state" if folder is not None else None)
+                for step in training.run():
+                    yield phase, step
+                for name, ema in training.ema.items():
+                    ema.copy_to(phase.modules[name])

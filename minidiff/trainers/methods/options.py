@@ -1,34 +1,46 @@
-"""What a person says to a method of personalising, and numbers that work, for each family of models.
+"""What several training methods are told: what to learn, what a training sample is, and which pictures keep the model from forgetting.
 
-    Concept     the pictures, and the words for them
-    *Options    one a method (methods.py); preset("dreambooth", "sd1") gives those that the papers and the public programs use
+    Concept           the pictures, and the words for them
+    DataOptions       what a sample is, and how its loss counts
+    Prior             class pictures
+    LowRankOptions    which layers a LoRA changes
 
-Importing this costs nothing, so that the command line can show it at once. Where the numbers of Stable Diffusion come from stands beside
-each; the bundled model's come from short trials, as is said there.
+The options of a method, and its presets for each family of models, are in the method's own file. Each field is a flag of
+`minidiff train METHOD`, and its line under `Args:` is the flag's help. Importing this costs nothing, so that --help appears at once.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from minidiff.config import ModelConfig
-from minidiff.trainers.engine.settings import Settings
 
 Family = Literal["sd1", "sd2", "bundled"]
-Words = Literal["photo", "scenes"]
+TemplateSet = Literal["photo", "scenes"]
+YesNo = Annotated[bool, "a flag with yes or no, for presets may have either"]
+
+
+def family_of(config: ModelConfig) -> Family:
+    """Return the family whose presets fit a model, by the width of its context."""
+    families: dict[int, Family] = {768: "sd1", 1024: "sd2"}
+    return families.get(config.unet.context_width, "bundled")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Concept:
-    """One thing to learn, and how it is called.
+    """What is learned, and how it is called.
 
-    images: the folder of its pictures. token: its name in prompts, a new word as <cat>, or a rare one of the vocabulary as sks.
-    class_word: what kind of thing it is, as cat; it stands behind the token: "a photo of a <cat> cat".
-    prompt: the caption of all its pictures, with {} for token and class word; None takes the method's own.
-    captions: read each picture's caption from the folder instead (see data.read_folder), where {} stands for the same.
-    class_images: the folder of pictures that keep the model from forgetting, filled if need be (see Prior). class_prompt: their
-    caption, with {} for the class word; None takes the method's own.
     Raises ValueError for words that contradict each other.
+
+    Args:
+        images: folder with the pictures of it, three to five or more
+        token: its name in prompts: a new word as "<cat>", or a rare one as sks for dreambooth
+        class_word: what kind of thing it is, as cat; it follows the token: "a photo of a <cat> cat"
+        prompt: caption of all its pictures, with {} for token and class word; the method's own by default
+        captions: read each picture's caption from the folder: NAME.txt beside it, metadata.jsonl or captions.json; {} as in --prompt
+        class_images: folder of pictures that keep the model from forgetting (see --prior); filled if need be, in --out by default
+        class_prompt: their caption, with {} for the class word; the method's own by default
     """
 
     images: Path
@@ -47,18 +59,24 @@ class Concept:
                 raise ValueError(f"{name} {getattr(self, name)!r} has spaces around it; leave them out")
 
     @property
-    def words(self) -> str:
-        """Token and class word, as far as there are: "<cat> cat"."""
+    def subject_phrase(self) -> str:
+        """Return token and class word, as far as there are: "<cat> cat"."""
         return " ".join(word for word in (self.token, self.class_word) if word)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Samples:
-    """What a training sample is, and how its loss counts; the same for all methods.
+class DataOptions:
+    """How the pictures are shown, and how a sample's loss counts.
 
-    size: pixels; None is the model's own. crop, flip: as in cache.Pictures. caption_dropout: share of samples whose caption is left empty,
-    which keeps classifier-free guidance in shape (Ho and Salimans 2022). offset_noise: 0.1 as in its blog post. min_snr: gamma, 5 in
-    Hang et al. 2023. Both as in diffusion_loss.py.
+    Empty captions keep classifier-free guidance in shape (Ho and Salimans 2022). offset_noise and min_snr: see diffusion_loss.py.
+
+    Args:
+        size: pixels a side; the model's own by default
+        crop: which square of a picture: its centre, or a random one at each step
+        flip: share of samples that are mirrored
+        caption_dropout: share of samples with an empty caption
+        offset_noise: how much noise is added to whole channels, as 0.1 (Guttenberg 2023)
+        min_snr: gamma of the min-SNR weights, as 5 (Hang et al. 2023)
     """
 
     size: int | None = None
@@ -79,20 +97,35 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Prior:
-    """Pictures that the model shall go on drawing as before; each sample's loss is its own + weight * that of one of these.
+    """Class pictures, which keep the model from forgetting what else there is: prior preservation.
 
-    kind: "none"; "folder", the class pictures as they are, with the class prompt or their own captions; "generated", filled up to `count`
-    by the model itself (DreamBooth); "scenes", filled with the bundled scenes of the nearest captions; "near", those `count` captioned
-    pictures of the folder whose captions are nearest, none below the cosine `least` (Custom Diffusion).
-    steps, guidance_scale: of the pictures that are generated.
+    Each sample's loss is its own plus `weight` times the loss of one class picture (Ruiz et al. 2023, eq. 2).
+
+    Args:
+        kind: none; folder: those of --class-images; generated: made by the model itself; scenes: the bundled scenes with the nearest
+            captions; near: those of --class-images with the nearest captions
+        weight: what their loss counts beside the subject's
+        count: how many
+        steps: sampler steps, of generated ones
+        guidance_scale: guidance, of generated ones; the model's own by default
+        min_similarity: smallest cosine of a near caption
     """
+
+    FLAT_NAMES: ClassVar[Mapping[str, str]] = {
+        "kind": "prior",
+        "weight": "prior_weight",
+        "count": "prior_count",
+        "steps": "prior_steps",
+        "guidance_scale": "prior_guidance_scale",
+        "min_similarity": "prior_min_similarity",
+    }
 
     kind: Literal["none", "folder", "generated", "scenes", "near"] = "none"
     weight: float = 1.0
     count: int = 200
     steps: int = 50
     guidance_scale: float | None = None
-    least: float | None = None
+    min_similarity: float | None = None
 
     def __post_init__(self):
         if self.kind not in ("none", "folder", "generated", "scenes", "near"):
@@ -102,13 +135,24 @@ class Prior:
         if self.count < 1:
             raise ValueError(f"prior count {self.count}: at least 1 picture is needed")
 
+    @property
+    def is_made(self) -> bool:
+        """Say whether its folder is filled before training."""
+        return self.kind in ("generated", "scenes")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankOptions:
-    """Which layers a LoRA changes and how (adapters/lora.py).
+    """Which layers a LoRA changes, and how (adapters/lora.py).
 
-    layers: names of adapters.lora.PATTERNS, or regular expressions over layer names. alpha: None is the rank, as in diffusers; kohya's
-    default is 1. text_encoder: its attention too, at text_scale times the learning rate.
+    Args:
+        rank: columns of its factors
+        alpha: the change is scaled by alpha / rank; the rank by default, as in diffusers; kohya's default is 1
+        layers: attention, transformer, conv, or regular expressions over layer names
+        init: of the factors: gaussian as diffusers, kaiming as the original
+        dropout: share of its inputs that are left out at each step
+        text_encoder: train the text encoder too
+        text_scale: the text encoder's share of the learning rate
     """
 
     rank: int = 4
@@ -116,164 +160,8 @@ class LowRankOptions:
     layers: tuple[str, ...] = ("attention",)
     init: Literal["gaussian", "kaiming"] = "gaussian"
     dropout: float = 0.0
-    text_encoder: bool = False
+    text_encoder: YesNo = False
     text_scale: float = 1.0
 
-
-@dataclass(frozen=True, kw_only=True)
-class LoRAOptions:
-    """A LoRA on a folder with captions. prompt: of concepts that bring no captions, with {} for the concept's words."""
-
-    settings: Settings
-    samples: Samples = Samples()
-    low_rank: LowRankOptions = LowRankOptions()
-    prior: Prior = Prior()
-    prompt: str = "a photo of a {}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DreamBoothOptions:
-    """DreamBooth: the whole U-Net, or with low_rank a LoRA instead.
-
-    text_encoder: train all of it too, at text_scale times the learning rate; with low_rank, say it there.
-    """
-
-    settings: Settings
-    samples: Samples = Samples()
-    prior: Prior = Prior(kind="generated")
-    low_rank: LowRankOptions | None = None
-    text_encoder: bool = False
-    text_scale: float = 1.0
-    prompt: str = "a photo of a {}"
-
-    def __post_init__(self):
-        if self.low_rank is not None and self.text_encoder:
-            raise ValueError("text_encoder with low_rank: say it in low_rank, whose LoRA then changes the text encoder too")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextualInversionOptions:
-    """Textual Inversion: new words alone.
-
-    kind: which templates (templates.py), for an object or a style; words: those of photographs, or the bundled scenes'. vectors: how many
-    a word. start: the word that they start from; None takes the concept's class word, and random vectors where it has none.
-    """
-
-    settings: Settings
-    samples: Samples = Samples()
-    kind: Literal["object", "style"] = "object"
-    words: Words = "photo"
-    vectors: int = 1
-    start: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PivotalOptions:
-    """Pivotal tuning: first the new words, then a LoRA around them, while they stay."""
-
-    tokens: TextualInversionOptions
-    lora: LoRAOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class CustomDiffusionOptions:
-    """Custom Diffusion: keys and values of cross-attention, and a new word for each concept, at token_scale times the learning rate.
-
-    all_of_attention: queries and outputs of cross-attention too, which the authors' program offers for faces.
-    start: the words or token numbers that the new words start from, in order; None takes rare tokens (adapters/tokens.py), () random rows.
-    sizes: the augmentation (augment.py), with the words of photographs or scenes for them.
-    """
-
-    settings: Settings
-    samples: Samples = Samples()
-    prior: Prior = Prior(kind="near", least=0.85)
-    all_of_attention: bool = False
-    token_scale: float = 1.0
-    start: tuple[str | int, ...] | None = None
-    sizes: Literal["none", "paper", "code"] = "paper"
-    words: Words = "photo"
-    prompt: str = "photo of a {}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FineTuneOptions:
-    """The model's own weights on a folder with captions. weights: regular expressions searched in parameter names, as "unet.up.0....weight"."""
-
-    settings: Settings
-    weights: tuple[str, ...] = (r"^unet\.",)
-    samples: Samples = Samples()
-    prior: Prior = Prior()
-    text_scale: float = 1.0
-    prompt: str = "a photo of a {}"
-
-
-Options = LoRAOptions | DreamBoothOptions | TextualInversionOptions | PivotalOptions | CustomDiffusionOptions | FineTuneOptions
-
-# --- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def family_of(config: ModelConfig) -> Family:
-    """Which presets belong to a model, by the width of its context."""
-    return {768: "sd1", 1024: "sd2"}.get(config.unet.context_width, "bundled")
-
-
-def preset(method: str, family: str) -> Options:
-    """The numbers of a method for a family of models. Raises ValueError for an unknown one of either."""
-    presets = {"sd1": STABLE_DIFFUSION, "sd2": STABLE_DIFFUSION, "bundled": BUNDLED}
-    if family not in presets:
-        raise ValueError(f"family {family!r} unknown; choose {', '.join(presets)}")
-    if method not in presets[family]:
-        raise ValueError(f"method {method!r} unknown; choose {', '.join(presets[family])}")
-    return presets[family][method]
-
-
-def _settings(steps: int, learning_rate: float, batch: int = 4, warmup_steps: int = 0) -> Settings:
-    return Settings(steps=steps, batch=batch, learning_rate=learning_rate, warmup_steps=warmup_steps)
-
-
-STABLE_DIFFUSION: dict[str, Options] = {
-    # diffusers' text-to-image LoRA
-    "lora": LoRAOptions(settings=replace(_settings(1500, 1e-4), schedule="cosine")),
-    # diffusers: 5e-6 and 200 to 400 steps for a dog; with the text encoder 2e-6
-    "dreambooth": DreamBoothOptions(settings=_settings(400, 5e-6, batch=1)),
-    # diffusers: rank 4, 500 steps
-    "dreambooth-lora": DreamBoothOptions(settings=_settings(500, 5e-4, batch=1), low_rank=LowRankOptions()),
-    # the authors' program, for batches of 4 to 8
-    "textual-inversion": TextualInversionOptions(settings=_settings(5000, 5e-3)),
-    # cloneofsimo's LoRA program
-    "pivotal-tuning": PivotalOptions(
-        tokens=TextualInversionOptions(settings=_settings(1000, 5e-4)),
-        lora=LoRAOptions(
-            settings=replace(_settings(1000, 1e-4), schedule="linear"), low_rank=LowRankOptions(text_encoder=True, text_scale=0.1)
-        ),
-    ),
-    # the paper: 8e-5 at batch 8, 250 steps a concept, words as fast as weights
-    "custom-diffusion": CustomDiffusionOptions(settings=_settings(250, 8e-5, batch=8)),
-    # diffusers' text-to-image
-    "fine-tune": FineTuneOptions(settings=_settings(2000, 1e-5)),
-}
-
-# Tried on five held-out subjects in five pictures each, with 200 steps (minidiff evaluate study), but for fine-tune, which is not tried yet.
-# Custom Diffusion shows its pictures in one size: subjects of 64 pixels lose what they are known by when they shrink.
-BUNDLED: dict[str, Options] = {
-    "lora": LoRAOptions(settings=_settings(300, 2e-3), low_rank=LowRankOptions(rank=8, layers=("transformer",))),
-    "dreambooth": DreamBoothOptions(settings=_settings(300, 5e-4), prior=Prior(kind="generated", count=48, steps=20)),
-    "dreambooth-lora": DreamBoothOptions(
-        settings=_settings(300, 2e-3), low_rank=LowRankOptions(rank=8, layers=("conv",)), prior=Prior(kind="generated", count=48, steps=20)
-    ),
-    "textual-inversion": TextualInversionOptions(settings=_settings(400, 2e-2), words="scenes", vectors=4),
-    "pivotal-tuning": PivotalOptions(
-        tokens=TextualInversionOptions(settings=_settings(150, 2e-2), words="scenes", vectors=2),
-        lora=LoRAOptions(settings=_settings(200, 2e-3), low_rank=LowRankOptions(rank=8, layers=("transformer",))),
-    ),
-    "custom-diffusion": CustomDiffusionOptions(
-        settings=_settings(300, 2e-3),
-        token_scale=5.0,
-        prior=Prior(kind="scenes", count=100),
-        start=("ktn", "pll", "ucd"),
-        sizes="none",
-        words="scenes",
-        prompt="a photo of a {}",
-    ),
-    "fine-tune": FineTuneOptions(settings=_settings(200, 5e-4)),
-}
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {' and '.join(self.layers)}"

@@ -87,17 +87,17 @@ def test_the_published_programs_sides_are_drawn_as_there():
 def test_the_words_follow_the_size(kind):
     said = {"small": set(), "large": set(), "": set()}
     for side, view in views(SIZES[kind]):
-        said["small" if side < 0.6 * SIZE else "large" if side > SIZE else ""].add(view.word)
+        said["small" if side < 0.6 * SIZE else "large" if side > SIZE else ""].add(view.size_phrase)
     assert said == {"small": set(SIZES[kind].small), "large": set(SIZES[kind].large), "": {""}}
 
 
 def test_the_word_stands_in_front_or_before_the_subject():
-    assert PAPER_SIZES.say("photo of a <new1> cat", "very small") == "very small photo of a <new1> cat"
-    assert CODE_SIZES.say("photo of a <new1> cat", "a far away") == "a far away photo of a <new1> cat"
+    assert PAPER_SIZES.with_phrase("photo of a <new1> cat", "very small") == "very small photo of a <new1> cat"
+    assert CODE_SIZES.with_phrase("photo of a <new1> cat", "a far away") == "a far away photo of a <new1> cat"
     inside = SizeAugmentation(small=SCENE_SIZES.small, large=SCENE_SIZES.large, before="<new1>")
-    assert inside.say("a photo of a <new1> on a red background", "small") == "a photo of a small <new1> on a red background"
-    assert inside.say("a cat", "small") == "small a cat"
-    assert inside.say("a <new1>", "") == "a <new1>"
+    assert inside.with_phrase("a photo of a <new1> on a red background", "small") == "a photo of a small <new1> on a red background"
+    assert inside.with_phrase("a cat", "small") == "small a cat"
+    assert inside.with_phrase("a <new1>", "") == "a <new1>"
 
 
 def test_flipping_mirrors_the_picture_where_it_stands():
@@ -111,7 +111,7 @@ def test_flipping_mirrors_the_picture_where_it_stands():
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="augmentation 'papr' unknown; choose paper, code"):
         SizeAugmentation("papr")
-    with pytest.raises(ValueError, match="augmentation without words"):
+    with pytest.raises(ValueError, match="augmentation without phrases"):
         SizeAugmentation(small=())
     with pytest.raises(ValueError, match="augmentation: 10 of 32 pixels are less than 3 latent cells of 4"):
         CODE_SIZES.check(32, 4)

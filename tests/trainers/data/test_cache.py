@@ -52,7 +52,7 @@ def test_a_kept_latent_is_the_fresh_one(sd, examples):
         with torch.no_grad():
             fresh = [sd.vae.encode(fit(load_picture(examples[i].path), SIZE)[None]).mean[0] for i in (2, 0)]
         assert torch.equal(batch.latents, torch.stack(fresh) * sd.config.vae.scaling_factor)
-        assert batch.captions == ("a cat 2", "a cat 0") and batch.words == ("", "")
+        assert batch.captions == ("a cat 2", "a cat 0") and batch.size_phrases == ("", "")
         assert batch.mask.shape == (2, 1, 8, 8) and (batch.mask == 1).all()
 
 
@@ -134,8 +134,8 @@ def test_a_random_crop_is_a_square_of_the_picture(sd, examples, monkeypatch):
 def test_a_size_is_said_in_the_caption_and_seen_in_the_mask(sd, examples):
     pictures = Pictures(sd, examples, Cache(), size=SIZE, sizes=SizeAugmentation(small=("small",), large=("large",), before="cat"))
     batch = pictures.batch([0] * 40, rngs(40))
-    assert set(batch.words) == {"", "small", "large"}
-    for caption, word, mask in zip(batch.captions, batch.words, batch.mask):
+    assert set(batch.size_phrases) == {"", "small", "large"}
+    for caption, word, mask in zip(batch.captions, batch.size_phrases, batch.mask):
         assert caption == f"a {word} cat 0".replace("  ", " ")
         assert (word == "large") <= bool((mask == 1).all()) and (word == "small") <= bool(mask.mean() < 0.3)
 

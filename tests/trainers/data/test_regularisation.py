@@ -99,20 +99,20 @@ def test_nearest_is_a_sort_by_cosine():
     target, features = torch.randn(6, generator=generator), torch.randn(50, 6, generator=generator)
     cosines = [float(torch.cosine_similarity(target, feature, dim=0)) for feature in features]
     naive = sorted(range(50), key=lambda i: -cosines[i])
-    assert nearest(target, features, most=None) == naive
-    assert nearest(target, features, most=7) == naive[:7]
-    assert nearest(target, features, least=0.5) == [i for i in naive if cosines[i] >= 0.5]
+    assert nearest(target, features, max_count=None) == naive
+    assert nearest(target, features, max_count=7) == naive[:7]
+    assert nearest(target, features, min_similarity=0.5) == [i for i in naive if cosines[i] >= 0.5]
     assert nearest(target, target.expand(4, 6)) == [0, 1, 2, 3]
 
 
 def test_no_caption_near_enough_is_told_with_the_nearest():
     with pytest.raises(ValueError, match="cosine of at least 0.85 to the target: the nearest of 2 has 0.707; give other captions"):
-        nearest(torch.tensor([1.0, 1.0]), torch.eye(2), least=0.85)
+        nearest(torch.tensor([1.0, 1.0]), torch.eye(2), min_similarity=0.85)
 
 
 def test_examples_near_a_target_come_nearest_first(sd, tmp_path):
     examples = [Example(tmp_path / f"{i}.png", caption) for i, caption in enumerate(["a dog and a pizza", "a cat", "an apple"])]
-    chosen = near_examples(examples, "a cat", partial(pooled_text, sd), most=2)
+    chosen = near_examples(examples, "a cat", partial(pooled_text, sd), max_count=2)
     assert chosen[0] is examples[1] and len(chosen) == 2
 
 
@@ -120,7 +120,9 @@ def test_the_nearest_scenes_stand_in_a_folder_with_their_captions(sd, tmp_path):
     steps = list(scene_pictures(sd, "a cat", tmp_path, count=4, candidates=40, seed=3))
     assert steps[-1] == Filled(4, 4) and len(steps) == 4
     scenes = [sample_scene(np.random.default_rng([3, i])) for i in range(40)]
-    order = nearest(pooled_text(sd, ["a cat"], pool="mean")[0], pooled_text(sd, [scene.caption for scene in scenes], pool="mean"), most=4)
+    order = nearest(
+        pooled_text(sd, ["a cat"], pool="mean")[0], pooled_text(sd, [scene.caption for scene in scenes], pool="mean"), max_count=4
+    )
     examples = read_folder(tmp_path, size=64)
     assert [example.caption for example in examples] == [scenes[i].caption for i in order]
     assert all(np.array_equal(Image.open(example.path), scenes[i].image) for example, i in zip(examples, order))

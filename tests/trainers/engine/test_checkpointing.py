@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidiff.trainers.engine.checkpointing import checkpointed, thrifty_malloc
+from minidiff.trainers.engine.checkpointing import thrifty_malloc
 from tests.small_models import small_model
 
 SD = small_model()
@@ -21,7 +21,7 @@ def run(part, x, on):
 
     module = {"unet": SD.unet, "text_encoder": SD.text_encoder, "vae": SD.vae}[part]
     module.zero_grad()
-    with checkpointed([module], on):
+    with with_checkpointing([module], on):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = module.decode(x[0]) if part == "vae" else module(*x)
         output.square().mean().backward()
@@ -79,11 +79,11 @@ def test_dropout_drops_the_same_on_the_way_back():
 
 
 def test_the_modules_are_as_before_also_after_an_error():
-    with pytest.raises(RuntimeError), checkpointed([SD.unet, SD.unet, SD.unet.middle]):
+    with pytest.raises(RuntimeError), with_checkpointing([SD.unet, SD.unet, SD.unet.middle]):
         assert "forward" in vars(SD.unet.middle.block_1)
         raise RuntimeError
     assert not any("forward" in vars(part) for part in SD.unet.modules())
-    with checkpointed([SD.unet], on=False):
+    with with_checkpointing([SD.unet], on=False):
         assert not any("forward" in vars(part) for part in SD.unet.modules())
 
 

@@ -6,7 +6,7 @@ import torch
 
 from minidiff.config import ScheduleConfig
 from minidiff.schedule import NoiseSchedule
-from minidiff.trainers.engine.diffusion_loss import diffusion_loss, draw, min_snr_weight, squared_error
+from minidiff.trainers.engine.diffusion_loss import diffusion_loss, min_snr_weight, sample_noise, squared_error
 from minidiff.trainers.engine.loop import rng_for
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ def schedule(prediction, zero_terminal_snr=False):
 def batch(count=3):
     rngs = [rng_for(0, 0, sample) for sample in range(count)]
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(count, 4, 6, 5, generator=generator), draw(rngs, (4, 6, 5), 1000, CPU)
+    return torch.randn(count, 4, 6, 5, generator=generator), sample_noise(rngs, (4, 6, 5), 1000, CPU)
 
 
 def answer(x_t, t, context):
@@ -67,13 +67,13 @@ def test_min_snr_is_finite_at_pure_noise(prediction):
 def test_a_sample_is_drawn_from_its_own_generator():
     together = batch(3)[1]
     for k in range(3):
-        alone = draw([rng_for(0, 0, k)], (4, 6, 5), 1000, CPU)
+        alone = sample_noise([rng_for(0, 0, k)], (4, 6, 5), 1000, CPU)
         assert torch.equal(alone.t[0], together.t[k]) and torch.equal(alone.eps[0], together.eps[k])
     assert len(set(together.t.tolist())) == 3
 
 
 def test_timesteps_are_uniform_and_noise_is_unit_normal():
-    draws = draw([rng_for(0, 0, sample) for sample in range(2000)], (4, 2, 2), 1000, CPU)
+    draws = sample_noise([rng_for(0, 0, sample) for sample in range(2000)], (4, 2, 2), 1000, CPU)
     assert draws.t.min() >= 0 and draws.t.max() <= 999
     assert np.histogram(draws.t, bins=10, range=(0, 1000))[0] == pytest.approx(200, abs=4 * 180**0.5)  # four standard deviations
     assert draws.eps.mean().abs() < 4 / 32000**0.5 and draws.eps.std().item() == pytest.approx(1, abs=4 / 64000**0.5)
@@ -81,7 +81,7 @@ def test_timesteps_are_uniform_and_noise_is_unit_normal():
 
 def test_offset_noise_moves_each_channel_of_each_sample_as_a_whole():
     def noise(offset):
-        return draw([rng_for(0, 0, sample) for sample in range(2000)], (4, 2, 2), 1000, CPU, offset)
+        return sample_noise([rng_for(0, 0, sample) for sample in range(2000)], (4, 2, 2), 1000, CPU, offset)
 
     plain, moved = noise(0.0), noise(0.1)
     assert torch.equal(plain.t, moved.t)

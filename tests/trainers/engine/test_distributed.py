@@ -73,4 +73,4 @@ def test_torchrun_starts_them(tmp_path):
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script, tmp_path / "state.pt"]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[3], env={**__import__("os").environ, "PYTHONPATH": "."})
-    assert Training(SmallTask(), small_settings(batch=4), CPU, tmp_path / "state.pt").i == 10
+    assert Training(SmallTask(), small_settings(batch=4), CPU, tmp_path / "state.pt").done == 10

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minidiff.trainers.engine import loop
-from minidiff.trainers.engine.loop import Training, normals, rng_for, train
+from minidiff.trainers.engine.loop import Training, randn_per_sample, rng_for, train
 from minidiff.trainers.engine.optimizer import learning_rate
 from tests.small_task import CPU, SmallTask, forked, small_settings, together
 
@@ -43,7 +43,7 @@ def weights(training):
 def test_it_learns_and_tells_each_step():
     settings = small_settings(steps=150, batch=16)
     steps = list(train(SmallTask(), settings, CPU))
-    assert [step.i for step in steps] == list(range(1, 151)) and all(step.steps == 150 for step in steps)
+    assert [step.done for step in steps] == list(range(1, 151)) and all(step.steps == 150 for step in steps)
     assert [step.lr for step in steps] == [learning_rate(i, settings) for i in range(150)]
     assert sum(step.loss for step in steps[-10:]) < 0.3 * sum(step.loss for step in steps[:10])
 
@@ -59,7 +59,7 @@ def test_a_run_that_is_left_and_taken_up_again_is_bit_identical(tmp_path, k, pre
     walk.close()
     torch.manual_seed(k)  # what the global generator holds is nobody's business
     resumed = Training(SmallTask(dropout=0.3), settings, CPU, path)
-    assert [step.i for step in resumed.run()] == list(range(k + 1, 11))
+    assert [step.done for step in resumed.run()] == list(range(k + 1, 11))
     assert_same_state(resumed.state_dict(), whole.state_dict())
 
 
@@ -81,7 +81,7 @@ def test_ctrl_c_while_weights_move_waits_until_they_have_moved(tmp_path, monkeyp
     step = training.optimizers[0].step
 
     def interrupted_step():
-        if training.i == 5:
+        if training.done == 5:
             signal.raise_signal(signal.SIGINT)
         step()
 
@@ -145,7 +145,7 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
     def run():
         training = Training(SmallTask(), settings, CPU, path)
         losses = [step.loss.item() for step in training.run()]
-        torch.save((weights(training), losses), tmp_path / f"{loop.processes.number()}.pt")
+        torch.save((weights(training), losses), tmp_path / f"{loop.distributed.rank()}.pt")
 
     assert together(2, run) == [0, 0]
     alone = Training(SmallTask(), small_settings(batch=8), CPU)
@@ -155,7 +155,7 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
         torch.testing.assert_close(moved, weights(alone), rtol=1e-4, atol=1e-5)  # float32 rounding, as above
         assert told == pytest.approx(losses, rel=1e-4)
     # and what they saved is the run of one process with that batch
-    assert Training(SmallTask(), small_settings(batch=8), CPU, path).i == 10
+    assert Training(SmallTask(), small_settings(batch=8), CPU, path).done == 10
 
 
 def test_the_state_of_another_run_is_refused_and_the_difference_named(tmp_path):
@@ -182,7 +182,7 @@ def test_how_a_batch_is_made_and_how_often_saved_may_change_between(tmp_path):
     walk = train(SmallTask(), small_settings(), CPU, path)
     next(walk)
     walk.close()
-    assert Training(SmallTask(), small_settings(batch=2, gradient_accumulation=2, save_every=7, checkpointing=True), CPU, path).i == 1
+    assert Training(SmallTask(), small_settings(batch=2, gradient_accumulation=2, save_every=7, checkpointing=True), CPU, path).done == 1
 
 
 def test_weights_that_are_not_finite_do_not_replace_a_good_state(tmp_path):
@@ -253,7 +253,7 @@ def test_the_whole_gradient_is_clipped_to_its_norm(clip):
     settings = small_settings(max_grad_norm=clip, learning_rate=1.0, warmup_steps=0, schedule="constant")
     training = Training(Plain(), settings, CPU)
     before = weights(training)
-    loss = loop.loss_of(training.task, 0, range(4), settings, CPU)
+    loss = loop.compute_loss(training.task, 0, range(4), settings, CPU)
     norm = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(training.weights.values()))]).norm().item()
     next(training.run())
     assert (weights(training) - before).norm().item() == pytest.approx(min(norm, clip or norm), rel=1e-3)  # clip_grad_norm_ adds 1e-6
@@ -275,15 +275,15 @@ def test_the_global_generators_are_left_as_they_were():
 def test_every_step_and_sample_has_draws_of_its_own():
     drawn = {rng_for(*key).random() for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))}
     assert len(drawn) == 4
-    first, second = normals([rng_for(0, 0, 3), rng_for(0, 0, 4)], (2, 5))
-    assert torch.equal(first, normals([rng_for(0, 0, 3)], (2, 5))[0]) and not torch.equal(first, second)
+    first, second = randn_per_sample([rng_for(0, 0, 3), rng_for(0, 0, 4)], (2, 5))
+    assert torch.equal(first, randn_per_sample([rng_for(0, 0, 3)], (2, 5))[0]) and not torch.equal(first, second)
 
 
 def test_checkpointing_and_compile_mean_the_tasks_networks(monkeypatch):
     task, given = SmallTask(), []
     task.networks = (nn.Linear(1, 1),)
     checkpointed = loop.checkpointed
-    monkeypatch.setattr(loop, "checkpointed", lambda networks, on: given.append((networks, on)) or checkpointed(networks, on))
+    monkeypatch.setattr(loop, "checkpointed", lambda networks, on: given.append((networks, on)) or with_checkpointing(networks, on))
     next(train(task, small_settings(checkpointing=True), CPU))
     assert given == [(task.networks, True)]
 

@@ -12,7 +12,7 @@ from torch import nn
 from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents
 from minidiff.trainers.engine import loop
-from minidiff.trainers.engine.checkpointing import checkpointed
+from minidiff.trainers.engine.checkpointing import with_checkpointing
 from minidiff.trainers.engine.memory import RESERVE, LiveBytes, Memory, estimate_memory
 from minidiff.trainers.engine.optimizer import Muon
 from tests.small_models import training_config
@@ -50,8 +50,8 @@ def test_the_estimate_is_what_a_step_really_holds(stage, precision, checkpointin
     task = task_of(stage)
     settings = small_settings(batch=2, precision=precision, checkpointing=checkpointing)
     estimate = estimate_memory(task, settings, CPU)
-    with LiveBytes() as live, checkpointed(loop.networks_of(task), checkpointing):
-        loop.loss_of(task, 0, range(2), settings, CPU).backward()
+    with LiveBytes() as live, with_checkpointing(loop.networks_of(task), checkpointing):
+        loop.compute_loss(task, 0, range(2), settings, CPU).backward()
     # alike to the byte in float32; tables of the schedule are copied to bfloat16 in another order
     expected = RESERVE["cpu", checkpointing] * live.peak
     assert estimate.activations + estimate.gradients == pytest.approx(expected, rel=1e-6 if precision == "float32" else 0.01)

@@ -164,7 +164,7 @@ def test_the_average_is_put_into_the_module_and_taken_out_again():
     first = module.weight.detach().clone()
     module.weight.data.add_(1)
     own = module.weight.detach().clone()
-    with pytest.raises(RuntimeError), average.put_in(module):
+    with pytest.raises(RuntimeError), average.swapped_in(module):
         assert torch.equal(module.weight, first) and module.weight.requires_grad
         raise RuntimeError
     assert torch.equal(module.weight, own) and torch.equal(average.mean["weight"], first)

@@ -8,7 +8,7 @@ import torch
 
 from minidiff.bundled.tasks import autoencoder_draws
 from minidiff.bundled.train_judge import judge_config, judge_draws
-from minidiff.trainers.engine.prefetch import Prefetcher, pickled, prefetch
+from minidiff.trainers.engine.prefetch import Prefetcher, draw_pickled, prefetch
 
 DRAW = partial(autoencoder_draws, 3, 100, (4, 2, 2))
 
@@ -29,7 +29,7 @@ def test_other_processes_draw_the_same_and_what_goes_wrong_there_is_told():
 
 def test_the_judges_draws_go_through_bytes():
     draw = partial(judge_draws, judge_config(), 5)
-    (pixels, tokens, labels), (pixels_there, tokens_there, labels_there) = draw(1, range(2)), pickle.loads(pickled(draw, 1, range(2)))
+    (pixels, tokens, labels), (pixels_there, tokens_there, labels_there) = draw(1, range(2)), pickle.loads(draw_pickled(draw, 1, range(2)))
     assert torch.equal(pixels, pixels_there) and torch.equal(tokens, tokens_there)
     assert torch.equal(labels.cover, labels_there.cover) and torch.equal(labels.subject, labels_there.subject)
     pickle.dumps(draw)  # so that another process can have it

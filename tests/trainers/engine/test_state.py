@@ -49,7 +49,7 @@ def test_a_run_stops_cleanly_on_a_full_disk_and_goes_on_later(tmp_path, disk_of)
         list(walk)
     assert read_state(path)["i"] == 3
     disk_of(resource.RLIM_INFINITY)
-    assert [step.i for step in train(SmallTask(), small_settings(), CPU, path)] == list(range(4, 11))
+    assert [step.done for step in train(SmallTask(), small_settings(), CPU, path)] == list(range(4, 11))
 
 
 def test_a_process_killed_while_it_writes_leaves_the_last_state(tmp_path):

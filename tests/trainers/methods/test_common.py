@@ -13,31 +13,15 @@ import weights_loader
 from minidiff.config import SD1
 from minidiff.trainers.data.augment import PAPER_SIZES
 from minidiff.trainers.data.folder import read_folder
-from minidiff.trainers.methods.common import (
-    class_caption,
-    custom_diffusion,
-    dreambooth,
-    fill_class_images,
-    fill_in,
-    fine_tune,
-    lora,
-    pivotal,
-    rare_words,
-    sizes_for,
-    textual_inversion,
-)
-from minidiff.trainers.methods.options import (
-    Concept,
-    CustomDiffusionOptions,
-    DreamBoothOptions,
-    FineTuneOptions,
-    LoRAOptions,
-    LowRankOptions,
-    PivotalOptions,
-    Prior,
-    Samples,
-    TextualInversionOptions,
-)
+from minidiff.trainers.methods import custom_diffusion, dreambooth, fine_tune, lora, pivotal, textual_inversion
+from minidiff.trainers.methods.common import class_caption, fill_class_images, fill_in
+from minidiff.trainers.methods.custom_diffusion import CustomDiffusionOptions, make_rare_tokens, size_augmentation
+from minidiff.trainers.methods.dreambooth import DreamBoothOptions
+from minidiff.trainers.methods.fine_tune import FineTuneOptions
+from minidiff.trainers.methods.lora import LoRAOptions
+from minidiff.trainers.methods.options import Concept, DataOptions, LowRankOptions, Prior
+from minidiff.trainers.methods.pivotal import PivotalOptions
+from minidiff.trainers.methods.textual_inversion import TextualInversionOptions
 from minidiff.unet import UNet
 from tests.small_concepts import FOLDER, picture_folder, quick, small_concept, small_methods
 from tests.small_models import small_model
@@ -106,7 +90,7 @@ def test_the_models_own_weights_are_trained_where_they_are_named(tmp_path, name,
 
 def test_the_text_encoder_learns_at_its_own_rate(tmp_path):
     options = LoRAOptions(settings=quick(), low_rank=LowRankOptions(text_encoder=True, text_scale=0.25))
-    method = lora(small_model(), [small_concept(tmp_path)], options)
+    method = lora.build(small_model(), [small_concept(tmp_path)], options)
     (optimizer,) = method.phases[0].optimizers(options.settings)
     assert [group["scale"] for group in optimizer.param_groups] == [1.0, 0.25]
     text = {p for name, low in method.lora.layers.items() if name.startswith("text_encoder.") for p in low.parameters()}
@@ -122,7 +106,7 @@ def test_new_words_start_from_the_class_and_then_stay_while_the_lora_learns(tmp_
     assert torch.equal(rows, cat.expand(2, -1))
     after = {}
     for phase, step in method.run(CPU):
-        if step.i == step.steps:
+        if step.done == step.steps:
             after[phase.name] = rows.detach().clone()
     assert not torch.equal(after["tokens"], cat.expand(2, -1))
     assert torch.equal(after["tokens"], after["lora"])
@@ -141,15 +125,15 @@ def test_concepts_are_learnt_jointly_or_one_after_the_other(tmp_path):
     cat, dog = small_concept(tmp_path, "a"), small_concept(tmp_path, "b", token="<dog>", class_word="dog")
     options = CustomDiffusionOptions(settings=quick(), prior=FOLDER, start=START)
     sd = small_model()
-    joint = custom_diffusion(sd, [cat, dog], options)
+    joint = custom_diffusion.build(sd, [cat, dog], options)
     assert joint.custom_diffusion.tokens.names == ("<cat>", "<dog>")
     assert captions_of(joint) == {"photo of a <cat> cat", "photo of a <dog> dog"}
     trained(joint)
 
-    first = custom_diffusion(sd, [cat], options)
+    first = custom_diffusion.build(sd, [cat], options)
     trained(first)
     kept = {name: W.detach().clone() for name, W in first.custom_diffusion.layers.items()}
-    second = custom_diffusion(sd, [dog], options, start_from=first.custom_diffusion)
+    second = custom_diffusion.build(sd, [dog], options, start_from=first.custom_diffusion)
     rows = second.custom_diffusion.tokens.rows
     assert list(rows) == ["<cat>", "<dog>"]
     assert torch.equal(rows["<dog>"], sd.text_encoder.token_embedding.weight[sd.tokenizer.encode("pll")])  # the next rare one
@@ -159,12 +143,12 @@ def test_concepts_are_learnt_jointly_or_one_after_the_other(tmp_path):
     assert all(torch.equal(W, kept[name]) for name, W in first.custom_diffusion.layers.items())
     assert not any(torch.equal(W, kept[name]) for name, W in second.custom_diffusion.layers.items())
     with pytest.raises(ValueError, match="<cat> was learned before"):
-        custom_diffusion(sd, [cat], options, start_from=first.custom_diffusion)
+        custom_diffusion.build(sd, [cat], options, start_from=first.custom_diffusion)
 
 
 def test_the_averages_are_the_result(tmp_path):
     sd, concept = small_model(), small_concept(tmp_path)
-    plain, averaged = (lora(sd, [concept], LoRAOptions(settings=quick(ema_decay=average))) for average in (None, 0.9))
+    plain, averaged = (lora.build(sd, [concept], LoRAOptions(settings=quick(ema_decay=average))) for average in (None, 0.9))
     followed = {name: p.detach().clone() for name, p in averaged.lora.named_parameters()}
     for n, _ in enumerate(plain.run(CPU)):
         d = min(0.9, (1 + n) / (10 + n))
@@ -185,7 +169,7 @@ def test_a_method_that_was_stopped_goes_on_in_its_phase(tmp_path):
             method = function(sd, [concept], options)
             run = method.run(CPU, states)
             for phase, step in run:
-                seen.append((phase.name, step.i))
+                seen.append((phase.name, step.done))
                 if len(seen) == stop:
                     run.close()
         assert seen == [(name, i) for name in ("tokens", "lora") for i in (1, 2, 3)]
@@ -223,7 +207,7 @@ def test_words_are_put_into_holes_with_the_right_article():
 
 def test_dreambooth_says_the_rare_word_and_the_class_alone(tmp_path):
     options = DreamBoothOptions(settings=quick(), prior=FOLDER, low_rank=LowRankOptions())
-    method = dreambooth(small_model(), [small_concept(tmp_path, token="sks", class_word="animal")], options)
+    method = dreambooth.build(small_model(), [small_concept(tmp_path, token="sks", class_word="animal")], options)
     assert captions_of(method) == {"a photo of a sks animal"}
     assert {example.caption for example in method.phases[0].subjects[0].prior.examples} == {"a photo of an animal"}
 
@@ -231,15 +215,15 @@ def test_dreambooth_says_the_rare_word_and_the_class_alone(tmp_path):
 def test_a_concept_brings_its_own_prompt_or_captions(tmp_path):
     options = LoRAOptions(settings=quick(), low_rank=LowRankOptions())
     concept = small_concept(tmp_path, token="sks", prompt="my sks thing")
-    method = lora(small_model(), [concept], dataclasses.replace(options, prior=FOLDER))
+    method = lora.build(small_model(), [concept], dataclasses.replace(options, prior=FOLDER))
     assert captions_of(method) == {"my sks thing"}
     assert {example.caption for example in method.phases[0].subjects[0].prior.examples} == {"a photo of a cat"}
     concept = small_concept(tmp_path, "b", token="sks", prompt="my {} at home")
-    assert captions_of(lora(small_model(), [concept], options)) == {"my sks cat at home"}
+    assert captions_of(lora.build(small_model(), [concept], options)) == {"my sks cat at home"}
     folder = picture_folder(tmp_path / "captioned", captions=("a {} on a red background", "the sks thing"))
     concept = Concept(images=folder, token="sks", class_word="cat", captions=True)
-    assert captions_of(lora(small_model(), [concept], options)) == {"a sks cat on a red background", "the sks thing"}
-    inverted = textual_inversion(
+    assert captions_of(lora.build(small_model(), [concept], options)) == {"a sks cat on a red background", "the sks thing"}
+    inverted = textual_inversion.build(
         small_model(),
         [dataclasses.replace(concept, token="<cat>", images=picture_folder(tmp_path / "c", captions=("a {} in snow",)))],
         TextualInversionOptions(settings=quick()),
@@ -256,19 +240,19 @@ def test_a_concept_brings_its_own_prompt_or_captions(tmp_path):
     ],
 )
 def test_new_words_stand_in_templates_without_the_class(tmp_path, kind, words, expected):
-    options = TextualInversionOptions(settings=quick(), kind=kind, words=words)
-    templates = textual_inversion(small_model(), [small_concept(tmp_path)], options).phases[0].subjects[0].templates
+    options = TextualInversionOptions(settings=quick(), kind=kind, template_set=words)
+    templates = textual_inversion.build(small_model(), [small_concept(tmp_path)], options).phases[0].subjects[0].templates
     assert expected in templates and all("<cat>" in template and "cat>" in template and " cat" not in template for template in templates)
 
 
 def test_sizes_are_said_in_words_that_the_model_knows(tmp_path):
     concept = small_concept(tmp_path)
     photo, scenes, none = (
-        sizes_for(concept, CustomDiffusionOptions(settings=quick(), sizes=sizes, words=words))
+        size_augmentation(concept, CustomDiffusionOptions(settings=quick(), sizes=sizes, size_phrases=words))
         for sizes, words in (("paper", "photo"), ("code", "scenes"), ("none", "photo"))
     )
     assert photo == PAPER_SIZES and none is None and scenes.kind == "code"
-    assert scenes.say("a photo of a <cat> cat", "small") == "a photo of a small <cat> cat"
+    assert scenes.with_phrase("a photo of a <cat> cat", "small") == "a photo of a small <cat> cat"
 
 
 # --- class pictures ---------------------------------------------------------------------------------------------------
@@ -278,8 +262,8 @@ def test_class_pictures_are_generated_once_and_learnt_from(tmp_path):
     sd = small_model()
     concept = dataclasses.replace(small_concept(tmp_path, token="sks"), class_images=tmp_path / "generated")
     options = DreamBoothOptions(settings=quick(), prior=Prior(kind="generated", count=3, steps=1), low_rank=LowRankOptions())
-    assert [filled.i for filled in fill_class_images(sd, concept, options.prior, options.prompt, options.samples)] == [3]
-    prior = dreambooth(sd, [concept], options).phases[0].subjects[0].prior
+    assert [filled.done for filled in fill_class_images(sd, concept, options)] == [3]
+    prior = dreambooth.build(sd, [concept], options).phases[0].subjects[0].prior
     assert [example.caption for example in prior.examples] == ["a photo of a cat"] * 3
     expected = sd.generate("a photo of a cat", steps=1, seed=1)[0]
     assert Image.open(prior.examples[1].path).tobytes() == expected.tobytes()
@@ -289,13 +273,13 @@ def test_regularisation_pictures_are_scenes_or_captions_near_the_class(tmp_path)
     sd = small_model()
     concept = dataclasses.replace(small_concept(tmp_path), class_images=tmp_path / "scenes")
     scenes = Prior(kind="scenes", count=5)
-    *_, filled = fill_class_images(sd, concept, scenes, "photo of a {}", Samples())
-    assert filled.i == filled.count == 5
     options = CustomDiffusionOptions(settings=quick(), prior=scenes, start=START)
-    prior = custom_diffusion(sd, [concept], options).phases[0].subjects[0].prior
+    *_, filled = fill_class_images(sd, concept, options)
+    assert filled.done == filled.count == 5
+    prior = custom_diffusion.build(sd, [concept], options).phases[0].subjects[0].prior
     assert [example.caption for example in prior.examples] == [example.caption for example in read_folder(tmp_path / "scenes", size=32)]
-    near = dataclasses.replace(options, prior=Prior(kind="near", count=2, least=None))
-    assert len(custom_diffusion(sd, [concept], near).phases[0].subjects[0].prior) == 2
+    near = dataclasses.replace(options, prior=Prior(kind="near", count=2, min_similarity=None))
+    assert len(custom_diffusion.build(sd, [concept], near).phases[0].subjects[0].prior) == 2
 
 
 def test_a_folder_of_class_pictures_keeps_its_own_captions(tmp_path):
@@ -304,7 +288,7 @@ def test_a_folder_of_class_pictures_keeps_its_own_captions(tmp_path):
     concept = dataclasses.replace(small_concept(tmp_path), class_images=folder)
     for class_prompt, expected in ((None, {"one", "two"}), ("an icon of a {}", {"an icon of a cat"})):
         one = dataclasses.replace(concept, class_prompt=class_prompt)
-        prior = lora(small_model(), [one], options).phases[0].subjects[0].prior
+        prior = lora.build(small_model(), [one], options).phases[0].subjects[0].prior
         assert {example.caption for example in prior.examples} == expected
 
 
@@ -314,63 +298,63 @@ def test_a_folder_of_class_pictures_keeps_its_own_captions(tmp_path):
 def test_a_name_that_splits_is_warned_of(tmp_path):
     options = DreamBoothOptions(settings=quick(), prior=Prior(), low_rank=LowRankOptions())
     with pytest.warns(UserWarning, match="token 'qzxwv' splits into . .*such as sks"):
-        dreambooth(small_model(), [small_concept(tmp_path, token="qzxwv")], options)
+        dreambooth.build(small_model(), [small_concept(tmp_path, token="qzxwv")], options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dreambooth(small_model(), [small_concept(tmp_path, "b", token="sks")], options)
+        dreambooth.build(small_model(), [small_concept(tmp_path, "b", token="sks")], options)
 
 
 LOW = LowRankOptions()
 WRONG = {
-    "nothing": (lora, LoRAOptions(settings=quick()), [], "no concept to learn"),
+    "nothing": (lora.build, LoRAOptions(settings=quick()), [], "no concept to learn"),
     "no hole's words": (
-        lora,
+        lora.build,
         LoRAOptions(settings=quick()),
         [{"token": "", "class_word": ""}],
         "nothing for the hole of 'a photo of a {}'",
     ),
     "no class word": (
-        dreambooth,
+        dreambooth.build,
         DreamBoothOptions(settings=quick(), low_rank=LOW),
         [{"token": "sks", "class_word": ""}],
         "need a class word, such as dog",
     ),
     "no class folder": (
-        dreambooth,
+        dreambooth.build,
         DreamBoothOptions(settings=quick(), low_rank=LOW),
         [{"token": "sks", "class_images": None}],
         "the prior 'generated' needs class pictures",
     ),
-    "no identifier": (dreambooth, DreamBoothOptions(settings=quick()), [{"token": ""}], "DreamBooth needs a token"),
-    "unnamed": (lora, LoRAOptions(settings=quick()), [{"prompt": "my cat"}], "'my cat' does not name <cat>"),
+    "no identifier": (dreambooth.build, DreamBoothOptions(settings=quick()), [{"token": ""}], "DreamBooth needs a token"),
+    "unnamed": (lora.build, LoRAOptions(settings=quick()), [{"prompt": "my cat"}], "'my cat' does not name <cat>"),
     "known word": (
-        textual_inversion,
+        textual_inversion.build,
         TextualInversionOptions(settings=quick()),
         [{"token": "dog"}],
         "'dog' is a word of the vocabulary already",
     ),
-    "no word": (textual_inversion, TextualInversionOptions(settings=quick()), [{"token": ""}], "no token; give the new word"),
+    "no word": (textual_inversion.build, TextualInversionOptions(settings=quick()), [{"token": ""}], "no token; give the new word"),
     "long start": (
-        textual_inversion,
+        textual_inversion.build,
         TextualInversionOptions(settings=quick(), start="qzxwv"),
         [{}],
         "the start 'qzxwv' is not a single token",
     ),
-    "one word twice": (textual_inversion, TextualInversionOptions(settings=quick()), [{}, {}], "'<cat>' is given for two concepts"),
+    "one word twice": (textual_inversion.build, TextualInversionOptions(settings=quick()), [{}, {}], "'<cat>' is given for two concepts"),
     "too few starts": (
-        custom_diffusion,
+        custom_diffusion.build,
         CustomDiffusionOptions(settings=quick(), start=("ktn",), prior=Prior()),
         [{}, {"token": "<dog>"}],
         "2 concepts and 1 words to start from",
     ),
     "no such layer": (
-        lora,
+        lora.build,
         LoRAOptions(settings=quick(), low_rank=LowRankOptions(layers=("to_w",))),
         [{}],
         "pattern 'to_w' matches no layer",
     ),
-    "no such weight": (fine_tune, FineTuneOptions(settings=quick(), weights=("conv_9",)), [{}], "pattern 'conv_9' matches no layer"),
-    "pictures too small": (lora, LoRAOptions(settings=quick(), samples=Samples(size=128)), [{}], "32 x 32 pixels are too few"),
+    "no such weight": (fine_tune.build, FineTuneOptions(settings=quick(), weights=("conv_9",)), [{}], "pattern 'conv_9' matches no layer"),
+    "pictures too small": (lora.build, LoRAOptions(settings=quick(), data=DataOptions(size=128)), [{}], "32 x 32 pixels are too few"),
 }
 
 
@@ -385,38 +369,38 @@ def test_what_is_asked_for_is_checked_before_training(tmp_path, case):
 def test_one_folder_is_not_two_concepts(tmp_path):
     concept = small_concept(tmp_path)
     with pytest.raises(ValueError, match="given twice"):
-        lora(small_model(), [concept, concept], LoRAOptions(settings=quick()))
+        lora.build(small_model(), [concept, concept], LoRAOptions(settings=quick()))
 
 
 def test_a_models_own_weights_are_trained_in_float32_only(tmp_path):
     sd = small_model()
     sd.unet.bfloat16()
     with pytest.raises(ValueError, match="is torch.bfloat16, .*load the model in float32"):
-        fine_tune(sd, [small_concept(tmp_path)], FineTuneOptions(settings=quick()))
-    lora(sd, [small_concept(tmp_path, "b")], LoRAOptions(settings=quick()))
+        fine_tune.build(sd, [small_concept(tmp_path)], FineTuneOptions(settings=quick()))
+    lora.build(sd, [small_concept(tmp_path, "b")], LoRAOptions(settings=quick()))
 
 
 def test_an_inpainting_model_is_refused(tmp_path):
     from tests.small_models import small_config
 
     with pytest.raises(ValueError, match="9 input channels: an inpainting model"):
-        lora(small_model(small_config(in_channels=9)), [small_concept(tmp_path)], LoRAOptions(settings=quick()))
+        lora.build(small_model(small_config(in_channels=9)), [small_concept(tmp_path)], LoRAOptions(settings=quick()))
 
 
 def test_rare_words_and_class_captions_by_themselves():
     sd = small_model()
-    assert rare_words(sd, [], START, torch.Generator(), {}) is None
+    assert make_rare_tokens(sd, [], START, torch.Generator(), {}) is None
     with pytest.raises(ValueError, match="class pictures need a class word"):
         class_caption(Concept(images=Path("x"), token="sks"), "a photo of a {}")
 
 
 def test_pivotal_with_several_concepts_has_a_word_for_each(tmp_path):
-    words = TextualInversionOptions(settings=quick(), words="scenes")
+    words = TextualInversionOptions(settings=quick(), template_set="scenes")
     options = PivotalOptions(tokens=words, lora=LoRAOptions(settings=quick(), low_rank=LOW))
     concepts = [small_concept(tmp_path, "a"), small_concept(tmp_path, "b", token="<dog>", class_word="dog")]
-    method = pivotal(small_model(), concepts, options)
+    method = pivotal.build(small_model(), concepts, options)
     assert method.tokens.names == ("<cat>", "<dog>")
     assert [phase.name for phase in method.phases] == ["tokens", "lora"]
     assert method.phases[1].subjects[1].templates[0] == "a <dog>"
-    method = pivotal(small_model(), concepts, dataclasses.replace(options, lora=dataclasses.replace(options.lora, prior=FOLDER)))
+    method = pivotal.build(small_model(), concepts, dataclasses.replace(options, lora=dataclasses.replace(options.lora, prior=FOLDER)))
     assert {example.caption for example in method.phases[1].subjects[1].prior.examples} == {"a photo of a dog"}

@@ -9,18 +9,28 @@ from minidiff.adapters.lora import PATTERNS, create_lora
 from minidiff.trainers.data.cache import Cache, Pictures
 from minidiff.trainers.data.folder import Example, read_folder
 from minidiff.trainers.engine import loop
-from minidiff.trainers.engine.loop import Training, normals, rng_for, train
+from minidiff.trainers.engine.loop import Training, randn_per_sample, rng_for, train
 from minidiff.trainers.engine.memory import estimate_memory
-from minidiff.trainers.methods.common import custom_diffusion
+from minidiff.trainers.methods import custom_diffusion
+from minidiff.trainers.methods.custom_diffusion import CustomDiffusionOptions
 from minidiff.trainers.methods.finetuning import FinetuneTask, Group, Subject, possible_captions
-from minidiff.trainers.methods.options import CustomDiffusionOptions, Samples
+from minidiff.trainers.methods.lora import LoRAOptions
+from minidiff.trainers.methods.options import DataOptions, Prior
 from tests.small_concepts import FOLDER, picture_folder, quick, small_concept, small_methods
 from tests.small_models import small_model
 from tests.small_task import CPU
 
 
 def task_of(
-    sd, folder, *, captions=("a cat", "a red dog", "an apple"), samples=Samples(), prior=False, templates=(), posterior="sample", **options
+    sd,
+    folder,
+    *,
+    captions=("a cat", "a red dog", "an apple"),
+    data=DataOptions(),
+    prior=False,
+    prior_weight=1.0,
+    templates=(),
+    posterior="sample",
 ):
     """A LoRA on three pictures."""
     folder.mkdir(exist_ok=True)
@@ -35,9 +45,8 @@ def task_of(
     subject = Subject(pictures("own", captions), templates, pictures("class", ("a dog", "a pig")) if prior else None)
     lora = create_lora(sd, PATTERNS["attention"], rank=2, alpha=2, generator=torch.Generator().manual_seed(0))
     group = Group(tuple(lora.parameters()))
-    return FinetuneTask(
-        sd, "lora", [subject], modules={"lora": lora}, adapters=[lora], groups=[group], settings=quick(), samples=samples, **options
-    )
+    options = LoRAOptions(settings=quick(), data=data, prior=Prior(weight=prior_weight))
+    return FinetuneTask(sd, "lora", [subject], options, modules={"lora": lora}, adapters=[lora], groups=[group])
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -53,7 +62,7 @@ def test_the_loss_is_the_mean_squared_error_at_a_random_timestep(tmp_path, predi
             example = task.subjects[0].pictures.examples[rng.integers(3)]
             rng.random(2)  # flipped? caption dropped?
             t = torch.tensor([rng.integers(1000)])
-            eps = normals([rng], (4, 8, 8))
+            eps = randn_per_sample([rng], (4, 8, 8))
             pixels = next(iter(task.subjects[0].pictures._picture(path) for path in [example.path]))
             x_0 = sd.vae.encode(as_pixels(pixels)).mean * sd.config.vae.scaling_factor
             alpha_bar = sd.schedule.alpha_bar[t].float().view(-1, 1, 1, 1)
@@ -86,7 +95,7 @@ def test_the_prior_counts_with_its_weight_and_in_the_same_batch(tmp_path):
 
 
 def test_the_parts_of_a_batch_give_the_mean_of_the_whole(tmp_path):
-    with task_of(small_model(), tmp_path, prior=True, samples=Samples(caption_dropout=0.5, flip=0.5)) as task, torch.no_grad():
+    with task_of(small_model(), tmp_path, prior=True, data=DataOptions(caption_dropout=0.5, flip=0.5)) as task, torch.no_grad():
         whole, parts = task.loss(3, range(4)), [task.loss(3, range(k, k + 2)) for k in (0, 2)]
     torch.testing.assert_close(whole, (parts[0] + parts[1]) / 2, rtol=1e-5, atol=1e-6)  # float32 sums in another order
 
@@ -105,9 +114,9 @@ def test_a_frozen_text_encoder_runs_before_the_first_step_only(tmp_path, monkeyp
 
 def test_dropped_captions_are_empty_ones(tmp_path):
     sd = small_model()
-    with task_of(sd, tmp_path, samples=Samples(caption_dropout=1.0)) as task, torch.no_grad():
+    with task_of(sd, tmp_path, data=DataOptions(caption_dropout=1.0)) as task, torch.no_grad():
         dropped = task.loss(0, range(4))
-    with task_of(sd, tmp_path, captions=("a cat",) * 3, samples=Samples(caption_dropout=0.0)) as task, torch.no_grad():
+    with task_of(sd, tmp_path, captions=("a cat",) * 3, data=DataOptions(caption_dropout=0.0)) as task, torch.no_grad():
         named = task.loss(0, range(4))
         task.contexts = {"a cat": task.contexts[""]}
         empty = task.loss(0, range(4))
@@ -122,7 +131,7 @@ def test_templates_take_the_place_of_captions(tmp_path):
 
 def test_every_caption_that_augmentation_says_is_known_ahead(tmp_path):
     options = CustomDiffusionOptions(settings=quick(), prior=FOLDER, start=("ktn",))
-    with custom_diffusion(small_model(), [small_concept(tmp_path)], options).phases[0] as task:
+    with custom_diffusion.build(small_model(), [small_concept(tmp_path)], options).phases[0] as task:
         captions = {caption for step in range(60) for caption in task._draw([rng_for(0, step, 0)])[0].captions}
         assert captions == set(possible_captions(task.subjects[0]))
         assert "zoomed in photo of a <cat> cat" in captions and "photo of a cat" in captions
@@ -150,19 +159,19 @@ def test_within_the_block_alone_something_is_on_the_model_and_can_learn(tmp_path
 
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(tmp_path):
     options = CustomDiffusionOptions(
-        settings=quick(steps=5, ema_decay=0.9), prior=FOLDER, start=("ktn",), samples=Samples(flip=0.5, caption_dropout=0.2)
+        settings=quick(steps=5, ema_decay=0.9), prior=FOLDER, start=("ktn",), data=DataOptions(flip=0.5, caption_dropout=0.2)
     )
     concept = small_concept(tmp_path)
     results = []
     for stops in ((), (2,)):
         sd, state = small_model(), tmp_path / f"{len(stops)}.state"
         for _ in range(1 + len(stops)):
-            phase = custom_diffusion(sd, [concept], options).phases[0]
+            phase = custom_diffusion.build(sd, [concept], options).phases[0]
             with phase:
                 for step in train(phase, phase.settings, CPU, state):
-                    if step.i in stops:
+                    if step.done in stops:
                         break
-                if step.i == 5:
+                if step.done == 5:
                     results.append([p.detach().clone() for p in phase.modules["custom_diffusion"].parameters()])
     assert len(results) == 2 and all(torch.equal(a, b) for a, b in zip(*results))
 
@@ -178,7 +187,7 @@ def test_a_run_does_not_go_on_with_other_captions(tmp_path):
 
 def test_memory_is_estimated_without_a_step(tmp_path):
     options = CustomDiffusionOptions(settings=quick(), prior=FOLDER, start=("ktn",))
-    with custom_diffusion(small_model(), [small_concept(tmp_path)], options).phases[0] as task:
+    with custom_diffusion.build(small_model(), [small_concept(tmp_path)], options).phases[0] as task:
         before = task.loss(0, range(2))
         memory = estimate_memory(task, task.settings, CPU)
         assert memory.trained == memory.gradients == sum(4 * p.numel() for p in task.modules["custom_diffusion"].parameters())
@@ -190,7 +199,7 @@ def test_losses_in_half_precision_are_close(tmp_path):
     sd = small_model()
     with task_of(sd, tmp_path, prior=True) as task, torch.no_grad():
         full = task.loss(0, range(4))
-        half = loop.loss_of(task, 0, range(4), dataclasses.replace(task.settings, precision="bfloat16"), CPU)
+        half = loop.compute_loss(task, 0, range(4), dataclasses.replace(task.settings, precision="bfloat16"), CPU)
     torch.testing.assert_close(half, full, rtol=0.05, atol=0)  # bfloat16 has 8 bits: 0.4 % a rounding
     for part in (sd.unet, sd.text_encoder):
         part.bfloat16()
@@ -216,4 +225,4 @@ def test_class_pictures_are_given_for_all_subjects_or_none(tmp_path):
     sd = small_model()
     with_prior, without = (task_of(sd, tmp_path, prior=prior).subjects[0] for prior in (True, False))
     with pytest.raises(ValueError, match="class pictures for some of the concepts"):
-        FinetuneTask(sd, "x", [with_prior, without], modules={}, adapters=[], groups=[], settings=quick(), samples=Samples())
+        FinetuneTask(sd, "x", [with_prior, without], LoRAOptions(settings=quick()), modules={}, adapters=[], groups=[])

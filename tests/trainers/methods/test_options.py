@@ -1,6 +1,7 @@
 """What a person says to a method: the numbers of each model, and what contradicts itself."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,39 +10,40 @@ import pytest
 
 from minidiff.bundled.tasks import bundled_config
 from minidiff.config import SD1, SD2
-from minidiff.trainers.methods.options import (
-    BUNDLED,
-    STABLE_DIFFUSION,
-    Concept,
-    DreamBoothOptions,
-    LowRankOptions,
-    Prior,
-    Samples,
-    family_of,
-    preset,
-)
+from minidiff.trainers.methods.custom_diffusion import PRESETS as CUSTOM_DIFFUSION
+from minidiff.trainers.methods.dreambooth import DreamBoothOptions
+from minidiff.trainers.methods.method import MethodOptions, describe
+from minidiff.trainers.methods.options import Concept, DataOptions, LowRankOptions, Prior, family_of
+from minidiff.trainers.methods.override import override
+from minidiff.trainers.methods.table import METHODS, preset
 
 SETTINGS = preset("dreambooth", "sd1").settings
 
 
 def test_importing_the_presets_does_not_import_torch():
-    code = "import sys, minidiff.trainers.methods.options; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    code = "import sys, minidiff.trainers.methods.table; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_method_has_numbers_for_every_family():
     assert [family_of(config) for config in (SD1, SD2, bundled_config())] == ["sd1", "sd2", "bundled"]
-    assert list(BUNDLED) == list(STABLE_DIFFUSION)
-    for method in BUNDLED:
-        assert type(preset(method, "sd1")) is type(preset(method, "bundled"))
+    for method in [*METHODS, "dreambooth-lora"]:
+        assert type(preset(method, "sd1")) is type(preset(method, "sd2")) is type(preset(method, "bundled"))
+        assert isinstance(preset(method, "bundled"), MethodOptions)
+        assert re.match(r"\d+ steps of \d samples?, learning rate ", describe(preset(method, "bundled")))
 
 
 def test_the_published_rates_are_kept():
     assert preset("dreambooth", "sd1").settings.learning_rate == 5e-6
     assert preset("dreambooth-lora", "sd2").settings.learning_rate == 5e-4
     assert preset("textual-inversion", "sd1").settings.learning_rate == 5e-3
-    custom = preset("custom-diffusion", "sd1")
-    assert (custom.settings.learning_rate, custom.settings.batch, custom.settings.steps, custom.prior.least) == (8e-5, 8, 250, 0.85)
+    custom = CUSTOM_DIFFUSION["sd1"]
+    assert (custom.settings.learning_rate, custom.settings.batch, custom.settings.steps, custom.prior.min_similarity) == (
+        8e-5,
+        8,
+        250,
+        0.85,
+    )
 
 
 def test_unknown_methods_and_families_are_named():
@@ -59,9 +61,9 @@ def test_a_learning_rate_of_nothing_is_refused():
 @pytest.mark.parametrize(
     ("cls", "values", "message"),
     [
-        (Samples, {"caption_dropout": 1.5}, "caption_dropout 1.5 is outside 0..1"),
-        (Samples, {"offset_noise": -1}, "offset_noise -1"),
-        (Samples, {"min_snr": 0}, "min_snr 0: gamma must be above 0"),
+        (DataOptions, {"caption_dropout": 1.5}, "caption_dropout 1.5 is outside 0..1"),
+        (DataOptions, {"offset_noise": -1}, "offset_noise -1"),
+        (DataOptions, {"min_snr": 0}, "min_snr 0: gamma must be above 0"),
         (Prior, {"weight": 0}, "prior weight 0: it must be above 0"),
         (Prior, {"count": 0}, "prior count 0"),
         (DreamBoothOptions, {"settings": SETTINGS, "low_rank": LowRankOptions(), "text_encoder": True}, "say it in low_rank"),
@@ -79,3 +81,18 @@ def test_an_unknown_kind_of_prior_is_refused_with_the_choices():
     object.__setattr__(prior, "kind", "real")  # where annotations are not checked, as they are in these tests
     with pytest.raises(ValueError, match="prior 'real' unknown; choose none, folder"):
         prior.__post_init__()
+
+
+def test_a_flat_name_is_set_wherever_options_have_it_and_innermost_first():
+    pivotal = override(preset("pivotal-tuning", "sd1"), {"steps": 7, "token_steps": 5, "seed": 3, "schedule": "cosine", "prior": "folder"})
+    tokens, lora = pivotal.phases()
+    assert (tokens.settings.steps, lora.settings.steps, tokens.settings.seed, lora.settings.seed) == (5, 7, 3, 3)
+    assert (tokens.settings.schedule, lora.settings.schedule) == ("constant", "cosine")
+    assert lora.prior.kind == pivotal.prior.kind == "folder" and lora.prior.steps == Prior().steps
+    plain, low = (override(preset(name, "sd1"), {"text_encoder": True, "rank": 9}) for name in ("dreambooth", "dreambooth-lora"))
+    assert plain.text_encoder and plain.low_rank is None
+    assert not low.text_encoder and low.low_rank == LowRankOptions(rank=9, text_encoder=True)
+    inversion = preset("textual-inversion", "sd1")
+    assert override(inversion, {"prior": "none"}) == inversion
+    with pytest.raises(ValueError, match="learning_rate 0"):
+        override(inversion, {"learning_rate": 0})

@@ -1,11 +1,11 @@
-"""The three ways in which torch has written weights, read without running anything: .ckpt, .pt, .pth and .bin files.
+"""Read the three forms in which torch has written weights, without running anything: .ckpt, .pt, .pth and .bin files.
 
     zip, since 1.6      NAME/data.pkl, and NAME/data/KEY for each storage (a block of numbers that tensors are views of)
     legacy, before 1.6  pickles one after the other: magic number, version, system, the object, the storage keys;
                         then each storage, behind its number of elements
     bare pickle         one pickle; each storage is a legacy file inside it, as bytes
 
-The pickles go through weights_loader.pickles. The storages of a zip are windows onto the file. In a legacy file numbers
+The pickles go through weights_loader.read.pickles. The storages of a zip are windows onto the file. In a legacy file numbers
 mostly stand at odd addresses, where a processor need not be able to read them: those are copied.
 
 Left out: torch's tar format of before 2017, TorchScript, compressed archives. Each is refused by name.
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weights_loader.pickles import STORAGES, Name, Refused, unpickle
+from weights_loader.read.pickles import STORAGES, Name, Refused, unpickle
 
 # Called with a storage's key, dtype and number of elements.
 LoadStorage = Callable[[str, torch.dtype, int], Tensor]
@@ -29,7 +29,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before 1.6 begins with this 
 
 
 def read_zip(path: Path, buffer: mmap.mmap) -> tuple[object, tuple[str, ...]]:
-    """The object that torch.save has put in a zip, and the names in it that stayed inert (see unpickle).
+    """Return the object that torch.save has put in a zip, and the names in it that stayed inert (see unpickle).
 
     buffer: the mapped file at `path`. Tensors share its memory.
     """
@@ -61,7 +61,7 @@ def read_zip(path: Path, buffer: mmap.mmap) -> tuple[object, tuple[str, ...]]:
 
 
 def _content(buffer: mmap.mmap, entry: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where the content of a zip entry starts and how many bytes it has; its local header comes first (APPNOTE 4.3.7)."""
+    """Return where the content of a zip entry starts, behind its local header (APPNOTE 4.3.7), and how many bytes it has."""
     if entry.compress_type != zipfile.ZIP_STORED:
         raise Refused(f"'{entry.filename}' in it is compressed, which torch never does; unpack it and save it again")
     header = buffer[entry.header_offset : entry.header_offset + 30]
@@ -78,7 +78,7 @@ def _local_header_size(header: bytes) -> int:
 
 
 def _cut_zip(buffer: mmap.mmap) -> str:
-    """What to say of a zip whose table of contents is missing. The pickle comes first, and knows how much should follow."""
+    """Say what is wrong with a zip whose table of contents is missing. The pickle comes first, and knows how much should follow."""
     try:
         buffer.seek(_local_header_size(buffer[:30]))
         expected = f"expected more than {sum(_storage_sizes(buffer).values()):,} bytes"
@@ -88,7 +88,7 @@ def _cut_zip(buffer: mmap.mmap) -> str:
 
 
 def read_pickles(buffer: mmap.mmap) -> tuple[object, tuple[str, ...]]:
-    """The same for a legacy file or a bare pickle, from the buffer's position."""
+    """Do the same for a legacy file or a bare pickle, from the buffer's position."""
     first, inert = _unpickle(buffer, _no_storage)
     if not isinstance(first, int) or first != LEGACY_MAGIC:
         return first, inert
@@ -113,7 +113,7 @@ def read_pickles(buffer: mmap.mmap) -> tuple[object, tuple[str, ...]]:
 
 
 def _storage_sizes(buffer: mmap.mmap) -> dict[str, int]:
-    """Bytes of each storage that the pickle at the buffer's position asks for; none is read."""
+    """Return the bytes of each storage that the pickle at the buffer's position asks for; none is read."""
     sizes = {}
 
     def note_size(key: str, dtype: torch.dtype, numel: int) -> Tensor:
@@ -125,7 +125,7 @@ def _storage_sizes(buffer: mmap.mmap) -> dict[str, int]:
 
 
 def _unpickle(buffer: mmap.mmap, load_storage: LoadStorage) -> tuple[object, tuple[str, ...]]:
-    """unpickle with each storage loaded once, so that tensors which share one in the file share it in memory."""
+    """Call unpickle with each storage loaded once, so that tensors which share one in the file share it in memory."""
     loaded: dict[str, Tensor] = {}
 
     def from_persistent_id(persistent_id: tuple) -> Tensor | Name:
@@ -154,7 +154,7 @@ def _storage_in_pickle(content: bytes) -> Tensor:
     buffer = mmap.mmap(-1, len(content))
     buffer[:] = content
     storage, _ = read_pickles(buffer)
-    return storage
+    return storage  # type: ignore[return-value]  # rebuild_tensor refuses what is none
 
 
 def _no_storage(key: str, dtype: torch.dtype, numel: int) -> Tensor:
@@ -162,7 +162,7 @@ def _no_storage(key: str, dtype: torch.dtype, numel: int) -> Tensor:
 
 
 def _window(buffer: mmap.mmap, start: int, numel: int, dtype: torch.dtype) -> Tensor:
-    """Flat tensor over a part of the buffer; a copy where the numbers do not stand at multiples of their size."""
+    """Return a flat tensor over a part of the buffer; a copy where the numbers do not start at multiples of their size."""
     if numel == 0:
         return torch.empty(0, dtype=dtype)
     window = torch.frombuffer(buffer, dtype=torch.uint8, offset=start, count=numel * dtype.itemsize)

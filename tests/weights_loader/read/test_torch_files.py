@@ -252,7 +252,7 @@ def test_the_weights_stay_in_the_file_until_they_are_used_and_are_never_copied(t
     tensors = {f"w{i}": torch.zeros(1024, 1024) for i in range(50)}  # 200 MiB
     path = tmp_path / "x"
     save_file(tensors, path) if format == "safetensors" else save(tensors, path, format)
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     printed = subprocess.run([sys.executable, "-c", MEASURE, path], cwd=root, capture_output=True, text=True, check=True).stdout
     opened, file_pages, copies = map(float, printed.split())
     # Libraries that Python loads meanwhile are file pages too: some 10 MiB.

@@ -1,4 +1,4 @@
-"""A pickle read as data: nothing in it runs.
+"""Read a pickle as data: nothing in it runs.
 
 Checkpoints from before safetensors (.ckpt, .pt, .bin) are pickles, and a pickle is a program: the instructions of a small
 stack machine, some of which import any function of Python and call it. Here those instructions are walked one by one:
@@ -22,6 +22,7 @@ import mmap
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,14 +51,15 @@ def unpickle(
     load_storage: Callable[[tuple], Tensor | Name],
     load_bytes: Callable[[bytes], Tensor],
 ) -> tuple[object, tuple[str, ...]]:
-    """The value of one pickle, and the names in it that stayed inert.
+    """Return the value of one pickle, and the names in it that stayed inert.
 
     Dicts of any kind come as dict, sets as list, tensors as views of their storage, without requires_grad.
 
-    buffer: a mapped file, read from its position to the pickle's end.
-    load_storage: given a persistent id, as ("storage", Name("torch.FloatStorage"), key, location, numel), the whole
-        storage as one flat tensor.
-    load_bytes: the same from a torch file inside the pickle, the way that tensors are pickled without torch.save.
+    Args:
+        buffer: a mapped file, read from its position to the pickle's end.
+        load_storage: takes a persistent id, as ("storage", Name("torch.FloatStorage"), key, location, numel), and gives the whole
+            storage as one flat tensor.
+        load_bytes: does the same for a torch file inside the pickle, the way that tensors are pickled without torch.save.
 
     Raises Refused when the file asks for a call that is not in CALLS, ValueError when it is no whole pickle.
     """
@@ -71,7 +73,7 @@ def unpickle(
 
 
 def rebuild_tensor(storage: Tensor, offset: int, shape: tuple, stride: tuple, *_unused) -> Tensor:
-    """torch._utils._rebuild_tensor_v2: a view of a flat storage. What follows the stride concerns autograd."""
+    """Make a view of a flat storage, as torch._utils._rebuild_tensor_v2. What follows the stride concerns autograd."""
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, Tensor) or storage.dim() != 1:
         raise Refused(f"damaged: a tensor is built from {type(storage).__name__}; expected a storage")
@@ -141,52 +143,54 @@ _STORAGE_DTYPES = {
 STORAGES = {f"torch.{name}Storage": dtype for name, dtype in _STORAGE_DTYPES.items()}
 _DTYPES = {str(dtype): dtype for dtype in STORAGES.values()}
 
-_CONSTANTS = set(
-    [
-        "INT",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG",
-        "LONG1",
-        "LONG4",
-        "FLOAT",
-        "BINFLOAT",
-        "STRING",
-        "BINSTRING",
-        "SHORT_BINSTRING",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-        "BINBYTES8",
-        "BYTEARRAY8",
-        "UNICODE",
-        "SHORT_BINUNICODE",
-        "BINUNICODE",
-        "BINUNICODE8",
-    ]
-)
+# Instructions that put their argument on the stack.
+_CONSTANTS = {
+    "INT",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG",
+    "LONG1",
+    "LONG4",
+    "FLOAT",
+    "BINFLOAT",
+    "STRING",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+    "BYTEARRAY8",
+    "UNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE",
+    "BINUNICODE8",
+}
 
 
 class _Machine:
     """The stack machine that a pickle is written for, without the instructions that reach outside."""
 
-    def __init__(self, load_storage, load_bytes):
-        self.stack, self.marks, self.memo = [], [], {}
+    def __init__(self, load_storage: Callable[[tuple], Tensor | Name], load_bytes: Callable[[bytes], Tensor]):
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
         self.inert: dict[str, None] = {}  # a dict as a set that keeps its order
         self.load_storage = load_storage
-        self.calls = CALLS | {"torch.storage._load_from_bytes": load_bytes}
+        self.calls: dict[str, Callable] = CALLS | {"torch.storage._load_from_bytes": load_bytes}
 
     def run(self, buffer: mmap.mmap) -> object:
-        for opcode, argument, _position in pickletools.genops(buffer):
+        for opcode, argument, _position in pickletools.genops(buffer):  # type: ignore[arg-type]  # an mmap reads like a file
             if opcode.name in _CONSTANTS:
                 self.stack.append(argument)
             elif opcode.name == "STOP":
                 return self.stack.pop()
             elif not (self.plain(opcode.name, argument) or self.container(opcode.name) or self.outside(opcode.name, argument)):
                 raise ValueError(f"the instruction {opcode.name}, which no weights need")
+        raise ValueError("no STOP at its end")
 
     def plain(self, name: str, argument) -> bool:
-        """The stack, the memo and the single values. Like the next two: whether the instruction was one of these."""
+        """Handle the stack, the memo and single values. Like the next two, return whether the instruction was one of these."""
         stack = self.stack
         match name:
             case "BINPUT" | "LONG_BINPUT" | "PUT":
@@ -212,7 +216,7 @@ class _Machine:
         return True
 
     def container(self, name: str) -> bool:
-        """Tuples, lists, dicts, and sets as lists."""
+        """Handle tuples, lists, dicts, and sets as lists."""
         stack = self.stack
         match name:
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
@@ -245,7 +249,7 @@ class _Machine:
         return True
 
     def outside(self, name: str, argument) -> bool:
-        """The instructions by which a pickle reaches beyond itself: the table in the module's docstring."""
+        """Handle the instructions by which a pickle reaches beyond itself: the table in the module's docstring."""
         stack = self.stack
         match name:
             case "BINPERSID":
@@ -320,7 +324,7 @@ class _Machine:
         _set_items(target, keys_and_values)
 
 
-def _refuse_call(function: object):
+def _refuse_call(function: object) -> NoReturn:
     raise Refused(
         f"refused: the file asks to call {_describe(function)}, and weights need no call; nothing in it was run. Ask for a safetensors file"
     )

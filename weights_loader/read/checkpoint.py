@@ -1,4 +1,4 @@
-"""Files in, named tensors out: the first step of loading a Stable Diffusion checkpoint.
+"""Read named tensors out of a file: the first step of loading a Stable Diffusion checkpoint.
 
     model.safetensors -----+
     model.ckpt, .pt, .bin -+--> read(path) --> Checkpoint(tensors, metadata, notes, tree)
@@ -18,8 +18,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from weights_loader.pickles import InertObject, Name, Refused
-from weights_loader.torch_files import check_size, read_pickles, read_zip
+from weights_loader.read.pickles import InertObject, Name, Refused
+from weights_loader.read.torch_files import check_size, read_pickles, read_zip
 
 SAFETENSORS_LONGEST_HEADER = 100_000_000  # bytes; a limit of the format
 
@@ -72,9 +72,9 @@ def read(path: str | Path) -> Checkpoint:
 
 
 def find_weights(folder: str | Path) -> Path:
-    """The weights file, or the index of its shards, in a folder of a diffusers model such as `unet`.
+    """Return the weights file, or the index of its shards, in a folder of a diffusers model such as `unet`.
 
-    Full precision goes before the fp16 variant, safetensors before pickles. FileNotFoundError when there is none.
+    Full precision goes before the fp16 variant, safetensors before pickles. Raises FileNotFoundError if there is none.
     """
     folder = Path(folder)
     for variant in ("", ".fp16"):
@@ -132,7 +132,7 @@ def _read_safetensors(path: Path, buffer: mmap.mmap) -> Checkpoint:
 
 
 def _read_sharded(path: Path) -> Checkpoint:
-    """Shards beside an index: {"weight_map": {tensor name: file name}}."""
+    """Read the shards beside an index: {"weight_map": {tensor name: file name}}."""
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from weights_loader.pickles import InertObject, Name, unpickle
 from weights_loader.read import read
-from weights_loader.torch_files import LEGACY_MAGIC
+from weights_loader.read.pickles import InertObject, Name, unpickle
+from weights_loader.read.torch_files import LEGACY_MAGIC
 
 
 class Trap:

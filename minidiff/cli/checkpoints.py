@@ -1,0 +1,87 @@
+"""`minidiff inspect`, `convert` and `compare`: checkpoints looked at, rewritten, and held against each other."""
+
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from minidiff.cli.flags import DTypes
+from minidiff.cli.model import load, print_notes
+
+
+def inspect(file: tyro.conf.Positional[Path], /) -> None:
+    """Say what a checkpoint is, what is in it and what would be ignored; or what a LoRA, learned words or a Custom Diffusion are.
+
+    Args:
+        file: "tiny", a .safetensors or .ckpt file, a diffusers folder, or a small file that was learned
+    """
+    import weights_loader
+
+    print(weights_loader.inspect(file))
+
+
+def convert(
+    source: tyro.conf.Positional[str],
+    target: tyro.conf.Positional[Path],
+    /,
+    dtype: DTypes = "auto",
+    ema: bool = False,
+    vae: str | None = None,
+    prediction: Literal["eps", "v"] | None = None,
+) -> None:
+    """Rewrite a checkpoint: to one .safetensors file in the original's names, or to a diffusers folder.
+
+    Args:
+        source: "tiny", a .safetensors or .ckpt file, or a diffusers folder
+        target: a file name ending in .safetensors, or else the folder to make
+        dtype: of the weights; the file's own by default
+        ema: take the averaged weights, where a .ckpt holds both; the others are left out in any case
+        vae: a VAE file to put in the place of the model's
+        prediction: what the model predicts, eps or v, where its file is wrong about it
+    """
+    import torch
+
+    import weights_loader
+
+    kept = "file" if dtype == "auto" else getattr(torch, dtype)
+    print_notes(weights_loader.convert(source, target, dtype=kept, ema=ema, vae=vae, prediction=prediction))
+    print(target)
+
+
+def compare(
+    a: tyro.conf.Positional[str],
+    b: tyro.conf.Positional[str],
+    /,
+    prompt: str = "a cat",
+    t: int = 500,
+    seed: int = 0,
+    dtype_a: DTypes = "auto",
+    dtype_b: DTypes = "auto",
+    tolerance: float = 1e-5,
+    every: bool = False,
+) -> None:
+    """Run two checkpoints side by side and say where they first differ, layer by layer.
+
+    Args:
+        a: a checkpoint, as for generate
+        b: another, or the same with another dtype
+        prompt: the words both are given
+        t: the timestep the U-Nets are asked at, 0 to 999
+        seed: of the latent both are given
+        dtype_a: of the first one's weights
+        dtype_b: of the second one's weights
+        tolerance: the largest difference that counts as none, relative to the layer's largest value
+        every: show every layer, not only those that differ
+    """
+    from minidiff.compare import compare_models, config_differences
+
+    first, second = load(a, dtype_a, "cpu"), load(b, dtype_b, "cpu")
+    differences = compare_models(first, second, prompt, t, seed)
+    for line in config_differences(first, second):
+        print(f"configurations differ in {line}")
+    print(f"{'largest difference':>18}  {'relative':>9}  layer")
+    for d in differences:
+        if every or d.relative > tolerance:
+            print(f"{d.absolute:18.3e}  {d.relative:9.2e}  {d.layer}")
+    differing = next((d for d in differences if d.relative > tolerance), None)
+    print(f"first layer that differs: {differing.layer}" if differing else f"all {len(differences)} layers agree to {tolerance:g}")

@@ -1,0 +1,169 @@
+"""`minidiff generate`: pictures from words, each PNG with the settings that make it again."""
+
+import sys
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from minidiff.cli.flags import Attentions, DTypes, Several
+from minidiff.cli.model import load, slug, weighted
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def generate(
+    prompts: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    model: str = "tiny",
+    negative_prompt: str = "",
+    steps: int = 30,
+    sampler: str = "ddim",
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    batch: int = 1,
+    size: str | None = None,
+    spacing: str | None = None,
+    eta: float = 0.0,
+    vae: str | None = None,
+    ema: bool = False,
+    prediction: Literal["eps", "v"] | None = None,
+    dtype: DTypes = "auto",
+    device: str = "auto",
+    attention: Attentions = "auto",
+    lora: Several = (),
+    embedding: Several = (),
+    custom_diffusion: Several = (),
+    out: Path | None = None,
+) -> None:
+    """Make pictures from words.
+
+    Args:
+        prompts: what a picture shows, in quotes; one picture for each
+        model: "tiny" (ships with minidiff), a .safetensors or .ckpt file, or a diffusers folder
+        negative_prompt: what it should not show
+        steps: how many steps the sampler takes
+        sampler: its name; "list" prints all of them
+        guidance_scale: how strongly the picture follows the prompt; 1 is the prompt alone, without guidance; the model's own by default
+        seed: where the noise comes from; the same seed gives the same picture
+        batch: how many pictures of a prompt, on consecutive seeds
+        size: in pixels, as 512 or 768x512; the model's own by default
+        spacing: which timesteps are visited: leading, linspace or trailing; the model's own by default
+        eta: how much fresh noise ddim adds at each step, 0 to 1
+        vae: a VAE file to use instead of the model's
+        ema: take the averaged weights, where a .ckpt holds both
+        prediction: what the model predicts, eps or v, where its file is wrong about it
+        dtype: of the weights; float32 on a CPU and the file's own on a GPU by default; bfloat16 takes about half the time on a CPU that has it
+        device: auto, cpu, cuda, cuda:1, mps
+        attention: how it is computed: auto takes what is fastest; triton is this package's kernels, on a GPU
+        lora: a LoRA file, or FILE:0.7 for a part of its change
+        embedding: a file of learned words, for the prompts to use
+        custom_diffusion: a Custom Diffusion file or folder
+        out: a .png file, named after the prompt by default; several pictures make a grid, with each picture in a file alongside
+    """
+    from tqdm import tqdm
+
+    from minidiff.kernels.dispatch import attention_backend
+    from minidiff.pictures import check_png
+    from minidiff.pipeline import to_images
+    from minidiff.samplers import SAMPLERS
+
+    if sampler == "list":
+        print("\n".join(f"{name:16}  {row.web_name:16}  {row.help}" for name, row in SAMPLERS.items()))
+        return
+    if not prompts or batch < 1:
+        raise ValueError(f"{len(prompts)} prompts and --batch {batch} make no picture; give at least one of each")
+    out = out or free_name(f"{slug(prompts[0])}-{seed}")
+    check_png(out)
+    small = {"lora": weighted(lora), "embeddings": embedding, "custom_diffusion": custom_diffusion}
+    sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction, **small)
+    pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
+    guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
+    with attention_backend(attention):
+        trajectory = sd.denoise(
+            [prompt for prompt, _ in pairs],
+            seeds=[seed for _, seed in pairs],
+            steps=steps,
+            sampler=sampler,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            size=parse_size(size),
+            spacing=spacing,
+            eta=eta,
+        )
+        (last,) = deque(tqdm(trajectory, total=steps, unit="step", file=sys.stderr), maxlen=1)
+        images = to_images(sd.decode(last.x_t))
+    width, height = images[0].size
+    settings = {
+        "Steps": steps,
+        "Sampler": sampler,
+        "Schedule type": SAMPLERS[sampler].own_spacing or spacing or sd.config.schedule.spacing,
+        "CFG scale": guidance_scale,
+        "Seed": seed,
+        "Batch": batch,
+        "Size": f"{width}x{height}",
+        "Model": model,
+        "VAE": vae,
+        "EMA": ema,
+        "Prediction": prediction,
+        "Eta": eta,
+        "dtype": str(sd.dtype).removeprefix("torch."),
+        "LoRA": " + ".join(lora) or None,
+        "Embedding": " + ".join(embedding) or None,
+        "Custom Diffusion": " + ".join(custom_diffusion) or None,
+    }
+    write_pictures(out, images, prompts, pairs, negative_prompt, settings)
+    print(out)
+
+
+def write_pictures(
+    out: Path,
+    images: "list[Image.Image]",
+    prompts: tuple[str, ...],
+    pairs: list[tuple[str, int]],
+    negative_prompt: str,
+    settings: dict[str, object],
+) -> None:
+    """Write the picture, or the grid of several and each of them alongside.
+
+    Args:
+        out: the file of the picture or the grid
+        images: the pictures
+        prompts: those that were given
+        pairs: prompt and seed of each picture
+        negative_prompt: of all
+        settings: of all, under the names that web interfaces use; None and False are left out
+    """
+    from minidiff.pictures import grid, save_png
+
+    save_png(grid(images), out, picture_settings(" | ".join(prompts), negative_prompt, settings))
+    if len(pairs) > 1:
+        for number, ((prompt, seed), image) in enumerate(zip(pairs, images)):
+            name = f"{out.stem}-{seed}.png" if len(prompts) == 1 else f"{out.stem}-{number}-{slug(prompt)}-{seed}.png"
+            own = settings | {"Seed": seed, "Batch": 1}
+            save_png(image, out.with_name(name), picture_settings(prompt, negative_prompt, own))
+
+
+def picture_settings(prompt: str, negative_prompt: str, settings: dict[str, object]) -> str:
+    """Format the settings of a picture as web interfaces do: prompt, negative prompt, then names and values that were set."""
+    lines = [prompt, f"Negative prompt: {negative_prompt}"] if negative_prompt else [prompt]
+    values = [f"{name}: {value}" for name, value in settings.items() if value is not None and value is not False]
+    return "\n".join([*lines, ", ".join(values)])
+
+
+def free_name(stem: str) -> Path:
+    """Return a .png of this name, numbered if there is one already: without --out nothing is overwritten."""
+    names = (Path(f"{stem}.png"), *(Path(f"{stem}-{i}.png") for i in range(2, 10_000)))
+    return next(path for path in names if not path.exists())
+
+
+def parse_size(size: str | None) -> int | tuple[int, int] | None:
+    """Read '512' or '768x512' (width x height)."""
+    if size is None:
+        return None
+    numbers = size.lower().split("x")
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"--size {size}: give pixels as 512, or width x height as 768x512")
+    return int(numbers[0]) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))

@@ -1,0 +1,104 @@
+"""The interface of a training method: its presets, how it is built, and which files it ends in. One file per method; table.py lists them.
+
+A new method is a file with four things, and a line in table.py; the command line needs nothing else:
+
+    @dataclass ... class MyOptions      its numbers; each field is a flag, each line under `Args:` the flag's help
+    PRESETS                             numbers that work, for each family of models
+    build(sd, concepts, options, cache) -> TrainingRun of FinetuneTasks (finetuning.py)
+    METHOD = Method(...)
+
+Importing a method costs nothing: `build` imports torch and the rest when it is called, so that --help appears at once.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, runtime_checkable
+
+from minidiff.trainers.engine.settings import Settings
+from minidiff.trainers.methods.options import DataOptions, Family, Prior
+
+if TYPE_CHECKING:
+    from minidiff.trainers.methods.finetuning import TrainingRun
+
+
+@runtime_checkable
+class PhaseOptions(Protocol):
+    """The options of one phase of a method: what FinetuneTask reads of them."""
+
+    @property
+    def settings(self) -> Settings: ...
+
+    @property
+    def data(self) -> DataOptions: ...
+
+    @property
+    def prior(self) -> Prior: ...
+
+    @property
+    def prompt(self) -> str:
+        """Return the caption of concepts that bring none, and of class pictures, with {} for the words."""
+        ...
+
+    def highlights(self) -> tuple[str, ...]:
+        """Return what --help says of a preset beyond steps and learning rate, as "rank 8"."""
+        ...
+
+
+@runtime_checkable
+class MethodOptions(Protocol):
+    """The options of a method: a dataclass, whose phases are trained one after the other. data, prior, prompt: of its class pictures."""
+
+    @property
+    def data(self) -> DataOptions: ...
+
+    @property
+    def prior(self) -> Prior: ...
+
+    @property
+    def prompt(self) -> str: ...
+
+    def phases(self) -> tuple[PhaseOptions, ...]: ...
+
+
+Numbers = TypeVar("Numbers", bound=MethodOptions)
+
+
+@dataclass(frozen=True)
+class Method(Generic[Numbers]):
+    """A training method, as the table and the command line know it.
+
+    Args:
+        summary: what it does, a sentence or two for --help
+        presets: numbers that work, for each family
+        build: build(sd, concepts, options, cache=None) puts the run together, and raises ValueError for all that is wrong. The results in
+            its TrainingRun (lora, tokens, custom_diffusion, or none: the model itself) say which files are written
+        formats: spellings of these files, and for whom each is; the first one is taken by default
+        low_rank_presets: presets behind --low-rank, where the method can train a LoRA in place of the model's weights
+        start_from: a kind of result, as "custom_diffusion", that training can add to; build then takes it as start_from=
+    """
+
+    summary: str
+    presets: Mapping[Family, Numbers]
+    build: "Callable[..., TrainingRun]"
+    formats: Mapping[str, str] = field(default_factory=dict)
+    low_rank_presets: Mapping[Family, Numbers] = field(default_factory=dict)
+    start_from: str | None = None
+
+    @property
+    def options(self) -> type:
+        """Return the class of its options."""
+        return type(next(iter(self.presets.values())))
+
+
+def describe(options: MethodOptions) -> str:
+    """Return the main numbers, as "300 steps of 4 samples, learning rate 0.002, rank 8 on conv, 48 class pictures (generated)"."""
+    return ", then ".join(_describe_phase(phase) for phase in options.phases())
+
+
+def _describe_phase(options: PhaseOptions) -> str:
+    settings, prior = options.settings, options.prior
+    samples = f"{settings.batch} sample{'s' * (settings.batch > 1)}"
+    said = [f"{settings.steps} steps of {samples}", f"learning rate {settings.learning_rate:g}", *options.highlights()]
+    if prior.kind != "none":
+        said.append(f"{prior.count} class pictures ({prior.kind})")
+    return ", ".join(said)

@@ -1,0 +1,29 @@
+"""The table of training methods: each is a file, and a line here."""
+
+from typing import Any
+
+from minidiff.trainers.methods import custom_diffusion, dreambooth, fine_tune, lora, pivotal, textual_inversion
+from minidiff.trainers.methods.method import Method
+
+METHODS: dict[str, Method[Any]] = {
+    "lora": lora.METHOD,
+    "dreambooth": dreambooth.METHOD,
+    "textual-inversion": textual_inversion.METHOD,
+    "pivotal-tuning": pivotal.METHOD,
+    "custom-diffusion": custom_diffusion.METHOD,
+    "fine-tune": fine_tune.METHOD,
+}
+
+
+def preset(method: str, family: str) -> Any:
+    """Return the options of a method (their class depends on it) that fit a family of models: "sd1", "sd2" or "bundled".
+
+    "dreambooth-lora" is DreamBooth's with a LoRA. Raises ValueError for an unknown method or family.
+    """
+    presets = {name: one.presets for name, one in METHODS.items()}
+    presets |= {f"{name}-lora": one.low_rank_presets for name, one in METHODS.items() if one.low_rank_presets}
+    if method not in presets:
+        raise ValueError(f"method {method!r} unknown; choose {', '.join(presets)}")
+    if family not in presets[method]:
+        raise ValueError(f"family {family!r} unknown; choose {', '.join(presets[method])}")
+    return presets[method][family]
