@@ -180,7 +180,8 @@ def case_rows(case: AttentionCase, result: dict, contenders: Sequence[str]) -> I
     for direction in directions(case):
         best, ours = best_backend(result, direction), round_times(result, "minidiff", direction)
         found = [round_times(result, name, direction) for name in contenders]
-        compared = f"{ratio(round_times(result, best, direction), ours)} ({best})" if best and ours else ""
+        theirs = round_times(result, best, direction) if best else None
+        compared = f"{ratio(theirs, ours)} ({best})" if theirs and ours else ""
         picks = result["ways"].get("minidiff", {}).get("picks")
         where = f"{case}" + (f" ({picks})" if picks else "")
         wrong = worst_error(case, result)
@@ -225,9 +226,9 @@ def sum_steps(cases: Sequence[AttentionCase], results: dict[str, dict], when: st
         places = [f"{model} {kind}" for kind in kinds]
         chosen = [case for case in cases if case.calls and case.dtype == dtype and case.where in places]
         found = [results[str(case)] for case in chosen]
-        ours = [round_times(result, "minidiff", direction, when) for result in found]
-        best = [round_times(result, best_backend(result, direction, when) or "", direction, when) for result in found]
-        if chosen and all(ours) and all(best):
+        ours = [times for result in found if (times := round_times(result, "minidiff", direction, when))]
+        best = [times for result in found if (times := round_times(result, best_backend(result, direction, when) or "", direction, when))]
+        if chosen and len(ours) == len(best) == len(chosen):
             name = f"{model} {dtype}, {' and '.join(kinds)}, {direction}{', cold' if when == 'cold' else ''}"
             yield Sum(name, weighted_sums(chosen, ours), weighted_sums(chosen, best))
 

@@ -154,7 +154,7 @@ class AttentionWorker:
 
     def __init__(self, name: str, device: torch.device):
         self.name, self.device = name, device
-        self.attend = choose_attention(name) if name != "reference" else None
+        self.attend = choose_attention(name if name != "reference" else "by hand")
         self.ready: dict[str, tuple] = {}
 
     def answer(self, request: dict) -> dict:
@@ -193,7 +193,7 @@ class AttentionWorker:
             told["scales"][kind] = {name: _rms(exactly[name]) for name in found}
             if kind == "normal":
                 if self.name == "minidiff":
-                    told["picks"] = select_backend(*(given[name] for name in "qkv"), case.heads, case.causal)
+                    told["picks"] = select_backend(given["q"], given["k"], given["v"], case.heads, case.causal)
                 again = [_results(self.attend, case, given) for _ in range(2)] if self.device.type == "cuda" else []
                 told["bit_equal"] = all(torch.equal(found[name], one[name]) for one in again for name in found) if again else None
         normal = self._on_device(case, tensors["normal"])

@@ -41,6 +41,8 @@ class Contender:
         self.process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment
         )
+        assert self.process.stdin is not None and self.process.stdout is not None  # both are pipes
+        self.requests, self.answers = self.process.stdin, self.process.stdout
 
     def __enter__(self) -> "Contender":
         return self
@@ -52,7 +54,7 @@ class Contender:
         """Kill the process."""
         self.process.kill()
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.stderr):
+        for stream in (self.requests, self.answers, self.stderr):
             with suppress(BrokenPipeError):  # what it did not read any more
                 stream.close()
 
@@ -68,8 +70,8 @@ class Contender:
         began = perf_counter()
         timer.start()
         try:
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
+            print(json.dumps(request), file=self.requests, flush=True)
+            line = self.answers.readline()
         except BrokenPipeError:
             line = ""
         finally:

@@ -80,7 +80,7 @@ def prepare(job: dict) -> Callable[[dict], dict]:
 
 def _diffusers(job: dict, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
     """Draw with diffusers, from our noise: both libraries draw it on the CPU, but in different shapes."""
-    from diffusers import DDIMScheduler
+    from diffusers import DDIMScheduler  # pyright: ignore[reportPrivateImportUsage]
 
     from minidiff.pipeline import noise_source
 

@@ -82,7 +82,7 @@ def prepare_diffusers(path: str, settings: str, asked: str, config: str | None):
     import torch
 
     # Each class by name: both packages import what they are asked for.
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     options = {"torch_dtype": getattr(torch, asked), "local_files_only": True}

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,8 +16,6 @@ from minidiff.bench.worker_protocol import PeakMemory
 from minidiff.config import ModelConfig
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-
     from minidiff.pipeline import StableDiffusion
 
 COMPILED = {"compiled": "reduce-overhead", "max-autotune": "max-autotune"}
@@ -68,7 +66,7 @@ def start_worker(job: dict) -> tuple[PeakMemory, torch.device, torch.dtype]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if job["library"] == "diffusers":
         # Each class by name: both packages import what they are asked for.
-        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]  # noqa: F401
         from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
     else:
         import weights_loader  # noqa: F401
@@ -79,13 +77,13 @@ def start_worker(job: dict) -> tuple[PeakMemory, torch.device, torch.dtype]:
     return PeakMemory(device, converted=dtype != torch.float32), device, dtype
 
 
-def diffusers_pipeline(job: dict, device: torch.device, dtype: torch.dtype) -> "StableDiffusionPipeline":
+def diffusers_pipeline(job: dict, device: torch.device, dtype: torch.dtype) -> Any:
     """Load diffusers' pipeline.
 
     job["how"] is "eager" for the defaults, "channels-last" for U-Net and VAE in that layout, "compiled" to compile them as well, as
     diffusers' page on speed recommends.
     """
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
     pipe = StableDiffusionPipeline.from_pretrained(f"{job['folder']}/model", torch_dtype=dtype, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)

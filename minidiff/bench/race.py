@@ -97,6 +97,6 @@ def format_table(results: dict[str, dict], first: str) -> Iterator[str]:
                 f"{memory / 1e9:.2f} GB" if memory else "",
                 f"{memory / whole:.2f}" if memory and whole else "",
                 f"{result['error']:.1e}" if "error" in result else "",
-                {True: "equal", False: "differ"}.get(result.get("bit_equal"), ""),
+                {True: "equal", False: "differ", None: ""}[result.get("bit_equal")],
             ]
         )

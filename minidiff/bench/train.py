@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any  # diffusers' objects: their types are no help
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[s
     from minidiff.trainers.methods.options import Concept, DataOptions, Prior, family_of
     from minidiff.trainers.methods.table import METHODS, preset
 
-    sd, _ = minidiff_model(job, device, dtype)
+    sd = minidiff_model(job, device, dtype)
     folder = Path(job["folder"])
     settings = Settings(
         steps=10**6, batch=1, learning_rate=RATE, precision=job["dtype"], compile=job["how"] == "compiled", save_every=10**6
@@ -156,14 +157,16 @@ def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[s
 
 def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> tuple[Callable, Callable]:
     """Return the step of diffusers' train_text_to_image_lora.py or train_custom_diffusion.py on precomputed latents, and the loss."""
-    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from diffusers import DDPMScheduler, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
     from transformers import CLIPTextModel, CLIPTokenizer
 
     folder = f"{job['folder']}/model"
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False).to(device, dtype)
-    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").requires_grad_(False).to(device)
+    unet: Any = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    unet.requires_grad_(False).to(device, dtype)
+    text_encoder: Any = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+    text_encoder.requires_grad_(False).to(device)
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler: Any = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     learn = {"lora": _diffusers_lora, "custom-diffusion": _diffusers_custom_diffusion}[job["method"]]
     trained, encode, after = learn(unet, text_encoder, tokenizer, device, dtype)
@@ -195,7 +198,7 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
 
 
 def _diffusers_lora(
-    unet: nn.Module, text_encoder: nn.Module, tokenizer: Callable, device: torch.device, dtype: torch.dtype
+    unet: Any, text_encoder: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[nn.Parameter], Callable, Callable]:
     """Return the LoRA's parameters in float32, the context, and what follows the backward pass."""
     from diffusers.training_utils import cast_training_params
@@ -210,7 +213,7 @@ def _diffusers_lora(
 
 
 def _diffusers_custom_diffusion(
-    unet: nn.Module, text_encoder: nn.Module, tokenizer: Callable, device: torch.device, dtype: torch.dtype
+    unet: Any, text_encoder: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[nn.Parameter], Callable, Callable]:
     """Return Custom Diffusion's parameters, the context, and what follows the backward pass."""
     from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
@@ -245,7 +248,7 @@ def _diffusers_custom_diffusion(
     return trained, encode, after
 
 
-def _tokens(tokenizer: Callable, text_encoder: nn.Module, text: str) -> Tensor:
+def _tokens(tokenizer: Any, text_encoder: Any, text: str) -> Tensor:
     length = text_encoder.config.max_position_embeddings
     return tokenizer(text, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
 

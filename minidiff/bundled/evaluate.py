@@ -247,7 +247,8 @@ def summarize_verdicts(
     blocks = min(20, len(different) // 2)
     distances = None
     if blocks >= 2:
-        distances = {name: kid(features[name], features["reference"], groups=(group, group), blocks=blocks) for name in verdicts}
+        found = {name: kid(features[name], features["reference"], groups=(group, group), blocks=blocks) for name in verdicts}
+        distances = Figure(**{name: Measure(d.value, d.error, len(prompts)) for name, d in found.items()})
     return Figures(
         one_subject=ask(lambda p, v: v.subjects if p.group == "one" else None),
         two_subjects=ask(lambda p, v: v.subjects if p.group == "two" else None),
@@ -258,7 +259,7 @@ def summarize_verdicts(
         colour=ask(lambda p, v: v.tint),
         colour_and_subject=ask(lambda p, v: v.tint and v.subjects if p.tint else None),
         text_alignment=ask(lambda p, v: v.alignment),
-        kid=distances and Figure(**{name: Measure(d.value, d.error, len(prompts)) for name, d in distances.items()}),
+        kid=distances,
     )
 
 

@@ -89,7 +89,7 @@ def run_bundled(
         made.append(sd)
         save(sd)
 
-    def stages() -> Iterator[StageProgress]:
+    def stages() -> Generator[StageProgress, None, None]:
         yield from run_from_scratch(config, recipe, folder, device, keep, init, vae)
         judge = yield from run_judge_training(recipe, folder, device)
         if distributed.rank() > 0:
@@ -113,9 +113,10 @@ def judge_settings(recipe: Recipe, device: torch.device) -> Settings:
 def run_judge_training(recipe: Recipe, folder: Path, device: torch.device) -> Generator[StageProgress, None, Judge]:
     """Take the steps that are left. The generator's return value is the judge with its EMA weights."""
     settings = judge_settings(recipe, device)
-    training = Training(JudgeTask(judge_config(), settings.seed, device), settings, device, folder / "judge.pt")
+    task = JudgeTask(judge_config(), settings.seed, device)
+    training = Training(task, settings, device, folder / "judge.pt")
     yield from run_logged("judge", training, folder)
-    return copy_averaged(training, "judge")
+    return copy_averaged(task.judge, training.ema["judge"])
 
 
 def run_evaluation(sd: StableDiffusion, judge: Judge, folder: Path) -> Generator[StageProgress, None, EvaluationRecord]:
@@ -123,21 +124,27 @@ def run_evaluation(sd: StableDiffusion, judge: Judge, folder: Path) -> Generator
     path = folder / "figures.json"
     if path.exists():
         return from_json(path.read_text(encoding="utf-8"))
+    record = None
     for progress in evaluate(sd, judge, seeds=SEEDS, state=folder / "evaluation.pt"):
         yield StageProgress("evaluation", progress.done, progress.total)
-    write_text(path, to_json(progress.record))
-    return progress.record
+        record = progress.record
+    assert record is not None, "the last progress has the record"
+    write_text(path, to_json(record))
+    return record
 
 
-def draw_card_pictures(sd: StableDiffusion, path: Path) -> Iterator[StageProgress]:
+def draw_card_pictures(sd: StableDiffusion, path: Path) -> Generator[StageProgress, None, None]:
     """Draw forty fixed prompts, prompt i on seed i."""
     texts = [prompt.text for prompt in prompts()]
+    x_t = None
     for step in sd.denoise(texts, seeds=range(len(texts)), steps=SAMPLE_STEPS):
+        x_t = step.x_t
         yield StageProgress("card", step.i + 1, SAMPLE_STEPS)
-    save_png(grid(to_images(sd.decode(step.x_t)), columns=8), path)
+    assert x_t is not None
+    save_png(grid(to_images(sd.decode(x_t)), columns=8), path)
 
 
-def record_times(walk: Iterator[StageProgress], path: Path, device: torch.device) -> Iterator[StageProgress]:
+def record_times(walk: Generator[StageProgress, None, None], path: Path, device: torch.device) -> Iterator[StageProgress]:
     """Pass a run's progress on, and keep the seconds and devices of each stage in a file, summed over interrupted runs."""
     times = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     name, last, written = format_device(device), time.monotonic(), 0.0
@@ -175,8 +182,8 @@ def estimate_bundled_seconds(
     settings = judge_settings(recipe, device)
     task = JudgeTask(judge_config(), settings.seed, device)
     judging = settings.steps * time_step(task, settings, device)
-    parts = TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae)
-    sd = StableDiffusion(config, *(part.to(device) for part in parts), Tokenizer(config.tokenizer))
+    text_encoder, unet, untrained = TextEncoder(config.text_encoder).to(device), UNet(config.unet).to(device), VAE(config.vae).to(device)
+    sd = StableDiffusion(config, text_encoder, unet, untrained, Tokenizer(config.tokenizer))
     _, drawing = time_first(evaluate(sd, task.judge.eval(), seeds=SEEDS[:1], limit=4))
     return estimate_seconds(config, recipe, device, init, vae) | {
         "judge": judging,

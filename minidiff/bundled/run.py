@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,11 +32,13 @@ from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine import distributed
 from minidiff.trainers.engine.log import Log
 from minidiff.trainers.engine.loop import Task, Training, train
+from minidiff.trainers.engine.optimizer import EMA
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.engine.state import read_state, write_state
 from minidiff.vae import VAE
 
 SAMPLES_EVERY = 500  # steps
+Trained = TypeVar("Trained", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,14 @@ def run_from_scratch(
     vae, latents = yield from make_latents(config, recipe, folder, device, given)
     if given is None:
         config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling_factor=latents.scaling_factor()))
-    training = Training(DiffusionTask(config, recipe, latents, device, init), recipe.diffusion(), device, folder / "diffusion.pt")
+    task = DiffusionTask(config, recipe, latents, device, init)
+    training = Training(task, recipe.diffusion(), device, folder / "diffusion.pt")
     for progress in run_logged("diffusion", training, folder):
         yield progress
         if (progress.i % SAMPLES_EVERY == 0 or progress.i == progress.steps) and distributed.rank() == 0:
-            save_samples(assemble_model(config, training, vae), folder / f"samples-{progress.i:06d}.png")
+            save_samples(assemble_model(task, training, vae), folder / f"samples-{progress.i:06d}.png")
     if distributed.rank() == 0:
-        save(assemble_model(config, training, vae))
+        save(assemble_model(task, training, vae))
 
 
 def resolve_compile(device: torch.device, recipe: Recipe) -> Recipe:
@@ -184,18 +187,17 @@ def run_logged(stage: str, training: Training, folder: Path) -> Iterator[StagePr
             yield StageProgress(stage, step.done, step.steps, step.loss, log.text())
 
 
-def copy_averaged(training: Training, name: str) -> nn.Module:
+def copy_averaged(module: Trained, ema: EMA) -> Trained:
     """Return a copy of a trained module with its EMA weights."""
-    module = training.task.modules[name]
-    with training.ema[name].swapped_in(module):
+    with ema.swapped_in(module):
         return copy.deepcopy(module).requires_grad_(False).eval()
 
 
-def assemble_model(config: ModelConfig, training: Training, vae: VAE) -> StableDiffusion:
+def assemble_model(task: DiffusionTask, training: Training, vae: VAE) -> StableDiffusion:
     """Return the model with the EMA weights of a training."""
-    return StableDiffusion(
-        config, copy_averaged(training, "text_encoder"), copy_averaged(training, "unet"), vae, Tokenizer(config.tokenizer)
-    )
+    text_encoder = copy_averaged(task.text_encoder, training.ema["text_encoder"])
+    unet = copy_averaged(task.unet, training.ema["unet"])
+    return StableDiffusion(task.config, text_encoder, unet, vae, Tokenizer(task.config.tokenizer))
 
 
 def save_samples(sd: StableDiffusion, path: Path) -> None:

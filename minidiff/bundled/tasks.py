@@ -13,6 +13,7 @@ Left out: the adversarial and perceptual losses of the original's VAE.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -216,12 +217,16 @@ def sample_timesteps(rngs: Sequence[np.random.Generator], timesteps: int) -> Int
     return torch.tensor([min(int(share * timesteps), timesteps - 1) for share in shares])
 
 
-def initialise(module: nn.Module) -> nn.Module:
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def initialise(module: Part) -> Part:
     """Initialise a module: embeddings large enough to be distinct from the first step, every residual branch close to 0."""
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding):
             nn.init.normal_(part.weight, std=0.1 if name.startswith("position") else 0.5)
         elif name.endswith(("to_out", "conv_2", "proj_out", "linear_2")) and "time_embedding" not in name:
+            assert isinstance(part, nn.Linear | nn.Conv2d)
             nn.init.normal_(part.weight, std=1e-3)
             nn.init.zeros_(part.bias)
     return module

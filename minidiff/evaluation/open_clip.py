@@ -5,6 +5,7 @@ Nothing is downloaded. Names are open_clip's, such as ViT-B-32 or ViT-L-14; Open
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,7 +27,7 @@ class OpenClip:
             raise ValueError(f"CLIP {name!r} unknown; open_clip has {', '.join(open_clip.list_models()[:8])}, ...")
         if not weights.is_file():
             raise FileNotFoundError(f"{weights}: no such file; give the weights of a CLIP as open_clip reads them")
-        self.model = open_clip.create_model(name, device=device)
+        self.model: Any = open_clip.create_model(name, device=device)  # its methods are not in nn.Module's type
         try:
             open_clip.load_checkpoint(self.model, str(weights))
         except (RuntimeError, KeyError) as error:
@@ -37,7 +38,7 @@ class OpenClip:
         self.tokenizer = open_clip.get_tokenizer(name)
         self.device = device
         visual = self.model.visual
-        self.image_size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
+        self.image_size: int = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
         self.mean, self.std = (torch.tensor(getattr(visual, f"image_{part}"), device=device)[:, None, None] for part in ("mean", "std"))
 
     @torch.no_grad()

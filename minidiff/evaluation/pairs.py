@@ -124,8 +124,8 @@ def answers_of(form: Path, rows: int) -> dict[int, str]:
 def dependence(values: Float[np.ndarray, "forms rows"]) -> float:
     """Return the design effect: how many times larger the variance of the share is than for independent answers, at least 1.
 
-    Answers to one row are correlated, and so are those of one person, so both are clusters (Cameron, Gelbach and Miller 2011); the effect is
-    never smaller than that of either alone. values: 1 for the first folder, -1 for the second, 0 for neither.
+    Answers to one row are correlated, and so are those of one person, so both are clusters (Cameron, Gelbach and Miller 2011); the effect
+    is never smaller than that of either alone. values: 1 for the first folder, -1 for the second, 0 for neither.
     """
     chose = values != 0
     if not chose.any():

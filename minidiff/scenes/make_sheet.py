@@ -43,8 +43,9 @@ def read_pictures(archive: Path, folder: str, codes: set[str]) -> dict[str, Imag
     found = {}
     with tarfile.open(archive) as tar:
         for member in tar:
-            if member.isfile() and member.name.startswith(folder) and emoji_code(member.name) in codes:
-                found[emoji_code(member.name)] = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGBA")
+            wanted = member.isfile() and member.name.startswith(folder) and emoji_code(member.name) in codes
+            if wanted and (file := tar.extractfile(member)) is not None:
+                found[emoji_code(member.name)] = Image.open(io.BytesIO(file.read())).convert("RGBA")
     if missing := sorted(codes - found.keys()):
         raise ValueError(f"{archive} has no {folder} picture for {missing}; see the docstring for what to give")
     return found
@@ -56,7 +57,7 @@ def fit_cell(picture: Image.Image) -> Image.Image:
     rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
     picture = picture.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
     scale = CELL / max(picture.size)
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     cell = Image.new("RGBA", (CELL, CELL))
     # Pillow scales RGBA with premultiplied alpha, so no dark fringe comes from the transparent pixels.
     cell.paste(picture.resize(size, Image.Resampling.LANCZOS), ((CELL - size[0]) // 2, (CELL - size[1]) // 2))

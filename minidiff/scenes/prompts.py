@@ -106,7 +106,7 @@ def real_scene(prompt: FixedPrompt, rng: np.random.Generator) -> Scene:
     """Compose a scene that shows what the prompt says, like those of training; what the prompt leaves open is random."""
     style = prompt.style or choose(rng, STYLES)
     if len(prompt.subjects) == 1:
-        size = "any"
+        px, size, centre = place_one(rng, prompt.subjects[0], style)
         while size is not None:  # scenes whose caption names no size have things of middling size
             px, size, centre = place_one(rng, prompt.subjects[0], style)
         layout = [(px, centre)]

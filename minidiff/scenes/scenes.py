@@ -199,7 +199,7 @@ def compose(
     )
     caption = caption_of(items, relation, background if name_background else None, style if name_style else None, medium)
     image = (np.clip(canvas, 0, 255) + 0.5).astype(np.uint8)
-    return Scene(image, caption, sum(masks), objects, background, style, relation)
+    return Scene(image, caption, np.add.reduce(masks), objects, background, style, relation)
 
 
 def choose(rng: np.random.Generator, values: Sequence):

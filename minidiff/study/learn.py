@@ -4,7 +4,7 @@ StudyRun -> training pictures -> a method of trainers/methods -> Outcome: adapte
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +56,13 @@ class Outcome:
     seconds: float = 0.0
     memory: int = 0
     changes: dict[str, float] | None = None
+
+    @property
+    def custom_diffusion(self) -> CustomDiffusion:
+        """Return the only adapter, of a run of Custom Diffusion."""
+        (delta,) = self.adapters
+        assert isinstance(delta, CustomDiffusion)
+        return delta
 
     @contextmanager
     def attached(self, sd: StableDiffusion) -> Iterator[None]:
@@ -147,6 +154,7 @@ def train_method(
     concepts = [with_class_pictures(sd, one, options) for one in concepts]
     before = None
     if variant.method in METHODS:
+        assert isinstance(options, LoRAOptions)
         method, adapters = make_adapter_run(sd, variant.method, concepts, options)
     else:
         more = {} if start_from is None else {"start_from": start_from}
@@ -194,13 +202,13 @@ def train_pair(sd: StableDiffusion, run: StudyRun, folder: Path) -> Outcome:
         return train_method(sd, Variant(method, options), [first, second], run.seed)
     one = train_custom_diffusion(sd, run.subjects[0], run.seed, folder)
     if run.variant == "sequential":
-        step = train_method(sd, Variant(method, replace(options, start=FIRST_WORDS)), [second], run.seed, one.adapters[0])
+        step = train_method(sd, Variant(method, replace(options, start=FIRST_WORDS)), [second], run.seed, one.custom_diffusion)
         return replace(step, prompt_names=(first.subject_phrase, second.subject_phrase), seconds=one.seconds + step.seconds)
     other = train_custom_diffusion(sd, run.subjects[1], run.seed, folder, second=True)
     start = time.perf_counter()
     captions = [sample_scene(np.random.default_rng([1, i])).caption for i in range(1000)]
     targets = [[f"a photo of a {words}"] for words in (first.subject_phrase, second.subject_phrase)]
-    merged, _ = merge_concepts(sd, [one.adapters[0], other.adapters[0]], targets, captions, RIDGE)
+    merged, _ = merge_concepts(sd, [one.custom_diffusion, other.custom_diffusion], targets, captions, RIDGE)
     seconds = one.seconds + other.seconds + time.perf_counter() - start
     size = 4 * sum(p.numel() for p in merged.parameters())
     return replace(
@@ -226,7 +234,8 @@ def train_custom_diffusion(sd: StableDiffusion, subject: str, seed: int, folder:
         return Outcome((delta,), (one.subject_phrase,), **kept)
     options: CustomDiffusionOptions = replace(standard_options("custom-diffusion"), start=FIRST_WORDS[second:])
     result = train_method(sd, Variant("custom-diffusion", options), [one], seed)
-    (delta,) = result.adapters
+    delta = result.custom_diffusion
+    assert delta.tokens is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers = {name: getattr(result, name) for name in ("trained", "bytes", "seconds", "memory")}
     with atomic_write(path) as file:  # another process may train the same
@@ -234,7 +243,7 @@ def train_custom_diffusion(sd: StableDiffusion, subject: str, seed: int, folder:
     return result
 
 
-def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
@@ -244,7 +253,8 @@ def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def compress_custom_diffusion(sd: StableDiffusion, run: StudyRun, folder: Path) -> Outcome:
     """Compress Custom Diffusion's changes to the largest singular values, a share of their sum."""
     whole = train_custom_diffusion(sd, run.subjects[0], run.seed, folder)
-    (delta,) = whole.adapters
+    delta = whole.custom_diffusion
+    assert delta.tokens is not None
     small = compress(delta.deltas(sd), share=float(run.variant.split()[1]))
     words = sum(4 * row.numel() for row in delta.tokens.rows.values())
     return replace(whole, adapters=(from_deltas(sd, small.deltas(), delta.tokens),), bytes=small.size + words)

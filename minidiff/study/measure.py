@@ -114,6 +114,11 @@ def make_pair_prompts(first: str, second: str, backgrounds: Sequence[str]) -> li
     return [on_background(phrase, background) for phrase, background in zip(phrases, repeat_to(backgrounds, len(phrases)))]
 
 
+def make_prompts(names: Sequence[str], backgrounds: Sequence[str]) -> list[str]:
+    """Write new prompts for one subject or two."""
+    return make_new_prompts(names[0], backgrounds) if len(names) == 1 else make_pair_prompts(names[0], names[1], backgrounds)
+
+
 def find_likeliest(judge: Judge, output: JudgeOutput, count: int = 1) -> list[list[str]]:
     """Return the `count` subjects that cover most of each picture."""
     return [[judge.config.subjects[i] for i in row] for row in output.shares().topk(count).indices.tolist()]
@@ -176,12 +181,11 @@ def measure_subjects(sd: StableDiffusion, judge: Judge, things: Sequence[TaughtS
         row.append(pictures[:1])
 
     called, true = [thing.called for thing in things], [thing.subject for thing in things]
-    make_prompts = make_new_prompts if len(things) == 1 else make_pair_prompts
     backgrounds = find_common_backgrounds(*true)
-    texts = make_prompts(*called, backgrounds)
+    texts = make_prompts(called, backgrounds)
     pictures = generate_pixels(sd, texts, range(len(texts)))
     output = judge.read(pictures)
-    text = text_alignment(output.features, judge.encode_texts(make_prompts(*true, backgrounds)))
+    text = text_alignment(output.features, judge.encode_texts(make_prompts(true, backgrounds)))
     row.append(pictures[:4])
     other_features, others = measure_others(sd, judge, [thing.class_word for thing in things])
     scores = {"likeness": float(np.mean(likeness)), "named": share_true(named), "text": float(text.mean())}
