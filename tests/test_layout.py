@@ -23,7 +23,7 @@ CORE = (
 )
 # Each line may import the lines above it and itself.
 ORDER = (
-    ("files", "markdown", "pictures", "captions"),
+    ("files", "markdown", "machine", "pictures", "captions"),
     ("kernels",),
     (*CORE, "tiled_decode", "cuda_graph"),
     ("attention_maps", "compare"),

@@ -33,7 +33,7 @@ from minidiff import (
     unet,
     vae,
 )
-from minidiff.adapters import custom_diffusion, lora, parallel
+from minidiff.adapters import custom_diffusion, extraction, layer_change, low_rank, merge_concepts, parallel
 from minidiff.bench import attention_cases
 from minidiff.bench import race as bench_race
 from minidiff.bundled import evaluate, tasks
@@ -54,7 +54,7 @@ from minidiff.trainers.engine import diffusion_loss, distributed, loop, memory, 
 from tests.small_models import small_model
 
 SOURCES = ("model", "real", "reconstructed")  # of the evaluation's figures
-TINY = attention_cases.Case("tiny", 6, 5, heads=2, head_dim=8, calls=1, batch=1, dtype="float32")
+TINY = attention_cases.AttentionCase("tiny", 6, 5, heads=2, head_dim=8, calls=1, batch=1, dtype="float32")
 LEVEL_FUNCTIONS = (samplers.timestep_levels, samplers.fractional_levels, samplers.karras_levels)
 PACKAGE = Path(minidiff.__file__).parent
 
@@ -121,11 +121,12 @@ def examples() -> list[partial]:
     )
     public_clip.mean = public_clip.std = torch.ones(3, 1, 1)
     return [
-        partial(parallel.Adapter(8, 2, torch.Generator()).forward, q),
+        partial(parallel.SequentialAdapter(8, 2, torch.Generator()).forward, q),
         partial(parallel.ParallelAdapter(8, 2, torch.Generator()).forward, q),
         partial(parallel.MultiHeadParallelAdapter(8, 2, 2, torch.Generator()).forward, q),
-        partial(lora.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0).forward, q),
-        partial(lora.kept, torch.tensor([3.0, 1.0]), 0.5, "sum"),
+        partial(layer_change.LayerChange.forward, low_rank.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0), q),
+        partial(low_rank.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0).forward, q),
+        partial(extraction.rank_for_energy, torch.tensor([3.0, 1.0]), 0.5, "sum"),
         partial(attention.attention_weights, q, k, 2),
         partial(attention.naive_attention, q, k, v, 2),
         partial(attention.attention, q, k, v, 2),
@@ -139,7 +140,7 @@ def examples() -> list[partial]:
         partial(custom_diffusion.compress, changes),
         partial(custom_diffusion.compress(changes).deltas),
         partial(custom_diffusion.from_deltas, sd, changes),
-        partial(custom_diffusion.merge_directions, torch.randn(2, 8), torch.randn(20, 8)),
+        partial(merge_concepts.merge_directions, torch.randn(2, 8), torch.randn(20, 8)),
         partial(weights.layer_changes, changes, changes),
         partial(weights.relative_changes, changes, changes),
         partial(public_clip.encode_pictures, pixels),
@@ -189,8 +190,8 @@ def examples() -> list[partial]:
         partial(text_encoder.TextEncoder(text_config).embed, torch.tensor([[1, 2, 3]])),
         partial(text_encoder.TextEncoder(text_config).forward, torch.tensor([[1, 2, 3]])),
         partial(tasks.to_pixels, np.zeros((1, 4, 4, 3), np.uint8)),
-        partial(tasks.resized, x_t, 3),
-        partial(tasks.encoded, np.zeros((1, 8, 8, 3), np.uint8), vae.VAE(vae_config), torch.device("cpu")),
+        partial(tasks.resize, x_t, 3),
+        partial(tasks.encode_scenes, np.zeros((1, 8, 8, 3), np.uint8), vae.VAE(vae_config), torch.device("cpu")),
         partial(tasks.reconstruction_loss, torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)),
         partial(tasks.Latents(x_t, t[:, None], x_t[:, :1]).scaling_factor),
         partial(diffusion_loss.squared_error, answer, schedule, x_t, context, draws),
@@ -221,15 +222,15 @@ def examples() -> list[partial]:
         partial(reading.shares),
         partial(reading.centroids, two),
         partial(reading.tint_of, two),
-        partial(evaluate.reconstructed, sd, torch.rand(1, 3, 32, 32)),
-        partial(evaluate.judged, judge, pixels, fixed_prompts()[:2]),
+        partial(evaluate.reconstruct, sd, torch.rand(1, 3, 32, 32)),
+        partial(evaluate.judge_batch, judge, pixels, fixed_prompts()[:2]),
         partial(
-            evaluate.figures_of,
+            evaluate.summarize_verdicts,
             fixed_prompts()[:4],
             {name: [verdict] * 4 for name in SOURCES},
             dict.fromkeys((*SOURCES, "reference"), features[:4]),
         ),
-        partial(judge_trainer.augmented, pixels, [np.random.default_rng(i) for i in range(2)]),
+        partial(judge_trainer.augment, pixels, [np.random.default_rng(i) for i in range(2)]),
         partial(labels.to, torch.device("cpu")),
         partial(unet.DownLevel(8, 8, 2, 1, False, unet_config).forward, x, time, context),
         partial(unet.UpLevel(8, [8, 8], 8, 2, 1, True, unet_config).forward, x, [x + 1, x + 2], time, context),
