@@ -369,7 +369,7 @@ sum_is_off, merge_is_off = off(summed), off(merged.deltas(sd))
 print(f"added up: off by {sum_is_off:.0%} of what was learned; merged: by {merge_is_off:.0%}")
 assert merge_is_off < sum_is_off
 fig = picture_grid(list(together.values()), labels=list(together))
-lesson.show(fig, "together", "Lion and guitar; tiger and violin learned together, merged, added up.")
+lesson.show(fig, "together", "Lion, guitar; tiger and violin learned together, merged, added up.")
 
 # %% [markdown]
 # The merge gives both words exactly the keys and values that they had alone; the sum gives neither what it learned. By these numbers the
