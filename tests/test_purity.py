@@ -49,12 +49,12 @@ from minidiff.scenes import art
 from minidiff.scenes.prompts import fixed_prompts
 from minidiff.schedule import NoiseSchedule, zero_terminal_snr
 from minidiff.study import measure
-from minidiff.trainers.data import regularisation
+from minidiff.trainers.data import cache, regularisation
 from minidiff.trainers.engine import diffusion_loss, distributed, loop, memory, optimizer
 from tests.small_models import small_model
 
 SOURCES = ("model", "real", "reconstructed")  # of the evaluation's figures
-TINY = attention_cases.Case("tiny", 6, 5, heads=2, head_dim=8, calls=1, batch=1, dtype="float32")
+TINY = attention_cases.AttentionCase("tiny", 6, 5, heads=2, head_dim=8, calls=1, batch=1, dtype="float32")
 LEVEL_FUNCTIONS = (samplers.timestep_levels, samplers.fractional_levels, samplers.karras_levels)
 PACKAGE = Path(minidiff.__file__).parent
 
@@ -180,7 +180,7 @@ def examples() -> list[partial]:
         partial(samplers.heun, denoise, x_t, now, then),
         partial(samplers.dpmpp_2m, denoise, x_t, now, then, (Level(800, 0.05), eps)),
         *(partial(function, schedule, alpha_bar, 5, "linspace") for function in LEVEL_FUNCTIONS),
-        partial(art.tinted, np.full((4, 4, 4), 200, np.uint8), "red"),
+        partial(art.tint_picture, np.full((4, 4, 4), 200, np.uint8), "red"),
         *(partial(method, x_t, t, eps) for method in [schedule.q_sample, schedule.velocity, schedule.target, *conversions]),
         partial(schedule.snr, t),
         partial(schedule.timesteps, 5),
@@ -190,8 +190,8 @@ def examples() -> list[partial]:
         partial(text_encoder.TextEncoder(text_config).embed, torch.tensor([[1, 2, 3]])),
         partial(text_encoder.TextEncoder(text_config).forward, torch.tensor([[1, 2, 3]])),
         partial(tasks.to_pixels, np.zeros((1, 4, 4, 3), np.uint8)),
-        partial(tasks.resized, x_t, 3),
-        partial(tasks.encoded, np.zeros((1, 8, 8, 3), np.uint8), vae.VAE(vae_config), torch.device("cpu")),
+        partial(tasks.resize, x_t, 3),
+        partial(tasks.encode_scenes, np.zeros((1, 8, 8, 3), np.uint8), vae.VAE(vae_config), torch.device("cpu")),
         partial(tasks.reconstruction_loss, torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)),
         partial(tasks.Latents(x_t, t[:, None], x_t[:, :1]).scaling_factor),
         partial(diffusion_loss.squared_error, answer, schedule, x_t, context, draws),
@@ -201,6 +201,7 @@ def examples() -> list[partial]:
         partial(memory.bytes_of, [x_t]),
         partial(distributed.average_gradients, [weight], x_t.sum()),
         partial(optimizer.orthogonalise, torch.randn(4, 6)),
+        partial(cache.Batch.concatenate, [cache.Batch(x_t, x_t[:, :1], ("a", "b"), ("", ""))] * 2),
         partial(regularisation.nearest, torch.randn(4), torch.randn(6, 4)),
         partial(kid.kernel, features, features + 1),
         partial(kid.block_sums, features.double(), torch.arange(8) % 2, torch.arange(4) % 2, 2),
@@ -221,15 +222,15 @@ def examples() -> list[partial]:
         partial(reading.shares),
         partial(reading.centroids, two),
         partial(reading.tint_of, two),
-        partial(evaluate.reconstructed, sd, torch.rand(1, 3, 32, 32)),
-        partial(evaluate.judged, judge, pixels, fixed_prompts()[:2]),
+        partial(evaluate.reconstruct, sd, torch.rand(1, 3, 32, 32)),
+        partial(evaluate.judge_batch, judge, pixels, fixed_prompts()[:2]),
         partial(
-            evaluate.figures_of,
+            evaluate.summarize_verdicts,
             fixed_prompts()[:4],
             {name: [verdict] * 4 for name in SOURCES},
             dict.fromkeys((*SOURCES, "reference"), features[:4]),
         ),
-        partial(judge_trainer.augmented, pixels, [np.random.default_rng(i) for i in range(2)]),
+        partial(judge_trainer.augment, pixels, [np.random.default_rng(i) for i in range(2)]),
         partial(labels.to, torch.device("cpu")),
         partial(unet.DownLevel(8, 8, 2, 1, False, unet_config).forward, x, time, context),
         partial(unet.UpLevel(8, [8, 8], 8, 2, 1, True, unet_config).forward, x, [x + 1, x + 2], time, context),

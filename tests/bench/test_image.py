@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from minidiff.bench import whole
-from minidiff.bench.image import bench, prepare
+from minidiff.bench import pipelines
+from minidiff.bench.image import bench_image, prepare
 from tests.small_models import small_config
 
 
 def test_ours_and_theirs_are_the_same_picture(tmp_path):
     pictures = []
-    with whole.model_folder(small_config()) as folder:
+    with pipelines.model_folder(small_config()) as folder:
         for library in ("diffusers", "minidiff"):
             job = {"folder": str(folder), "device": "cpu", "how": "eager", "dtype": "float32", "library": library}
             answer = prepare(job | {"size": 32, "steps": 2})
@@ -23,12 +23,12 @@ def test_ours_and_theirs_are_the_same_picture(tmp_path):
 
 def test_nonsense_is_refused_at_once():
     with pytest.raises(ValueError, match="steps 0: give 1 or more"):
-        next(bench(steps=0))
+        next(bench_image(steps=0))
 
 
 @pytest.mark.slow
 def test_the_bench_runs_in_processes_of_its_own():
-    lines = "\n".join(bench(rounds=1, model=small_config(), steps=1))
+    lines = "\n".join(bench_image(rounds=1, model=small_config(), steps=1))
     assert "A picture of 32 x 32 in 1 steps" in lines and "refused" not in lines
     names = [line.split(" | ")[0] for line in lines.splitlines()[-3:]]
     assert names == ["| diffusers float32", "| diffusers bfloat16", "| minidiff bfloat16"]

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from minidiff.bench import step, whole
-from minidiff.bench.step import bench, inputs, prepare
+from minidiff.bench import pipelines, step
+from minidiff.bench.step import bench_step, inputs, prepare
 from tests.small_models import small_config
 
 
 @pytest.fixture(scope="module")
 def folder():
-    with whole.model_folder(small_config()) as folder:
+    with pipelines.model_folder(small_config()) as folder:
         torch.save(inputs(small_config(), 32), folder / "inputs.pt")
         yield folder
 
@@ -42,7 +42,7 @@ def test_channels_last_and_bfloat16_are_near(folder, tmp_path):
 
 
 def test_the_bench_runs_in_processes_of_its_own(tmp_path):
-    lines = "\n".join(bench(against=False, out=tmp_path / "step.json", rounds=1, model=small_config()))
+    lines = "\n".join(bench_step(against=False, out=tmp_path / "step.json", rounds=1, model=small_config()))
     assert "One step of 32 x 32 with guidance" in lines and "refused" not in lines
     record = json.loads((tmp_path / "step.json").read_text())
     assert record["finished"] and set(record["results"]) == {"minidiff float32", "minidiff bfloat16"}
@@ -50,7 +50,7 @@ def test_the_bench_runs_in_processes_of_its_own(tmp_path):
 
 
 def test_the_contenders_of_a_gpu_are_all_ways_of_diffusers_and_ours(monkeypatch):
-    jobs = whole.model_jobs("cuda", against=True, max_autotune=True)
+    jobs = pipelines.make_model_jobs("cuda", against=True, max_autotune=True)
     assert [name for name in jobs if name.startswith("diffusers")] == [
         "diffusers",
         "diffusers channels-last",
@@ -58,8 +58,8 @@ def test_the_contenders_of_a_gpu_are_all_ways_of_diffusers_and_ours(monkeypatch)
         "diffusers max-autotune",
     ]
     assert next(iter(jobs)) == "diffusers" and [name for name, job in jobs.items() if job["untimed"]] == ["minidiff float32"]
-    assert not any("diffusers" in name for name in whole.model_jobs("cuda", against=False))
-    assert next(iter(whole.model_jobs("cpu", against=True))) == "diffusers float32"
+    assert not any("diffusers" in name for name in pipelines.make_model_jobs("cuda", against=False))
+    assert next(iter(pipelines.make_model_jobs("cpu", against=True))) == "diffusers float32"
 
 
 def test_without_diffusers_the_way_on_is_said(monkeypatch):

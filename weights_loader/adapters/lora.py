@@ -85,7 +85,7 @@ def parse(checkpoint: Checkpoint) -> Mapping[str, StoredChange]:
 def layer_locations(sd: StableDiffusion, dialect: Dialect) -> dict[str, TensorLocation]:
     """Return {our layer: where a LoRA file has it}, for all linear layers and convolutions of the U-Net and the text encoder."""
     assert dialect.layer_name is not None, f"{dialect.name} has no names of its own"
-    tables = {part: name_table(getattr(sd, part), part_names(sd.config, part, "diffusers")) for part in PARTS}
+    tables = {part: name_table(sd.parts[part], part_names(sd.config, part, "diffusers")) for part in PARTS}
     result = {}
     for ours in layers_of(sd):
         part, layer = ours.split(".", 1)

@@ -1,4 +1,4 @@
-"""What a contender of step, image or train answers when it is asked: its result and its memory, then the time of its runs."""
+"""What a worker of step, image or train answers when it is asked: its result and its memory, then the time of its runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,23 +7,23 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from minidiff.bench.one_load import Memory, resident_and_anonymous
+from minidiff.bench.load_worker import ProcessMemory, resident_and_anonymous
 
-Run = Callable[[], torch.Tensor]
+Call = Callable[[], torch.Tensor]
 
 
-class Peak:
-    """The most memory that this process takes above its level at the start, in bytes: of the GPU if it has one, else of the machine.
+class PeakMemory:
+    """The peak memory of this process above its level at the start, in bytes: of the GPU if there is one, else of the machine.
 
-    converted: the weights were read from a file of another dtype, whose pages can be given back at any time and do not count.
+    converted: the weights come from a file of another dtype, whose pages can be given back at any time and do not count.
     """
 
     def __init__(self, device: torch.device, converted: bool):
         self.device, self.converted = device, converted
-        self.memory = Memory().__enter__() if device.type == "cpu" and Path("/proc/self/clear_refs").exists() else None
+        self.memory = ProcessMemory().__enter__() if device.type == "cpu" and Path("/proc/self/clear_refs").exists() else None
 
-    def forget(self) -> None:
-        """The peak starts again from what the process has now; the level below it stays."""
+    def reset(self) -> None:
+        """Start the peak again from what the process has now; the level at the start stays."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.memory is not None:
@@ -31,6 +31,7 @@ class Peak:
             self.memory.anonymous_peak = resident_and_anonymous()[1]
 
     def stop(self) -> dict[str, int | None]:
+        """Stop watching and return the peak, with what it consists of."""
         if self.device.type == "cuda":
             return {"memory": torch.cuda.max_memory_allocated(self.device), "reserved": torch.cuda.max_memory_reserved(self.device)}
         if self.memory is None:
@@ -41,14 +42,15 @@ class Peak:
 
 
 def wait_for(device: torch.device) -> None:
+    """Wait until the device has done what it was asked."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def answers(run: Run, peak: Peak, check: Run | None = None) -> Callable[[dict], dict]:
-    """What a contender answers: to "check" its result, saved, with its memory; to "time" the seconds of a run, of some repeats.
+def answer_with(run: Call, peak: PeakMemory, check: Call | None = None) -> Callable[[dict], dict]:
+    """Return the function that answers requests: "check" saves the result and tells the memory, "time" tells the seconds per run.
 
-    check: gives the result, where that of a run is another each time.
+    check: gives the result, if that of `run` differs from call to call.
     """
     check = check or run
 
@@ -66,7 +68,7 @@ def answers(run: Run, peak: Peak, check: Run | None = None) -> Callable[[dict], 
         start = perf_counter()
         results = [check().detach().float().cpu().clone()]
         wait_for(peak.device)
-        told = {"first_run": perf_counter() - start}
+        told: dict[str, object] = {"first_run": perf_counter() - start}
         if peak.device.type == "cuda":  # on a CPU a run takes long, and the order of its sums is fixed
             results += [check().detach().float().cpu().clone() for _ in range(2)]
             told["bit_equal"] = all(torch.equal(results[0], again) for again in results[1:])

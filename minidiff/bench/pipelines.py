@@ -1,23 +1,21 @@
-"""What the benchmarks of whole models share: made-up weights in a folder that both libraries read, and each library's model from it.
+"""Whole models for the benchmarks: random weights in a folder that both libraries read, and each library's model from it.
 
-The weights are random, of the published shapes, and the same for all; every contender reads them by its library's own loader.
+The weights have the published shapes and are the same for all; every contender reads them with its library's own loader.
 """
 
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minidiff.bench.answers import Peak
-from minidiff.bench.common import made_up_to_run
+from minidiff.bench.common import random_model_to_run
+from minidiff.bench.worker_protocol import PeakMemory
 from minidiff.config import ModelConfig
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-
     from minidiff.pipeline import StableDiffusion
 
 COMPILED = {"compiled": "reduce-overhead", "max-autotune": "max-autotune"}
@@ -25,18 +23,24 @@ COMPILED = {"compiled": "reduce-overhead", "max-autotune": "max-autotune"}
 
 @contextmanager
 def model_folder(config: ModelConfig) -> Iterator[Path]:
-    """A diffusers folder of float32 weights, 4.3 GB for Stable Diffusion 1.x, in the folder for temporary files; gone at the end."""
+    """Write a diffusers folder of float32 weights, 4.3 GB for Stable Diffusion 1.x, to the temporary folder for the block's duration."""
     import weights_loader
 
     with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
-        weights_loader.save(made_up_to_run(config), Path(folder) / "model", layout="diffusers")
+        weights_loader.save(random_model_to_run(config), Path(folder) / "model", layout="diffusers")
         yield Path(folder)
 
 
-def model_jobs(device: str, against: bool, max_autotune: bool = False, compiled: bool = True) -> dict[str, dict]:
-    """The contenders by name, the one to compare with first: what the rivals do by default.
+def make_model_jobs(device: str, against: bool, max_autotune: bool = False, compiled: bool = True) -> dict[str, dict]:
+    """Return the contenders' jobs by name, first the one to compare with: what the rival does by default.
 
-    On a GPU all compute in bfloat16, and float32 is there for the errors alone; on a CPU each has its float32 and its bfloat16.
+    On a GPU all compute in bfloat16, and float32 serves only to measure errors; on a CPU each has a float32 and a bfloat16 job.
+
+    Args:
+        device: Of all contenders.
+        against: Race diffusers as well.
+        max_autotune: Add diffusers compiled with max-autotune, which takes long to compile.
+        compiled: Add diffusers compiled.
     """
 
     def job(library: str, dtype: str, how: str = "eager", untimed: bool = False) -> dict:
@@ -56,13 +60,13 @@ def model_jobs(device: str, against: bool, max_autotune: bool = False, compiled:
     return (theirs if against else {}) | ours
 
 
-def started(job: dict) -> tuple[Peak, torch.device, torch.dtype]:
-    """In the contender's process: its imports are done and its memory is watched from here on. float32 is IEEE's."""
+def start_worker(job: dict) -> tuple[PeakMemory, torch.device, torch.dtype]:
+    """Begin in the contender's process: import its library, then watch its memory. float32 is IEEE's, not TF32."""
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if job["library"] == "diffusers":
         # Each class by name: both packages import what they are asked for.
-        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]  # noqa: F401
         from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
     else:
         import weights_loader  # noqa: F401
@@ -70,12 +74,16 @@ def started(job: dict) -> tuple[Peak, torch.device, torch.dtype]:
         from minidiff.tokenizer import Tokenizer
 
         Tokenizer(TokenizerConfig(merges=()))  # imports open_clip's
-    return Peak(device, converted=dtype != torch.float32), device, dtype
+    return PeakMemory(device, converted=dtype != torch.float32), device, dtype
 
 
-def diffusers_pipeline(job: dict, device: torch.device, dtype: torch.dtype) -> "StableDiffusionPipeline":
-    """eager: as it comes; channels-last: U-Net and VAE in that layout; compiled: torch.compile too, as diffusers' page on speed says."""
-    from diffusers import StableDiffusionPipeline
+def diffusers_pipeline(job: dict, device: torch.device, dtype: torch.dtype) -> Any:
+    """Load diffusers' pipeline.
+
+    job["how"] is "eager" for the defaults, "channels-last" for U-Net and VAE in that layout, "compiled" to compile them as well, as
+    diffusers' page on speed recommends.
+    """
+    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
     pipe = StableDiffusionPipeline.from_pretrained(f"{job['folder']}/model", torch_dtype=dtype, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)

@@ -1,6 +1,6 @@
-"""Load one checkpoint, once, in this process: seconds and memory as JSON. bench/load.py starts it.
+"""Load one checkpoint once in this process, and print seconds and memory as JSON. bench/load.py starts it.
 
-Nothing is imported at the top but Python's own, so that each contender pays for its imports alone, on a clock of their own.
+Only the standard library is imported at the top, so that each contender's imports are timed on their own.
 """
 
 import json
@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter, process_time
 
-LOOK = 0.005  # seconds between two looks at the anonymous memory, of which the system keeps no highest level
+POLL_SECONDS = 0.005  # between two looks at the anonymous memory, for which the system keeps no peak
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of the imports, then seconds and bytes above the level before the call until every weight was read once.
+    """Seconds of the imports, then seconds and bytes (above the level before the call) until every weight was read once.
 
-    cpu_seconds: the same without waiting, which on a busy machine says more. total and count: of all weights.
+    cpu_seconds: without waiting, which says more on a busy machine. total and count: sum and number of all weights.
     """
 
     import_seconds: float
@@ -33,13 +33,21 @@ class Measurement:
 
 
 def measure(contender: str, path: str, settings: str, asked: str, config: str | None) -> Measurement:
-    """settings: a diffusers folder with at least the JSON files. config: of ours, as JSON; None where the file's shapes tell it."""
+    """Load the file with one library, and measure that.
+
+    Args:
+        contender: "minidiff" or "diffusers".
+        path: The file or folder.
+        settings: A diffusers folder with at least the JSON files.
+        asked: The dtype of the loaded weights.
+        config: Ours as JSON, None if the file's shapes determine it.
+    """
     start = perf_counter()
     prepare = {"minidiff": prepare_minidiff, "diffusers": prepare_diffusers}[contender]
     load = prepare(path, settings, asked, config)
     import_seconds = perf_counter() - start
 
-    with Memory() as memory:
+    with ProcessMemory() as memory:
         start, cpu_start = perf_counter(), process_time()
         parts = load()
         weights = [weight for part in parts for weight in part.parameters()]
@@ -51,6 +59,7 @@ def measure(contender: str, path: str, settings: str, asked: str, config: str | 
 
 
 def prepare_minidiff(path: str, settings: str, asked: str, config: str | None):
+    """Import our library, and return the function that loads; arguments as of `measure`."""
     import torch
 
     import weights_loader
@@ -69,10 +78,11 @@ def prepare_minidiff(path: str, settings: str, asked: str, config: str | None):
 
 
 def prepare_diffusers(path: str, settings: str, asked: str, config: str | None):
+    """Import diffusers, and return the function that loads; arguments as of `measure`."""
     import torch
 
     # Each class by name: both packages import what they are asked for.
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     options = {"torch_dtype": getattr(torch, asked), "local_files_only": True}
@@ -87,10 +97,10 @@ def prepare_diffusers(path: str, settings: str, asked: str, config: str | None):
     return load
 
 
-class Memory:
-    """`with Memory() as memory: ...`, then memory.above(): how far this process rose above the level at the start."""
+class ProcessMemory:
+    """How far this process rises above its level at the start: `with ProcessMemory() as memory: ...`, then memory.above()."""
 
-    def __enter__(self) -> "Memory":
+    def __enter__(self) -> "ProcessMemory":
         Path("/proc/self/clear_refs").write_text("5")  # the highest resident size, VmHWM, starts again from the present one
         self.start = self.end = resident_and_anonymous()
         self.anonymous_peak = self.start[1]
@@ -100,7 +110,7 @@ class Memory:
         return self
 
     def _watch(self):
-        while not self.done.wait(LOOK):
+        while not self.done.wait(POLL_SECONDS):
             self.anonymous_peak = max(self.anonymous_peak, resident_and_anonymous()[1])
 
     def __exit__(self, *error):
@@ -110,7 +120,7 @@ class Memory:
         self.anonymous_peak = max(self.anonymous_peak, self.end[1])
 
     def above(self) -> tuple[int, int, int, int]:
-        """Bytes: resident at its highest and at the end, anonymous at its highest and at the end."""
+        """Return bytes: resident at the peak and at the end, anonymous at the peak and at the end."""
         status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
         resident_peak = int(status["VmHWM"].split()[0]) * 1024
         resident, anonymous = self.start
@@ -118,7 +128,7 @@ class Memory:
 
 
 def resident_and_anonymous() -> tuple[int, int]:
-    """Bytes of this process."""
+    """Return the resident and the anonymous bytes of this process."""
     _, resident, of_files, *_ = map(int, Path("/proc/self/statm").read_text().split())
     page = os.sysconf("SC_PAGE_SIZE")
     return resident * page, (resident - of_files) * page

@@ -1,7 +1,7 @@
-"""One way to compute attention, in this process: its errors, its memory, its times. bench/attention.py starts it, once for each contender.
+"""Compute attention in one way in this process: its errors, its memory, its times. bench/attention.py starts one for each contender.
 
-Queries, keys and values are [B, N, heads * d] as the model has them; whatever a way needs done to them, and to its output, is its own cost.
-"reference" is no contender: it makes the inputs and the float64 results that errors are measured against.
+Queries, keys and values are [B, N, heads * d] as the model has them; rearranging them for a backend, and its output, counts as its time.
+"reference" is no contender: it makes the inputs, and the float64 results that errors are measured against.
 """
 
 import warnings
@@ -14,15 +14,15 @@ from einops import rearrange
 from torch import Tensor
 
 from minidiff.attention import attention, naive_attention
-from minidiff.bench.answers import Peak, wait_for
-from minidiff.bench.attention_cases import Case, directions, exact, inputs
+from minidiff.bench.attention_cases import AttentionCase, directions, exact, inputs
 from minidiff.bench.contender import serve
+from minidiff.bench.worker_protocol import PeakMemory, wait_for
 from minidiff.kernels.dispatch import attention_backend, select_backend
 
 SDPA = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
-GRAPH = 5e-3  # seconds of work in a CUDA graph
-MOST_LAUNCHES = 200
-MOST_SETS = 64  # of inputs in turn, so that none is in the cache
+GRAPH_SECONDS = 5e-3  # seconds of work in a CUDA graph
+MAX_LAUNCHES = 200
+MAX_SETS = 64  # of inputs in turn, so that none is in the cache
 
 Attend = Callable[[Tensor, Tensor, Tensor, int, bool], Tensor]
 
@@ -30,8 +30,8 @@ Attend = Callable[[Tensor, Tensor, Tensor, int, bool], Tensor]
 # --------------------------------------------------------------------------------------------------------- the ways
 
 
-def way(name: str) -> Attend:
-    """The contender's function. A forced backend of PyTorch stays forced as long as the process lives."""
+def choose_attention(name: str) -> Attend:
+    """Return the contender's function. A backend of PyTorch is forced for as long as the process lives."""
     if name == "minidiff":
         return attention
     if name == "triton":
@@ -73,8 +73,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- the calls
 
 
-def _results(attend: Attend, case: Case, on_device: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Output and gradients."""
+def _results(attend: Attend, case: AttentionCase, on_device: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return output and gradients."""
     q, k, v = (on_device[name].detach().requires_grad_(case.backward) for name in "qkv")
     out = attend(q, k, v, case.heads, case.causal)
     found = {"out": out.detach()}
@@ -83,7 +83,7 @@ def _results(attend: Attend, case: Case, on_device: dict[str, Tensor]) -> dict[s
     return found
 
 
-def _forward_only(attend: Attend, case: Case, on_device: dict[str, Tensor]) -> Callable[[], None]:
+def _forward_only(attend: Attend, case: AttentionCase, on_device: dict[str, Tensor]) -> Callable[[], None]:
     q, k, v = (on_device[name] for name in "qkv")
 
     def run() -> None:
@@ -93,7 +93,7 @@ def _forward_only(attend: Attend, case: Case, on_device: dict[str, Tensor]) -> C
     return run
 
 
-def _both_ways(attend: Attend, case: Case, on_device: dict[str, Tensor]) -> Callable[[], None]:
+def _both_ways(attend: Attend, case: AttentionCase, on_device: dict[str, Tensor]) -> Callable[[], None]:
     q, k, v = (on_device[name].detach().requires_grad_() for name in "qkv")
 
     def run() -> None:
@@ -108,8 +108,8 @@ WAYS = {"forward": _forward_only, "both": _both_ways}
 # --------------------------------------------------------------------------------------------------------------- times
 
 
-def graph_of(runs: list[Callable[[], None]], launches: int) -> torch.cuda.CUDAGraph:
-    """So many launches of the runs in turn."""
+def capture_graph(runs: list[Callable[[], None]], launches: int) -> torch.cuda.CUDAGraph:
+    """Capture that many launches of the runs, in turn, in a CUDA graph."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -123,8 +123,8 @@ def graph_of(runs: list[Callable[[], None]], launches: int) -> torch.cuda.CUDAGr
     return graph
 
 
-def replayed(graph: torch.cuda.CUDAGraph, launches: int) -> float:
-    """Seconds a launch, by the GPU's own clock; once before for nothing."""
+def time_replay(graph: torch.cuda.CUDAGraph, launches: int) -> float:
+    """Return seconds per launch by the GPU's own clock, after a replay that does not count."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     graph.replay()
     start.record()
@@ -134,8 +134,8 @@ def replayed(graph: torch.cuda.CUDAGraph, launches: int) -> float:
     return start.elapsed_time(end) / 1e3 / launches
 
 
-def eager(run: Callable[[], None], device: torch.device, least: float) -> float:
-    """Seconds a call from Python, waiting for the device at the end alone, over as many calls as take `least` seconds."""
+def time_eager(run: Callable[[], None], device: torch.device, least: float) -> float:
+    """Return seconds per call from Python, waiting for the device only at the end, over as many calls as take `least` seconds."""
     calls = 1
     while True:
         wait_for(device)
@@ -149,16 +149,17 @@ def eager(run: Callable[[], None], device: torch.device, least: float) -> float:
         calls = min(1000, max(2 * calls, int(1.2 * calls * least / max(took, 1e-9))))
 
 
-class OneWay:
-    """A contender at its cases: asked to "check" one, then to "time" it as often as there are rounds."""
+class AttentionWorker:
+    """One contender: asked to "check" a case, then to "time" it in every round."""
 
     def __init__(self, name: str, device: torch.device):
         self.name, self.device = name, device
-        self.attend = way(name) if name != "reference" else None
+        self.attend = choose_attention(name if name != "reference" else "by hand")
         self.ready: dict[str, tuple] = {}
 
     def answer(self, request: dict) -> dict:
-        case = Case(**request["case"])
+        """Answer a request. Raises RuntimeError with PyTorch's reasons if it has no backend for the case."""
+        case = AttentionCase(**request["case"])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -168,8 +169,8 @@ class OneWay:
                 why = [str(w.message).split(" (Triggered")[0] for w in caught if "attention" in str(w.message).lower()]
                 raise RuntimeError("; ".join(dict.fromkeys(w for w in why if not w.endswith("because:"))) or str(error)) from error
 
-    def make(self, case: Case, request: dict) -> dict:
-        """For the reference: the inputs of every kind and what is exact."""
+    def make(self, case: AttentionCase, request: dict) -> dict:
+        """Write the inputs of every kind and their exact results: the reference's task."""
         tensors = {}
         for kind in request["kinds"]:
             given = inputs(case, kind)
@@ -177,8 +178,8 @@ class OneWay:
         torch.save(tensors, request["path"])
         return {}
 
-    def check(self, case: Case, request: dict) -> dict:
-        """RMS errors by kind and tensor; whether three runs are equal; the peak of memory of one call beside its inputs."""
+    def check(self, case: AttentionCase, request: dict) -> dict:
+        """Measure RMS errors by kind and tensor, whether three runs are equal, and the peak memory of a call above its inputs."""
         self.ready = {}
         if self.name == "flex":
             torch._dynamo.reset()  # else the ninth shape is no longer compiled
@@ -192,7 +193,7 @@ class OneWay:
             told["scales"][kind] = {name: _rms(exactly[name]) for name in found}
             if kind == "normal":
                 if self.name == "minidiff":
-                    told["picks"] = select_backend(*(given[name] for name in "qkv"), case.heads, case.causal)
+                    told["picks"] = select_backend(given["q"], given["k"], given["v"], case.heads, case.causal)
                 again = [_results(self.attend, case, given) for _ in range(2)] if self.device.type == "cuda" else []
                 told["bit_equal"] = all(torch.equal(found[name], one[name]) for one in again for name in found) if again else None
         normal = self._on_device(case, tensors["normal"])
@@ -201,40 +202,41 @@ class OneWay:
             told[f"memory_{direction}"] = self.memory(WAYS[direction](self.attend, case, normal))
         return told
 
-    def _on_device(self, case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _on_device(self, case: AttentionCase, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensors[name].to(self.device, getattr(torch, case.dtype)) for name in ("q", "k", "v", "grad")}
 
     def memory(self, run: Callable[[], None]) -> int | None:
-        """Bytes at the peak of a call, above what there is before it."""
+        """Return the peak bytes of a call, above what is there before it."""
         if self.device.type == "cuda":
             wait_for(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
             run()
             return torch.cuda.max_memory_allocated(self.device) - before
-        peak = Peak(self.device, converted=False)
+        peak = PeakMemory(self.device, converted=False)
         run()
         return peak.stop()["memory"]
 
-    def _prepare(self, case: Case, direction: str, given: dict[str, Tensor]) -> tuple:
-        """What is needed to time it: a call, and on a GPU graphs of many with one set of inputs and with too many for the cache."""
+    def _prepare(self, case: AttentionCase, direction: str, given: dict[str, Tensor]) -> tuple:
+        """Prepare the timing: a call; on a GPU also graphs of many calls, on one set of inputs and on more sets than the cache holds."""
         run = WAYS[direction](self.attend, case, given)
         run()
         if self.device.type != "cuda":
             return (run,)
-        launches = max(1, min(MOST_LAUNCHES, int(GRAPH / eager(run, self.device, 1e-3))))
+        launches = max(1, min(MAX_LAUNCHES, int(GRAPH_SECONDS / time_eager(run, self.device, 1e-3))))
         size = sum(x.nbytes for x in given.values())
-        sets = min(MOST_SETS, 1 + 2 * torch.cuda.get_device_properties(self.device).L2_cache_size // size)
+        sets = min(MAX_SETS, 1 + 2 * torch.cuda.get_device_properties(self.device).L2_cache_size // size)
         runs = [WAYS[direction](self.attend, case, {name: x.clone() for name, x in given.items()}) for _ in range(sets)]
         many = max(launches, sets)
-        return run, (graph_of([run], launches), launches), (graph_of(runs, many), many), runs
+        return run, (capture_graph([run], launches), launches), (capture_graph(runs, many), many), runs
 
-    def time(self, case: Case, request: dict) -> dict:
+    def time(self, case: AttentionCase, request: dict) -> dict:
+        """Time the case that was checked last."""
         run, *graphs = self.ready[request["direction"]]
         if not graphs:
-            return {"seconds": eager(run, self.device, request["least"])}
+            return {"seconds": time_eager(run, self.device, request["least"])}
         warm, cold, _ = graphs
-        return {"seconds": replayed(*warm), "cold": replayed(*cold), "eager": eager(run, self.device, 2e-3)}
+        return {"seconds": time_replay(*warm), "cold": time_replay(*cold), "eager": time_eager(run, self.device, 2e-3)}
 
 
 def _rms(x: Tensor) -> float:
@@ -242,8 +244,9 @@ def _rms(x: Tensor) -> float:
 
 
 def prepare(job: dict) -> Callable[[dict], dict]:
+    """Return the function that answers, for a contender of that name."""
     torch.backends.cuda.matmul.allow_tf32 = False  # IEEE float32, as the kernels'
-    return OneWay(job["contender"], torch.device(job["device"])).answer
+    return AttentionWorker(job["contender"], torch.device(job["device"])).answer
 
 
 if __name__ == "__main__":
