@@ -68,7 +68,7 @@ class UNetGraph:
     def _foreign_hooks(self) -> bool:
         """Whether a hook on the U-Net belongs to no adapter in `attached`: is no method of one or of its parts, nor a partial of such."""
         owners = {id(part) for adapter in self.attached for part in adapter.modules()}
-        return any(id(owner(hook)) not in owners for hook in hooks(self.unet))
+        return any(id(_owner(hook)) not in owners for hook in _hooks(self.unet))
 
     def _dependencies(self) -> tuple:
         """Return what a captured graph depends on besides its inputs; a graph holds while this stays equal."""
@@ -102,19 +102,19 @@ class UNetGraph:
         return UNetGraph(deepcopy(self.unet, memo), deepcopy(self.attached, memo))
 
 
-def owner(hook: Callable) -> object:
+def _owner(hook: Callable) -> object:
     """Return the object whose method a hook is, or None."""
     return getattr(hook.func if isinstance(hook, partial) else hook, "__self__", None)
 
 
-def hooks(module: nn.Module) -> Iterator[Callable]:
+def _hooks(module: nn.Module) -> Iterator[Callable]:
     """Yield all forward hooks and forward pre-hooks of a module and of its parts."""
     for part in module.modules():
         yield from part._forward_pre_hooks.values()
         yield from part._forward_hooks.values()
 
 
-def capture(f: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
+def _capture_on_cuda(f: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
     """Capture what f launches, without running it; return the tensor that f returned, and a function that computes it anew."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(device)  # by itself it would take one of the first device it ever saw
@@ -123,4 +123,4 @@ def capture(f: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Call
     return output, graph.replay
 
 
-CAPTURE = {"cuda": capture}  # by the type of the device
+CAPTURE = {"cuda": _capture_on_cuda}  # by the type of the device

@@ -151,11 +151,14 @@ class StableDiffusion:
 
         Args:
             prompts: one per picture, or a single one for all seeds.
-            steps, sampler, spacing, eta: as in samplers.sample.
+            steps: 1..T.
+            sampler: a name in samplers.SAMPLERS.
             guidance_scale: None is the model's own; 1 follows the prompt alone.
             negative_prompt: what the pictures are guided away from.
             seeds: one per picture, 0..2^64-1, or a single one for all prompts.
             size: of the pictures, in pixels: a number for a square or (width, height); None is the model's own.
+            spacing: leading, linspace or trailing; None is the model's own.
+            eta: 0..1, for ddim: how much of the noise is drawn afresh.
             start: the index of the noise level to begin at, among those that samplers.levels returns; needs x.
             x: the latents at that level, one per picture, in place of the seeds' first noise.
             model: predicts in the U-Net's place, model(x_t, t, conditioning), for B rows of x_t and B or 2 B of conditioning. It usually
@@ -203,15 +206,14 @@ class StableDiffusion:
         return torch.cat([self._decode(z, tiled) for z in (latents / self.config.vae.scaling_factor).split(pictures)])
 
     def _decode(self, z: Float[Tensor, "B C h w"], tiled: bool) -> Float[Tensor, "B 3 H W"]:
-        dtype = self.vae.post_quant_conv.weight.dtype
         from minidiff.tiled_decode import decode_tiled, should_tile
 
+        dtype = self.vae.post_quant_conv.weight.dtype
         decode = partial(decode_tiled, self.vae) if tiled and should_tile(self.config.vae, z) else self.vae.decode
         pixels = decode(z.to(dtype))
         if not pixels.isfinite().all() and dtype.itemsize < 4:
-            warnings.warn(
-                f"the decoder overflowed in {dtype}: decoded again in float32", stacklevel=4
-            )  # past no_grad's wrapper, to who called decode
+            # The stack level points past no_grad's wrapper, to the line that called decode.
+            warnings.warn(f"the decoder overflowed in {dtype}: decoded again in float32", stacklevel=4)
             try:
                 self.vae.float()
                 pixels = decode(z.float())

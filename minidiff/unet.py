@@ -136,8 +136,10 @@ class UNet(nn.Module):
     ) -> Float[Tensor, "R C_out H W"]:
         conditioning = as_conditioning(context)
         skips, x, time = self.encode(x_t, t, conditioning)
-        if conditioning.residuals:
-            *skips, x = [_add_rows(a, b) for a, b in zip([*skips, x], conditioning.residuals, strict=True)]
+        if residuals := conditioning.residuals:
+            if len(residuals) != len(skips) + 1:
+                raise ValueError(f"{len(residuals)} residuals for {len(skips)} skips and the middle; give one for each")
+            *skips, x = [_add_rows(a, b) for a, b in zip([*skips, x], residuals)]
         for level in self.up:
             x = level(x, skips, time, conditioning.context)
             skips = skips[: -self.config.blocks_per_level - 1]

@@ -18,7 +18,6 @@ from weights_loader.save import tensors_of
 from weights_loader.write import write_safetensors
 
 DATA = Path(__file__).parent / "data"
-PARTS = ("text_encoder", "unet", "vae")
 
 
 def public_keys(version: int) -> dict[str, tuple[int, ...]]:
@@ -55,7 +54,7 @@ def family_model(name: str) -> StableDiffusion:
 
 def part_to_file(sd: StableDiffusion, part: str, layout: str) -> dict[str, torch.Tensor]:
     """The tensors of one part, as files of a layout hold them."""
-    return to_file(getattr(sd, part), part_names(sd.config, part, layout))
+    return to_file(sd.parts[part], part_names(sd.config, part, layout))
 
 
 def ldm_tensors(sd: StableDiffusion) -> dict[str, torch.Tensor]:
@@ -65,7 +64,7 @@ def ldm_tensors(sd: StableDiffusion) -> dict[str, torch.Tensor]:
 
 def ldm_shapes(sd: StableDiffusion) -> dict[str, tuple[int, ...]]:
     """The shapes of what nothing is left out of."""
-    parts = (file_shapes(getattr(sd, part), part_names(sd.config, part, "ldm")) for part in PARTS)
+    parts = (file_shapes(part, part_names(sd.config, name, "ldm")) for name, part in sd.parts.items())
     return {name: shape for part in parts for name, shape in part.items()}
 
 
@@ -98,8 +97,8 @@ CONTAINERS = {
 
 def assert_same_model(a: StableDiffusion, b: StableDiffusion):
     """Bit for bit, and nothing carried is lost."""
-    for name in PARTS:
-        states = getattr(a, name).state_dict(), getattr(b, name).state_dict()
+    for name in a.parts:
+        states = a.parts[name].state_dict(), b.parts[name].state_dict()
         assert states[0].keys() == states[1].keys()
         for key in states[0]:
             assert states[0][key].dtype == states[1][key].dtype and torch.equal(states[0][key], states[1][key]), f"{name}: {key}"

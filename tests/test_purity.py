@@ -24,6 +24,7 @@ from minidiff import (
     compare,
     conditioning,
     cuda_graph,
+    files,
     guidance,
     pipeline,
     samplers,
@@ -32,7 +33,7 @@ from minidiff import (
     unet,
     vae,
 )
-from minidiff.adapters import custom_diffusion, lora, parallel
+from minidiff.adapters import custom_diffusion, extraction, layer_change, low_rank, merge_concepts, parallel
 from minidiff.bench import attention_cases
 from minidiff.bench import race as bench_race
 from minidiff.bundled import evaluate, tasks
@@ -120,11 +121,12 @@ def examples() -> list[partial]:
     )
     public_clip.mean = public_clip.std = torch.ones(3, 1, 1)
     return [
-        partial(parallel.Adapter(8, 2, torch.Generator()).forward, q),
+        partial(parallel.SequentialAdapter(8, 2, torch.Generator()).forward, q),
         partial(parallel.ParallelAdapter(8, 2, torch.Generator()).forward, q),
         partial(parallel.MultiHeadParallelAdapter(8, 2, 2, torch.Generator()).forward, q),
-        partial(lora.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0).forward, q),
-        partial(lora.kept, torch.tensor([3.0, 1.0]), 0.5, "sum"),
+        partial(layer_change.LayerChange.forward, low_rank.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0), q),
+        partial(low_rank.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0).forward, q),
+        partial(extraction.rank_for_energy, torch.tensor([3.0, 1.0]), 0.5, "sum"),
         partial(attention.attention_weights, q, k, 2),
         partial(attention.naive_attention, q, k, v, 2),
         partial(attention.attention, q, k, v, 2),
@@ -133,11 +135,12 @@ def examples() -> list[partial]:
         partial(attention.Attention(8, 2).forward, q, k),
         partial(attention_cases.exact, TINY, attention_cases.inputs(TINY, "normal"), torch.device("cpu")),
         partial(bench_race.relative_error, q, 2 * q),
+        partial(attention_maps.with_attention_maps, sd.denoise("a cat", steps=2), sd.unet),
         partial(attention_maps.word_map, {"layer": torch.rand(2, 4, 4, 5)}, [1, 2], (8, 8)),
         partial(custom_diffusion.compress, changes),
         partial(custom_diffusion.compress(changes).deltas),
         partial(custom_diffusion.from_deltas, sd, changes),
-        partial(custom_diffusion.merge_directions, torch.randn(2, 8), torch.randn(20, 8)),
+        partial(merge_concepts.merge_directions, torch.randn(2, 8), torch.randn(20, 8)),
         partial(weights.layer_changes, changes, changes),
         partial(weights.relative_changes, changes, changes),
         partial(public_clip.encode_pictures, pixels),
@@ -161,7 +164,6 @@ def examples() -> list[partial]:
         partial(full.to, torch.device("cpu"), torch.float64),
         partial(conditioning.Conditioning(q[:1]).expand, 3),
         partial(conditioning.as_conditioning, q),
-        partial(conditioning.concatenate, full, full),
         partial(sd.predict, x_t, t, full),
         partial(sd.denoise, "a cat", x=torch.randn(1, 4, 8, 8), start=1, steps=2),
         partial(sd.decode, torch.randn(1, 4, 8, 8)),
@@ -202,13 +204,14 @@ def examples() -> list[partial]:
         partial(regularisation.nearest, torch.randn(4), torch.randn(6, 4)),
         partial(kid.kernel, features, features + 1),
         partial(kid.block_sums, features.double(), torch.arange(8) % 2, torch.arange(4) % 2, 2),
+        partial(kid.scale_features, features),
+        partial(files.tensor_bytes, q),
         partial(kid.kid, features, features + 1, blocks=2),
         partial(alignment.text_alignment, features, features + 1),
         partial(alignment.image_alignment, features, features + 1),
         partial(pairs.dependence, np.array([[1.0, -1.0, 0.0]])),
         partial(alignment.check_size, pixels, 64, "judge"),
         partial(alignment.drift, features, features + 1),
-        partial(judge_network.scaled, features),
         partial(judge_network.contrastive_loss, features, features + 1, torch.tensor(1.0)),
         partial(judge_network.AttentionPool(8, 4, 2).forward, x),
         partial(judge.pictures.forward, pixels),

@@ -6,8 +6,7 @@
 
 A name is the place of a block in the model followed by a layer inside the block. This page has a short table for each kind of block,
 and for the places a few loops, because the dialects count blocks differently. Each function takes a part's config and gives
-{our layer: its layer in the file}; {n} is the number of a transformer's block. Prefixes belong to a family (families/), and
-name_table.py applies the rules to a real module.
+{our layer: its layer in the file}. Prefixes belong to a family (families/), and name_table.py applies the rules to a real module.
 
     ldm        the original code's single file (CompVis/stable-diffusion; Stability-AI/stablediffusion for 2.x)
     diffusers  one folder per part, and for the text encoder the names of the transformers library
@@ -50,24 +49,22 @@ VAE_ATTENTION_DIFFUSERS = {
     "attention.to_v": "to_v",
     "attention.to_out": "to_out.0",  # 1 is dropout
 }
-# diffusers kept the original's names for the transformer. Its blocks are numbered: {n}.
-TRANSFORMER = {
-    "norm": "norm",
-    "proj_in": "proj_in",
-    "blocks.{n}.norm_1": "transformer_blocks.{n}.norm1",
-    "blocks.{n}.self_attention.to_q": "transformer_blocks.{n}.attn1.to_q",
-    "blocks.{n}.self_attention.to_k": "transformer_blocks.{n}.attn1.to_k",
-    "blocks.{n}.self_attention.to_v": "transformer_blocks.{n}.attn1.to_v",
-    "blocks.{n}.self_attention.to_out": "transformer_blocks.{n}.attn1.to_out.0",  # 1 is dropout
-    "blocks.{n}.norm_2": "transformer_blocks.{n}.norm2",
-    "blocks.{n}.cross_attention.to_q": "transformer_blocks.{n}.attn2.to_q",
-    "blocks.{n}.cross_attention.to_k": "transformer_blocks.{n}.attn2.to_k",
-    "blocks.{n}.cross_attention.to_v": "transformer_blocks.{n}.attn2.to_v",
-    "blocks.{n}.cross_attention.to_out": "transformer_blocks.{n}.attn2.to_out.0",
-    "blocks.{n}.norm_3": "transformer_blocks.{n}.norm3",
-    "blocks.{n}.feed_forward.proj_in": "transformer_blocks.{n}.ff.net.0.proj",
-    "blocks.{n}.feed_forward.proj_out": "transformer_blocks.{n}.ff.net.2",  # 1 is dropout
-    "proj_out": "proj_out",
+# diffusers kept the original's names for the transformer and its blocks.
+TRANSFORMER = {"norm": "norm", "proj_in": "proj_in", "proj_out": "proj_out"}
+TRANSFORMER_BLOCK = {
+    "norm_1": "norm1",
+    "self_attention.to_q": "attn1.to_q",
+    "self_attention.to_k": "attn1.to_k",
+    "self_attention.to_v": "attn1.to_v",
+    "self_attention.to_out": "attn1.to_out.0",  # 1 is dropout
+    "norm_2": "norm2",
+    "cross_attention.to_q": "attn2.to_q",
+    "cross_attention.to_k": "attn2.to_k",
+    "cross_attention.to_v": "attn2.to_v",
+    "cross_attention.to_out": "attn2.to_out.0",
+    "norm_3": "norm3",
+    "feed_forward.proj_in": "ff.net.0.proj",
+    "feed_forward.proj_out": "ff.net.2",  # 1 is dropout
 }
 TEXT_BLOCK_CLIP = {
     "norm_1": "layer_norm1",
@@ -100,6 +97,14 @@ def _block(ours: str, theirs: str, inside: dict[str, str]) -> dict[str, str]:
     return {f"{ours}.{layer}": f"{theirs}.{their_layer}" for layer, their_layer in inside.items()}
 
 
+def _transformer(ours: str, theirs: str, depth: int) -> dict[str, str]:
+    """Name the layers of a transformer with that many blocks."""
+    names = _block(ours, theirs, TRANSFORMER)
+    for n in range(depth):
+        names |= _block(f"{ours}.blocks.{n}", f"{theirs}.transformer_blocks.{n}", TRANSFORMER_BLOCK)
+    return names
+
+
 # ------------------------------------------------------------------------------- places of the blocks: ours -> theirs
 
 
@@ -117,16 +122,16 @@ def unet_ldm(config: UNetConfig) -> dict[str, str]:
         for j in range(config.blocks_per_level):
             step = f"input_blocks.{1 + i * steps + j}"  # 0 is conv_in
             names |= _block(f"down.{i}.blocks.{j}", f"{step}.0", RESBLOCK_LDM)
-            names |= _block(f"down.{i}.transformers.{j}", f"{step}.1", TRANSFORMER)
+            names |= _transformer(f"down.{i}.transformers.{j}", f"{step}.1", config.attention[i])
         names[f"down.{i}.downsample"] = f"input_blocks.{(i + 1) * steps}.0.op"
     names |= _block("middle.block_1", "middle_block.0", RESBLOCK_LDM)
-    names |= _block("middle.transformer", "middle_block.1", TRANSFORMER)
+    names |= _transformer("middle.transformer", "middle_block.1", max(config.attention[-1], 1))
     names |= _block("middle.block_2", "middle_block.2", RESBLOCK_LDM)
     for i in range(levels):
         for j in range(steps):
             step = f"output_blocks.{i * steps + j}"
             names |= _block(f"up.{i}.blocks.{j}", f"{step}.0", RESBLOCK_LDM)
-            names |= _block(f"up.{i}.transformers.{j}", f"{step}.1", TRANSFORMER)
+            names |= _transformer(f"up.{i}.transformers.{j}", f"{step}.1", config.attention[levels - 1 - i])
         # Upsampling belongs to the last step of its level, behind the ResBlock and, if there is one, the transformer.
         behind = 2 if config.attention[levels - 1 - i] else 1
         names[f"up.{i}.upsample"] = f"output_blocks.{i * steps + steps - 1}.{behind}.conv"
@@ -143,13 +148,13 @@ def unet_diffusers(config: UNetConfig) -> dict[str, str]:
         "conv_out": "conv_out",
     }
     for i in range(len(config.widths)):
-        for way, sampling in (("down", "downsample"), ("up", "upsample")):
+        for way, sampling, depths in (("down", "downsample", config.attention), ("up", "upsample", config.attention[::-1])):
             for j in range(config.blocks_per_level + 1):
                 names |= _block(f"{way}.{i}.blocks.{j}", f"{way}_blocks.{i}.resnets.{j}", RESBLOCK_DIFFUSERS)
-                names |= _block(f"{way}.{i}.transformers.{j}", f"{way}_blocks.{i}.attentions.{j}", TRANSFORMER)
+                names |= _transformer(f"{way}.{i}.transformers.{j}", f"{way}_blocks.{i}.attentions.{j}", depths[i])
             names[f"{way}.{i}.{sampling}"] = f"{way}_blocks.{i}.{sampling}rs.0.conv"
     names |= _block("middle.block_1", "mid_block.resnets.0", RESBLOCK_DIFFUSERS)
-    names |= _block("middle.transformer", "mid_block.attentions.0", TRANSFORMER)
+    names |= _transformer("middle.transformer", "mid_block.attentions.0", max(config.attention[-1], 1))
     names |= _block("middle.block_2", "mid_block.resnets.1", RESBLOCK_DIFFUSERS)
     return names
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from minidiff.config import ModelConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.tokenizer import Tokenizer
-from weights_loader.attach import File, attach
+from weights_loader.adapters.attach import File, attach
 from weights_loader.contents import Contents, check_parts, find, open_checkpoint, take_averages, take_vae
 from weights_loader.empty_parts import empty_parts
 from weights_loader.families import family_config, family_of_config

@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiff.config import ModelConfig
 from weights_loader.contents import Contents
 from weights_loader.families import differences, family_of_config, family_of_shapes
-from weights_loader.name_table import Part, from_file
+from weights_loader.name_table import from_file
 from weights_loader.report import Report
 
 
-def match(contents: Contents, parts: Mapping[str, Part], config: ModelConfig) -> tuple[Report, dict[str, dict[str, Tensor]]]:
+def match(contents: Contents, parts: Mapping[str, nn.Module], config: ModelConfig) -> tuple[Report, dict[str, dict[str, Tensor]]]:
     """Return the account of all tensors, and each part's state dict in our names: views of the file's tensors.
 
     Raises ValueError if anything is missing, unexpected or of the wrong shape.

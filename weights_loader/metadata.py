@@ -22,8 +22,17 @@ C = TypeVar("C")
 
 
 def config_to_json(config: ModelConfig) -> str:
-    """Return every number of the config, as a JSON object of the same nesting."""
-    return json.dumps(asdict(config), ensure_ascii=False, separators=(",", ":"))
+    """Return every number of the config, as a JSON object of the same nesting.
+
+    What Stable Diffusion 1 and 2 do not need is written as before it came: attention is true or false, and there is no pooled_width.
+    """
+    values = asdict(config)
+    unet = values["unet"]
+    if max(unet["attention"]) <= 1:
+        unet["attention"] = [bool(depth) for depth in unet["attention"]]
+    if unet["pooled_width"] is None:
+        del unet["pooled_width"]
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
 def config_from_json(text: str) -> ModelConfig:
@@ -32,6 +41,9 @@ def config_from_json(text: str) -> ModelConfig:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"metadata {KEY}: no JSON ({error}); was the file written by another program?") from error
+    unet = values.get("unet") if isinstance(values, dict) else None
+    if isinstance(unet, dict) and isinstance(depths := unet.get("attention"), list):  # true and false stand for 1 and 0
+        unet["attention"] = [int(depth) if isinstance(depth, bool) else depth for depth in depths]
     return build(ModelConfig, values, KEY)
 
 
@@ -80,6 +92,4 @@ def _fits(hint: Any, value: object) -> bool:
         return any(_fits(choice, value) for choice in get_args(hint))
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_fits(get_args(hint)[0], item) for item in value)
-    if hint is int and isinstance(value, bool):
-        return True  # UNetConfig.attention was true or false before it counted blocks, which is the same to 0 and 1
     return type(value) is hint

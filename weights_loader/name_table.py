@@ -10,17 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minidiff.blocks import SpatialTransformer
-from minidiff.text_encoder import TextEncoder
-from minidiff.unet import UNet
-from minidiff.vae import VAE
 from weights_loader.dialects import Aliases
 
 LAYOUTS = ("ldm", "diffusers")
 EMA_PREFIX = "model_ema."
-Part = UNet | VAE | TextEncoder
 
 
 @dataclass(frozen=True)
@@ -59,13 +54,12 @@ class TensorLocation:
     convolution: bool = False
 
 
-def name_table(part: Part, names: PartNames) -> dict[str, TensorLocation]:
+def name_table(part: nn.Module, names: PartNames) -> dict[str, TensorLocation]:
     """Return {our parameter's name: its location in a file} for every parameter of a module, in its order.
 
     The module may be on the meta device. Only OpenCLIP's stacked attention has several parameters in one tensor.
     """
-    depth = max((len(module.blocks) for module in part.modules() if isinstance(module, SpatialTransformer)), default=1)
-    layers = {ours.format(n=n): theirs.format(n=n) for ours, theirs in names.layers(part.config).items() for n in range(depth)}
+    layers = names.layers(part.config)
     convolutions = names.convolutions(part.config)
     result = {}
     for ours in part.state_dict():
@@ -85,7 +79,7 @@ def file_name(ours: str, layers: dict[str, str]) -> str:
     return f"{layers[layer]}.{kind}"
 
 
-def file_shapes(part: Part, names: PartNames) -> dict[str, tuple[int, ...]]:
+def file_shapes(part: nn.Module, names: PartNames) -> dict[str, tuple[int, ...]]:
     """Return {name in the file: shape} of everything that a file should hold for the part."""
     parameters = part.state_dict()
     result = {}
@@ -108,7 +102,7 @@ def from_file(tensor: Tensor, location: TensorLocation, ours: Tensor) -> Tensor:
     return tensor
 
 
-def to_file(part: Part, names: PartNames) -> dict[str, Tensor]:
+def to_file(part: nn.Module, names: PartNames) -> dict[str, Tensor]:
     """Return {name in the file: tensor} of all parameters of a module, in the file's shapes: the inverse of `from_file`."""
     parameters, result = part.state_dict(), {}
     for ours, location in name_table(part, names).items():

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiff.config import ModelConfig
 from weights_loader.families import Family
-from weights_loader.name_table import Part, PartNames, TensorLocation, file_shapes, name_table
+from weights_loader.name_table import PartNames, TensorLocation, file_shapes, name_table
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Report:
     unexpected: list[str] = field(default_factory=list)
     wrong_shape: dict[str, str] = field(default_factory=dict)
 
-    def add_part(self, part: Part, names: PartNames, tensors: Mapping[str, Tensor]) -> dict[str, TensorLocation]:
+    def add_part(self, part: nn.Module, names: PartNames, tensors: Mapping[str, Tensor]) -> dict[str, TensorLocation]:
         """Compare a part with the tensors that are its own. Return the locations of its parameters."""
         locations = name_table(part, names)
         parameters = part.state_dict()

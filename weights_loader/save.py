@@ -77,7 +77,7 @@ def tensors_of(sd: StableDiffusion, layout: str) -> dict[str, Tensor]:
 
 def _parts_to_file(sd: StableDiffusion, layout: str) -> dict[str, dict[str, Tensor]]:
     family = family_of_config(sd.config)
-    return {part: to_file(getattr(sd, part), family.part_names(part, layout)) for part in family.parts}
+    return {part: to_file(sd.parts[part], family.part_names(part, layout)) for part in family.parts}
 
 
 def save_parts(sd: StableDiffusion, folder: str | Path, dtype: torch.dtype = torch.float16):

@@ -81,7 +81,7 @@ def inspect(path: str | Path) -> Summary | SmallSummary:
         path=where,
         family=family_of_config(sd.config).name_of(sd.config),
         layout={"ldm": "ldm, a single file", "diffusers": "diffusers, a folder"}[contents.layout],
-        parameters={name: sum(p.numel() for p in getattr(sd, name).parameters()) for name in contents.parts},
+        parameters={name: sum(p.numel() for p in part.parameters()) for name, part in sd.parts.items()},
         size=sum(file.stat().st_size for file in where.rglob("*") if file.is_file()) if where.is_dir() else where.stat().st_size,
         dtypes=count_dtypes(contents.tensors.values()),
         prediction=sd.config.schedule.prediction,

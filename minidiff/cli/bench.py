@@ -1,6 +1,6 @@
 """The benchmarks of the command line: `minidiff bench load`, `attention`, `step`, `image`, `train`.
 
-Each prints a Markdown table, and with --out writes all its numbers. Imports that take long stand inside the commands that need them.
+Each prints a Markdown table, and with --out writes all its numbers. Imports that take long are inside the commands that need them.
 """
 
 from collections.abc import Iterator
@@ -57,12 +57,12 @@ def attention(
     """
     from minidiff.bench.attention import CONTENDERS, bench_attention
 
-    device = choose_device(device)
-    on_cpu = device.type == "cpu"
+    chosen = choose_device(device)
+    on_cpu = chosen.type == "cpu"
     rounds = (3 if on_cpu else 5) if rounds is None else rounds
     sizes = sizes or ((64,) if models == ("bundled",) else (512,) if on_cpu else (512, 768))
     dtypes = dtypes or (("float32", "bfloat16") if on_cpu else ("bfloat16",))
-    show(bench_attention(out, rounds, models, sizes, dtypes, str(device), contender or CONTENDERS, batch))
+    show(bench_attention(out, rounds, models, sizes, dtypes, str(chosen), contender or CONTENDERS, batch))
 
 
 def step(

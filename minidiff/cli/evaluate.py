@@ -1,6 +1,6 @@
 """The commands `minidiff evaluate ...`: pictures, weights and people's preference in numbers; the study of all methods.
 
-Imports that take long stand inside the commands that need them.
+Imports that take long are inside the commands that need them.
 """
 
 import json
@@ -31,7 +31,7 @@ def pictures(
     out: File = None,
     device: str = "auto",
 ) -> None:
-    """How well pictures follow their prompts, resemble a subject, moved with training, and how far they are from real ones (KID).
+    """Measure how well pictures follow their prompts, resemble a subject, moved with training, and how far they are from real ones (KID).
 
     Prompts are read from NAME.txt beside each picture, metadata.jsonl or captions.json; without these from the pictures, where `generate`
     wrote them. A new word means nothing to a CLIP: write captions that call the subject by its class.
@@ -88,7 +88,7 @@ def pictures(
 
 
 def kid_of(features, others, prompts: list[str]):
-    """KID. Its error is of other prompts where there are 20 or more, or else of other noise for the same ones."""
+    """Return the KID. Its error is of other prompts where there are 20 or more, or else of other noise for the same ones."""
     import torch
 
     from minidiff.evaluation.kid import kid, scale_features
@@ -100,7 +100,7 @@ def kid_of(features, others, prompts: list[str]):
 
 
 def same_names(paths: list[Path], others: list[Path], folder: Path) -> list[Path]:
-    """The counterpart of each picture."""
+    """Return the counterpart of each picture."""
     named = {path.name: path for path in others}
     if missing := [path.name for path in paths if path.name not in named]:
         raise ValueError(f"{folder}: no {missing[0]} in it; draw the same prompts on the same seeds, under the same names")
@@ -130,7 +130,7 @@ def features_of(encoder: "Encoder", paths: list[Path]):
 
 
 def weights(base: tyro.conf.Positional[str], tuned: tyro.conf.Positional[str], /, top: int = 10) -> None:
-    """How far training moved a model's weights, by kind of layer: |W' - W| / |W| of the U-Net.
+    """Measure how far training moved a model's weights, by kind of layer: |W' - W| / |W| of the U-Net.
 
     Args:
         base: the model before
@@ -148,7 +148,7 @@ def weights(base: tyro.conf.Positional[str], tuned: tyro.conf.Positional[str], /
 
 
 def pairs(first: tyro.conf.Positional[Path], second: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], /, seed: int = 0) -> None:
-    """A sheet of pairs for people to choose from, and a form to fill; pictures of one name in both folders, in random order.
+    """Make a sheet of pairs for people to choose from, and a form to fill; pictures of one name in both folders, in random order.
 
     Args:
         first: a folder of pictures
@@ -164,7 +164,7 @@ def pairs(first: tyro.conf.Positional[Path], second: tyro.conf.Positional[Path],
 
 
 def tally(key: tyro.conf.Positional[Path], forms: tyro.conf.Positional[tuple[Path, ...]], /) -> None:
-    """Counts filled forms of a sheet of pairs.
+    """Count filled forms of a sheet of pairs.
 
     Args:
         key: key.json of the sheet
@@ -183,20 +183,20 @@ def bundled(
     model: tyro.conf.Positional[str] = "tiny",
     /,
     steps: int = 20,
-    guidance: float | None = None,
+    guidance_scale: float | None = None,
     seeds: tuple[int, ...] = (0, 1, 2),
     limit: Whole = None,
     device: str = "auto",
     threads: Whole = None,
 ) -> None:
-    """What a model of the bundled scenes obeys: the fixed prompts, drawn and judged.
+    """Measure what a model of the bundled scenes obeys: the fixed prompts, drawn and judged.
 
     Args:
         model: the bundled one, or another that was trained on the scenes
         steps: of the sampler
-        guidance: how strongly pictures follow the prompt; the model's own by default
+        guidance_scale: how strongly pictures follow the prompt; the model's own by default
         seeds: every prompt is drawn on each
-        limit: so many of the 246 prompts, evenly spread
+        limit: this many of the 246 prompts, evenly spread
         device: auto, cpu, cuda, cuda:1, mps
         threads: CPU threads to use; all cores by default
     """
@@ -207,13 +207,16 @@ def bundled(
     from minidiff.bundled.figures import format_figures
     from minidiff.cli.model import training_on
 
-    with training_on(device, threads) as device:
-        sd, judge = load(model, "float32", device), weights_loader.load_judge(device=device)
+    figures = None
+    with training_on(device, threads) as chosen:
+        sd, judge = load(model, "float32", chosen), weights_loader.load_judge(device=chosen)
         with tqdm(unit="picture", file=sys.stderr) as bar:
-            for progress in evaluate(sd, judge, steps=steps, guidance_scale=guidance, seeds=seeds, limit=limit):
+            for progress in evaluate(sd, judge, steps=steps, guidance_scale=guidance_scale, seeds=seeds, limit=limit):
                 bar.total = progress.total
                 bar.update(progress.done - bar.n)
-        print(format_figures(progress.figures))
+                figures = progress.figures
+        assert figures is not None, "the last step of an evaluation has them"
+        print(format_figures(figures))
 
 
 def study(
@@ -235,7 +238,7 @@ def study(
         jobs: runs at once, each in a process of its own
         threads: CPU threads of each; the cores are shared out by default
         device: auto, cpu, cuda, cuda:1, mps
-        limit: so many runs, and stop
+        limit: stop after this many runs
     """
     import torch
     from tqdm import tqdm
@@ -245,10 +248,10 @@ def study(
     from minidiff.study.plan import list_runs
     from minidiff.study.run import run_study
 
-    device = choose_device(device)
+    where = choose_device(device)
     chosen = [run for run in list_runs(part) if not (out / "results" / f"{run.name}.json").exists()][:limit]
-    load_tiny = partial(weights_loader.load, "tiny", dtype=torch.float32, device=device)
-    load_judge = partial(weights_loader.load_judge, device=device)
+    load_tiny = partial(weights_loader.load, "tiny", dtype=torch.float32, device=where)
+    load_judge = partial(weights_loader.load_judge, device=where)
     with tqdm(total=len(chosen), unit="run", file=sys.stderr) as bar:
         for progress in run_study(out, chosen, load_tiny, load_judge, jobs=jobs, threads=threads):
             bar.set_postfix_str(f"{progress.name}, {progress.left / 3600:.1f} h left", refresh=False)
@@ -256,7 +259,7 @@ def study(
 
 
 def report(out: tyro.conf.Positional[Path], /) -> None:
-    """Tables, findings and sheets of a study's runs: OUT/study.md, study.json, PART-SUBJECTS.png.
+    """Write tables, findings and sheets of a study's runs: OUT/study.md, study.json, PART-SUBJECTS.png.
 
     Args:
         out: folder of the study

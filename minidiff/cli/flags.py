@@ -1,6 +1,6 @@
-"""Flags made from option classes: every field is a flag, all of them optional, and its line under `Args:` is the flag's help.
+"""Flags made from option classes: every field is an optional flag, and its line under `Args:` is the flag's help.
 
-    Settings(steps: int, ...)  ->  class SettingsFlags(steps: int | None = None, ...)  ->  tyro  ->  {"steps": 200}  ->  override(preset, ...)
+    Settings(steps: int, ...) -> SettingsFlags(steps: int | None = None, ...) -> tyro -> {"steps": 200} -> override(preset, ...)
 
 A flag that is not given leaves the preset's number, which depends on the model and is not known when --help is shown. Importing this
 takes no time. tyro reads the types below.
@@ -33,7 +33,7 @@ YES_NO = {"yes": True, "no": False}
 
 
 def flag_groups(options: type, taken: Iterable[str] = ()) -> dict[str, type]:
-    """Make a class of flags for each dataclass in nested options, by the name of the field that holds it: fields by flat names, all optional.
+    """Make a class of optional flags for each dataclass in nested options, by the name of the field that holds it ("method" outside).
 
     taken: names that are flags already. A name that several fields have is one flag.
     """

@@ -1,7 +1,7 @@
 """`minidiff train from-scratch`: a small Stable Diffusion on composed scenes, as bundled/run.py and bundled/make.py train it."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby
@@ -94,7 +94,8 @@ def show_progress(steps: "Iterator[StageProgress]") -> None:
     """Take all steps, with a bar for each stage."""
     from tqdm import tqdm
 
-    with closing(steps):
+    assert isinstance(steps, Generator)
+    with closing(steps):  # stopped on the way, it saves its state
         for stage, own in groupby(steps, key=lambda step: step.stage):
             first = next(own)
             with tqdm(desc=stage, total=first.steps, initial=first.i - 1, file=sys.stderr) as bar:

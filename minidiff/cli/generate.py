@@ -55,7 +55,8 @@ def generate(
         vae: a VAE file to use instead of the model's
         ema: take the averaged weights, where a .ckpt holds both
         prediction: what the model predicts, eps or v, where its file is wrong about it
-        dtype: of the weights; float32 on a CPU and the file's own on a GPU by default; bfloat16 takes about half the time on a CPU that has it
+        dtype: of the weights; float32 on a CPU and the file's own on a GPU by default; bfloat16 takes about half the time on a CPU that
+            has it
         device: auto, cpu, cuda, cuda:1, mps
         attention: how it is computed: auto takes what is fastest; triton is this package's kernels, on a GPU
         lora: a LoRA file, or FILE:0.7 for a part of its change

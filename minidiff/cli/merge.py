@@ -61,12 +61,12 @@ def merge_concepts(
         files: Custom Diffusion files of one concept or more each
         out: the file, ending in .safetensors, .bin or .ckpt, or else the diffusers folder to make
         model: the checkpoint that they were learned on
-        target: a caption whose words shall look as learned, for the file whose word it holds; "photo of a <word>" by default
-        captions: a text file with a caption a line, about 1000, that shall stay as they are; those of the bundled scenes by default
+        target: a caption whose words should look as learned, for the file whose word it holds; "photo of a <word>" by default
+        captions: a text file with a caption a line, about 1000, that should stay as they are; those of the bundled scenes by default
         ridge: added to the diagonal where the captions do not suffice, as 1e-3
     """
     import weights_loader
-    from minidiff.adapters import custom_diffusion
+    from minidiff.adapters import merge_concepts as closed_form
 
     if len(files) < 2:
         raise ValueError(f"{len(files)} files to merge; give at least two")
@@ -75,7 +75,7 @@ def merge_concepts(
     regularisation = read_captions(captions, sd)
     concepts = [weights_loader.read_custom_diffusion(file, sd) for file in files]
     targets = targets_of(files, [concept.tokens.names if concept.tokens else () for concept in concepts], target)
-    merged, report = custom_diffusion.merge_concepts(sd, concepts, targets, regularisation, ridge)
+    merged, report = closed_form.merge_concepts(sd, concepts, targets, regularisation, ridge)
     settings = {"method": "merge", "files": [Path(file).name for file in files], "captions": targets, "ridge": ridge}
     weights_loader.write_custom_diffusion(out, merged, sd, settings if out.suffix in (".safetensors", "") else None)
     print_notes(
@@ -144,13 +144,14 @@ def extract(
         names: of the layers in the file
     """
     import weights_loader
-    from minidiff.adapters import lora
+    from minidiff.adapters.extraction import extract_lora
+    from minidiff.adapters.lora import PATTERNS
 
     check_out(out, (".safetensors",))
     rank = 32 if rank is None and share is None else rank
     first, second = load(base, "float32", "cpu"), load(tuned, "float32", "cpu")
-    patterns = tuple(pattern for name in layers or ("conv", "text_encoder") for pattern in lora.PATTERNS.get(name, (name,)))
-    made = lora.extract_lora(first, second, patterns, rank=rank, share=share, of=of, clamp=clamp)
+    patterns = tuple(pattern for name in layers or ("conv", "text_encoder") for pattern in PATTERNS.get(name, (name,)))
+    made = extract_lora(first, second, patterns, rank=rank, energy=share, criterion=of, clamp=clamp)
     settings = {"method": "extract", "base": Path(base).name, "tuned": Path(tuned).name, "rank": rank, "share": share, "of": of}
     settings |= {"clamp": clamp}
     weights_loader.write_lora(out, made, first, names, settings)
@@ -160,7 +161,7 @@ def extract(
 
 
 def check_out(out: Path, suffixes: tuple[str, ...]) -> None:
-    """Raises ValueError or OSError for a name that cannot be written, before any work is done."""
+    """Raise ValueError or OSError for a name that cannot be written, before any work is done."""
     if out.suffix not in suffixes:
         expected = " or ".join(suffix or "no suffix (a folder)" for suffix in suffixes)
         raise ValueError(f"--out {out}: expected a name with {expected}")
@@ -169,7 +170,7 @@ def check_out(out: Path, suffixes: tuple[str, ...]) -> None:
 
 
 def read_captions(path: Path | None, sd: "StableDiffusion") -> list[str]:
-    """A caption a line; the bundled scenes' for a model that knows them."""
+    """Read one caption per line, or make the bundled scenes' for a model that knows them."""
     import numpy as np
 
     from minidiff.scenes.scenes import sample_scene
@@ -178,20 +179,20 @@ def read_captions(path: Path | None, sd: "StableDiffusion") -> list[str]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         return [line for line in lines if line]
     if family_of(sd.config) != "bundled":
-        raise ValueError("no captions that shall stay as they are; give --captions FILE, a text file with about 1000 of them, one a line")
+        raise ValueError("no captions that should stay as they are; give --captions FILE, a text file with about 1000 of them, one a line")
     return [sample_scene(np.random.default_rng([0, i])).caption for i in range(REGULARISATION)]
 
 
 def targets_of(files: tuple[str, ...], words: list[tuple[str, ...]], given: tuple[str, ...]) -> list[list[str]]:
-    """For each file the captions with one of its words: those given, or the ones it was learned with, or "photo of a <word>"."""
+    """Return for each file the captions with one of its words: those given, or the ones it was learned with, or "photo of a <word>"."""
     targets = [[caption for caption in given if any(word in caption for word in own)] for own in words]
     if stray := [caption for caption in given if not any(caption in own for own in targets)]:
         every = ", ".join(word for own in words for word in own)
         raise ValueError(f"--target {stray[0]!r} holds none of the learned words {every}")
-    return [own or learnt_captions(file, names) for own, file, names in zip(targets, files, words)]
+    return [own or learned_captions(file, names) for own, file, names in zip(targets, files, words)]
 
 
-def learnt_captions(file: str, words: tuple[str, ...]) -> list[str]:
+def learned_captions(file: str, words: tuple[str, ...]) -> list[str]:
     if not words:
         raise ValueError(f"{file}: no word in it; a merge tells concepts apart by their words")
     path = Path(file)
@@ -202,7 +203,7 @@ def learnt_captions(file: str, words: tuple[str, ...]) -> list[str]:
 
 
 def settings_in(path: Path) -> dict:
-    """What a file of this project was made with; nothing in others."""
+    """Return the settings that a file of this project was made with; nothing for others."""
     from weights_loader.metadata import SETTINGS_KEY
     from weights_loader.read import read
 

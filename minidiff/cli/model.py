@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def load(model: str, dtype: str, device: "str | torch.device", **options):
-    """The model, on the device asked for; what the loader decided is said."""
+    """Load a model onto the device asked for, and print what the loader decided."""
     import torch
 
     import weights_loader
@@ -24,19 +24,20 @@ def load(model: str, dtype: str, device: "str | torch.device", **options):
 
 
 def weighted(files: Sequence[str]) -> tuple[tuple[str, float], ...]:
-    """FILE or FILE:0.7, as the loader takes them."""
-    from weights_loader.lora import parse_weighted
+    """Read FILE or FILE:0.7, as the loader takes them."""
+    from weights_loader.adapters.lora import parse_weighted
 
     return tuple(parse_weighted(file) for file in files)
 
 
 def print_notes(notes: Iterable[str]) -> None:
+    """Print what a user should know to standard error."""
     for note in notes:
         print(f"minidiff: {note}", file=sys.stderr)
 
 
 def choose_device(name: str) -> "torch.device":
-    """`auto` takes CUDA, else MPS, else the CPU."""
+    """Return a device by name; `auto` takes CUDA, else MPS, else the CPU."""
     import torch
 
     if name == "auto":
@@ -53,7 +54,7 @@ def choose_device(name: str) -> "torch.device":
 
 @contextmanager
 def training_on(device: str, threads: int | None, attention: str = "auto"):
-    """The device to train on, with the threads and the attention; of several processes that torchrun started, the first alone is heard."""
+    """Set threads and attention, and give the device to train on; of several processes that torchrun started, only the first one prints."""
     import torch
 
     from minidiff.kernels.dispatch import attention_backend
@@ -74,6 +75,6 @@ def training_on(device: str, threads: int | None, attention: str = "auto"):
 
 
 def slug(prompt: str) -> str:
-    """The prompt as a file name."""
+    """Turn a prompt into a file name."""
     words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
     return "-".join(words)[:60] or "picture"

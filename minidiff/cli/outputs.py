@@ -51,6 +51,7 @@ def write_lora(training: "TrainingRun", sd: "StableDiffusion", out: Path, names:
     """Write a LoRA."""
     import weights_loader
 
+    assert training.lora is not None
     weights_loader.write_lora(out / "lora.safetensors", training.lora, sd, names, settings)
     yield "--lora", out / "lora.safetensors"
 
@@ -59,6 +60,7 @@ def write_custom_diffusion(training: "TrainingRun", sd: "StableDiffusion", out: 
     """Write a Custom Diffusion: a safe file, diffusers' folder, or the original's file, which has no room for settings."""
     import weights_loader
 
+    assert training.custom_diffusion is not None
     path = out / {"minidiff": "custom-diffusion.safetensors", "diffusers": "custom-diffusion", "original": "delta.bin"}[names]
     if path.is_dir():
         print_notes([f"{path} is there already and is left as it is"])

@@ -194,7 +194,9 @@ def parse_concept(text: str) -> Concept:
     if found.get("captions", "no") not in ("yes", "no"):
         raise ValueError(f"--concept {text}: captions={found['captions']}; write yes or no")
     found["captions"] = found.get("captions") == "yes"
-    return Concept(**found | {name: Path(found[name]) for name in ("images", "class_images") if name in found})
+    for name in {"images", "class_images"} & found.keys():
+        found[name] = Path(found[name])
+    return Concept(**found)
 
 
 # --- before the first step --------------------------------------------------------------------------------------------

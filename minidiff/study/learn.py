@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff.adapters.custom_diffusion import CustomDiffusion, compress, from_deltas, merge_concepts
-from minidiff.adapters.parallel import METHODS, PATTERNS, create_adapters
+from minidiff.adapters.base import Adapter
+from minidiff.adapters.custom_diffusion import CustomDiffusion, compress, from_deltas
+from minidiff.adapters.merge_concepts import merge_concepts
+from minidiff.adapters.parallel import ADAPTER_METHODS, LAYER_PATTERNS, create_adapters
 from minidiff.adapters.tokens import NewTokens
 from minidiff.evaluation.weights import relative_changes
 from minidiff.files import atomic_write
@@ -28,13 +30,13 @@ from minidiff.trainers.engine.memory import estimate_memory
 from minidiff.trainers.methods import table
 from minidiff.trainers.methods.common import fill_class_images, make_subjects
 from minidiff.trainers.methods.custom_diffusion import CustomDiffusionOptions
-from minidiff.trainers.methods.finetuning import Adapter, FinetuneTask, Group, TrainingRun
+from minidiff.trainers.methods.finetuning import FinetuneTask, Group, TrainingRun
 from minidiff.trainers.methods.lora import LoRAOptions
 from minidiff.trainers.methods.method import MethodOptions
 from minidiff.trainers.methods.options import Concept
 from minidiff.trainers.methods.override import override
 
-RANK = 8  # of the adapters of family.py
+RANK = 8  # of the adapters of adapters/parallel.py
 RIDGE = 0.1  # of a merge: the bundled model's text has few directions
 RARE, RARE_TOO = "sks", "qhy"  # names of DreamBooth and LoRA; the words of Custom Diffusion start from others
 FIRST_WORDS = ("ktn", "pll")  # that two words start from
@@ -153,7 +155,7 @@ def train_method(
     options = override(variant.options, {"seed": seed})
     concepts = [with_class_pictures(sd, one, options) for one in concepts]
     before = None
-    if variant.method in METHODS:
+    if variant.method in ADAPTER_METHODS:
         assert isinstance(options, LoRAOptions)
         method, adapters = make_adapter_run(sd, variant.method, concepts, options)
     else:
@@ -179,9 +181,9 @@ def train_method(
 def make_adapter_run(
     sd: StableDiffusion, name: str, concepts: Sequence[Concept], options: LoRAOptions
 ) -> tuple[TrainingRun, tuple[Adapter, ...]]:
-    """A method of family.py at the attentions, trained as a LoRA is."""
+    """Put a method of adapters/parallel.py on the attention layers, to be trained like a LoRA."""
     generator = torch.Generator().manual_seed(options.settings.seed)
-    adapters = create_adapters(sd, PATTERNS["attention"], method=name, rank=RANK, generator=generator)
+    adapters = create_adapters(sd, LAYER_PATTERNS["attention"], method=name, rank=RANK, generator=generator)
     subjects, groups = make_subjects(sd, concepts, options, None), [Group(tuple(adapters.parameters()))]
     phase = FinetuneTask(sd, name, subjects, options, modules={name: adapters}, adapters=[adapters], groups=groups)
     return TrainingRun((phase,)), (adapters,)

@@ -1,4 +1,4 @@
-"""`minidiff merge`, `compress`, `extract` and the small files of `generate`: the same as by the library, told in numbers, refused clearly."""
+"""`minidiff merge`, `compress`, `extract` and the small files of `generate`: as by the library, told in numbers, refused clearly."""
 
 import json
 

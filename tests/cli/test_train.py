@@ -198,7 +198,13 @@ def test_two_processes_learn_what_one_does_with_the_doubled_batch(run, tmp_path)
     ]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "minidiff"]
     done = subprocess.run(
-        [*torchrun, *args, "--batch", "2", "--out", "two"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+        [*torchrun, *args, "--batch", "2", "--out", "two"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("minidiff generate") == 1 and done.stderr.count("numbers are trained on") == 1  # one process talks

@@ -235,6 +235,32 @@ class New(Old):
     two that differ by rounding are gone: then draw() goes without, and the item "draw/default savings" belongs into EXPECTED.
     """
 
+    # --- adapters -----------------------------------------------------------------------------------------------------
+
+    def parallel(self, sd, method: str, sets: tuple[str, ...], seed=0):
+        """Create adapters of the parallel family on attention or feed_forward."""
+        from minidiff.adapters.parallel import LAYER_PATTERNS, create_adapters
+
+        generator = torch.Generator().manual_seed(seed)
+        return create_adapters(sd, sum((LAYER_PATTERNS[name] for name in sets), ()), method=method, rank=4, generator=generator)
+
+    def merge_concepts(self, sd, concepts, targets, regularisation):
+        """Merge several Custom Diffusions into one, and return it with the figures of the report."""
+        from dataclasses import astuple
+
+        from minidiff.adapters.merge_concepts import merge_concepts
+
+        merged, report = merge_concepts(sd, concepts, targets, regularisation, ridge=1e-3)
+        return merged, list(astuple(report)[:-1])  # all but the seconds
+
+    def extract_lora(self, base, tuned, sets: tuple[str, ...], rank: int, energy: float):
+        """Return the LoRA that turns one model into the other."""
+        from minidiff.adapters.extraction import extract_lora
+        from minidiff.adapters.lora import PATTERNS
+
+        patterns = sum((PATTERNS[name] for name in sets), ())
+        return extract_lora(base, tuned, patterns, rank=rank, energy=energy, criterion="frobenius")
+
 
 def side() -> Old:
     """Return the side that the tree on sys.path speaks, by a module that only the old one has."""

@@ -12,10 +12,10 @@ from diffusers.loaders.single_file_utils import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from minidiff.blocks import SpatialTransformer, TransformerBlock
 from minidiff.config import SD1, SD2
 from minidiff.unet import UNet
-from tests.checkpoints import PARTS, family_configs, family_model, part_to_file, public_keys
+from tests.checkpoints import family_configs, family_model, ldm_shapes, part_to_file, public_keys
+from tests.small_models import small_model
 from weights_loader.dialects import CLIP_LDM_ALIASES, TEXT_DIFFUSERS_ALIASES, VAE_DIFFUSERS_ALIASES
 from weights_loader.empty_parts import empty_parts
 from weights_loader.families import family_of_config, part_names
@@ -132,8 +132,8 @@ class _WithConfig:
 @pytest.mark.parametrize("name", family_configs())
 def test_what_is_written_is_read_back_bit_by_bit(name, layout):
     sd = family_model(name)
-    for name in PARTS:
-        part, names = getattr(sd, name), part_names(sd.config, name, layout)
+    for name, part in sd.parts.items():
+        names = part_names(sd.config, name, layout)
         written, ours = to_file(part, names), part.state_dict()
         assert shapes(written) == file_shapes(part, names)
         for key, there in name_table(part, names).items():
@@ -143,7 +143,7 @@ def test_what_is_written_is_read_back_bit_by_bit(name, layout):
 def test_reading_gives_views_of_the_files_tensors():
     sd = family_model("SD 2")
     for name in ("text_encoder", "vae"):
-        part, names = getattr(sd, name), part_names(sd.config, name, "ldm")
+        part, names = sd.parts[name], part_names(sd.config, name, "ldm")
         written = to_file(part, names)
         for key, there in name_table(part, names).items():
             read = from_file(written[there.name], there, part.state_dict()[key])
@@ -172,18 +172,21 @@ def test_an_unknown_layout_is_refused():
 
 @pytest.mark.parametrize("layout", ["ldm", "diffusers"])
 def test_each_block_of_a_transformer_has_its_own_name(layout):
-    config = family_configs()["SD 1"].unet
-    unet = UNet(config)
-    for module in unet.modules():
-        if isinstance(module, SpatialTransformer):
-            heads = module.blocks[0].self_attention.heads
-            module.blocks.append(TransformerBlock(module.norm.num_channels, heads, config.context_width))
-    names, ours = part_names(SD1, "unet", layout), unet.state_dict()
+    config = family_configs()["SD 1"]
+    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, attention=(2, 1, 3)))
+    unet = UNet(config.unet)
+    names, ours = part_names(config, "unet", layout), unet.state_dict()
     written = to_file(unet, names)
     assert shapes(written) == file_shapes(unet, names) and len(written) == len(ours)
     depths = {name.split("transformer_blocks.")[1][0] for name in written if "transformer_blocks." in name}
-    assert depths == {"0", "1"}
+    assert depths == {"0", "1", "2"}
     for key, there in name_table(unet, names).items():
         assert torch.equal(from_file(written[there.name], there, ours[key]), ours[key])
         number = re.search(r"transformers?(?:\.\d+)?\.blocks\.(\d+)", key)
         assert number is None or f"transformer_blocks.{number[1]}." in there.name
+
+
+def test_the_depth_of_transformers_is_read_off_the_names():
+    config = family_configs()["SD 1"]
+    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, attention=(2, 0, 3)))
+    assert family_of_config(config).sizes(ldm_shapes(small_model(config)))["U-Net attention"] == (2, 0, 3)

@@ -92,11 +92,11 @@ def test_the_parts_are_whole_each_and_together_the_model(tmp_path):
         checkpoint = read(tmp_path / f"{part}.safetensors")
         assert checkpoint.metadata[KEY] == config_to_json(sd.config)
         assert {tensor.dtype for tensor in checkpoint.tensors.values()} == {torch.float16}
-        assert sum(t.numel() for t in checkpoint.tensors.values()) == sum(p.numel() for p in getattr(sd, part).parameters())
+        assert sum(t.numel() for t in checkpoint.tensors.values()) == sum(p.numel() for p in sd.parts[part].parameters())
     back = weights_loader.load(tmp_path / "parts.safetensors.index.json")
     assert back.config == sd.config
     for part in ("text_encoder", "unet", "vae"):
-        for name, p in getattr(sd, part).state_dict().items():
+        for name, p in sd.parts[part].state_dict().items():
             assert torch.equal(getattr(back, part).state_dict()[name], p.half().float()), name
     weights_loader.save(sd, tmp_path / "model.safetensors")
     other = weights_loader.load(tmp_path / "model.safetensors", vae=tmp_path / "vae.safetensors")

@@ -9,11 +9,11 @@ from tests.checkpoints import extras, family_configs, family_model, ldm_tensors,
 from tests.small_files import compressed, random_delta, random_lora
 from tests.small_models import small_model
 from weights_loader import prediction
-from weights_loader.custom_diffusion import write_custom_diffusion
-from weights_loader.embedding import write_embedding
+from weights_loader.adapters.custom_diffusion import write_custom_diffusion
+from weights_loader.adapters.embedding import write_embedding
+from weights_loader.adapters.lora import write_lora
 from weights_loader.families.shared import UNET_PREFIX
 from weights_loader.families.stable_diffusion_2 import STABLE_DIFFUSION_2
-from weights_loader.lora import write_lora
 from weights_loader.name_table import ema_name
 from weights_loader.write import write_safetensors
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from weights_loader import custom_diffusion, detect, embedding, lora
+from weights_loader import detect
+from weights_loader.adapters import custom_diffusion, embedding, lora
+from weights_loader.adapters.lora_file import Dialect, Factors
 from weights_loader.folder import INDEX
 from weights_loader.read import Checkpoint, read
 
@@ -86,8 +88,8 @@ def inspect_small(given: Path) -> SmallSummary | None:
     names = list(checkpoint.tensors)
     kind = detect.kind(names)
     try:
-        if kind == "lora":
-            return summarise_lora(checkpoint)
+        if dialect := lora.dialect_of(names):
+            return summarise_lora(checkpoint, dialect)
         if kind == "custom_diffusion":
             return summarise_custom_diffusion(checkpoint, given)
         if kind == "embedding" or len(names) <= detect.FEW and embedding.is_embedding(checkpoint.tensors):
@@ -97,13 +99,13 @@ def inspect_small(given: Path) -> SmallSummary | None:
     return None
 
 
-def summarise_lora(checkpoint: Checkpoint) -> SmallSummary:
-    """Summarise a LoRA in any of the namings that are read."""
-    factors = lora.parse(checkpoint.tensors, lora.peft_config(checkpoint))
-    parts = Counter("text encoder" if re.search(r"^lora_te_|encoder[._]layers", name) else "unet" for name in factors)
-    names = "kohya" if any(name.startswith("lora_") for name in factors) else "diffusers"
-    ranks, alphas = Counter(one.rank for one in factors.values()), Counter(one.alpha for one in factors.values())
-    return replace(_summary(checkpoint, f"LoRA, names of {names}"), parts=parts, ranks=ranks, alphas=alphas)
+def summarise_lora(checkpoint: Checkpoint, dialect: Dialect) -> SmallSummary:
+    """Summarise a LoRA in the given dialect."""
+    changes = dialect.parse(checkpoint)
+    parts = Counter("text encoder" if re.search(r"^lora_te_|encoder[._]layers", name) else "unet" for name in changes)
+    factors = [one for one in changes.values() if isinstance(one, Factors)]
+    ranks, alphas = Counter(one.rank for one in factors), Counter(one.alpha for one in factors)
+    return replace(_summary(checkpoint, f"LoRA, names of {dialect.name}"), parts=parts, ranks=ranks, alphas=alphas)
 
 
 def summarise_custom_diffusion(checkpoint: Checkpoint, given: Path) -> SmallSummary:

@@ -70,8 +70,8 @@ def config_sizes(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _unet_levels(shapes: Shapes, prefix: str) -> tuple[tuple[int | None, ...], tuple[bool, ...], int]:
-    """Return width and attention of each level, and the blocks of the first, following the way down to where the names end."""
+def _unet_levels(shapes: Shapes, prefix: str) -> tuple[tuple[int | None, ...], tuple[int, ...], int]:
+    """Return width and transformer depth of each level, and the blocks of the first, following the way down to where the names end."""
     widths, attention, blocks, new_level = [], [], [], True
     step = 0
     while True:
@@ -82,7 +82,7 @@ def _unet_levels(shapes: Shapes, prefix: str) -> tuple[tuple[int | None, ...], t
         elif (convolution := f"{block}.0.in_layers.2.weight") in shapes:
             if new_level:
                 widths.append(_size(shapes, convolution, 0))
-                attention.append(f"{block}.1.norm.weight" in shapes)
+                attention.append(_length(shapes, f"{block}.1.transformer_blocks.{{n}}.attn1.to_k.weight"))
                 blocks.append(0)
                 new_level = False
             blocks[-1] += 1

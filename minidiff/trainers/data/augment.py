@@ -114,7 +114,7 @@ def sized_view(
 
 
 def valid_cells(top: int, left: int, side: int, size: int, factor: int) -> Float[Tensor, "1 h w"]:
-    """Return 1 in the latent cells inside the pasted box less one cell around, where the encoder mixes in the grey; as the published program."""
+    """Return 1 in the latent cells inside the pasted box, less one cell around where the encoder mixes in the grey, as the authors do."""
     mask = torch.zeros(1, size // factor, size // factor)
     rows, columns = (slice(start // factor + 1, (start + side) // factor - 1) for start in (top, left))
     mask[:, rows, columns] = 1

@@ -45,7 +45,7 @@ def read_folder(folder: Path, *, size: int, caption: str | Callable[[Path], str]
 
 
 def check_distinct(folders: Sequence[Path]) -> None:
-    """Raises ValueError if two of the folders are the same one: two concepts, or a concept and its class pictures."""
+    """Raise ValueError if two of the folders are the same one: two concepts, or a concept and its class pictures."""
     seen = set()
     for folder in folders:
         if folder.resolve() in seen:

@@ -55,7 +55,8 @@ def class_pictures(
 ) -> Iterator[Filled]:
     """Fill the folder up to `count` pictures of the prompt, `batch` an iteration; picture i has the seed `seed` + i.
 
-    The other arguments are those of sd.generate. Raises ValueError for a folder that holds another prompt's pictures or another model's, as soon as it is iterated.
+    The other arguments are those of sd.generate. Raises ValueError for a folder that holds another prompt's pictures or another model's, as
+    soon as it is iterated.
     """
     parts = {name: fingerprint(module) for name, module in (("text_encoder", sd.text_encoder), ("unet", sd.unet), ("vae", sd.vae))}
     choices = {"prompt": prompt, "seed": seed, "steps": steps, "sampler": sampler, "guidance_scale": guidance_scale, "size": size}

@@ -38,7 +38,8 @@ def sample_noise(
         shape: of one latent, (C, h, w)
         timesteps: t is one of 0..timesteps-1, each as likely
         device: where the result is
-        offset_noise: this much times one normal value per channel is added, which teaches a model to make all of a picture darker or brighter
+        offset_noise: this much times one normal value per channel is added, so that a model learns to make all of a picture darker or
+            brighter
     """
     t = torch.tensor([int(rng.integers(timesteps)) for rng in rngs])
     eps = randn_per_sample(rngs, shape)

@@ -28,7 +28,8 @@ from minidiff.trainers.engine.optimizer import Muon
 from minidiff.trainers.engine.settings import Settings
 
 # A process grew by 1.24 times (the bundled model, batch 32) to 1.5 times (Stable Diffusion 1.x, LoRA) the bytes of its tensors; with
-# checkpointing, where malloc gives memory back at once, by 1.3 and 1.1 times. On a GPU, PyTorch's own allocator gives out what is asked for, in steps of 512 bytes.
+# checkpointing, where malloc gives memory back at once, by 1.3 and 1.1 times. On a GPU, PyTorch's own allocator gives out what is asked
+# for, in steps of 512 bytes.
 RESERVE = {("cpu", False): 1.3, ("cpu", True): 1.2}
 
 

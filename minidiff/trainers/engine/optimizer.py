@@ -1,7 +1,7 @@
 """How weights change: the two optimizers, the learning rate over the steps, and the EMA of the weights.
 
-The training methods use AdamW (Loshchilov and Hutter 2019) throughout. Training from scratch uses Muon for matrices and convolutions, AdamW for
-the rest.
+The training methods use AdamW (Loshchilov and Hutter 2019) throughout. Training from scratch uses Muon for matrices and convolutions,
+AdamW for the rest.
 
 Muon (Jordan et al. 2024; Liu et al. 2025, "Muon is scalable for LLM training") takes the momentum of a weight matrix, replaces it by
 the nearest matrix whose singular values are all about 1, and steps that way: rare directions learn as fast as common ones. With Liu
@@ -11,6 +11,7 @@ et al.'s factor its steps are as large as AdamW's, so that one learning rate ser
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,8 +23,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at 0, singu
 
 
 def orthogonalise(matrix: Float[Tensor, "R C"], steps: int = 5) -> Float[Tensor, "R C"]:
-    """Return the same singular vectors with all singular values near 1, by the quintic Newton-Schulz iteration x <- (a + b x x' + c (x x')^2) x.
+    """Return the matrix with the same singular vectors and all singular values near 1.
 
+    By the quintic Newton-Schulz iteration x <- (a + b x x' + c (x x')^2) x.
     Every factor is a polynomial in x x', so the product of them is worked out on that small square matrix and applied to x once.
     """
     if matrix.shape[0] > matrix.shape[1]:
@@ -46,7 +48,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:  # type: ignore[override]  # there is no closure here
         """Change every weight that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
@@ -71,7 +73,7 @@ def optimizers(modules: Iterable[nn.Module], lr: float) -> tuple[Muon, torch.opt
     return Muon(matrices, lr), torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
-def adamw(params: Iterable[nn.Parameter | dict], settings: Settings) -> torch.optim.AdamW:
+def adamw(params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], settings: Settings) -> torch.optim.AdamW:
     """Return AdamW with the numbers that the public trainers of Stable Diffusion share. params: weights, or groups of them.
 
     A group {"params": [...], "scale": 0.1} learns at a tenth of the learning rate.
@@ -115,7 +117,9 @@ class EMA:
         """Move the mean towards the weights after a step."""
         d = min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
-        torch._foreach_lerp_(list(self.mean.values()), [p for _, p in _trainable(module)], 1 - d)
+        torch._foreach_lerp_(  # type: ignore[attr-defined]  # one kernel for all weights has no public name
+            list(self.mean.values()), [p for _, p in _trainable(module)], 1 - d
+        )
 
     def copy_to(self, module: nn.Module) -> None:
         """Replace the module's trained weights by the averaged ones."""

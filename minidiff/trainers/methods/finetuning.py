@@ -11,7 +11,7 @@ where it, or a word, is trained or has an adapter on it.
     for phase, step in run.run(device, folder): ...     # within each phase its adapters are on the model
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -22,10 +22,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from minidiff.adapters.custom_diffusion import CustomDiffusion
-from minidiff.adapters.lora import LoRA
-from minidiff.adapters.parallel import Adapters
-from minidiff.adapters.tokens import NewTokens
+from minidiff.adapters.base import Adapter
 from minidiff.files import digest, fingerprint
 from minidiff.pipeline import StableDiffusion
 from minidiff.trainers.data.cache import Batch, Cache, Contexts, Pictures
@@ -34,8 +31,6 @@ from minidiff.trainers.engine.loop import Training, TrainStep, rng_for
 from minidiff.trainers.engine.optimizer import adamw
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.method import PhaseOptions
-
-Adapter = LoRA | NewTokens | CustomDiffusion | Adapters
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +241,7 @@ class TrainingRun:
     tokens: NewTokens | None = None
     custom_diffusion: CustomDiffusion | None = None
 
-    def run(self, device: torch.device, folder: Path | None = None) -> Iterator[tuple[FinetuneTask, TrainStep]]:
+    def run(self, device: torch.device, folder: Path | None = None) -> Generator[tuple[FinetuneTask, TrainStep], None, None]:
         """Train one phase after the other, a step an iteration, each with its state in folder/NAME.state; EMAs become the weights."""
         for phase in self.phases:
             with phase:

@@ -20,8 +20,8 @@ def preset(method: str, family: str) -> Any:
 
     "dreambooth-lora" is DreamBooth's with a LoRA. Raises ValueError for an unknown method or family.
     """
-    presets = {name: one.presets for name, one in METHODS.items()}
-    presets |= {f"{name}-lora": one.low_rank_presets for name, one in METHODS.items() if one.low_rank_presets}
+    presets: dict[str, dict[str, Any]] = {name: {**one.presets} for name, one in METHODS.items()}
+    presets |= {f"{name}-lora": {**one.low_rank_presets} for name, one in METHODS.items() if one.low_rank_presets}
     if method not in presets:
         raise ValueError(f"method {method!r} unknown; choose {', '.join(presets)}")
     if family not in presets[method]:

@@ -282,8 +282,8 @@ def test_every_step_and_sample_has_draws_of_its_own():
 def test_checkpointing_and_compile_mean_the_tasks_networks(monkeypatch):
     task, given = SmallTask(), []
     task.networks = (nn.Linear(1, 1),)
-    checkpointed = loop.checkpointed
-    monkeypatch.setattr(loop, "checkpointed", lambda networks, on: given.append((networks, on)) or with_checkpointing(networks, on))
+    with_checkpointing = loop.with_checkpointing
+    monkeypatch.setattr(loop, "with_checkpointing", lambda networks, on: given.append((networks, on)) or with_checkpointing(networks, on))
     next(train(task, small_settings(checkpointing=True), CPU))
     assert given == [(task.networks, True)]
 

@@ -11,8 +11,9 @@ In all but diffusers' form W may be {"u": [out, r], "v": [r, in]}, to be added t
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from torch import Tensor
 from minidiff.adapters.custom_diffusion import Compressed, CustomDiffusion
 from minidiff.adapters.tokens import NewTokens
 from minidiff.pipeline import StableDiffusion
-from weights_loader import detect, embedding
+from weights_loader.adapters import embedding
+from weights_loader.detect import describe, kind
 from weights_loader.families import part_names
 from weights_loader.metadata import FORMAT, settings_to_metadata
 from weights_loader.name_table import name_table
@@ -30,7 +32,7 @@ from weights_loader.write import new_folder, write_safetensors, write_torch
 
 FOLDER = ("pytorch_custom_diffusion_weights.safetensors", "pytorch_custom_diffusion_weights.bin")  # the weights in a folder of diffusers
 TOKEN = "modifier_token."
-# What the name of a tensor is made of: the place in the model, the layer, the half of a compressed change.
+# The parts of a tensor's name: the place in the model, the layer, the half of a compressed change.
 DELTA = re.compile(r"(?:unet\.)?(?P<place>.+\.attn2)\.(?P<layer>to_[qkv]|to_out\.0)\.(?P<kind>weight|bias)(?:\.(?P<half>[uv]))?")
 PROCESSOR = re.compile(
     r"(?:unet\.)?(?P<place>.+\.attn2)\.processor\.(?P<layer>to_[qkv]|to_out)_custom_diffusion(?:\.0)?\.(?P<kind>weight|bias)"
@@ -42,7 +44,7 @@ Change = Tensor | tuple[Tensor, Tensor]
 
 
 def read_custom_diffusion(path: str | Path, sd: StableDiffusion, names: tuple[str, ...] = ()) -> CustomDiffusion:
-    """The weights and words of a file or folder in any of the four forms, float32, not attached.
+    """Read the weights and words of a file or folder in any of the four forms, float32, not attached.
 
     names: the words of a delta.ckpt, which holds their vectors only; "<new1>", "<new2>", ... by default, as in the original's command.
     Raises FileNotFoundError, and ValueError for what is none or does not fit the model, with the layers and shapes that disagree.
@@ -61,7 +63,7 @@ def read_custom_diffusion(path: str | Path, sd: StableDiffusion, names: tuple[st
 
 
 def parse_folder(path: Path, names: tuple[str, ...] = ()) -> tuple[dict[str, Change], dict[str, Tensor]]:
-    """A folder of diffusers: the weights, and every file beside them that holds the word it is named after."""
+    """Parse a folder of diffusers: the weights, and every file next to them that holds the word it is named after."""
     weights = next((path / name for name in FOLDER if (path / name).is_file()), None)
     if weights is None:
         is_model = (path / "model_index.json").is_file()
@@ -76,55 +78,79 @@ def parse_folder(path: Path, names: tuple[str, ...] = ()) -> tuple[dict[str, Cha
     return changes, rows
 
 
-def parse(tensors: dict[str, Tensor], names: tuple[str, ...] = ()) -> tuple[dict[str, Change], dict[str, Tensor]]:
-    """The changes by the parameter's name in the file, and {word: rows [n, D]}. Raises ValueError for what is no part of one."""
-    if detect.kind(list(tensors)) != "custom_diffusion":
-        raise ValueError(f"given as a Custom Diffusion, but it is {detect.describe(list(tensors))}")
+def parse(tensors: Mapping[str, Tensor], names: tuple[str, ...] = ()) -> tuple[dict[str, Change], dict[str, Tensor]]:
+    """Return the changes by the parameter's name in the file, and {word: rows [n, D]}. Raises ValueError for what is no part of one."""
+    if kind(list(tensors)) != "custom_diffusion":
+        raise ValueError(f"given as a Custom Diffusion, but it is {describe(list(tensors))}")
     if names and "embed" not in tensors:
         raise ValueError(f"names are given ({', '.join(names)}), and the file has no words without a name")
-    changes, halves, rows = {}, {}, {}
-    for name, tensor in tensors.items():
-        if EMPTY.fullmatch(name) and tensor.numel() == 0:
-            continue
-        if name == "embed":
-            rows |= _unnamed_rows(tensor, names)
-        elif name.startswith(TOKEN):
-            if tensor.dim() not in (1, 2):
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected a vector, or one a row")
-            rows[name.removeprefix(TOKEN)] = tensor.float().reshape(-1, tensor.shape[-1])
-        elif match := PROCESSOR.fullmatch(name):
-            layer = "to_out.0" if match["layer"] == "to_out" else match["layer"]
-            changes[f"{match['place']}.{layer}.{match['kind']}"] = tensor.float()
-        elif match := DELTA.fullmatch(name):
-            place = f"{match['place']}.{match['layer']}.{match['kind']}"
-            if match["half"]:
-                halves.setdefault(place, {})[match["half"]] = tensor.float()
-            else:
-                changes[place] = tensor.float()
-        elif name.startswith("text_encoder."):
-            raise ValueError(f"a whole text encoder is in it too ({name}), which is not supported: only cross-attention is changed")
-        else:
-            raise ValueError(f"tensor {name!r} is no part of a Custom Diffusion; expected cross-attention (attn2) and modifier_token")
-    for place, pair in halves.items():
-        if pair.keys() != {"u", "v"} or place in changes:
-            found = ", ".join(sorted(pair)) + (" and a weight" if place in changes else "")
-            raise ValueError(f"{place} needs one weight, or u and v; found {found}")
-        changes[place] = pair["u"], pair["v"]
-    return changes, rows
+    named = {name: _rows(name, tensor) for name, tensor in tensors.items() if name.startswith(TOKEN)}
+    words = {name.removeprefix(TOKEN): rows for name, rows in named.items()}
+    if "embed" in tensors:
+        words |= _name_rows(_rows("embed", tensors["embed"]), names)
+    rest = {name: tensor for name, tensor in tensors.items() if name != "embed" and name not in named}
+    processors, rest = _processors(rest)
+    whole, compressed, rest = _deltas(rest)
+    if rest:
+        _refuse(next(iter(rest)))
+    return processors | whole | _pairs(compressed, {*processors, *whole}), words
 
 
-def _unnamed_rows(tensor: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+def _rows(name: str, tensor: Tensor) -> Tensor:
     if tensor.dim() not in (1, 2):
-        raise ValueError(f"embed has shape {tuple(tensor.shape)}; expected one vector a row")
-    rows = tensor.float().reshape(-1, tensor.shape[-1])
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected a vector, or one per row")
+    return tensor.float().reshape(-1, tensor.shape[-1])
+
+
+def _name_rows(rows: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
     names = names or tuple(f"<new{i + 1}>" for i in range(len(rows)))
     if len(names) != len(rows):
         raise ValueError(f"{len(rows)} vectors in it, and {len(names)} names given for them ({', '.join(names)}); give one each")
     return {name: row[None] for name, row in zip(names, rows)}
 
 
+def _processors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights in diffusers' form, and the tensors that are left."""
+    found, rest = {}, {}
+    for name, tensor in tensors.items():
+        if match := PROCESSOR.fullmatch(name):
+            layer = "to_out.0" if match["layer"] == "to_out" else match["layer"]
+            found[f"{match['place']}.{layer}.{match['kind']}"] = tensor.float()
+        elif not (EMPTY.fullmatch(name) and tensor.numel() == 0):
+            rest[name] = tensor
+    return found, rest
+
+
+def _deltas(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Return whole weights and the halves of compressed changes in our form, which is the original's too, and the tensors that are left."""
+    whole, halves, rest = {}, {}, {}
+    for name, tensor in tensors.items():
+        match = DELTA.fullmatch(name)
+        if match is None:
+            rest[name] = tensor
+        elif match["half"]:
+            halves.setdefault(f"{match['place']}.{match['layer']}.{match['kind']}", {})[match["half"]] = tensor.float()
+        else:
+            whole[f"{match['place']}.{match['layer']}.{match['kind']}"] = tensor.float()
+    return whole, halves, rest
+
+
+def _pairs(compressed: Mapping[str, Mapping[str, Tensor]], whole: Collection[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    for place, halves in compressed.items():
+        if halves.keys() != {"u", "v"} or place in whole:
+            found = ", ".join(sorted(halves)) + (" and a weight" if place in whole else "")
+            raise ValueError(f"{place} needs one weight, or u and v; found {found}")
+    return {place: (halves["u"], halves["v"]) for place, halves in compressed.items()}
+
+
+def _refuse(name: str) -> NoReturn:
+    if name.startswith("text_encoder."):
+        raise ValueError(f"a whole text encoder is in it too ({name}), which is not supported: only cross-attention is changed")
+    raise ValueError(f"tensor {name!r} is no part of a Custom Diffusion; expected cross-attention (attn2) and modifier_token")
+
+
 def fit(changes: Mapping[str, Change], sd: StableDiffusion) -> dict[str, Tensor]:
-    """{our parameter: its whole new value}, as "unet.down.0....cross_attention.to_k.weight".
+    """Return {our parameter: its whole new value}, such as "unet.down.0....cross_attention.to_k.weight".
 
     Raises ValueError with all layers that the model lacks or has in another shape.
     """
@@ -140,12 +166,12 @@ def fit(changes: Mapping[str, Change], sd: StableDiffusion) -> dict[str, Tensor]
             unknown.append(name)
             continue
         base = parameters[places[name]].float().cpu()
-        shapes = tuple(change.shape) if isinstance(change, Tensor) else tuple(tuple(half.shape) for half in change)
-        fits = shapes == tuple(base.shape) if isinstance(change, Tensor) else _halves_fit(change, base)
-        if not fits:
+        value = _whole(change, base)
+        if value is None:
+            shapes = tuple(change.shape) if isinstance(change, Tensor) else tuple(tuple(half.shape) for half in change)
             wrong.append(f"{name} has shape {shapes}; this layer's is {tuple(base.shape)}")
         else:
-            result[f"unet.{places[name]}"] = change if isinstance(change, Tensor) else base + change[0] @ change[1]
+            result[f"unet.{places[name]}"] = value
     if unknown or wrong:
         attention = [name for name in places if ".attn2." in name]
         counts = f"{len(unknown)} of its {len(changes)} layers are not there, {len(wrong)} have other shapes"
@@ -156,12 +182,16 @@ def fit(changes: Mapping[str, Change], sd: StableDiffusion) -> dict[str, Tensor]
     return result
 
 
-def _halves_fit(halves: tuple[Tensor, Tensor], base: Tensor) -> bool:
-    u, v = halves
-    return u.dim() == v.dim() == base.dim() == 2 and u.shape[1] == v.shape[0] and (u.shape[0], v.shape[1]) == tuple(base.shape)
+def _whole(change: Change, base: Tensor) -> Tensor | None:
+    """Return the new value of a parameter; None if the change does not fit it."""
+    if isinstance(change, Tensor):
+        return change if change.shape == base.shape else None
+    u, v = change
+    fits = u.dim() == v.dim() == base.dim() == 2 and u.shape[1] == v.shape[0] and (u.shape[0], v.shape[1]) == base.shape
+    return base + u @ v if fits else None
 
 
-# -------------------------------------------------------------------------------------------------------------- writing
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_custom_diffusion(
@@ -170,17 +200,22 @@ def write_custom_diffusion(
     sd: StableDiffusion,
     settings: dict[str, object] | None = None,
     compressed: Compressed | None = None,
-):
+) -> None:
     """Write in the form that the name asks for: .safetensors ours, .bin or .ckpt the original's, no suffix a folder of diffusers.
 
-    compressed: of the same Custom Diffusion, written in place of its whole weights; diffusers has no place for it.
-    settings: what it was made with, kept as JSON in the metadata of .safetensors. A .ckpt holds the words' vectors without their names.
+    Args:
+        path: the file or the folder. A .ckpt holds the words' vectors without their names
+        delta: the Custom Diffusion
+        sd: a model that it fits
+        settings: what it was made with, kept as JSON in the metadata of .safetensors
+        compressed: of the same Custom Diffusion, written in place of its whole weights; diffusers has no place for it
+
     Raises ValueError for another suffix, a folder that is there already, and what a form has no place for; FileNotFoundError without the
     folder above.
     """
     changes = {f"{name}.weight": weight for name, weight in (compressed or delta).layers.items()}
     changes |= {f"{name}.bias": bias for name, bias in delta.biases.items()}
-    rows = delta.tokens.rows if delta.tokens else {}
+    rows: Mapping[str, Tensor] = delta.tokens.rows if delta.tokens else {}
     path = Path(path)
     metadata = FORMAT | settings_to_metadata(settings or {})
     if settings and path.suffix in (".bin", ".ckpt"):
@@ -215,12 +250,16 @@ def _nested(changes: Mapping[str, Change]) -> dict[str, object]:
 def _vectors(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for word, vectors in rows.items():
         if len(vectors) > 1:
-            raise ValueError(f"{word} has {len(vectors)} vectors, and the original's files hold one a word; write .safetensors or a folder")
+            raise ValueError(
+                f"{word} has {len(vectors)} vectors, and the original's files hold one per word; write .safetensors or a folder"
+            )
     return {word: vectors[0] for word, vectors in rows.items()}
 
 
-def _write_folder(path: Path, changes: Mapping[str, Change], rows: Mapping[str, Tensor], sd: StableDiffusion, metadata: dict[str, str]):
-    """diffusers gives every attention a processor of its own: a changed one holds all its layers, also those that stayed as they were."""
+def _write_folder(
+    path: Path, changes: Mapping[str, Change], rows: Mapping[str, Tensor], sd: StableDiffusion, metadata: dict[str, str]
+) -> None:
+    """Write a folder: diffusers gives every attention a processor, and a changed one holds all its layers, also unchanged ones."""
     if any(not isinstance(change, Tensor) for change in changes.values()):
         raise ValueError(f"{path}: diffusers' folders hold whole weights; write a compressed one as .safetensors, .bin or .ckpt")
     if unfit := [word for word in rows if Path(f"{word}.safetensors").name != f"{word}.safetensors"]:
@@ -228,7 +267,7 @@ def _write_folder(path: Path, changes: Mapping[str, Change], rows: Mapping[str, 
     parameters = sd.unet.state_dict()
     base = {place.name: parameters[ours] for ours, place in name_table(sd.unet, part_names(sd.config, "unet", "diffusers")).items()}
     tensors = {}
-    for attention in sorted({re.match(r".+attn[12]", name)[0] for name in base if re.search(r"\.attn[12]\.", name)}):
+    for attention in sorted({match[0] for name in base if (match := re.match(r".+\.attn[12](?=\.)", name))}):
         changed = {name.removeprefix(f"{attention}.") for name in changes if name.startswith(f"{attention}.")}
         layers = ["to_k.weight", "to_v.weight"] if changed else []
         if changed - set(layers):

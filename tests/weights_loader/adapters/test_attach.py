@@ -10,10 +10,10 @@ from tests.checkpoints import assert_same_model
 from tests.parity.check import TOLERANCE
 from tests.small_files import random_delta, random_lora, weight_of
 from tests.small_models import small_model
-from weights_loader.attach import attach, pairs
-from weights_loader.custom_diffusion import write_custom_diffusion
-from weights_loader.embedding import write_embedding
-from weights_loader.lora import factors_of, write_lora
+from weights_loader.adapters.attach import attach, pairs
+from weights_loader.adapters.custom_diffusion import write_custom_diffusion
+from weights_loader.adapters.embedding import write_embedding
+from weights_loader.adapters.lora import write_lora
 
 LAYERS = r"cross_attention|blocks\.0\.conv_1|blocks\.1\.linear_2"
 PROMPT = "a <new1> apple"
@@ -50,8 +50,8 @@ def test_a_model_with_files_of_every_kind_computes_with_the_changed_weights(fold
         for name, weight in random_delta(changed).layers.items():
             weight_of(changed, name).copy_(weight)
         for lora, multiplier in ((random_lora(changed, LAYERS), 1.0), (random_lora(changed, LAYERS, (3,), (2.0,)), 0.5)):
-            for name, one in factors_of(lora).items():
-                delta = torch.einsum("or, r... -> o...", one.up.flatten(1), one.down)
+            for name, one in lora.layers.items():
+                delta = torch.einsum("or, r... -> o...", one.up.weight.flatten(1), one.down.weight)
                 weight_of(changed, name).add_(multiplier * one.alpha / one.rank * delta)
     NewTokens({"<new1>": torch.ones(2, 16), "<new2>": -torch.ones(1, 16)}).attach(changed)
     for prompt in (PROMPT, "a <new2> pizza"):

@@ -8,7 +8,7 @@ import weights_loader
 from minidiff.adapters.tokens import NewTokens
 from tests.checkpoints import family_model, ldm_tensors
 from tests.parity.check import largest_error
-from weights_loader.embedding import read_embedding, write_embedding
+from weights_loader.adapters.embedding import read_embedding, write_embedding
 from weights_loader.read import read
 from weights_loader.write import write_safetensors
 

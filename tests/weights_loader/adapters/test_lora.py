@@ -9,11 +9,16 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 import weights_loader
+from minidiff.adapters.layer_change import LayerChange
+from minidiff.adapters.lora import LoRA
+from minidiff.adapters.low_rank import LowRank
 from tests.checkpoints import family_model, ldm_tensors, part_to_file
 from tests.parity.check import largest_error
 from tests.small_files import random_lora, weight_of
 from tests.small_models import small_model
-from weights_loader.lora import factors_of, fit, lora_from_factors, lora_to_file, parse, parse_weighted, read_lora, write_lora
+from weights_loader.adapters import lora as lora_files
+from weights_loader.adapters.lora import pack, parse_weighted, read_lora, write_lora
+from weights_loader.adapters.lora_file import Dialect, parse_factors
 from weights_loader.read import read
 from weights_loader.write import write_safetensors
 
@@ -35,10 +40,11 @@ def pipe(sd, tmp_path_factory):
 
 
 def assert_same(a, b):
-    a, b = factors_of(a), factors_of(b)
+    a, b = a.layers, b.layers
     assert a.keys() == b.keys()
     for name in a:
-        assert torch.equal(a[name].down, b[name].down) and torch.equal(a[name].up, b[name].up) and a[name].alpha == b[name].alpha, name
+        assert torch.equal(a[name].down.weight, b[name].down.weight), name
+        assert torch.equal(a[name].up.weight, b[name].up.weight) and a[name].alpha == b[name].alpha, name
 
 
 @torch.no_grad()
@@ -69,9 +75,9 @@ def test_the_same_lora_gives_the_same_bytes(sd, tmp_path):
 
 def test_names_are_those_that_other_programs_look_for(tmp_path):
     sd = small_model()
-    pattern = r"down\.0\.transformers\.0\.(proj_in|block\.cross_attention\.to_out)|blocks\.0\.conv_1$|blocks\.1\.attention\.to_q"
+    pattern = r"down\.0\.transformers\.0\.(proj_in|blocks\.0\.cross_attention\.to_out)|blocks\.0\.conv_1$|blocks\.1\.attention\.to_q"
     lora = random_lora(sd, pattern, (4,), (2.0,))
-    keys = {names: set(lora_to_file(factors_of(lora), sd, names)[0]) for names in NAMES}
+    keys = {names: set(pack(lora, sd, names)[0]) for names in NAMES}
     assert {
         "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0.lora_A.weight",
         "unet.down_blocks.0.attentions.0.proj_in.lora_B.weight",
@@ -94,10 +100,11 @@ def test_settings_are_kept_as_json(sd, tmp_path):
 
 def test_half_precision_files_are_read_as_float32(sd, tmp_path):
     lora = random_lora(sd, ATTENTION)
-    tensors, metadata = lora_to_file(factors_of(lora), sd, "diffusers")
+    tensors, metadata = pack(lora, sd, "diffusers")
     write_safetensors(tmp_path / "x.safetensors", {name: tensor.half() for name, tensor in tensors.items()}, metadata)
-    for name, one in factors_of(read_lora(tmp_path / "x.safetensors", sd)).items():
-        assert one.down.dtype == torch.float32 and torch.equal(one.down, lora.layers[name].down.weight.half().float())
+    for name, one in read_lora(tmp_path / "x.safetensors", sd).layers.items():
+        down = one.down.weight
+        assert down.dtype == torch.float32 and torch.equal(down, lora.layers[name].down.weight.half().float())
 
 
 # ------------------------------------------------------------------------------------------------- against diffusers
@@ -129,7 +136,7 @@ def test_diffusers_gives_the_same_with_our_file(names, ranks, alphas, sd, pipe, 
 
 def test_an_extraction_with_ranks_of_all_sizes_is_the_same_in_diffusers_by_kohyas_names(sd, pipe, tmp_path):
     lora = random_lora(sd, ATTENTION)
-    lora = lora_from_factors({name: replace(one, alpha=float(one.rank)) for name, one in factors_of(lora).items()})
+    lora = LoRA({name: LowRank(one.down.weight, one.up.weight, float(one.rank)) for name, one in lora.layers.items()})
     write_lora(tmp_path / "x.safetensors", lora, sd, "kohya")
     assert_same(read_lora(tmp_path / "x.safetensors", sd), lora)
     lora.attach(sd)
@@ -167,7 +174,7 @@ def test_what_peft_saved_is_read_with_the_scale_of_its_config(rslora, sd, tmp_pa
     theirs = get_peft_model(unet, LoraConfig(r=4, lora_alpha=6, target_modules=["attn2.to_k"], init_lora_weights=False, use_rslora=rslora))
     theirs.save_pretrained(tmp_path / "peft")
     lora = read_lora(tmp_path / "peft", sd)
-    assert {one.alpha for one in factors_of(lora).values()} == {6 * math.sqrt(4) if rslora else 6}
+    assert {one.alpha for one in lora.layers.values()} == {6 * math.sqrt(4) if rslora else 6}
     lora.attach(sd)
     largest_error(*(outputs(unet, sd.text_encoder, sd)[1] for unet in (sd.unet, theirs)))
     lora.detach()
@@ -177,7 +184,7 @@ def test_what_peft_saved_is_read_with_the_scale_of_its_config(rslora, sd, tmp_pa
 
 
 def renamed(lora, sd, changes, end=""):
-    tensors, _ = lora_to_file(factors_of(lora), sd, "diffusers")
+    tensors, _ = pack(lora, sd, "diffusers")
     result = {}
     for name, tensor in tensors.items():
         for pattern, replacement in changes:
@@ -202,14 +209,14 @@ OLDER = {
 def test_older_spellings_are_read(changes, sd, tmp_path):
     lora = random_lora(sd, ATTENTION, (4,), (4.0,))
     tensors = renamed(lora, sd, changes)
-    assert tensors.keys() != lora_to_file(factors_of(lora), sd, "diffusers")[0].keys()
+    assert tensors.keys() != pack(lora, sd, "diffusers")[0].keys()
     torch.save(tensors, tmp_path / "x.bin")
     assert_same(read_lora(tmp_path / "x.bin", sd), lora)
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0])
 def test_an_alpha_that_is_missing_or_nought_is_the_rank(alpha, sd, tmp_path):
-    tensors, _ = lora_to_file(factors_of(random_lora(sd, ATTENTION, (3,), (1.0,))), sd, "kohya")
+    tensors, _ = pack(random_lora(sd, ATTENTION, (3,), (1.0,)), sd, "kohya")
     for name in [name for name in tensors if name.endswith(".alpha")]:
         del tensors[name]
         if alpha is not None:
@@ -235,7 +242,7 @@ def test_an_alpha_that_is_missing_or_nought_is_the_rank(alpha, sd, tmp_path):
     ],
 )
 def test_other_kinds_are_refused_by_name(name, message, tmp_path):
-    tensors, _ = lora_to_file(factors_of(random_lora(small_model(), ATTENTION)), small_model(), "kohya")
+    tensors, _ = pack(random_lora(small_model(), ATTENTION), small_model(), "kohya")
     write_safetensors(tmp_path / "x.safetensors", tensors | {name: torch.zeros(4, 4)})
     with pytest.raises(ValueError, match=rf"x.safetensors: .*{message}.*not supported.*{re.escape(name)}"):
         read_lora(tmp_path / "x.safetensors", small_model())
@@ -246,7 +253,7 @@ def test_a_lora_for_another_model_names_layers_widths_and_the_likely_cause(tmp_p
     unet, text_encoder = replace(sd.config.unet, context_width=768), replace(sd.config.text_encoder, width=768)
     wide = small_model(replace(sd.config, unet=unet, text_encoder=text_encoder))
     lora = random_lora(wide, r"cross_attention\.to_k|down\.0\.blocks\.0\.conv_1", (4,), (4.0,))
-    tensors, _ = lora_to_file(factors_of(lora), wide, "kohya")
+    tensors, _ = pack(lora, wide, "kohya")
     extra = "lora_unet_down_blocks_3_resnets_0_conv1"
     tensors |= {f"{extra}.lora_down.weight": torch.zeros(4, 16, 3, 3), f"{extra}.lora_up.weight": torch.zeros(16, 4, 1, 1)}
     write_safetensors(tmp_path / "x.safetensors", tensors)
@@ -260,7 +267,7 @@ def test_a_lora_for_another_model_names_layers_widths_and_the_likely_cause(tmp_p
 
 
 def broken(change):
-    tensors, _ = lora_to_file(factors_of(random_lora(small_model(), ATTENTION)), small_model(), "kohya")
+    tensors, _ = pack(random_lora(small_model(), ATTENTION), small_model(), "kohya")
     first = next(iter(tensors)).split(".")[0]
     change(tensors, first)
     return tensors
@@ -284,12 +291,13 @@ def test_a_file_that_is_not_understood_wholly_is_an_error(change, message, tmp_p
         read_lora(tmp_path / "x.safetensors", small_model())
 
 
-def test_a_layer_under_two_names_is_an_error():
+def test_a_layer_under_two_names_is_an_error(tmp_path):
     sd = small_model()
     lora = random_lora(sd, ATTENTION)
-    both = {**lora_to_file(factors_of(lora), sd, "kohya")[0], **lora_to_file(factors_of(lora), sd, "diffusers")[0]}
+    both = {**pack(lora, sd, "kohya")[0], **pack(lora, sd, "diffusers")[0]}
+    write_safetensors(tmp_path / "both.safetensors", both)
     with pytest.raises(ValueError, match="occurs under two names"):
-        fit(parse(both, {}), sd)
+        read_lora(tmp_path / "both.safetensors", sd)
 
 
 def test_something_else_given_as_a_lora_is_named(tmp_path):
@@ -323,7 +331,7 @@ def test_something_else_given_as_a_lora_is_named(tmp_path):
     ],
 )
 def test_a_config_of_peft_that_is_damaged_is_an_error(text, message, sd, tmp_path):
-    tensors, _ = lora_to_file(factors_of(random_lora(sd, ATTENTION)), sd, "diffusers")
+    tensors, _ = pack(random_lora(sd, ATTENTION), sd, "diffusers")
     write_safetensors(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": text})
     with pytest.raises(ValueError, match=message):
         read_lora(tmp_path / "x.safetensors", sd)
@@ -338,6 +346,81 @@ def test_writing_says_what_it_cannot(sd, tmp_path):
     with pytest.raises(ValueError, match="settings: .*give text, numbers"):
         write_lora(tmp_path / "x.safetensors", lora, sd, settings={"device": torch.device("cpu")})
     assert not list(tmp_path.iterdir())
+
+
+# --- plugging in ------------------------------------------------------------------------------------------------------
+
+
+class FullDifference(LayerChange):
+    """A toy change: the difference as it is."""
+
+    def __init__(self, difference):
+        super().__init__()
+        self.difference = torch.nn.Parameter(difference)
+
+    @property
+    def shape(self):
+        return tuple(self.difference.shape)
+
+    def delta(self):
+        return self.difference
+
+
+class StoredDifference:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def to_change(self, weight):
+        difference = self.tensor.reshape(self.tensor.shape[: weight.dim()])
+        if difference.shape != weight.shape:
+            raise ValueError(f"a difference of shape {tuple(difference.shape)}; this layer needs {tuple(weight.shape)}")
+        return FullDifference(difference)
+
+
+DIFFERENCES = Dialect(
+    "differences",
+    matches=lambda names: all(name.endswith(".diff") for name in names),
+    parse=lambda checkpoint: {name.removesuffix(".diff"): StoredDifference(tensor) for name, tensor in checkpoint.tensors.items()},
+)
+
+
+def test_a_new_dialect_with_a_new_kind_of_change_is_a_line_in_the_table(sd, tmp_path, monkeypatch):
+    lora, places = random_lora(sd), lora_files.layer_locations(sd, lora_files.PEFT)
+    deltas = {name: one.delta().detach() for name, one in lora.layers.items()}
+    tensors = {f"{places[name].name}.diff": delta[(..., None, None) if places[name].convolution else ...] for name, delta in deltas.items()}
+    write_safetensors(tmp_path / "x.safetensors", tensors)
+    with pytest.raises(ValueError, match="given as a LoRA, but it is"):
+        read_lora(tmp_path / "x.safetensors", sd)
+    monkeypatch.setattr(lora_files, "DIALECTS", (DIFFERENCES, *lora_files.DIALECTS))
+    back = read_lora(tmp_path / "x.safetensors", sd)
+    answers = []
+    for one in (lora, back):
+        one.attach(sd)
+        answers.append(outputs(sd.unet, sd.text_encoder, sd))
+        one.detach()
+    for ours, other in zip(*answers):
+        largest_error(ours, other)
+    summary = weights_loader.inspect(tmp_path / "x.safetensors")
+    assert summary.kind == "LoRA, names of differences" and sum(summary.parts.values()) == len(lora.layers)
+    with pytest.raises(ValueError, match="has a FullDifference, and files of kohya hold low-rank changes only"):
+        write_lora(tmp_path / "y.safetensors", back, sd, "kohya")
+    with pytest.raises(ValueError, match="names 'differences' unknown; choose diffusers or kohya"):
+        write_lora(tmp_path / "y.safetensors", lora, sd, "differences")
+
+
+def test_a_dialect_that_names_and_writes_layers_in_its_own_way_is_a_line_too(sd, tmp_path, monkeypatch):
+    mirrored = Dialect(
+        "mirrored",
+        matches=lambda names: any(name.startswith("mirror.") for name in names),
+        parse=lambda checkpoint: parse_factors(checkpoint.tensors, (), lambda layer, rank: 2.5),
+        layer_name=lambda part, theirs: f"mirror.{theirs[::-1].replace('.', '-')}-{part}",
+        pack=lambda changes: (changes.tensors("lora_A", "lora_B"), {"by": "a toy"}),
+    )
+    monkeypatch.setattr(lora_files, "DIALECTS", (mirrored, *lora_files.DIALECTS))
+    lora = random_lora(sd, alphas=(2.5,))
+    write_lora(tmp_path / "x.safetensors", lora, sd, "mirrored")
+    assert "by" in read(tmp_path / "x.safetensors").metadata
+    assert_same(read_lora(tmp_path / "x.safetensors", sd), lora)
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -12,7 +12,7 @@ from tests.checkpoints import family_model, ldm_tensors
 from tests.parity.check import largest_error
 from tests.small_files import ALL, KEYS_AND_VALUES, compressed, random_delta, weight_of
 from tests.small_models import small_model
-from weights_loader.custom_diffusion import read_custom_diffusion, write_custom_diffusion
+from weights_loader.adapters.custom_diffusion import read_custom_diffusion, write_custom_diffusion
 from weights_loader.families import part_names
 from weights_loader.name_table import name_table
 from weights_loader.read import read

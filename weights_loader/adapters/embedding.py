@@ -4,32 +4,33 @@
     a1111       {"emb_params": rows}                                   .safetensors, kohya's too; the word is the file's name
                 {"string_to_param": {"*": rows}, "name": "<cat>"}      .pt
 
-Rows are [n, D]: one vector a row, as wide as the text encoder's other words. Left out: the pairs of SDXL (clip_l, clip_g), which are
+Rows are [n, D]: one vector per row, as wide as the text encoder's other words. Left out: the pairs of SDXL (clip_l, clip_g), which are
 refused by name.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from minidiff.adapters.tokens import NewTokens
 from minidiff.pipeline import StableDiffusion
-from weights_loader import detect
+from weights_loader.detect import FEW, describe, kind
 from weights_loader.metadata import FORMAT, settings_to_metadata
 from weights_loader.read import Checkpoint, read
 from weights_loader.write import write_safetensors, write_torch
 
-NAME_KEY = "name"  # in the metadata of a1111's .safetensors: the word, which only the file's name says otherwise
+NAME_KEY = "name"  # of the word, in a1111's .pt and in the metadata of its .safetensors; without it the word is the file's name
 WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "Stable Diffusion XL"}
 LEFT = r"^string_to_token\."  # the number of the word that was split open in training
 A1111_START = 265  # the id of "*", the word that the web interfaces split open
 
 
 def read_embedding(path: str | Path, sd: StableDiffusion, token: str | None = None) -> NewTokens:
-    """The words of a file, not attached; float32.
+    """Read the words of a file, not attached; float32.
 
-    token: the word in prompts, in place of the file's own name for it; only for a file of one.
+    token: the word in prompts, in place of the file's own name for it; only for a file of one word.
     Raises FileNotFoundError, and ValueError for what is no embedding or is of another width than the model's words.
     """
     checkpoint = read(path)
@@ -46,11 +47,11 @@ def read_embedding(path: str | Path, sd: StableDiffusion, token: str | None = No
 
 
 def parse(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """{word: rows [n, D]}, float32. Raises ValueError for what is no embedding, and for a tensor that is no part of one."""
+    """Return {word: rows [n, D]}, float32. Raises ValueError for what is no embedding, and for a tensor that is no part of one."""
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not re.search(LEFT, name)}
     names = list(tensors)
     if not is_embedding(tensors):
-        raise ValueError(f"given as an embedding, but it is {detect.describe(list(checkpoint.tensors))}")
+        raise ValueError(f"given as an embedding, but it is {describe(list(checkpoint.tensors))}")
     if names[0] in ("clip_l", "clip_g"):
         raise ValueError("an embedding for Stable Diffusion XL (clip_l, clip_g), which is not supported")
     ours = [name for name in names if name == "emb_params" or name.startswith("string_to_param.")]
@@ -58,21 +59,22 @@ def parse(checkpoint: Checkpoint) -> dict[str, Tensor]:
         unknown = [name for name in names if name not in ours[:1]]
         raise ValueError(f"beside {ours[0]} it holds {', '.join(unknown)}; expected one word alone")
     if ours:
-        stated = checkpoint.tree.get("name") if ours[0] != "emb_params" else checkpoint.metadata.get(NAME_KEY)
+        fields = checkpoint.metadata if ours[0] == "emb_params" else checkpoint.tree
+        stated = fields.get(NAME_KEY) if isinstance(fields, Mapping) else None
         tensors = {stated if isinstance(stated, str) and stated else checkpoint.path.stem: tensors[ours[0]]}
     return {word: rows.float().reshape(-1, rows.shape[-1]) for word, rows in tensors.items()}
 
 
 def is_embedding(tensors: dict[str, Tensor]) -> bool:
-    """By the names, or for plain words: by a few vectors or matrices without the dots of a module's path in their names."""
+    """Return whether the names are an embedding's, or plain words: a few vectors or matrices without a module's dots in their names."""
     if not tensors or any(not tensor.is_floating_point() or tensor.dim() not in (1, 2) or 0 in tensor.shape for tensor in tensors.values()):
         return False
-    kind = detect.kind(list(tensors))
-    return kind == "embedding" or kind is None and (len(tensors) <= detect.FEW or not any("." in name for name in tensors))
+    found = kind(list(tensors))
+    return found == "embedding" or found is None and (len(tensors) <= FEW or not any("." in name for name in tensors))
 
 
-def check_width(rows: dict[str, Tensor], sd: StableDiffusion):
-    """Raises ValueError unless the rows are as wide as the text encoder's words."""
+def check_width(rows: Mapping[str, Tensor], sd: StableDiffusion) -> None:
+    """Raise ValueError unless the rows are as wide as the text encoder's words."""
     width = sd.config.text_encoder.width
     for word, vectors in rows.items():
         if vectors.shape[1] != width:
@@ -83,11 +85,16 @@ def check_width(rows: dict[str, Tensor], sd: StableDiffusion):
             )
 
 
-def write_embedding(path: str | Path, tokens: NewTokens, form: str = "diffusers", settings: dict[str, object] | None = None):
-    """Write learned words: "diffusers" as .safetensors or .bin, "a1111" as .safetensors or .pt.
+def write_embedding(path: str | Path, tokens: NewTokens, form: str = "diffusers", settings: dict[str, object] | None = None) -> None:
+    """Write learned words.
 
-    The web interfaces call a word by its file's name, and neither they nor diffusers take two words from one file; this project does.
-    settings: what they were made with, kept as JSON in the metadata of a .safetensors file.
+    Args:
+        path: the file
+        tokens: the words. The web interfaces call a word by its file's name, and neither they nor diffusers take two words from one file;
+            this project does
+        form: "diffusers" as .safetensors or .bin, "a1111" as .safetensors or .pt
+        settings: what they were made with, kept as JSON in the metadata of a .safetensors file
+
     Raises ValueError for an unknown form or another suffix, for several words for a1111, and for settings that the file has no place for;
     FileNotFoundError without the folder.
     """
@@ -109,8 +116,8 @@ def write_embedding(path: str | Path, tokens: NewTokens, form: str = "diffusers"
             rows, metadata = {"emb_params": vectors}, metadata | {NAME_KEY: word}
         write_safetensors(path, rows, metadata)
     elif form == "diffusers":
-        write_torch(path, rows)
+        write_torch(path, {**rows})
     else:
-        # The fields that the web interfaces look for; "*" and its number stand for the word that they split open in training.
+        # The fields that the web interfaces look for; "*" and its id are the word that they split open in training.
         unknown = dict.fromkeys(("step", "sd_checkpoint", "sd_checkpoint_name"))
         write_torch(path, {"string_to_token": {"*": A1111_START}, "string_to_param": {"*": vectors}, "name": word, **unknown})
