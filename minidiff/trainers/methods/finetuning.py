@@ -23,6 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minidiff.adapters.base import Adapter
+from minidiff.adapters.custom_diffusion import CustomDiffusion
+from minidiff.adapters.lora import LoRA
+from minidiff.adapters.tokens import NewTokens
 from minidiff.files import digest, fingerprint
 from minidiff.pipeline import StableDiffusion
 from minidiff.trainers.data.cache import Batch, Cache, Contexts, Pictures
