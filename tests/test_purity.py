@@ -49,7 +49,7 @@ from minidiff.scenes import art
 from minidiff.scenes.prompts import fixed_prompts
 from minidiff.schedule import NoiseSchedule, zero_terminal_snr
 from minidiff.study import measure
-from minidiff.trainers.data import regularisation
+from minidiff.trainers.data import cache, regularisation
 from minidiff.trainers.engine import diffusion_loss, distributed, loop, memory, optimizer
 from tests.small_models import small_model
 
@@ -201,6 +201,7 @@ def examples() -> list[partial]:
         partial(memory.bytes_of, [x_t]),
         partial(distributed.average_gradients, [weight], x_t.sum()),
         partial(optimizer.orthogonalise, torch.randn(4, 6)),
+        partial(cache.Batch.concatenate, [cache.Batch(x_t, x_t[:, :1], ("a", "b"), ("", ""))] * 2),
         partial(regularisation.nearest, torch.randn(4), torch.randn(6, 4)),
         partial(kid.kernel, features, features + 1),
         partial(kid.block_sums, features.double(), torch.arange(8) % 2, torch.arange(4) % 2, 2),
