@@ -59,7 +59,7 @@ def test_an_import_of_what_is_not_there_would_be_found():
     source = """
 import nowhere_at_the_top
 def function():
-    from minidiff.bundled.figures import table, tables
+    from minidiff.bundled.figures import format_figures, tables
     import nowhere
     from . import pipeline, pipelines
     def inner():

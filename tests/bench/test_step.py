@@ -52,4 +52,4 @@ def test_the_bench_runs_in_processes_of_its_own(tmp_path):
 def test_without_diffusers_the_way_on_is_said(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="diffusers is not installed.*--no-against"):
-        next(step.bench())
+        next(step.bench_step())
