@@ -89,7 +89,7 @@ def extras(config: ModelConfig) -> dict[str, torch.Tensor]:
 
 CONTAINERS = {
     "safetensors": lambda tensors, path: write_safetensors(path, tensors),
-    "zip": lambda tensors, path: torch.save(tensors, path),
+    "zip": torch.save,
     "zip, wrapped": lambda tensors, path: torch.save({"epoch": 3, "global_step": 10, "state_dict": tensors}, path),
     "legacy, wrapped": lambda tensors, path: torch.save({"state_dict": tensors}, path, _use_new_zipfile_serialization=False),
 }

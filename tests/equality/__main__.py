@@ -39,7 +39,9 @@ from torch import Tensor
 from tests.equality import api, probe
 
 # {pattern of an item: the reason why it may differ}
-EXPECTED: dict[str, str] = {}
+EXPECTED: dict[str, str] = {
+    "draw/default savings": "keys and values and the table of times are gone: the table moved x_t by 5e-6 of rounding",
+}
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from weights_loader import detect
 from weights_loader.adapters import custom_diffusion, embedding, lora
 from weights_loader.adapters.lora_file import Dialect, Factors
+from weights_loader.detect import FEW, kind
 from weights_loader.folder import INDEX
 from weights_loader.read import Checkpoint, read
 
@@ -86,13 +86,13 @@ def inspect_small(given: Path) -> SmallSummary | None:
             return None
     checkpoint = read(path)
     names = list(checkpoint.tensors)
-    kind = detect.kind(names)
+    change = kind(names)
     try:
         if dialect := lora.dialect_of(names):
             return summarise_lora(checkpoint, dialect)
-        if kind == "custom_diffusion":
+        if change == "custom_diffusion":
             return summarise_custom_diffusion(checkpoint, given)
-        if kind == "embedding" or len(names) <= detect.FEW and embedding.is_embedding(checkpoint.tensors):
+        if change == "embedding" or len(names) <= FEW and embedding.is_embedding(checkpoint.tensors):
             return _summary(checkpoint, "Textual Inversion embedding", embedding.parse(checkpoint))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -112,8 +112,8 @@ def summarise_custom_diffusion(checkpoint: Checkpoint, given: Path) -> SmallSumm
     """Summarise a Custom Diffusion: a file, or the folder `given` whose weights are the checkpoint."""
     changes, rows = custom_diffusion.parse_folder(given) if given.is_dir() else custom_diffusion.parse(checkpoint.tensors)
     ranks = Counter(change[0].shape[1] for change in changes.values() if not isinstance(change, Tensor))
-    kind = "Custom Diffusion" + ", compressed" * bool(ranks)
-    return replace(_summary(checkpoint, kind, rows), parts={"unet cross-attention": len(changes)}, ranks=ranks)
+    what = "Custom Diffusion" + ", compressed" * bool(ranks)
+    return replace(_summary(checkpoint, what, rows), parts={"unet cross-attention": len(changes)}, ranks=ranks)
 
 
 def _summary(checkpoint: Checkpoint, kind: str, rows: Mapping[str, Tensor] | None = None) -> SmallSummary:

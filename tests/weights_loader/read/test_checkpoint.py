@@ -29,7 +29,7 @@ def test_safetensors_gives_tensors_and_metadata(tmp_path):
     }
     save_file(tensors, tmp_path / "x", {"format": "pt", "note": "é"})
     checkpoint = read(str(tmp_path / "x"))
-    assert same({k: v for k, v in checkpoint.tensors.items()}, tensors)
+    assert same(checkpoint.tensors, tensors)
     assert checkpoint.metadata == {"format": "pt", "note": "é"}
     assert checkpoint.notes == () and checkpoint.tree is checkpoint.tensors and checkpoint.path == tmp_path / "x"
 
