@@ -226,7 +226,7 @@ def initialise(module: Part) -> Part:
         if isinstance(part, nn.Embedding):
             nn.init.normal_(part.weight, std=0.1 if name.startswith("position") else 0.5)
         elif name.endswith(("to_out", "conv_2", "proj_out", "linear_2")) and "time_embedding" not in name:
-            assert isinstance(part, nn.Linear | nn.Conv2d)
+            assert isinstance(part, nn.Linear | nn.Conv2d) and part.bias is not None
             nn.init.normal_(part.weight, std=1e-3)
             nn.init.zeros_(part.bias)
     return module

@@ -181,7 +181,7 @@ def train_method(
 def make_adapter_run(
     sd: StableDiffusion, name: str, concepts: Sequence[Concept], options: LoRAOptions
 ) -> tuple[TrainingRun, tuple[Adapter, ...]]:
-    """A method of adapters/parallel.py at the attentions, trained as a LoRA is."""
+    """Put a method of adapters/parallel.py on the attention layers, to be trained like a LoRA."""
     generator = torch.Generator().manual_seed(options.settings.seed)
     adapters = create_adapters(sd, LAYER_PATTERNS["attention"], method=name, rank=RANK, generator=generator)
     subjects, groups = make_subjects(sd, concepts, options, None), [Group(tuple(adapters.parameters()))]

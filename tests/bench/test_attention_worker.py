@@ -55,10 +55,10 @@ def test_the_reason_is_what_pytorch_warned_of_rather_than_its_error(known, monke
 
 def test_contenders_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match="no backend 'overrideable'"):
-        attention_worker.way("overrideable")
+        attention_worker.choose_attention("overrideable")
     causal = torch.zeros(1, 4, 8)
     with pytest.raises(ValueError, match="only tried without a mask"):
-        attention_worker.way("flex")(causal, causal, causal, 1, True)
+        attention_worker.choose_attention("flex")(causal, causal, causal, 1, True)
 
 
 def test_as_many_calls_are_timed_as_take_the_time_that_is_asked_for():

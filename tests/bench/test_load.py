@@ -13,13 +13,12 @@ from minidiff.bench.load import (
     FileCase,
     bench_load,
     case_row,
-    fill_page_cache,
     find_missed_goals,
     random_model,
     summarize,
     write_case,
 )
-from minidiff.bench.load_worker import Measurement, ProcessMemory
+from minidiff.bench.load_worker import Measurement
 from tests.small_models import small_config
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -76,31 +75,6 @@ def test_the_median_time_and_the_highest_memory_count():
 def test_a_goal_that_is_missed_is_said_with_its_number():
     slow = summarize(FileCase(".ckpt"), {"minidiff": [measurement(3.0, 116)], "diffusers": [measurement(4.0)]})
     assert find_missed_goals(slow) == ["0.75 of diffusers' time, the goal is 0.5", "memory 1.16 of the model's size, the goal is 1.15"]
-
-
-def test_memory_is_what_comes_on_top_and_its_peak_is_seen():
-    kept = torch.ones(8 * MB)  # 32 MB from before, which do not count
-    with ProcessMemory() as memory:
-        passing = torch.ones(32 * MB)
-        memory.done.wait(0.1)  # time for the watcher to look
-        del passing
-        rest = torch.ones(16 * MB)
-    resident_peak, resident, anonymous_peak, anonymous = memory.above()
-    # Some MB of slack: the interpreter and the allocator take and give back memory of their own.
-    assert abs(anonymous_peak - 128 * MB) < 8 * MB and abs(anonymous - 64 * MB) < 8 * MB
-    assert abs(resident_peak - 128 * MB) < 8 * MB and abs(resident - 64 * MB) < 8 * MB
-    assert kept.numel() + rest.numel() == 24 * MB
-
-
-def test_pages_of_a_file_are_resident_but_not_anonymous(tmp_path):
-    path = tmp_path / "zeros"
-    path.write_bytes(bytes(64 * MB))
-    fill_page_cache(path)
-    with ProcessMemory() as memory:
-        mapped = torch.from_file(str(path), shared=False, size=16 * MB)
-        assert mapped.sum() == 0
-    resident_peak, _, anonymous_peak, _ = memory.above()
-    assert abs(resident_peak - 64 * MB) < 8 * MB and anonymous_peak < 8 * MB
 
 
 def test_a_ckpt_holds_every_weight_in_full_though_the_pool_is_shared(tmp_path):

@@ -49,20 +49,7 @@ def test_the_bench_runs_in_processes_of_its_own(tmp_path):
     assert all(len(result["rounds"]) == 1 for result in record["results"].values())
 
 
-def test_the_contenders_of_a_gpu_are_all_ways_of_diffusers_and_ours(monkeypatch):
-    jobs = pipelines.make_model_jobs("cuda", against=True, max_autotune=True)
-    assert [name for name in jobs if name.startswith("diffusers")] == [
-        "diffusers",
-        "diffusers channels-last",
-        "diffusers compiled",
-        "diffusers max-autotune",
-    ]
-    assert next(iter(jobs)) == "diffusers" and [name for name, job in jobs.items() if job["untimed"]] == ["minidiff float32"]
-    assert not any("diffusers" in name for name in pipelines.make_model_jobs("cuda", against=False))
-    assert next(iter(pipelines.make_model_jobs("cpu", against=True))) == "diffusers float32"
-
-
 def test_without_diffusers_the_way_on_is_said(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="diffusers is not installed.*--no-against"):
-        next(step.bench())
+        next(step.bench_step())
