@@ -24,7 +24,7 @@
 # %% [markdown]
 # ## Maps over the picture
 #
-# `attention_maps=True` records which share of its looking each cell gives to each word (lesson 04), in every layer, at every step.
+# `with_attention_maps` records which share of its looking each cell gives to each word (lesson 04), in every layer, at every step.
 # `word_map` takes the mean over the layers. Four prompts are drawn; the maps of the first one are laid over its picture, light where the
 # word's share is large, each map on a scale of its own.
 
@@ -36,7 +36,7 @@ from matplotlib import pyplot as plt
 
 import weights_loader
 from lessons.common import picture_grid, start
-from minidiff.attention_maps import word_map
+from minidiff.attention_maps import with_attention_maps, word_map
 from minidiff.config import SD1
 from minidiff.guidance import guided
 from minidiff.pipeline import noise_source, to_images
@@ -51,7 +51,7 @@ side = sd.config.image_size // sd.config.vae.factor  # of the latent, in cells
 prompts = ["a frog left of a rose on a white background", "a burger on a green background"]
 prompts += ["a cat above a trophy on a blue background", "a small red cactus"]
 B, count = len(prompts), 5 if lesson.quick else 12
-steps = list(sd.denoise(prompts, steps=count, seeds=range(1, B + 1), attention_maps=True))
+steps = list(with_attention_maps(sd.denoise(prompts, steps=count, seeds=range(1, B + 1)), sd.unet))
 
 named, words = ("frog", "rose"), dict(sd.tokenizer.words(prompts[0]))
 shown = [0, count // 4, count // 2, 3 * count // 4, count - 1]

@@ -75,13 +75,13 @@ noise = noise_source(seeds, (C, H, W), lesson.device)()
 
 def slope(x, level):
     """dx/dsigma [B, C, H, W]: one call of the U-Net, which wants x scaled down to x_t."""
-    x0_hat, eps_hat = denoise(x * level.signal, level)
+    x0_hat, eps_hat = denoise(x * level.sqrt_alpha_bar, level)
     return eps_hat
 
 
 # %% [markdown]
 # `denoise` of `minidiff/samplers.py` calls the model and reads its answer, noise or v, as `x0_hat` and `eps_hat`. A `Level` is a noise
-# level with its timestep: `level.t`, `level.sigma`, and `level.signal` for $\sqrt{\bar\alpha}$, which is $1 / \sqrt{\sigma^2 + 1}$.
+# level with its timestep: `level.t`, `level.sigma`, and `level.sqrt_alpha_bar` for $\sqrt{\bar\alpha}$, which is $1 / \sqrt{\sigma^2 + 1}$.
 #
 # Which levels to visit is a choice of its own. Here the first is noise alone. The others lie evenly in $\sigma^{1/7}$, as Karras et al.
 # propose (eq. 5): far apart where there is hardly anything but noise, close together at the end. `t` becomes a fraction between two
@@ -110,7 +110,7 @@ def euler_step(slope, x, now, then):
 
 def walk(step, steps, slope=slope, first=euler_step):
     """x at each level on the way. The first step is Euler's, whatever `step` is; see below."""
-    x = noise / start_level.signal
+    x = noise / start_level.sqrt_alpha_bar
     on_the_way = [x]
     for i, (now, then) in enumerate(pairwise(visited(steps))):
         x = (step if i > 0 else first)(slope, x, now, then)
@@ -124,7 +124,7 @@ euler = {n: walk(euler_step, n) for n in counts}
 x_t = noise
 for now, then in pairwise(visited(counts[0])):
     x_t, _ = ddim(denoise, x_t, now, then, 0, None)
-ours = euler[counts[0]][-1] * last.signal
+ours = euler[counts[0]][-1] * last.sqrt_alpha_bar
 assert ours.shape == x_t.shape == (B, C, H, W)
 
 
@@ -184,10 +184,10 @@ def library(slope, x, now, then):
 
     def model(x_t, t):  # the library's heun calls a model, here one that predicts eps
         level = next(looks)
-        return slope(x_t / level.signal, level)
+        return slope(x_t / level.sqrt_alpha_bar, level)
 
-    x_t, _ = heun(Denoiser(model, "eps", x.dtype), x * now.signal, now, then)
-    return x_t / then.signal
+    x_t, _ = heun(Denoiser(model, "eps", x.dtype), x * now.sqrt_alpha_bar, now, then)
+    return x_t / then.sqrt_alpha_bar
 
 
 heun_step = lesson.check(heun_step, instead=library)
@@ -292,10 +292,9 @@ lesson.show(fig, "middle", "x0_hat along the walk; stairs, and points near their
 
 # %%
 def dpm_walk(visited):
-    x_t, previous = noise, None
+    x_t, history = noise, ()
     for now, then in pairwise(visited):
-        x_t, x0_hat = dpmpp_2m(denoise, x_t, now, then, previous)
-        previous = now, x0_hat
+        x_t, _, history = dpmpp_2m(denoise, x_t, now, then, history)
     return x_t
 
 
@@ -303,8 +302,8 @@ heuns = {n: walk(heun_step, n // 2) for n in counts}  # n - 1 calls
 dpms = {n: dpm_walk(visited(n)) for n in counts}
 goal = dpm_walk(visited(many))
 errors = {
-    "Euler": [distance(euler[n][-1] * last.signal, goal) for n in counts],
-    "Heun": [distance(heuns[n][-1] * last.signal, goal) for n in counts],
+    "Euler": [distance(euler[n][-1] * last.sqrt_alpha_bar, goal) for n in counts],
+    "Heun": [distance(heuns[n][-1] * last.sqrt_alpha_bar, goal) for n in counts],
     "DPM++ 2M": [distance(dpms[n], goal) for n in counts],
 }
 
@@ -332,7 +331,7 @@ lesson.show(fig, "error", "Euler's error falls evenly; DPM++ 2M crosses it early
 
 # %%
 n = counts[1]
-ends = (euler[n][-1] * last.signal, heuns[n][-1] * last.signal, dpms[n], goal)
+ends = (euler[n][-1] * last.sqrt_alpha_bar, heuns[n][-1] * last.sqrt_alpha_bar, dpms[n], goal)
 pictures = [to_images(sd.decode(x_t))[0] for x_t in ends]
 fig = picture_grid([pictures], ["Euler", "Heun", "DPM++ 2M", "the end"], [f"{n - 1} or {n}\ncalls"])
 lesson.show(fig, "calls", "Three samplers: a fox, colours without a shape, and a fox; the end.")
@@ -418,7 +417,7 @@ n = counts[2]
 usual = heuns[n]
 for label, first in (("Heun", plain_heun), ("the library's heun", library)):
     other = walk(heun_step, n // 2, first=first)
-    print(f"first step by {label}: x_t of deviation {(other[1] * second.signal).std():.2f}")
+    print(f"first step by {label}: x_t of deviation {(other[1] * second.sqrt_alpha_bar).std():.2f}")
     print(f"  ends {distance(other[-1], usual[-1]):.2f} from where Euler's leads")
 
 # %% [markdown]
@@ -435,20 +434,20 @@ for label, first in (("Heun", plain_heun), ("the library's heun", library)):
 
 # %%
 def unscaled(x, level):
-    raw = denoise.predict(x, level)  # x * level.signal is right
-    return denoise.split(raw, x * level.signal, level)[1]
+    raw = denoise.model_output(x, level)  # x * level.sqrt_alpha_bar is right
+    return denoise.to_x0_eps(raw, x * level.sqrt_alpha_bar, level)[1]
 
 
 every, steps = counts[-1] // 4, counts[-1]
 for x, level in list(zip(euler[steps], visited(steps)))[every:steps:every]:
     off = distance(slope(x, level), unscaled(x, level)) * level.sigma
-    factor = 1 / level.signal
+    factor = 1 / level.sqrt_alpha_bar
     print(f"sigma {level.sigma:.2f}: input {factor:.2f} times too large, x0_hat off by {off:.2f}")
 
 # %%
 n = counts[2]
-wrong = walk(euler_step, n, slope=unscaled)[-1] * last.signal
-right = euler[n][-1] * last.signal
+wrong = walk(euler_step, n, slope=unscaled)[-1] * last.sqrt_alpha_bar
+right = euler[n][-1] * last.sqrt_alpha_bar
 print(f"{n} steps: the ends are {distance(right, wrong):.2f} apart")
 columns = [to_images(sd.decode(x_t)) for x_t in (right, wrong)]
 row = [picture for pair in zip(*columns) for picture in pair]

@@ -47,7 +47,10 @@ from matplotlib import pyplot as plt
 
 # %%
 from lessons.common import picture_grid, start
-from minidiff.adapters import lora as library
+from minidiff.adapters.extraction import extract_lora
+from minidiff.adapters.layers import choose, layers_of
+from minidiff.adapters.lora import PATTERNS, merge_lora
+from minidiff.adapters.low_rank import LowRank
 from minidiff.config import SD1
 from minidiff.evaluation.alignment import image_alignment
 from minidiff.pictures import to_pixels
@@ -114,7 +117,7 @@ lesson.show(fig, "five", "Five tigers; below, the lions that the model draws ins
 # caption, "a photo of a sks lion". $W_0$ is a matrix before, $W$ the same after, and $\Delta W = W - W_0$ is the change.
 
 # %%
-names = library.choose(list(library.layers_of(sd)), library.PATTERNS["transformer"])
+names = choose(list(layers_of(sd)), PATTERNS["transformer"])
 options = preset("fine-tune", "bundled")
 settings = replace(options.settings, steps=2 if lesson.quick else 70, batch=4)
 options = replace(options, settings=settings, weights=tuple(f"^{re.escape(name)}\\.weight$" for name in names))
@@ -126,7 +129,7 @@ print(f"drawn before: {verdict_before}")
 print(f"drawn after:  {verdict_after}")
 
 # %%
-W0, W = library.layers_of(sd), library.layers_of(tuned)
+W0, W = layers_of(sd), layers_of(tuned)
 with torch.no_grad():
     changes = {name: (W[name].weight - W0[name].weight).flatten(1).cpu() for name in names}
 sizes = [float(dW.norm() / W0[name].weight.norm()) for name, dW in changes.items()]
@@ -200,7 +203,7 @@ print(f"the answers differ by {(wanted - untouched).norm() / untouched.norm():.1
 # %%
 missing, megabytes, drawings = {}, {}, {}
 for r in (1, 2, 4, 8, 16, 32):
-    lora = library.extract_lora(sd, tuned, library.PATTERNS["transformer"], rank=r)
+    lora = extract_lora(sd, tuned, PATTERNS["transformer"], rank=r)
     lora.attach(sd)
     missing[r] = float((answer(sd) - wanted).norm() / (untouched - wanted).norm())
     if r in (1, 4, 16):
@@ -263,7 +266,7 @@ def low_rank(x, down, up, alpha):
 
 
 def of_the_library(x, down, up, alpha):
-    return library.LowRank(down, up, alpha)(x).detach()
+    return LowRank(down, up, alpha)(x).detach()
 
 
 low_rank = lesson.check(low_rank, instead=of_the_library)
@@ -321,7 +324,7 @@ lora = trained[8][0]
 lora.attach(sd)
 beside = answer(sd)
 lora.detach()
-undo = library.merge_lora(sd, lora)
+undo = merge_lora(sd, lora)
 merged = answer(sd)
 off = (merged - beside).abs().max() / beside.abs().max()
 undo()
@@ -413,7 +416,7 @@ for r in (1, 4, 16, 64):
 # %% [markdown]
 # ## Read next
 #
-# - `minidiff/adapters/lora.py`: `LowRank.forward` is your line; `extract_lora` cuts off the spectrum, `merge_lora` keeps the old weights
-#   for its `undo`.
+# - `minidiff/adapters/low_rank.py`: `LowRank.forward` is your line. `extract_lora` in `extraction.py` cuts off the spectrum, `merge_lora`
+#   in `lora.py` keeps the old weights for its `undo`.
 # - Hu et al. 2021, "LoRA: low-rank adaptation of large language models", section 4.1, and section 7 on how low the rank may be.
 # - Lesson 15: what the model forgets meanwhile, and how to keep it from that.

@@ -31,7 +31,8 @@ from matplotlib import pyplot as plt
 
 # %%
 from lessons.common import picture_grid, start
-from minidiff.adapters import custom_diffusion as library
+from minidiff.adapters.custom_diffusion import compress, from_deltas
+from minidiff.adapters.merge_concepts import merge_concepts, merge_directions
 from minidiff.adapters.tokens import RARE_TOKENS, NewTokens
 from minidiff.config import SD1
 from minidiff.evaluation.weights import KINDS, kind_of, layer_changes
@@ -267,7 +268,7 @@ def merge(W0, C, V, C_reg):
 
 
 def of_the_library(W0, C, V, C_reg):
-    directions, _, _ = library.merge_directions(C, C_reg)
+    directions, _, _ = merge_directions(C, C_reg)
     return W0 + (V - C @ W0.T).T @ directions
 
 
@@ -321,7 +322,7 @@ lesson.show(fig, "small", "Both maps meet the point; one stays with the old map 
 scenes = [sample_scene(np.random.default_rng([1, i])) for i in range(500)]
 captions = [scene.caption for scene in scenes]
 targets = [[f"a photo of a {concept.subject_phrase}"] for concept in concepts.values()]
-merged, report = library.merge_concepts(sd, list(apart.values()), targets, captions, ridge=0.1)
+merged, report = merge_concepts(sd, list(apart.values()), targets, captions, ridge=0.1)
 print(f"{report.rows} rows asked for, {report.regularisation_rows} to be kept")
 print(f"asked for, missed by {report.residual:.0e}; the others move by {report.drift:.1%}")
 merged.attach(sd)
@@ -339,7 +340,7 @@ print(f"merged, without a step of training: {found}")
 deltas = [concept.deltas(sd) for concept in apart.values()]
 summed = {name: deltas[0][name] + deltas[1][name] for name in deltas[0]}
 rows = {name: row for concept in apart.values() for name, row in concept.tokens.rows.items()}
-added = library.from_deltas(sd, summed, NewTokens(rows))
+added = from_deltas(sd, summed, NewTokens(rows))
 added.attach(sd)
 together["added\nup"], found = draw(both, list(subjects))
 context = sd.encode_prompts([target for (target,) in targets])
@@ -389,8 +390,8 @@ lesson.show(fig, "together", "Lion and guitar; tiger and violin learned together
 sizes, drawings = {}, {}
 change = apart["tiger"].deltas(sd)
 for share in (0.8, 0.3) if lesson.quick else (0.8, 0.3, 0.1):
-    small = library.compress(change, share)
-    less = library.from_deltas(sd, small.deltas(), apart["tiger"].tokens)
+    small = compress(change, share)
+    less = from_deltas(sd, small.deltas(), apart["tiger"].tokens)
     less.attach(sd)
     drawings[share], found = draw(on_backgrounds(a), ["tiger"])
     less.detach()
@@ -438,7 +439,7 @@ print(f"{4e-6 * some:.0f} MB in float32")
 # %% [markdown]
 # ## Read next
 #
-# - `minidiff/adapters/custom_diffusion.py`: `merge_directions` is your three lines by two QR decompositions, which lose fewer digits than a
+# - `minidiff/adapters/merge_concepts.py`: `merge_directions` is your three lines by two QR decompositions, which lose fewer digits than a
 #   matrix that is multiplied with itself.
 # - Kumari et al. 2023, "Multi-concept customization of text-to-image diffusion", sections 3.2 and 3.3, eq. 4 and 5.
 # - Lesson 20: loading real weights.

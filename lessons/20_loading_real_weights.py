@@ -49,16 +49,16 @@ from lessons.common import BLUE, RED, picture_grid, start
 from minidiff.blocks import FeedForward, SpatialTransformer
 from minidiff.compare import compare_models
 from minidiff.config import SD1, SD2
-from minidiff.text_encoder import TextEncoder, quick_gelu
-from minidiff.unet import UNet
-from minidiff.vae import VAE
-from weights_loader import detect, dialects
-from weights_loader.load import NoInit, load_with_report
+from minidiff.text_encoder import quick_gelu
+from weights_loader.empty_parts import empty_parts
+from weights_loader.families import family_of_shapes, part_names
+from weights_loader.load import LoadOptions, load_with_report
+from weights_loader.name_table import LAYOUTS, file_shapes, name_table
 
 lesson = start("20_loading_real_weights")
 
 # %%
-loaded = load_with_report(lesson.model, dtype=torch.float32, device=lesson.device)
+loaded = load_with_report(lesson.model, LoadOptions(dtype=torch.float32, device=lesson.device))
 sd, contents, report = loaded.sd, loaded.contents, loaded.report
 for part, tensors in contents.parts.items():
     name = next(iter(tensors))
@@ -70,7 +70,7 @@ for part, tensors in contents.parts.items():
 
 # %%
 ours = next(name for name in sd.unet.state_dict() if name.endswith("cross_attention.to_k.weight"))
-tables = {layout: dialects.table(sd.unet, layout) for layout in dialects.LAYOUTS}
+tables = {layout: name_table(sd.unet, part_names(sd.config, "unet", layout)) for layout in LAYOUTS}
 print("ours:\n  " + "\n    .".join(ours.split(".blocks.")))
 for layout, table in tables.items():
     print(f"{layout}:\n  " + "\n    .".join(table[ours].name.split(".transformer_blocks.")))
@@ -85,25 +85,20 @@ for layout, table in tables.items():
 #
 # To see it at full size no weights are needed. PyTorch's device `meta` makes modules that have shapes and no numbers.
 
-
 # %%
-def full_size(config):
-    with torch.device("meta"), NoInit():  # no memory is taken, no weight is drawn
-        return TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae)
-
-
 shapes = {}
-for part in full_size(SD1):
-    in_file = dialects.file_shapes(part, "ldm")
+for name, part in empty_parts(SD1)._asdict().items():
+    in_file = file_shapes(part, part_names(SD1, name, "ldm"))
     shapes |= in_file
     numbers = sum(p.numel() for p in part.parameters())
     print(f"{type(part).__name__:11} {len(in_file):4} names {numbers:13,} numbers")
 print(f"{'all':11} {len(shapes):4} names")
-print(f"by its shapes this is a {detect.family(detect.sizes(shapes))}")
+print(f"by its shapes this is a {family_of_shapes(shapes).name}")
 
 # %%
-unet = full_size(SD1)[1]
-place = {ours: place.name for ours, place in dialects.table(unet, "ldm").items()}
+unet = empty_parts(SD1).unet
+ldm_names = part_names(SD1, "unet", "ldm")
+place = {ours: place.name for ours, place in name_table(unet, ldm_names).items()}
 levels, down, up = len(SD1.unet.widths), [], []
 for way, rows in (("down", down), ("up", up)):
     for i in range(levels):
@@ -151,9 +146,8 @@ def place_in_ldm(ours, blocks_per_level):
 
 def library(ours, blocks_per_level):
     """Looks it up in the library's table of all weights."""
-    with torch.device("meta"), NoInit():
-        unet = UNet(replace(SD1.unet, blocks_per_level=blocks_per_level))
-    table = dialects.table(unet, "ldm")
+    config = replace(SD1, unet=replace(SD1.unet, blocks_per_level=blocks_per_level))
+    table = name_table(empty_parts(config).unet, ldm_names)
     name = next(table[weight].name for weight in table if weight.startswith(f"{ours}."))
     return re.search(r"(in|out)put_blocks\.\d+\.\d(\.op)?", name)[0]
 
@@ -179,7 +173,7 @@ for name in names:
 
 # %%
 print(f"used {len(report.used)}, converted {len(report.converted)}")
-print(f"carried {len(report.carried)}, ignored {len(report.ignored)}")
+print(f"carried {len(report.extra)}, ignored {len(report.ignored)}")
 print(f"missing {len(report.missing)}, unexpected {len(report.unexpected)}")
 
 with tempfile.TemporaryDirectory() as folder:
@@ -339,10 +333,10 @@ lesson.show(fig, "bugs", "Wrong eps and other GELU cannot be told from right; th
 # %%
 for config in (SD1, SD2):
     shapes = {}
-    for part in full_size(config):
-        shapes |= dialects.file_shapes(part, "ldm")
-    key = dialects.UNET_PREFIX + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    print(f"{detect.family(detect.sizes(shapes))}: {len(shapes)} names, to_k {list(shapes[key])}")
+    for name, part in empty_parts(config)._asdict().items():
+        shapes |= file_shapes(part, part_names(config, name, "ldm"))
+    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    print(f"{family_of_shapes(shapes).name}: {len(shapes)} names, to_k {list(shapes[key])}")
     assert shapes[key] == (config.unet.widths[0], config.unet.context_width)
 
 # %% [markdown]
@@ -362,7 +356,7 @@ for config in (SD1, SD2):
 # %% [markdown]
 # ## Read next
 #
-# - `weights_loader/dialects.py`: all rules, each with its reason; `report.py` the account; `detect.py` what a file is.
+# - `weights_loader/dialects.py`: all rules, each with its reason; `families/` which model has which; `report.py` the account.
 # - `minidiff/compare.py`: `compare_models`, a hundred lines.
 # - `tests/parity/test_traps.py`: more mistakes of the field, each made on purpose against the originals' code.
 # - Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models", and the code published with it, whose names these are.

@@ -5,25 +5,23 @@
                    latent cells look at the words of the prompt  (cross-attention)
     VAE            latent cells look at each other, one head     (self-attention)
 
-All four are softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, "Attention is all you need", eq. 1). It is written out in
-`naive_attention`, to be read and to be recorded. `attention` gives the same by the way that is selected (`select_backend`): also by fused kernels, PyTorch's
-or those of kernels/, which never build the N x L matrix in memory. The tests hold all equal.
+All four are softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, "Attention is all you need", eq. 1), written out in `naive_attention`.
+`attention` gives the same result, usually by a fused kernel that never builds the N x L matrix in memory; which one is chosen in
+kernels/dispatch.py. The tests hold all of them equal.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minidiff.kernels import cross_attention, self_attention
-from minidiff.kernels.dispatch import select_backend
+from minidiff.kernels.dispatch import fused_attention, select_backend
 
 
 def attention_weights(q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], heads: int, causal: bool = False) -> Float[Tensor, "B h N L"]:
-    """How much each of N queries looks at each of L keys; every row sums to 1.
+    """Return how much each of N queries looks at each of L keys; every row sums to 1.
 
     The D channels hold `heads` heads of d = D / heads side by side. `causal` lets query n see keys 0..n only.
     """
@@ -38,7 +36,7 @@ def attention_weights(q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], head
 def naive_attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
 ) -> Float[Tensor, "B N D"]:
-    """softmax(q k^T / sqrt(d)) v, head by head, in plain steps: memory grows as N x L."""
+    """Compute softmax(q k^T / sqrt(d)) v, head by head, in plain steps: memory grows as N x L."""
     weights = attention_weights(q, k, heads, causal)
     v = rearrange(v, "B L (h d) -> B h L d", h=heads)
     return rearrange(weights @ v, "B h N d -> B N (h d)")
@@ -47,16 +45,11 @@ def naive_attention(
 def attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
 ) -> Float[Tensor, "B N D"]:
-    """The same as `naive_attention`, in the way that is selected (`select_backend`); by a fused kernel memory grows as N + L."""
-    way = select_backend(q, k, v, heads, causal)
-    if way == "self":
-        return self_attention.fused_self_attention(q, k, v, heads, causal)
-    if way == "cross":
-        return cross_attention.fused_cross_attention(q, k, v, heads)
-    if way == "naive":
+    """Compute what `naive_attention` computes, by the backend selected for the tensors; fused, memory grows as N + L."""
+    backend = select_backend(q, k, v, heads, causal)
+    if backend == "naive":
         return naive_attention(q, k, v, heads, causal)
-    q, k, v = (rearrange(x, "B N (h d) -> B h N d", h=heads) for x in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "B h N d -> B N (h d)")
+    return fused_attention(backend, q, k, v, heads, causal)
 
 
 class Attention(nn.Module):

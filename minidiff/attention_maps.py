@@ -1,12 +1,14 @@
 """Which word each part of the picture looked at: the cross-attention maps of a U-Net, recorded while it runs.
 
 A map is softmax(q k^T / sqrt(d)) of one cross-attention layer, averaged over its heads (Hertz et al. 2022, "Prompt-to-prompt", section
-3.1; Tang et al. 2022, "What the DAAM"). The recorder works out the weights a second time beside the fused kernel that makes the
-picture, so that recording cannot change the picture.
+3.1; Tang et al. 2022, "What the DAAM"). The recorder computes the weights a second time, beside the fused kernel that makes the picture,
+so that recording cannot change the picture.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -14,15 +16,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minidiff.attention import Attention, attention_weights
-from minidiff.blocks import SpatialTransformer
+from minidiff.blocks import SpatialTransformer, TransformerBlock
+from minidiff.samplers import Step
 from minidiff.unet import UNet
 
 
 @contextmanager
 def record_cross_attention(unet: UNet) -> Iterator[dict[str, Float[Tensor, "B H W L"]]]:
-    """While open, fills the dict it gives with one map a layer, under the layer's name in the U-Net.
+    """Fill the dict it gives, while open, with one map per layer, under the name of the layer's transformer in the U-Net.
 
-    Clear the dict to record the next call; while a layer's map is there, it is kept.
+    Where a transformer has several blocks, ".1", ".2", ... follow the name for all but the first. Clear the dict to record the next call;
+    while a layer's map is there, it is kept.
     """
     maps: dict[str, Tensor] = {}
     handles = []
@@ -33,15 +37,18 @@ def record_cross_attention(unet: UNet) -> Iterator[dict[str, Float[Tensor, "B H 
         def note_size(module, args):
             rows[:] = [args[0].shape[2]]
 
-        @torch.no_grad()
-        def note_map(module: Attention, args, output):
+        def note_map(name: str, module: Attention, args, output):
             if name not in maps:
                 x, context = args
-                weights = attention_weights(module.to_q(x), module.to_k(context), module.heads).mean(dim=1)
+                with torch.no_grad():
+                    weights = attention_weights(module.to_q(x), module.to_k(context), module.heads).mean(dim=1)
                 maps[name] = rearrange(weights, "B (H W) L -> B H W L", H=rows[0])
 
         handles.append(transformer.register_forward_pre_hook(note_size))
-        handles.append(transformer.blocks[0].cross_attention.register_forward_hook(note_map))
+        for i, block in enumerate(transformer.blocks):
+            assert isinstance(block, TransformerBlock)
+            hook = partial(note_map, f"{name}.{i}" if i else name)
+            handles.append(block.cross_attention.register_forward_hook(hook))
 
     for name, module in unet.named_modules():
         if isinstance(module, SpatialTransformer):
@@ -53,13 +60,31 @@ def record_cross_attention(unet: UNet) -> Iterator[dict[str, Float[Tensor, "B H 
             handle.remove()
 
 
+def with_attention_maps(steps: Generator[Step, Tensor | None, None], unet: UNet) -> Generator[Step, Tensor | None, None]:
+    """Take the same steps, each with the maps of its first model call; of guidance's two halves those of the prompt.
+
+        for step in with_attention_maps(sd.denoise("a cat"), sd.unet): step.attention_maps["middle.transformer"]
+
+    Recording covers one step at a time: what the caller runs between two steps is not in the maps.
+    """
+    sent = None
+    while True:
+        with record_cross_attention(unet) as maps:
+            try:
+                step = steps.send(sent)
+            except StopIteration:
+                return
+        # Guidance runs the unconditional half first; the prompt's rows are the last.
+        sent = yield replace(step, attention_maps={name: m[-len(step.x_t) :] for name, m in maps.items()})
+
+
 def word_map(maps: dict[str, Float[Tensor, "B _h _w L"]], positions: list[int], size: tuple[int, int]) -> Float[Tensor, "B H W"]:
-    """One word's map: the sum over the tokens it took, the mean over all layers, each enlarged to `size` (H, W).
+    """Return one word's map: the sum over its tokens of the mean over all layers, each enlarged to `size` (H, W).
 
     positions: of the word's tokens in the context, the start token being at 0. Raises ValueError for none, and for maps that are not there.
     """
     if not maps:
-        raise ValueError("no attention maps were recorded; ask for them with attention_maps=True")
+        raise ValueError("no attention maps were recorded; take the steps through with_attention_maps")
     length = next(iter(maps.values())).shape[-1]
     if not positions or not all(0 <= position < length for position in positions):
         raise ValueError(f"positions {positions}: expected at least one of 0..{length - 1}; Tokenizer.words gives each word's")

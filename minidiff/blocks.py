@@ -17,13 +17,16 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from minidiff.attention import Attention
+from minidiff.config import SIZE_NUMBERS
 from minidiff.kernels import geglu as geglu_kernel
 from minidiff.kernels import group_norm_silu
 from minidiff.kernels.dispatch import active_backend
 
+SIZE_WAVES = 256  # cosines and sines of each of SDXL's size numbers
+
 
 def timestep_embedding(t: Shaped[Tensor, " B"], width: int) -> Float[Tensor, "B {width}"]:
-    """The timestep as cosines and sines of geometrically falling frequencies 10000^(-i / half).
+    """Return the timestep as cosines and sines of geometrically falling frequencies 10000^(-i / half).
 
     cos comes first, then sin: the original's order, the reverse of the transformer paper's. Always float32, as in the original: the
     angles run to 999, where float16 counts in halves and bfloat16 in fours.
@@ -37,7 +40,8 @@ def timestep_embedding(t: Shaped[Tensor, " B"], width: int) -> Float[Tensor, "B 
 class TimeEmbedding(nn.Module):
     """Timestep -> the vector that every ResBlock of the U-Net is given, four times as wide as the first level.
 
-    The SiLU that the original's ResBlocks begin with, each for itself, is taken here, once.
+    added: what an AddedEmbedding gives, one row for each row of the context. The SiLU that the original's ResBlocks each begin with is
+    applied here, once.
     """
 
     def __init__(self, width: int):
@@ -46,18 +50,35 @@ class TimeEmbedding(nn.Module):
         self.linear_1 = nn.Linear(width, 4 * width)
         self.linear_2 = nn.Linear(4 * width, 4 * width)
 
-    def forward(self, t: Shaped[Tensor, " B"]) -> Float[Tensor, "B D_time"]:
+    def forward(self, t: Shaped[Tensor, " B"], added: Float[Tensor, "R D_time"] | None = None) -> Float[Tensor, "B_t D_time"]:
         waves = timestep_embedding(t, self.width).to(self.linear_1.weight.dtype)
-        return F.silu(self.linear_2(F.silu(self.linear_1(waves))))
+        time = self.linear_2(F.silu(self.linear_1(waves)))
+        return F.silu(time if added is None else tile_rows(time, len(added)) + added)
+
+
+class AddedEmbedding(nn.Module):
+    """Pooled text vector and size numbers -> a vector that is added to the timestep's (Podell et al. 2023, section 2.2).
+
+    Each size number becomes SIZE_WAVES cosines and sines, like a timestep. width: of the time embedding.
+    """
+
+    def __init__(self, pooled_width: int, width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(pooled_width + SIZE_NUMBERS * SIZE_WAVES, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, pooled: Float[Tensor, "R P"], size: Float[Tensor, "R S"]) -> Float[Tensor, "R D_time"]:
+        waves = rearrange(timestep_embedding(size.flatten(), SIZE_WAVES), "(R S) W -> R (S W)", R=len(size))
+        return self.linear_2(F.silu(self.linear_1(torch.cat([pooled, waves.to(pooled.dtype)], dim=-1))))
 
 
 def tile_rows(x: Float[Tensor, "B *dims"], rows: int) -> Float[Tensor, "{rows} *dims"]:
-    """x's rows again and again, 0 1 0 1 ..., until there are `rows`, a multiple of its own. See UNet."""
+    """Repeat x's rows, 0 1 0 1 ..., until there are `rows`, a multiple of its own. See UNet."""
     return x if len(x) == rows else torch.cat([x] * (rows // len(x)))
 
 
 def norm_silu(norm: nn.GroupNorm, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-    """SiLU(GroupNorm(x)), before every 3x3 convolution of a ResBlock; by one kernel where kernels are asked for and x is channels-last."""
+    """Compute SiLU(GroupNorm(x)), before every 3x3 convolution of a ResBlock; by our kernel for "triton" where x is channels-last."""
     if active_backend() == "triton" and group_norm_silu.unsupported(x, norm.num_groups, norm.weight, norm.bias) is None:
         return group_norm_silu.fused_group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.silu(norm(x))
@@ -87,7 +108,7 @@ class ResBlock(nn.Module):
 
 
 def geglu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
-    """The first half of x times the GELU of its second half, by erf; by one kernel where kernels are asked for."""
+    """Multiply the first half of x by the GELU, by erf, of its second half; by our kernel for "triton"."""
     if active_backend() == "triton" and geglu_kernel.unsupported(x) is None:
         return geglu_kernel.fused_geglu(x)
     value, gate = x.chunk(2, dim=-1)

@@ -31,13 +31,15 @@ class Difference:
 
 @torch.no_grad()
 def compare_models(a: StableDiffusion, b: StableDiffusion, prompt: str, t: int, seed: int) -> list[Difference]:
-    """Text encoder, U-Net at timestep t and VAE of both on the same inputs; one Difference a module, in the order they run.
+    """Run text encoder, U-Net at timestep t and VAE of both on the same inputs; one Difference per module, in the order they run.
 
     The U-Nets are both given a's context, the decoders the same latent, so that each part is judged by itself.
     Raises ValueError where the weights of the two are not of one shape, and for t outside the schedule.
     """
-    for name in ("text_encoder", "unet", "vae"):
-        check_shapes(name, getattr(a, name), getattr(b, name))
+    for name in dict.fromkeys([*a.parts, *b.parts]):
+        if name not in a.parts or name not in b.parts:
+            raise ValueError(f"the two models are not of one shape: only one of them has a {name}")
+        check_shapes(name, a.parts[name], b.parts[name])
     if not 0 <= t < a.config.schedule.timesteps:
         raise ValueError(f"t {t} is outside 0..{a.config.schedule.timesteps - 1}")
     size = 16  # cells of the latent: every layer's output of both models is held at once
@@ -55,13 +57,13 @@ def compare_models(a: StableDiffusion, b: StableDiffusion, prompt: str, t: int, 
         ("vae", VAE.encode, (pixels,)),
         ("vae", VAE.decode, (latent,)),
     ):
-        ours, theirs = (outputs_by_layer(getattr(sd, name), run, inputs) for sd in (a, b))
+        ours, theirs = (outputs_by_layer(sd.parts[name], run, inputs) for sd in (a, b))
         differences += [difference(f"{name}.{layer}".rstrip("."), ours[layer], theirs[layer]) for layer in ours]
     return differences
 
 
 def config_differences(a: StableDiffusion, b: StableDiffusion) -> list[str]:
-    """The numbers that the two differ in, "unet.groups: 32 and 16" a line."""
+    """List the numbers that the two differ in, as "unet.groups: 32 and 16"."""
     parts = ("tokenizer", "text_encoder", "unet", "vae", "schedule")
     pairs = [
         (f"{part}.{f.name}", *(getattr(getattr(sd.config, part), f.name) for sd in (a, b)))
@@ -72,6 +74,7 @@ def config_differences(a: StableDiffusion, b: StableDiffusion) -> list[str]:
 
 
 def check_shapes(name: str, a: nn.Module, b: nn.Module) -> None:
+    """Raise ValueError for the first parameter of the part `name` that is missing or of another shape in one of the two."""
     shapes_a, shapes_b = ({key: tuple(p.shape) for key, p in module.named_parameters()} for module in (a, b))
     for key in [*shapes_a, *shapes_b]:
         one, other = (str(shapes.get(key, "missing")) for shapes in (shapes_a, shapes_b))
@@ -80,6 +83,7 @@ def check_shapes(name: str, a: nn.Module, b: nn.Module) -> None:
 
 
 def difference(layer: str, a: Tensor, b: Tensor) -> Difference:
+    """Compare two outputs of one layer."""
     a, b = a.float(), b.float().to(a.device)
     absolute = (a - b).abs().max().item() if a.shape == b.shape else math.inf
     absolute = math.inf if math.isnan(absolute) else absolute  # inf - inf: nothing can be said
@@ -88,7 +92,10 @@ def difference(layer: str, a: Tensor, b: Tensor) -> Difference:
 
 
 def outputs_by_layer(module: nn.Module, run: Callable[..., object], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """run(module, *inputs), floats in the module's dtype: the output of every submodule that gives one tensor, by name, as they finish."""
+    """Return the output of every submodule that gives one tensor, by name, as they finish in run(module, *inputs).
+
+    Floats are given in the module's dtype.
+    """
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, submodule: nn.Module, args: tuple, output: object) -> None:

@@ -7,12 +7,14 @@ Every model of this package is a plain module built from one of these frozen dat
 from dataclasses import dataclass, field
 from typing import Literal
 
+SIZE_NUMBERS = 6  # that SDXL is told: height and width of the original, top and left of the crop, height and width of the picture
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """Words to integers. Defaults: Stable Diffusion 1.x.
 
-    merges: the byte-pair merges in order, one "left right" a line, as in CLIP's merges.txt; None means CLIP's own 48,894.
+    merges: the byte-pair merges in order, one "left right" per line, as in CLIP's merges.txt; None means CLIP's own 48,894.
     cleaning: how text is normalised before it is split. "clip" is what transformers' CLIPTokenizer does (used with SD 1.x),
         "open_clip" what open_clip does (used with SD 2.x): Unicode repair by ftfy, HTML entities, lower case.
     padding: "end" repeats the end-of-text token (SD 1.x), "zero" uses token 0 (SD 2.x).
@@ -53,25 +55,31 @@ class TextEncoderConfig:
 class UNetConfig:
     """The denoiser (Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models"). Defaults: SD 1.x.
 
-    One entry of widths, attention and heads a resolution level, highest resolution first; the middle takes the last level's
-    width and heads, and always has attention.
+    One entry of widths, attention and heads per resolution level, highest resolution first; the middle takes the last level's
+    width, heads and depth, and always has attention.
+    attention: transformer blocks in each transformer of the level; 0 is a level without transformers.
+    pooled_width: of the pooled text vector that is added to the time embedding together with the picture's sizes, as in SDXL; None for
+        models that are told neither.
     """
 
     in_channels: int = 4
     out_channels: int = 4
     widths: tuple[int, ...] = (320, 640, 1280, 1280)
     blocks_per_level: int = 2
-    attention: tuple[bool, ...] = (True, True, True, False)
+    attention: tuple[int, ...] = (1, 1, 1, 0)
     heads: tuple[int, ...] = (8, 8, 8, 8)
     context_width: int = 768
     linear_projection: bool = False  # how files store proj_in and proj_out: SD 2.x as Linears, SD 1.x as 1x1 convolutions; the same map
+    pooled_width: int | None = None
     groups: int = 32
 
     def __post_init__(self):
         _check_levels("UNetConfig", self.widths, self.groups)
         for name in ("attention", "heads"):
             if len(getattr(self, name)) != len(self.widths):
-                raise ValueError(f"UNetConfig: {name} has {len(getattr(self, name))} entries, widths {len(self.widths)}; give one a level")
+                raise ValueError(
+                    f"UNetConfig: {name} has {len(getattr(self, name))} entries, widths {len(self.widths)}; give one per level"
+                )
         for width, heads in zip(self.widths, self.heads):
             if heads < 1 or width % heads:
                 raise ValueError(f"UNetConfig: width {width} does not divide into {heads} heads")
@@ -95,7 +103,7 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels a latent cell is wide: each level but the last halves the resolution."""
+        """Return how many pixels wide a latent cell is: each level but the last halves the resolution."""
         return 2 ** (len(self.widths) - 1)
 
 
@@ -135,7 +143,7 @@ class ModelConfig:
 
 def _check_levels(name: str, widths: tuple[int, ...], groups: int):
     if not widths:
-        raise ValueError(f"{name}: widths is empty; give one width a resolution level")
+        raise ValueError(f"{name}: widths is empty; give one width per resolution level")
     for width in widths:
         if groups < 1 or width % groups:
             raise ValueError(f"{name}: width {width} does not divide into {groups} normalisation groups")

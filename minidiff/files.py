@@ -62,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the numbers of a tensor of any device and strides as bytes, in row-major order."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def digest(parts: Iterable[bytes | memoryview]) -> str:
@@ -134,4 +134,4 @@ def ensure_same_run(
     except ValueError as error:
         raise ValueError(f"{path}: no JSON ({error}); choose an empty folder") from error
     same = {name: asked.get(name) for name in ignore}
-    check_same(path.parent, found | same, asked | same, holds)
+    check_same(path.parent, {**found, **same}, {**asked, **same}, holds)

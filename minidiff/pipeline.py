@@ -1,43 +1,62 @@
 """Stable Diffusion: the parts together, from a prompt to a picture.
 
-    prompt -> tokenizer -> text encoder -> context ----.
-    seed   -> noise x_T -> sampler x guidance x U-Net --+--> latent -> VAE decoder -> picture
+    prompt -> tokenizer -> text encoder -> conditioning --.
+    seed   -> noise x_T -> sampler x guidance x U-Net ----+--> latent -> VAE decoder -> picture
 
 Paper: Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models". Left out: the safety checker and the
 watermark of the original's script.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from minidiff.attention_maps import record_cross_attention
+from minidiff.conditioning import Conditioning, TextSide
 from minidiff.config import ModelConfig
-from minidiff.cuda_graph import Savings, channels_last, saving
 from minidiff.guidance import guided
-from minidiff.samplers import Step, levels, sample
+from minidiff.samplers import Step, sample
 from minidiff.schedule import NoiseSchedule
 from minidiff.text_encoder import TextEncoder
-from minidiff.tiled_decode import decode_tiled, should_tile
 from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
 from minidiff.vae import VAE
+
+GRAPH_DEVICES = ("cuda",)  # where the U-Net runs by a captured graph; see cuda_graph.py
+
+
+@runtime_checkable
+class AttachedAdapter(Protocol):
+    """A module that changes what the model computes, by hooks that are methods of it or of its parts (see adapters/)."""
+
+    @property
+    def version(self) -> int:
+        """Return a number that grows whenever it computes something else than before, but by writing into its parameters in place."""
+        ...
+
+    def modules(self) -> Iterable[nn.Module]:
+        """Return itself and its parts."""
+        ...
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return the tensors that it computes with."""
+        ...
 
 
 class StableDiffusion:
     """The modules of one checkpoint, and what it takes to make pictures with them.
 
-    carried: tensors of the file that nothing is computed with, kept so that saving loses nothing.
+    text: tokenizer and text encoder together, which turn prompts into a Conditioning.
+    extra_tensors: tensors of the file that nothing is computed with, kept so that saving loses nothing.
     notes: what was decided when the file was loaded and is worth saying.
     adapters: the small files that are attached to the modules, no part of what is saved (see weights_loader).
+    attached: the adapters on the modules, in the order in which they came. `attach` and `detach` of an adapter keep it.
     """
 
     def __init__(
@@ -47,28 +66,68 @@ class StableDiffusion:
         unet: UNet,
         vae: VAE,
         tokenizer: Tokenizer,
-        carried: dict[str, Tensor] | None = None,
+        extra_tensors: dict[str, Tensor] | None = None,
         notes: tuple[str, ...] = (),
     ):
         self.config = config
-        self.text_encoder, self.unet, self.vae, self.tokenizer = text_encoder, unet, vae, tokenizer
+        self.text = TextSide(tokenizer, text_encoder)
+        self.unet, self.vae = unet, vae
         self.schedule = NoiseSchedule(config.schedule)
-        self.carried = carried or {}
+        self.extra_tensors = extra_tensors or {}
         self.notes = notes
         self.adapters = []
+        self.attached: list[AttachedAdapter] = []
+        self._graph = None
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the modules by name: "text_encoder", "unet" and "vae", in the order in which a picture passes them."""
+        return {**self.text.parts, "unet": self.unet, "vae": self.vae}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Return the text side's tokenizer."""
+        return self.text.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        self.text.tokenizer = tokenizer
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """Return the text side's encoder."""
+        return self.text.encoder
+
+    @text_encoder.setter
+    def text_encoder(self, encoder: TextEncoder) -> None:
+        self.text.encoder = encoder
 
     @property
     def device(self) -> torch.device:
+        """Return the U-Net's device."""
         return self.unet.conv_in.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Return the dtype of the U-Net's weights."""
         return self.unet.conv_in.weight.dtype
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
-        """The context that the U-Net looks at, one row a token."""
-        return self.text_encoder(self.tokenizer(list(prompts)).to(self.device))
+        """Return the context that the U-Net looks at, one row per token; `text(prompts)` gives all of the conditioning."""
+        return self.text(prompts).context
+
+    @torch.no_grad()
+    def predict(self, x_t: Float[Tensor, "B C H W"], t: Shaped[Tensor, " B"], conditioning: Conditioning) -> Float[Tensor, "R C_out H W"]:
+        """Return the U-Net's prediction, in its own dtype and without gradients; on CUDA by a graph, which takes less time."""
+        unet = self.unet
+        if self.device.type in GRAPH_DEVICES:
+            from minidiff.cuda_graph import UNetGraph
+
+            if self._graph is None or self._graph.unet is not unet:
+                self._graph = UNetGraph(unet, self.attached)
+            unet = self._graph
+        return unet(x_t.to(self.dtype), t, conditioning)
 
     def denoise(
         self,
@@ -82,68 +141,64 @@ class StableDiffusion:
         size: int | tuple[int, int] | None = None,
         spacing: str | None = None,
         eta: float = 0.0,
-        attention_maps: bool = False,
-        savings: Savings = Savings(),
-    ) -> Iterator[Step]:
-        """From noise to latents; yields one Step a step, the last one's x_t is to be decoded.
+        start: int = 0,
+        x: Float[Tensor, "B C h w"] | None = None,
+        model: Callable[[Tensor, Tensor, Conditioning], Tensor] | None = None,
+    ) -> Generator[Step, Tensor | None, None]:
+        """Denoise from noise to latents; yield one Step per step. The last one's x_t is to be decoded.
 
-        prompts and seeds: one picture each; a single one of either is used for all of the other. size: pixels, one number for a square
-        or (width, height); None is the model's own. guidance_scale: None is the model's own; 1 follows the prompt alone. attention_maps:
-        each Step carries the cross-attention of its first model call, for the prompt, by layer (see attention_maps.py). savings: what is
-        not worked out twice (see cuda_graph.py); all of it by default.
-        Everything is checked before the first step: raises ValueError for what the model cannot do.
+        Between two steps `send(x_t)` replaces the latent and returns the next Step (see samplers.sample).
+
+        Args:
+            prompts: one per picture, or a single one for all seeds.
+            steps: 1..T.
+            sampler: a name in samplers.SAMPLERS.
+            guidance_scale: None is the model's own; 1 follows the prompt alone.
+            negative_prompt: what the pictures are guided away from.
+            seeds: one per picture, 0..2^64-1, or a single one for all prompts.
+            size: of the pictures, in pixels: a number for a square or (width, height); None is the model's own.
+            spacing: leading, linspace or trailing; None is the model's own.
+            eta: 0..1, for ddim: how much of the noise is drawn afresh.
+            start: the index of the noise level to begin at, among those that samplers.levels returns; needs x.
+            x: the latents at that level, one per picture, in place of the seeds' first noise.
+            model: predicts in the U-Net's place, model(x_t, t, conditioning), for B rows of x_t and B or 2 B of conditioning. It usually
+                calls `predict` with more channels, or with residuals in the conditioning.
+
+        Raises ValueError, before the first step, for what the model cannot do.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = list(seeds)
-        if not prompts or not seeds:
-            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds make no picture; give at least one of each")
-        if len(prompts) != len(seeds) and 1 not in (len(prompts), len(seeds)):
-            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds do not pair up; give one of either, or as many of each")
-        count = max(len(prompts), len(seeds))
-        if len(prompts) < count:
-            prompts = prompts * count
-        if len(seeds) < count:
-            seeds = seeds * count
-
+        prompts, seeds = _pair(prompts, seeds)
+        if start and x is None:
+            raise ValueError(f"start {start} needs x, the latents at that level: samplers.levels tells how much noise they have")
+        if model is None:
+            self._check_channels()
+        model = self.predict if model is None else torch.no_grad()(model)
         shape = self._latent_shape(size)
+        if x is not None and x.shape != (len(prompts), *shape):
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected {(len(prompts), *shape)}, for {len(prompts)} pictures of that size")
         draw = noise_source(seeds, shape, self.device)
+        first_noise = draw()  # also where x takes its place: whoever adds it to a picture must not meet it again in a later step
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        cond = self.encode_prompts(prompts)
-        uncond = self.encode_prompts([negative_prompt]).expand(count, -1, -1) if guidance_scale != 1 else None
-        if savings.channels_last:
-            channels_last(self.unet)
-            channels_last(self.vae)
-        spacing = self.config.schedule.spacing if spacing is None else spacing
-        model = guided(self.unet, cond, uncond, guidance_scale, savings.shared_prefix)
-        model = saving(model, self.unet, lambda: [level.t for level in levels(self.schedule, sampler, steps, spacing)], savings)
-        x = draw()
-        walk = sample(
-            lambda x_t, t: model(x_t.to(self.dtype), t).to(x_t.dtype),
-            x,
+        pixels = shape[2] * self.config.vae.factor, shape[1] * self.config.vae.factor
+        with torch.no_grad():
+            cond = self.text(prompts, pixels)
+            uncond = self.text([negative_prompt], pixels).expand(len(prompts)) if guidance_scale != 1 else None
+        for part in (self.unet, self.vae):
+            channels_last(part)
+        return sample(
+            guided(model, cond, uncond, guidance_scale, shared_prefix=True),
+            first_noise if x is None else x.to(first_noise),
             self.schedule,
             sampler=sampler,
             steps=steps,
             spacing=spacing,
             eta=eta,
             noise=draw,
+            start=start,
         )
-        return self._steps(walk, count, attention_maps)
-
-    def _steps(self, walk: Iterator[Step], count: int, attention_maps: bool) -> Iterator[Step]:
-        while True:
-            # Around one step, not the loop: between two steps the caller's grad mode holds, and what the caller runs is not recorded.
-            with torch.no_grad(), record_cross_attention(self.unet) if attention_maps else nullcontext() as maps:
-                step = next(walk, None)
-            if step is None:
-                return
-            if maps is not None:
-                # Guidance runs the unconditional half first; the prompt's rows are the last.
-                step = replace(step, attention_maps={name: m[-count:] for name, m in maps.items()})
-            yield step
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C h w"], tiled: bool = True) -> Float[Tensor, "B 3 H W"]:
-        """Scaled latents to pixels, clamped to [-1, 1], in float32. strips: large pictures a few rows at a time, the same but for rounding.
+        """Decode scaled latents to pixels in [-1, 1], float32. tiled: large pictures a few rows at a time, the same but for rounding.
 
         In half precision the decoder can overflow (the cause of black pictures); then it is run again in float32, with a warning.
         """
@@ -151,13 +206,14 @@ class StableDiffusion:
         return torch.cat([self._decode(z, tiled) for z in (latents / self.config.vae.scaling_factor).split(pictures)])
 
     def _decode(self, z: Float[Tensor, "B C h w"], tiled: bool) -> Float[Tensor, "B 3 H W"]:
+        from minidiff.tiled_decode import decode_tiled, should_tile
+
         dtype = self.vae.post_quant_conv.weight.dtype
         decode = partial(decode_tiled, self.vae) if tiled and should_tile(self.config.vae, z) else self.vae.decode
         pixels = decode(z.to(dtype))
         if not pixels.isfinite().all() and dtype.itemsize < 4:
-            warnings.warn(
-                f"the decoder overflowed in {dtype}: decoded again in float32", stacklevel=4
-            )  # past no_grad's wrapper, to who called decode
+            # The stack level points past no_grad's wrapper, to the line that called decode.
+            warnings.warn(f"the decoder overflowed in {dtype}: decoded again in float32", stacklevel=4)
             try:
                 self.vae.float()
                 pixels = decode(z.float())
@@ -180,11 +236,10 @@ class StableDiffusion:
         size: int | tuple[int, int] | None = None,
         spacing: str | None = None,
         eta: float = 0.0,
-        savings: Savings = Savings(),
     ) -> list[Image.Image]:
-        """Prompts to pictures: `batch` pictures of each prompt, on the seeds seed, seed + 1, ...; the rest as in `denoise`."""
+        """Make `batch` pictures of each prompt, on the seeds seed, seed + 1, ...; the other arguments are those of `denoise`."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        walk = self.denoise(
+        *_, last = self.denoise(
             [prompt for prompt in prompts for _ in range(batch)],
             steps=steps,
             sampler=sampler,
@@ -194,30 +249,51 @@ class StableDiffusion:
             size=size,
             spacing=spacing,
             eta=eta,
-            savings=savings,
         )
-        *_, last = walk
         return to_images(self.decode(last.x_t))
 
-    def _latent_shape(self, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
+    def _check_channels(self) -> None:
         latent_channels = self.config.vae.latent_channels
         if self.config.unet.in_channels != latent_channels:
             raise ValueError(
                 f"this U-Net has {self.config.unet.in_channels} input channels, not {latent_channels}: an inpainting model, "
                 "which needs a picture and a mask beside the prompt; for text alone load a text-to-image checkpoint"
             )
+
+    def _latent_shape(self, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
         size = self.config.image_size if size is None else size
         width, height = (size, size) if isinstance(size, int) else size
         factor = self.config.vae.factor
         if width < factor or height < factor or width % factor or height % factor:
             raise ValueError(f"size {width} x {height}: width and height must be multiples of {factor} pixels, at least {factor}")
-        return latent_channels, height // factor, width // factor
+        return self.config.vae.latent_channels, height // factor, width // factor
+
+
+def _pair(prompts: str | Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
+    """Return as many prompts as seeds: a single one of either goes with all of the other. Raises ValueError for other numbers of them."""
+    prompts, seeds = [prompts] if isinstance(prompts, str) else list(prompts), list(seeds)
+    if not prompts or not seeds:
+        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds make no picture; give at least one of each")
+    if len(prompts) != len(seeds) and 1 not in (len(prompts), len(seeds)):
+        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds do not pair up; give one of either, or as many of each")
+    count = max(len(prompts), len(seeds))
+    return prompts * (count // len(prompts)), seeds * (count // len(seeds))
+
+
+def channels_last(module: nn.Module) -> None:
+    """Lay out 16-bit convolution weights as their kernels want them on a CPU or CUDA; what they compute is laid out in the same way.
+
+    Values and shapes stay. In float32 nothing is gained: a CPU's kernels copy into a layout of their own either way.
+    """
+    weights = [part.weight for part in module.modules() if isinstance(part, nn.Conv2d)]
+    if all(weight.dtype.itemsize == 2 and weight.device.type in ("cpu", "cuda") for weight in weights):
+        module.to(memory_format=torch.channels_last)
 
 
 def noise_source(seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device) -> Callable[[], Float[Tensor, "B C h w"]]:
-    """A function that draws a unit normal for each seed, picture by picture on the CPU.
+    """Return a function that draws a unit normal for each seed, picture by picture on the CPU.
 
-    So a seed gives the same noise alone, in any batch and for any device. Raises ValueError for a seed outside 0..2^64-1.
+    A seed thus gives the same noise alone, in any batch and for any device. Raises ValueError for a seed outside 0..2^64-1.
     """
     for seed in seeds:
         if not 0 <= seed < 2**64:
@@ -227,6 +303,6 @@ def noise_source(seeds: Sequence[int], shape: tuple[int, int, int], device: torc
 
 
 def to_images(pixels: Float[Tensor, "B 3 H W"]) -> list[Image.Image]:
-    """Pixels in [-1, 1] to 8-bit pictures, rounded to the nearest value."""
+    """Convert pixels in [-1, 1] to 8-bit pictures, rounded to the nearest value."""
     values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
     return [Image.fromarray(picture) for picture in rearrange(values, "B C H W -> B H W C").numpy()]

@@ -40,45 +40,45 @@ class NoiseSchedule:
             self.betas = 1 - alphas
 
     def q_sample(self, x_0: Float[Tensor, "B *dims"], t: Int[Tensor, "B"], eps: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *dims"]:
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM eq. 4); eps is unit normal, t in 0..T-1, one a sample."""
+        """Compute x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM eq. 4); eps: unit normal, t: 0..T-1, one per sample."""
         signal, noise = self._scales(t, x_0)
         return signal * x_0 + noise * eps
 
     def velocity(self, x_0: Float[Tensor, "B *dims"], t: Int[Tensor, "B"], eps: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *dims"]:
-        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans and Ho 2022, section 4)."""
+        """Compute v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans and Ho 2022, section 4)."""
         signal, noise = self._scales(t, x_0)
         return signal * eps - noise * x_0
 
     def target(self, x_0: Float[Tensor, "B *dims"], t: Int[Tensor, "B"], eps: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *dims"]:
-        """What the U-Net is trained to answer at q_sample(x_0, t, eps): eps, or v, as the config says."""
+        """Return what the U-Net is trained to predict at q_sample(x_0, t, eps): eps, or v, as the config says."""
         return eps if self.config.prediction == "eps" else self.velocity(x_0, t, eps)
 
     def x0_from_eps(self, x_t: Float[Tensor, "B *dims"], t: Int[Tensor, "B"], eps: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *dims"]:
-        """x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t) (DDPM eq. 15); infinite where alpha_bar_t is 0."""
+        """Compute x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t) (DDPM eq. 15); infinite where alpha_bar_t is 0."""
         signal, noise = self._scales(t, x_t)
         return (x_t - noise * eps) / signal
 
     def eps_from_x0(self, x_t: Float[Tensor, "B *dims"], t: Int[Tensor, "B"], x_0: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *dims"]:
-        """eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t), the same equation solved for eps."""
+        """Compute eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t), the same equation solved for eps."""
         signal, noise = self._scales(t, x_t)
         return (x_t - signal * x_0) / noise
 
     def x0_from_v(self, x_t: Float[Tensor, "B *dims"], t: Int[Tensor, "B"], v: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *dims"]:
-        """x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v: (x_0, eps) turned by an angle is (x_t, v), this turns it back."""
+        """Compute x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v: (x_0, eps) turned by an angle is (x_t, v), this turns it back."""
         signal, noise = self._scales(t, x_t)
         return signal * x_t - noise * v
 
     def eps_from_v(self, x_t: Float[Tensor, "B *dims"], t: Int[Tensor, "B"], v: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *dims"]:
-        """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t, the other half of the same rotation."""
+        """Compute eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t, the other half of the same rotation."""
         signal, noise = self._scales(t, x_t)
         return signal * v + noise * x_t
 
     def snr(self, t: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """Signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t), float32 on t's device."""
+        """Return the signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t), float32 on t's device."""
         return _lookup(self.alpha_bar / (1 - self.alpha_bar), t, torch.float32)
 
     def timesteps(self, steps: int, spacing: str | None = None) -> Int[Tensor, "S"]:
-        """The `steps` timesteps that a sampler visits, falling; equal to diffusers' for DDIM (steps_offset 1).
+        """Return the `steps` timesteps that a sampler visits, falling; equal to diffusers' for DDIM (steps_offset 1).
 
         spacing (Lin et al. 2023, table 2; None means the config's):
           leading   every (T // steps)th timestep counted from 1, as in the original code. Seldom reaches T-1, and more than
@@ -104,7 +104,7 @@ class NoiseSchedule:
         return torch.from_numpy(t.astype(np.int64))
 
     def _scales(self, t: Int[Tensor, "B"], like: Float[Tensor, "B *dims"]) -> tuple[Tensor, Tensor]:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), broadcastable to `like`, in its dtype and on its device."""
+        """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), broadcastable to `like`, in its dtype and on its device."""
         shape = "B -> B" + " 1" * (like.ndim - 1)
         scales = (_lookup(table.sqrt(), t, like.dtype) for table in (self.alpha_bar, 1 - self.alpha_bar))
         signal, noise = (rearrange(scale, shape) for scale in scales)

@@ -1,4 +1,4 @@
-"""The text encoder: a prompt's tokens to one vector a token, which the U-Net looks at by cross-attention.
+"""The text encoder: a prompt's tokens to one vector per token, which the U-Net looks at by cross-attention.
 
     tokens -> token + position embeddings -> blocks of causal self-attention and MLP -> LayerNorm -> context
 
@@ -17,7 +17,7 @@ from minidiff.config import TextEncoderConfig
 
 
 def quick_gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """x sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with; up to 0.02 from the exact GELU."""
+    """Compute x sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with; up to 0.02 from the exact GELU."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -56,7 +56,7 @@ class TextEncoder(nn.Module):
         self.added: dict[int, Tensor] = {}
 
     def embed(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
-        """Each token's row, of the table or of the added words; IndexError for an id of neither."""
+        """Look up each token's row, in the table or among the added words. Raises IndexError for an id of neither."""
         is_added = {first: (tokens >= first) & (tokens < first + len(rows)) for first, rows in self.added.items()}
         in_table = tokens
         for mask in is_added.values():

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from minidiff.blocks import ResBlock
 from minidiff.config import VAEConfig
-from minidiff.vae import VAE
+from minidiff.vae import VAE, UpLevel
 
 # On a CPU a strip of 512 x 16 cells, 256 channels each, is 8 MB in float32, about what its cache holds. A GPU wants more work in each
 # launch, and has memory to spare for it; its numbers are not measured.
@@ -38,7 +38,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 def should_tile(config: VAEConfig, z: Float[Tensor, "B C h w"]) -> bool:
-    """Whether decoding these latents whole takes much memory: 2^25 values in the largest feature map on a CPU, 2^28 on a GPU.
+    """Return whether decoding these latents whole takes much memory: 2^25 values in the largest feature map on a CPU, 2^28 on a GPU.
 
     Stable Diffusion's decoder has 2^26 at 512 x 512 pixels: 268 MB in float32, and three such maps at once.
     """
@@ -47,7 +47,7 @@ def should_tile(config: VAEConfig, z: Float[Tensor, "B C h w"]) -> bool:
 
 
 def decode_tiled(vae: VAE, z: Float[Tensor, "B C h w"], rows: int | None = None) -> Float[Tensor, "B 3 H W"]:
-    """What `vae.decode(z)` returns, within the rounding of z's dtype, `rows` rows of the picture at a time; None is what suits the device.
+    """Decode as `vae.decode(z)`, within the rounding of z's dtype, `rows` rows of the picture at a time; None is what suits the device.
 
     Lower resolutions take as many times more rows as they have fewer columns: every strip has the same number of cells. Forward hooks
     of the decoder's layers behind the middle do not run. Raises ValueError for rows < 1.
@@ -61,9 +61,11 @@ def decode_tiled(vae: VAE, z: Float[Tensor, "B C h w"], rows: int | None = None)
         decoder = vae.decoder
         x = iter([decoder.middle(decoder.conv_in(vae.post_quant_conv(z)))])
         for i, level in enumerate(decoder.up):
+            assert isinstance(level, UpLevel)
             level_rows = rows * 2 ** (len(decoder.up) - 1 - i)
             x = _split(x, level_rows)
             for block in level.blocks:
+                assert isinstance(block, ResBlock)
                 x = _res_block(block, x)
             if level.upsample is not None:
                 x = _upsampled(_split(x, max(1, level_rows // 4)), level.upsample)  # which makes four cells of one
@@ -77,7 +79,7 @@ def _split(strips: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
 
 
 def _drain(strips: deque[Tensor]) -> Iterator[Tensor]:
-    """Each strip once; it is freed when the next one is asked for."""
+    """Yield each strip once; it is freed when the next one is asked for."""
     while strips:
         yield strips.popleft()
 
@@ -97,9 +99,9 @@ def _res_block(block: ResBlock, x: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _with_norm_statistics(strips: Iterable[Tensor], norm: nn.GroupNorm) -> tuple[deque[Tensor], Activation]:
-    """The strips of a whole feature map, and SiLU of its GroupNorm as a function of some of its rows."""
+    """Return the strips of a whole feature map, and SiLU of its GroupNorm as a function of some of its rows."""
     kept = deque()
-    count, mean, M2 = 0, 0.0, 0.0  # of each channel; M2: sum of squared distances from the mean
+    count, mean, M2 = 0, torch.zeros(()), torch.zeros(())  # of each channel; M2: sum of squared distances from the mean
     for strip in strips:
         kept.append(strip)
         values, n = strip.float(), strip.shape[2] * strip.shape[3]
@@ -123,7 +125,7 @@ def _with_norm_statistics(strips: Iterable[Tensor], norm: nn.GroupNorm) -> tuple
 
 
 def _windows(strips: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool, bool]]:
-    """Each strip with the row above and the row below it; whether it is the first, and the last, which have no such row."""
+    """Yield each strip with the row above and the row below it; whether it is the first, and the last, which have no such row."""
     above, strip = None, next(strips)
     while strip is not None:
         after = next(strips, None)
@@ -145,7 +147,7 @@ def _upsampled(strips: Iterator[Tensor], conv: nn.Conv2d) -> Iterator[Tensor]:
 
 
 def _conv(rows: Tensor, first: bool, last: bool, conv: nn.Conv2d) -> Tensor:
-    """The 3x3 convolution of rows that bring their neighbours with them; beyond the picture it sees zeros."""
+    """Apply the 3x3 convolution to rows that bring their neighbours with them; beyond the picture it sees zeros."""
     if first or last:
         rows = F.pad(rows, (0, 0, int(first), int(last)))
     return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))

@@ -60,8 +60,8 @@ class Tokenizer:
         self.start_id: int = self.bpe.sot_token_id
         self.end_id: int = self.bpe.eot_token_id
         self.added: dict[str, tuple[int, ...]] = {}
-        # The checkpoint's own words, and beside them those of added.
-        self._spelled = {self.clean(name): (self.bpe.vocab_size + i,) for i, name in enumerate(config.added)}
+        # The checkpoint's own words, and those of added.
+        self._spelled: dict[str, tuple[int, ...]] = {self.clean(name): (self.bpe.vocab_size + i,) for i, name in enumerate(config.added)}
         if len(self._spelled) < len(config.added) or "" in self._spelled:
             raise ValueError(f"TokenizerConfig: added {config.added}; expected words that are not empty and differ by more than case")
         self._placeholder = _any_of(self._spelled) if self._spelled else None
@@ -69,14 +69,14 @@ class Tokenizer:
             self._add(name, ids)
 
     def with_added(self, added: Mapping[str, tuple[int, ...]]) -> "Tokenizer":
-        """This tokenizer with more placeholders. Raises ValueError as the class does."""
+        """Return this tokenizer with more placeholders. Raises ValueError as the class does."""
         both = Tokenizer(self.config, self.added)
         for name, ids in added.items():
             both._add(name, ids)
         return both
 
     def without(self, names: Iterable[str]) -> "Tokenizer":
-        """This tokenizer without some of its placeholders."""
+        """Return this tokenizer without some of its placeholders."""
         gone = {self.clean(name) for name in names}
         return Tokenizer(self.config, {name: ids for name, ids in self.added.items() if name not in gone})
 
@@ -95,7 +95,7 @@ class Tokenizer:
             raise ValueError(f"placeholder {name!r} would be split where {CLIP_SPECIAL.pattern} stands in it; choose another word")
 
     def __call__(self, texts: list[str]) -> Int[Tensor, "B L"]:
-        """start, tokens, end and padding for each text, int64. What does not fit is cut, and a warning shows it."""
+        """Return start, tokens, end and padding for each text, int64. What does not fit is cut, and a warning shows it."""
         if isinstance(texts, str):
             raise ValueError(f"texts is the string {texts!r}; give a list of strings")
         length = self.config.context_length
@@ -112,11 +112,11 @@ class Tokenizer:
         return rows
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without start, end and padding."""
+        """Return the tokens of a text, without start, end and padding."""
         return [i for _, ids in self._words(text) for i in ids]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of tokens, as it was after cleaning; start and end are left out. Raises ValueError for an unknown id."""
+        """Return the text of tokens, as it was after cleaning, without start and end. Raises ValueError for an unknown id."""
         placeholders = {i: name for name, its in self._spelled.items() for i in its}
         parts, plain = [], []
         for n, i in enumerate(ids):
@@ -130,7 +130,7 @@ class Tokenizer:
         return " ".join(part for part in [*parts, self.bpe.decode(plain).strip()] if part)
 
     def words(self, text: str) -> list[tuple[str, list[int]]]:
-        """Each word as it was split, with the positions of its tokens in the row that __call__ gives; cut words are left out."""
+        """Return each word as it was split, with the positions of its tokens in the row that __call__ gives; cut words are left out."""
         placed, position = [], 1  # the start token is at 0
         for word, ids in self._words(text):
             positions = [p for p in range(position, position + len(ids)) if p < self.config.context_length - 1]
@@ -140,7 +140,7 @@ class Tokenizer:
         return placed
 
     def clean(self, text: str) -> str:
-        """The text as it is before it is split into words. With "clip" the two special words are to be taken out first."""
+        """Normalise a text, before it is split into words. With "clip" the two special words are to be taken out first."""
         if self.config.cleaning == "open_clip":
             return self.bpe.clean_fn(text)
         # Letter by letter: str.lower knows that a Greek sigma at the end of a word has a form of its own, CLIPTokenizer does not.
@@ -155,7 +155,7 @@ class Tokenizer:
         return words
 
     def _split(self, text: str, pattern: regex.Pattern) -> list[tuple[str, list[int]]]:
-        """Placeholders, and between them the words."""
+        """Split at placeholders, and what is between them into words."""
         words = []
         for part in self._placeholder.split(text) if self._placeholder else [text]:
             if part in self._spelled:
@@ -170,7 +170,7 @@ class Tokenizer:
 
 
 def _any_of(placeholders: Mapping[str, tuple[int, ...]]) -> regex.Pattern:
-    """Any of the placeholders, the longest first; where one begins or ends with a letter or digit, none may stand beside it."""
+    """Return a pattern of any placeholder, the longest first; where one begins or ends with a letter or digit, none may stand beside it."""
     parts = []
     for name in sorted(placeholders, key=len, reverse=True):
         before = f"(?<!{LETTER})" if regex.match(LETTER, name[0]) else ""
@@ -181,7 +181,7 @@ def _any_of(placeholders: Mapping[str, tuple[int, ...]]) -> regex.Pattern:
 
 @cache
 def _simple_tokenizer(merges: tuple[str, ...] | None):
-    """open_clip's SimpleTokenizer over its own merges or these."""
+    """Return open_clip's SimpleTokenizer over its own merges or these."""
     tokenizer = _open_clip_tokenizer().SimpleTokenizer
     if merges is None:
         return tokenizer()
@@ -200,15 +200,16 @@ def _simple_tokenizer(merges: tuple[str, ...] | None):
 
 @cache
 def _open_clip_tokenizer() -> ModuleType:
-    """open_clip's tokenizer.py, run by itself: 0.2 s, where `import open_clip` brings torchvision and timm and takes 5 s.
+    """Run open_clip's tokenizer.py by itself: 0.2 s, where `import open_clip` brings torchvision and timm and takes 5 s.
 
-    The file needs nothing else of its package. Should a later version do, the whole package is imported after all.
+    The file needs nothing else of its package. If a later version does, the whole package is imported.
     """
     package = importlib.util.find_spec("open_clip")  # finds, does not run
-    if package is None:
+    if package is None or package.submodule_search_locations is None:
         raise ImportError("open_clip is not installed; run: pip install open_clip_torch")
     file = Path(package.submodule_search_locations[0]) / "tokenizer.py"
     spec = importlib.util.spec_from_file_location("minidiff.open_clip_tokenizer", file)
+    assert spec is not None and spec.loader is not None  # as for every file that ends in .py
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

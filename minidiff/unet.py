@@ -4,10 +4,10 @@
                           \\_________\\____________ skips ____________/_________/
 
 A level is a few ResBlocks at one resolution, each followed by a SpatialTransformer where the level has attention. The way up has one
-ResBlock a level more than the way down, and each of them is given one skip by concatenation.
+ResBlock per level more than the way down, and each of them is given one skip by concatenation.
 
-Papers: Ronneberger et al. 2015 (U-Net), Ho et al. 2020 (DDPM), Rombach et al. 2022 (latent diffusion). Left out: class labels, and
-the transformer depths and added embeddings of SDXL.
+Papers: Ronneberger et al. 2015 (U-Net), Ho et al. 2020 (DDPM), Rombach et al. 2022 (latent diffusion), Podell et al. 2023 (SDXL's
+transformer depths and added embedding). Left out: class labels.
 """
 
 import torch
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from minidiff.blocks import ResBlock, SpatialTransformer, TimeEmbedding, tile_rows
+from minidiff.blocks import AddedEmbedding, ResBlock, SpatialTransformer, TimeEmbedding, tile_rows
+from minidiff.conditioning import Conditioning, as_conditioning
 from minidiff.config import UNetConfig
 
 EPS = 1e-5  # of every GroupNorm here but the SpatialTransformers'
@@ -24,19 +25,19 @@ EPS = 1e-5  # of every GroupNorm here but the SpatialTransformers'
 class DownLevel(nn.Module):
     """The ResBlocks (and transformers) of one resolution on the way down, then half the resolution, except at the last level."""
 
-    def __init__(self, c_in: int, c_out: int, heads: int | None, last: bool, config: UNetConfig):
+    def __init__(self, c_in: int, c_out: int, heads: int, depth: int, last: bool, config: UNetConfig):
         super().__init__()
         time_width, n = 4 * config.widths[0], config.blocks_per_level
         self.blocks = nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out, config.groups, EPS, time_width) for j in range(n))
         self.transformers = nn.ModuleList(
-            SpatialTransformer(c_out, heads, config.context_width, config.groups) for _ in range(n if heads else 0)
+            SpatialTransformer(c_out, heads, config.context_width, config.groups, depth) for _ in range(n if depth else 0)
         )
         self.downsample = None if last else nn.Conv2d(c_out, c_out, 3, stride=2, padding=1)
 
     def forward(
         self, x: Float[Tensor, "B C H W"], time: Float[Tensor, "B_t D_time"], context: Float[Tensor, "R L D_context"]
     ) -> list[Tensor]:
-        """All outputs of the level, each a skip for the way up; the last one goes on down."""
+        """Return all outputs of the level, each a skip for the way up; the last one goes on down."""
         outputs = []
         for j, block in enumerate(self.blocks):
             x = block(x, time)
@@ -51,21 +52,21 @@ class DownLevel(nn.Module):
 class UpLevel(nn.Module):
     """The ResBlocks (and transformers) of one resolution on the way up, then the next resolution, except at the last level."""
 
-    def __init__(self, c_in: int, c_skips: list[int], c_out: int, heads: int | None, last: bool, config: UNetConfig):
+    def __init__(self, c_in: int, c_skips: list[int], c_out: int, heads: int, depth: int, last: bool, config: UNetConfig):
         super().__init__()
         time_width = 4 * config.widths[0]
         self.blocks = nn.ModuleList(
             ResBlock((c_in if j == 0 else c_out) + c_skip, c_out, config.groups, EPS, time_width) for j, c_skip in enumerate(c_skips)
         )
         self.transformers = nn.ModuleList(
-            SpatialTransformer(c_out, heads, config.context_width, config.groups) for _ in (c_skips if heads else [])
+            SpatialTransformer(c_out, heads, config.context_width, config.groups, depth) for _ in (c_skips if depth else [])
         )
         self.upsample = None if last else nn.Conv2d(c_out, c_out, 3, padding=1)
 
     def forward(
         self, x: Float[Tensor, "R C H W"], skips: list[Tensor], time: Float[Tensor, "B_t D_time"], context: Float[Tensor, "R L D_context"]
     ) -> Float[Tensor, "R C_out H_out W_out"]:
-        """skips: all that are left, this level's at the end of the list, its first block's last."""
+        """Take this level's skips, its first block's last, off the end of the list that is left (which stays as it is)."""
         for j, block in enumerate(self.blocks):
             x = block(torch.cat([x, tile_rows(skips[-1 - j], len(x))], dim=1), time)
             if self.transformers:
@@ -79,10 +80,10 @@ class UpLevel(nn.Module):
 class Middle(nn.Module):
     """ResBlock, transformer, ResBlock at the lowest resolution."""
 
-    def __init__(self, width: int, heads: int, config: UNetConfig):
+    def __init__(self, width: int, heads: int, depth: int, config: UNetConfig):
         super().__init__()
         self.block_1 = ResBlock(width, width, config.groups, EPS, 4 * config.widths[0])
-        self.transformer = SpatialTransformer(width, heads, config.context_width, config.groups)
+        self.transformer = SpatialTransformer(width, heads, config.context_width, config.groups, depth)
         self.block_2 = ResBlock(width, width, config.groups, EPS, 4 * config.widths[0])
 
     def forward(
@@ -95,7 +96,9 @@ class UNet(nn.Module):
     """eps_theta(x_t, t, context) of latent diffusion (Rombach et al. 2022, eq. 3).
 
     x_t: latents, scaled to unit variance before noise was added; (for the inpainting model 9 channels: x_t, mask, masked picture).
-    t: timesteps 0..999, integers or, between them, floats. context: what the text encoder gives.
+    t: timesteps 0..999, integers or, between them, floats.
+    context: what the text encoder gives, or a Conditioning around it, with the pooled vector and size numbers that the config may ask for
+        and the residuals that a ControlNet adds.
     Returns the prediction in out_channels channels: eps or v, as the schedule's config says.
 
     The context may have R rows, a multiple of x_t's B: row r of it is for row r % B of x_t. Guidance asks about the same x_t twice, and all
@@ -105,40 +108,76 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        widths, last = config.widths, len(config.widths) - 1
-        heads = [h if has else None for h, has in zip(config.heads, config.attention)]
+        widths, heads, depths = config.widths, config.heads, config.attention
+        last = len(widths) - 1
 
         self.time_embedding = TimeEmbedding(widths[0])
+        self.added_embedding = AddedEmbedding(config.pooled_width, 4 * widths[0]) if config.pooled_width else None
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         c, c_skips = widths[0], [widths[0]]
         for i, width in enumerate(widths):
-            self.down.append(DownLevel(c, width, heads[i], i == last, config))
+            self.down.append(DownLevel(c, width, heads[i], depths[i], i == last, config))
             c_skips += [width] * (config.blocks_per_level + (i < last))
             c = width
 
-        self.middle = Middle(c, config.heads[last], config)
+        self.middle = Middle(c, heads[last], max(1, depths[last]), config)
 
         self.up = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):
             level_skips = [c_skips.pop() for _ in range(config.blocks_per_level + 1)]
-            self.up.append(UpLevel(c, level_skips, width, heads[i], i == 0, config))
+            self.up.append(UpLevel(c, level_skips, width, heads[i], depths[i], i == 0, config))
             c = width
         self.norm_out = nn.GroupNorm(config.groups, c, eps=EPS)
         self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
 
     def forward(
-        self, x_t: Float[Tensor, "B C H W"], t: Shaped[Tensor, " B"], context: Float[Tensor, "R L D_context"]
+        self, x_t: Float[Tensor, "B C H W"], t: Shaped[Tensor, " B"], context: Float[Tensor, "R L D_context"] | Conditioning
     ) -> Float[Tensor, "R C_out H W"]:
-        if len(context) % len(x_t):
-            raise ValueError(f"a context of {len(context)} rows for an x_t of {len(x_t)}; expected as many, or a multiple")
-        time = self.time_embedding(t)
-        x = self.conv_in(x_t)
+        conditioning = as_conditioning(context)
+        skips, x, time = self.encode(x_t, t, conditioning)
+        if residuals := conditioning.residuals:
+            if len(residuals) != len(skips) + 1:
+                raise ValueError(f"{len(residuals)} residuals for {len(skips)} skips and the middle; give one for each")
+            *skips, x = [_add_rows(a, b) for a, b in zip([*skips, x], residuals)]
+        for level in self.up:
+            x = level(x, skips, time, conditioning.context)
+            skips = skips[: -self.config.blocks_per_level - 1]
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+    def encode(
+        self,
+        x_t: Float[Tensor, "B C H W"],
+        t: Shaped[Tensor, " B"],
+        context: Float[Tensor, "R L D_context"] | Conditioning,
+        hint: Float[Tensor, "B C_in H W"] | None = None,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Go down and through the middle: return the skips, first to last, the middle's output, and the time vector.
+
+        A ControlNet is a copy of this half. hint: what it adds behind conv_in. Before the first cross-attention skips have B rows, then R.
+        """
+        conditioning = as_conditioning(context)
+        if len(conditioning) % len(x_t):
+            raise ValueError(f"a context of {len(conditioning)} rows for an x_t of {len(x_t)}; expected as many, or a multiple")
+        time = self._time(t, conditioning)
+        x = tile_rows(self.conv_in(x_t), len(time))  # an added embedding makes the rows differ from here on
+        if hint is not None:
+            x = _add_rows(x, hint)
         skips = [x]
         for level in self.down:
-            skips += level(skips[-1], time, context)
-        x = self.middle(skips[-1], time, context)
-        for level in self.up:
-            x = level(x, skips, time, context)
-            skips = skips[: -len(level.blocks)]
-        return self.conv_out(F.silu(self.norm_out(x)))
+            skips += level(skips[-1], time, conditioning.context)
+        return skips, self.middle(skips[-1], time, conditioning.context), time
+
+    def _time(self, t: Shaped[Tensor, " B"], conditioning: Conditioning) -> Float[Tensor, "B_t D_time"]:
+        """Return the vector for every ResBlock: of the timestep, and of pooled vector and sizes where the config asks for them."""
+        if self.added_embedding is None:
+            return self.time_embedding(t)
+        if conditioning.pooled is None or conditioning.size is None:
+            raise ValueError("this U-Net is told a pooled vector and the picture's sizes; give a Conditioning with pooled and size")
+        return self.time_embedding(t, self.added_embedding(conditioning.pooled, conditioning.size))
+
+
+def _add_rows(a: Float[Tensor, "A ..."], b: Float[Tensor, "B ..."]) -> Float[Tensor, "R ..."]:
+    """Add two feature maps, one of which may have several times the rows of the other (see UNet)."""
+    rows = max(len(a), len(b))
+    return tile_rows(a, rows) + tile_rows(b, rows)

@@ -31,13 +31,13 @@ class DiagonalGaussian:
     logvar: Float[Tensor, "B C H W"]
 
     def sample(self, generator: torch.Generator | None = None) -> Float[Tensor, "B C H W"]:
-        """mean + std * noise (Kingma and Welling 2014, section 2.4), the noise drawn on the generator's device, or the CPU."""
+        """Draw mean + std * noise (Kingma and Welling 2014, section 2.4), the noise drawn on the generator's device, or the CPU."""
         device = generator.device if generator is not None else "cpu"
         noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=device)
         return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean.device)
 
     def kl(self) -> Float[Tensor, " B"]:
-        """KL divergence to N(0, 1), summed over a picture: 1/2 sum(mean^2 + var - 1 - logvar), in nats."""
+        """Return the KL divergence to N(0, 1), summed over a picture: 1/2 sum(mean^2 + var - 1 - logvar), in nats."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
 
 
@@ -157,7 +157,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, pixels: Float[Tensor, "B 3 H W"]) -> DiagonalGaussian:
-        """Pixels in [-1, 1], H and W multiples of config.factor. Raises ValueError for other sizes."""
+        """Encode pixels in [-1, 1], H and W multiples of config.factor. Raises ValueError for other sizes."""
         H, W = pixels.shape[-2:]
         if H % self.config.factor or W % self.config.factor:
             raise ValueError(f"picture of {W} x {H} pixels: the VAE needs multiples of {self.config.factor}; crop or resize it")
@@ -165,5 +165,5 @@ class VAE(nn.Module):
         return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
-        """Unscaled latents to pixels, about [-1, 1]; not clamped."""
+        """Decode unscaled latents to pixels, about [-1, 1]; not clamped."""
         return self.decoder(self.post_quant_conv(z))

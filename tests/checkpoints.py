@@ -11,7 +11,10 @@ from minidiff.config import ModelConfig, TokenizerConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.scenes import bpe_merges
 from tests.small_models import small_config, small_model
-from weights_loader.dialects import to_file
+from weights_loader import families
+from weights_loader.families import Family, part_names
+from weights_loader.name_table import file_shapes, to_file
+from weights_loader.save import tensors_of
 from weights_loader.write import write_safetensors
 
 DATA = Path(__file__).parent / "data"
@@ -41,18 +44,35 @@ def family_model(name: str) -> StableDiffusion:
     """Random weights; of SD 2 also what its files hold without use."""
     sd = small_model(family_configs()[name])
     if sd.config.text_encoder.activation == "gelu":
-        for key, tensor in to_file(sd.text_encoder, "ldm").items():
+        for key, tensor in part_to_file(sd, "text_encoder", "ldm").items():
             if ".resblocks.1." in key:
-                sd.carried[key.replace(".resblocks.1.", ".resblocks.2.")] = tensor + 1
-        sd.carried["cond_stage_model.model.text_projection"] = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
-        sd.carried["cond_stage_model.model.logit_scale"] = torch.tensor(4.6)
+                sd.extra_tensors[key.replace(".resblocks.1.", ".resblocks.2.")] = tensor + 1
+        sd.extra_tensors["cond_stage_model.model.text_projection"] = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+        sd.extra_tensors["cond_stage_model.model.logit_scale"] = torch.tensor(4.6)
     return sd
+
+
+def part_to_file(sd: StableDiffusion, part: str, layout: str) -> dict[str, torch.Tensor]:
+    """The tensors of one part, as files of a layout hold them."""
+    return to_file(sd.parts[part], part_names(sd.config, part, layout))
 
 
 def ldm_tensors(sd: StableDiffusion) -> dict[str, torch.Tensor]:
     """As a public file holds them."""
-    tensors = to_file(sd.text_encoder, "ldm") | to_file(sd.unet, "ldm") | to_file(sd.vae, "ldm") | sd.carried
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+    return {name: tensor.detach() for name, tensor in (tensors_of(sd, "ldm") | sd.extra_tensors).items()}
+
+
+def ldm_shapes(sd: StableDiffusion) -> dict[str, tuple[int, ...]]:
+    """The shapes of what nothing is left out of."""
+    parts = (file_shapes(part, part_names(sd.config, name, "ldm")) for name, part in sd.parts.items())
+    return {name: shape for part in parts for name, shape in part.items()}
+
+
+def plug_in(monkeypatch, *plugged: Family):
+    """Put families into the table, each in the place of the one with its name, or before all others."""
+    names = {family.name for family in plugged if not family.any_size}
+    others = [family for family in families.FAMILIES if family.name not in names]
+    monkeypatch.setattr(families, "FAMILIES", (*plugged, *others))
 
 
 def extras(config: ModelConfig) -> dict[str, torch.Tensor]:
@@ -77,11 +97,11 @@ CONTAINERS = {
 
 def assert_same_model(a: StableDiffusion, b: StableDiffusion):
     """Bit for bit, and nothing carried is lost."""
-    for name in ("text_encoder", "unet", "vae"):
-        states = getattr(a, name).state_dict(), getattr(b, name).state_dict()
+    for name in a.parts:
+        states = a.parts[name].state_dict(), b.parts[name].state_dict()
         assert states[0].keys() == states[1].keys()
         for key in states[0]:
             assert states[0][key].dtype == states[1][key].dtype and torch.equal(states[0][key], states[1][key]), f"{name}: {key}"
-    assert a.carried.keys() == b.carried.keys()
-    assert all(torch.equal(a.carried[key], b.carried[key]) for key in a.carried)
+    assert a.extra_tensors.keys() == b.extra_tensors.keys()
+    assert all(torch.equal(a.extra_tensors[key], b.extra_tensors[key]) for key in a.extra_tensors)
     assert a.config == b.config

@@ -5,8 +5,11 @@ import re
 import torch
 
 from minidiff.adapters.custom_diffusion import CustomDiffusion, compress
+from minidiff.adapters.lora import LoRA
+from minidiff.adapters.low_rank import LowRank
 from minidiff.adapters.tokens import NewTokens
-from weights_loader.lora import Factors, layer_places, lora_from_factors
+from weights_loader.adapters.lora import layer_locations
+from weights_loader.adapters.peft import PEFT
 
 KEYS_AND_VALUES = r"cross_attention\.to_[kv]$"
 ALL = r"cross_attention\.to_\w+$"
@@ -15,14 +18,14 @@ ALL = r"cross_attention\.to_\w+$"
 def random_lora(sd, pattern="", ranks=(2, 3, 4), alphas=(0.1, 1.0, 2.5)):
     """Of every layer with the pattern in its name; ranks and alphas in turn, by default so that no two neighbours are scaled alike."""
     generator = torch.Generator().manual_seed(0)
-    factors = {}
-    for name in layer_places(sd, "diffusers"):
+    layers = {}
+    for name in layer_locations(sd, PEFT):
         if re.search(pattern, name):
-            weight, rank = weight_of(sd, name), ranks[len(factors) % len(ranks)]
+            weight, rank = weight_of(sd, name), ranks[len(layers) % len(ranks)]
             down = 0.2 * torch.randn(rank, *weight.shape[1:], generator=generator)
             up = torch.randn(weight.shape[0], rank, *(1,) * (weight.dim() - 2), generator=generator)
-            factors[name] = Factors(down, up, alphas[len(factors) // 2 % len(alphas)])
-    return lora_from_factors(factors)
+            layers[name] = LowRank(down, up, alphas[len(layers) // 2 % len(alphas)])
+    return LoRA(layers)
 
 
 def weight_of(sd, name):

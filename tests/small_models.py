@@ -35,6 +35,16 @@ def small_config(prediction="v", in_channels=4, image_size=32) -> ModelConfig:
     )
 
 
+def wider_config() -> ModelConfig:
+    """With a wider text, so that no file for the small model fits."""
+    config = small_config()
+    return dataclasses.replace(
+        config,
+        text_encoder=dataclasses.replace(config.text_encoder, width=24),
+        unet=dataclasses.replace(config.unet, context_width=24),
+    )
+
+
 def training_config() -> ModelConfig:
     """Smaller still, for the 64 x 64 pixels of the scenes: what a training step computes is the same at every size."""
     config = small_config(image_size=64)

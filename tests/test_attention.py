@@ -20,7 +20,6 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import minidiff.attention
 import minidiff.vae
 from minidiff.adapters.custom_diffusion import create_custom_diffusion
 from minidiff.adapters.lora import PATTERNS, create_lora
@@ -418,7 +417,7 @@ class Calls(TorchDispatchMode):
 @pytest.fixture(scope="module")
 def sd():
     sd, tf32 = small_model(training_config()), torch.backends.cudnn.allow_tf32
-    for part in (sd.text_encoder, sd.unet, sd.vae):
+    for part in sd.parts.values():
         part.to(DEVICE)
     torch.backends.cudnn.allow_tf32 = False  # convolutions of 10 bits would make large differences of small ones
     yield sd

@@ -4,7 +4,7 @@ import pytest
 import torch
 from einops import rearrange
 
-from minidiff.attention_maps import record_cross_attention, word_map
+from minidiff.attention_maps import record_cross_attention, with_attention_maps, word_map
 from minidiff.blocks import SpatialTransformer
 from minidiff.samplers import SAMPLERS
 from tests.small_models import small_model
@@ -41,7 +41,7 @@ def layer_sizes(sizes):
 @pytest.mark.parametrize("size, sizes", [(32, SQUARE), ((72, 56), ODD)])
 @pytest.mark.parametrize("guidance_scale", [1, 4.0])
 def test_every_transformer_gives_one_map_of_its_size_whose_rows_sum_to_1(sd, size, sizes, guidance_scale):
-    step = next(sd.denoise([PROMPT, "a cat", "a dog"], size=size, guidance_scale=guidance_scale, attention_maps=True, steps=2))
+    step = next(with_attention_maps(sd.denoise([PROMPT, "a cat", "a dog"], size=size, guidance_scale=guidance_scale, steps=2), sd.unet))
     assert {name: tuple(m.shape) for name, m in step.attention_maps.items()} == {
         name: (3, H, W, 32) for name, (H, W) in layer_sizes(sizes).items()
     }
@@ -52,7 +52,8 @@ def test_every_transformer_gives_one_map_of_its_size_whose_rows_sum_to_1(sd, siz
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_recording_does_not_change_the_picture(sd, sampler):
-    recorded, plain = (list(sd.denoise([PROMPT, "a cat"], steps=4, sampler=sampler, attention_maps=maps)) for maps in (True, False))
+    plain = list(sd.denoise([PROMPT, "a cat"], steps=4, sampler=sampler))
+    recorded = list(with_attention_maps(sd.denoise([PROMPT, "a cat"], steps=4, sampler=sampler), sd.unet))
     for one, other in zip(recorded, plain, strict=True):
         assert torch.equal(one.x_t, other.x_t) and torch.equal(one.x0_hat, other.x0_hat)
         assert one.attention_maps and other.attention_maps is None
@@ -78,7 +79,9 @@ def maps_by_hand(sd, x_t, t, prompt):
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "plms"])
 def test_maps_are_of_the_steps_first_call_and_of_the_prompt_not_of_the_negative_one(sd, sampler):
     x = torch.randn(1, 4, 14, 18, generator=torch.Generator().manual_seed(6))
-    for step in sd.denoise(PROMPT, seeds=[6], size=(72, 56), sampler=sampler, steps=3, negative_prompt="a blue car", attention_maps=True):
+    for step in with_attention_maps(
+        sd.denoise(PROMPT, seeds=[6], size=(72, 56), sampler=sampler, steps=3, negative_prompt="a blue car"), sd.unet
+    ):
         expected = maps_by_hand(sd, x, step.t, PROMPT)
         for name, m in step.attention_maps.items():
             # fp32 parity; alone and as a batch of two
@@ -89,10 +92,10 @@ def test_maps_are_of_the_steps_first_call_and_of_the_prompt_not_of_the_negative_
 
 
 def test_each_step_has_maps_of_its_own_whatever_runs_between_steps(sd):
-    expected = [step.attention_maps for step in sd.denoise(PROMPT, steps=3, attention_maps=True)]
+    expected = [step.attention_maps for step in with_attention_maps(sd.denoise(PROMPT, steps=3), sd.unet)]
     mixed = zip(
-        sd.denoise(PROMPT, steps=3, attention_maps=True),
-        sd.denoise(["a cat", "a dog"], steps=3, sampler="heun", attention_maps=True),
+        with_attention_maps(sd.denoise(PROMPT, steps=3), sd.unet),
+        with_attention_maps(sd.denoise(["a cat", "a dog"], steps=3, sampler="heun"), sd.unet),
         expected,
         strict=True,
     )
@@ -105,7 +108,7 @@ def test_each_step_has_maps_of_its_own_whatever_runs_between_steps(sd):
 
 def test_no_hook_is_left_behind(sd, monkeypatch):
     before = hooks_of(sd.unet)
-    walk = sd.denoise(PROMPT, steps=3, attention_maps=True)
+    walk = with_attention_maps(sd.denoise(PROMPT, steps=3), sd.unet)
     next(walk)
     assert hooks_of(sd.unet) == before  # the walk may never be taken up again
     list(walk)
@@ -122,7 +125,7 @@ def test_no_hook_is_left_behind(sd, monkeypatch):
 
     monkeypatch.setattr(sd.unet.middle.block_2, "forward", fail)
     with pytest.raises(MemoryError):
-        list(sd.denoise(PROMPT, attention_maps=True))
+        list(with_attention_maps(sd.denoise(PROMPT), sd.unet))
     assert hooks_of(sd.unet) == before
 
 
@@ -157,7 +160,7 @@ def test_word_map_sums_the_words_tokens_and_averages_the_enlarged_layers():
 
 
 def test_the_maps_of_all_positions_sum_to_1(sd):
-    step = next(sd.denoise(PROMPT, size=(72, 56), attention_maps=True))
+    step = next(with_attention_maps(sd.denoise(PROMPT, size=(72, 56)), sd.unet))
     total = sum(word_map(step.attention_maps, [position], (56, 72)) for position in range(32))
     torch.testing.assert_close(total, torch.ones(1, 56, 72), rtol=0, atol=1e-5)  # fp32
 
@@ -168,18 +171,18 @@ def test_the_tokenizer_says_where_a_words_tokens_are(sd):
     tokens = sd.tokenizer([prompt])[0]
     assert len(words["zeppelin"]) > 1 and words["red"] == [2]
     assert {word: sd.tokenizer.decode(tokens[positions].tolist()) for word, positions in words.items()} == {word: word for word in words}
-    maps = next(sd.denoise(prompt, attention_maps=True)).attention_maps
+    maps = next(with_attention_maps(sd.denoise(prompt), sd.unet)).attention_maps
     total = sum(word_map(maps, [position], (8, 8)) for position in words["zeppelin"])
     torch.testing.assert_close(word_map(maps, words["zeppelin"], (8, 8)), total, rtol=0, atol=1e-6)  # fp32
 
 
 @pytest.mark.parametrize("positions", [[], [32], [-1], [3, 99]])
 def test_positions_that_are_not_there_are_refused(sd, positions):
-    maps = next(sd.denoise(PROMPT, attention_maps=True)).attention_maps
+    maps = next(with_attention_maps(sd.denoise(PROMPT), sd.unet)).attention_maps
     with pytest.raises(ValueError, match=r"expected at least one of 0\.\.31"):
         word_map(maps, positions, (8, 8))
 
 
 def test_no_maps_are_refused():
-    with pytest.raises(ValueError, match="attention_maps=True"):
+    with pytest.raises(ValueError, match="with_attention_maps"):
         word_map({}, [1], (8, 8))

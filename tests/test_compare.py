@@ -187,6 +187,6 @@ def test_a_timestep_outside_the_schedule_is_refused(sd, t):
 
 def test_comparing_leaves_no_hook_and_no_gradient(sd):
     compare(sd, sd)
-    for part in (sd.text_encoder, sd.unet, sd.vae):
+    for part in sd.parts.values():
         assert all(not module._forward_hooks and not module._forward_pre_hooks for module in part.modules())
     assert torch.is_grad_enabled() and all(p.grad is None for p in sd.unet.parameters())

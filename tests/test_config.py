@@ -48,12 +48,12 @@ def test_a_config_cannot_be_changed_and_works_as_a_key(kind):
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: UNetConfig(widths=()), "UNetConfig: widths is empty; give one width a resolution level"),
+        (lambda: UNetConfig(widths=()), "UNetConfig: widths is empty; give one width per resolution level"),
         (lambda: VAEConfig(widths=()), "VAEConfig: widths is empty"),
         (lambda: UNetConfig(widths=(320, 640, 1280, 1270)), "UNetConfig: width 1270 does not divide into 32 normalisation groups"),
         (lambda: VAEConfig(widths=(128, 250)), "VAEConfig: width 250 does not divide into 32 normalisation groups"),
-        (lambda: UNetConfig(heads=(8, 8)), "UNetConfig: heads has 2 entries, widths 4; give one a level"),
-        (lambda: UNetConfig(attention=(True,)), "UNetConfig: attention has 1 entries, widths 4; give one a level"),
+        (lambda: UNetConfig(heads=(8, 8)), "UNetConfig: heads has 2 entries, widths 4; give one per level"),
+        (lambda: UNetConfig(attention=(1,)), "UNetConfig: attention has 1 entries, widths 4; give one per level"),
         (lambda: UNetConfig(heads=(8, 8, 8, 7)), "UNetConfig: width 1280 does not divide into 7 heads"),
         (lambda: TextEncoderConfig(width=768, heads=11), "TextEncoderConfig: width 768 does not divide into 11 heads"),
     ],

@@ -1,10 +1,7 @@
-"""Each saving on and off, whatever happens between two steps; nothing outlives the walk. On the CPU a CUDA graph is a trace."""
+"""The captured U-Net, whatever happens between two steps or two pictures. On the CPU a CUDA graph is a trace."""
 
-import dataclasses
-import gc
-import threading
+import copy
 import warnings
-import weakref
 from functools import partial
 
 import pytest
@@ -12,126 +9,98 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from minidiff import cuda_graph
+from minidiff import cuda_graph, pipeline
 from minidiff.adapters.custom_diffusion import create_custom_diffusion
 from minidiff.adapters.lora import create_lora, merge_lora
 from minidiff.adapters.parallel import create_adapters
-from minidiff.cuda_graph import NO_SAVINGS, Savings, channels_last, put_in
+from minidiff.attention_maps import with_attention_maps
+from minidiff.conditioning import Conditioning
+from minidiff.cuda_graph import UNetGraph
 from minidiff.kernels.dispatch import attention_backend
-from minidiff.samplers import SAMPLERS
-from tests.small_models import small_config, small_model, training_config
+from minidiff.pipeline import channels_last
+from tests.small_models import small_model, training_config
 
 PROMPTS = ["a red apple", "a cat"]
-ONE_BY_ONE = {name: dataclasses.replace(NO_SAVINGS, **{name: True}) for name in ("keys_values", "time_table", "shared_prefix", "graph")}
-# float32, summed in another order: 1e-6 on an answer, four times with guidance, over four steps
-CLOSE = dict(rtol=1e-4, atol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def sd():
-    return small_model()
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    """On the CPU a recording is a trace of PyTorch's operations with everything in it that they read, which is what a CUDA graph is too."""
-    monkeypatch.setitem(cuda_graph.CAPTURE, "cpu", trace)
-    return torch.device(request.param)
 
 
 def trace(f, device):
     program = make_fx(f)()
-    answer = program()
+    output = program()
 
     def replay():
-        answer.copy_(program())
+        output.copy_(program())
 
-    return answer, replay
+    return output, replay
 
 
-def latents(sd, cuda_graph, steps=4, between=None, size=32, **options):
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """On the CPU a capture is a trace of PyTorch's operations with everything in it that they read, which is what a CUDA graph is too."""
+    monkeypatch.setattr(pipeline, "GRAPH_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setitem(cuda_graph.CAPTURE, "cpu", trace)
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def captures(device, monkeypatch):
+    """A list that grows by one with each capture."""
+    made, capture = [], cuda_graph.CAPTURE[device.type]
+
+    def counting(f, device):
+        made.append(1)
+        return capture(f, device)
+
+    monkeypatch.setitem(cuda_graph.CAPTURE, device.type, counting)
+    return made
+
+
+def on(device, config=None):
+    """By default the smallest: tracing takes time."""
+    sd = small_model(config or training_config())
+    for part in sd.parts.values():
+        part.to(device)
+    return sd
+
+
+def latents(sd, graph=True, steps=4, between=None, size=32, **options):
     """The latents after every step; between(i) is called after step i."""
+    if not graph:
+        options["model"] = lambda x_t, t, conditioning: sd.unet(x_t.to(sd.dtype), t, conditioning)
     result = []
-    for step in sd.denoise(PROMPTS, steps=steps, seeds=[1, 2], size=size, savings=cuda_graph, **options):
+    for step in sd.denoise(PROMPTS, steps=steps, seeds=[1, 2], size=size, **options):
         result.append(step.x_t)
         if between:
             between(step.i)
     return torch.stack(result)
 
 
-def on(device, config=None):
-    """By default the smallest: tracing takes time."""
-    sd = small_model(config or training_config())
-    for part in (sd.text_encoder, sd.unet, sd.vae):
-        part.to(device)
-    return sd
+# --- with and without -------------------------------------------------------------------------------------------------
 
 
-class Runs:
-    """How often a layer's own product is computed, while open."""
-
-    def __init__(self, monkeypatch, layers):
-        self.count = dict.fromkeys(layers, 0)
-        linear = nn.Linear.forward
-
-        def forward(layer, x):
-            if layer in self.count:
-                self.count[layer] += 1
-            return linear(layer, x)
-
-        monkeypatch.setattr(nn.Linear, "forward", forward)
-
-
-# --- on and off -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ONE_BY_ONE)
-@pytest.mark.parametrize("guidance_scale", [1, 4.0])
-def test_each_saving_leaves_the_picture_as_it_is(device, name, guidance_scale):
+@pytest.mark.parametrize("sampler, guidance_scale", [("ddim", 1), ("heun", 4.0), ("plms", 4.0)])
+def test_the_graph_gives_the_same_bits(captures, device, sampler, guidance_scale):
+    """heun and plms call the model twice in a step, and keep its answers."""
     model = on(device)
-    off, by_one = (latents(model, s, guidance_scale=guidance_scale) for s in (NO_SAVINGS, ONE_BY_ONE[name]))
-    torch.testing.assert_close(by_one, off, **CLOSE)
-    if name in ("keys_values", "graph"):
-        assert torch.equal(by_one, off)  # the same operations on the same numbers
+    plain, replayed = (latents(model, graph, sampler=sampler, guidance_scale=guidance_scale) for graph in (False, True))
+    assert torch.equal(replayed, plain) and len(captures) == 1
 
 
-@pytest.mark.parametrize(
-    "prediction, sampler, spacing",
-    [
-        *(("v", sampler, None) for sampler in SAMPLERS),
-        *(("eps", sampler, "linspace") for sampler in ("euler", "heun", "plms")),
-    ],
-)
-def test_all_savings_together_with_every_sampler(sd, device, prediction, sampler, spacing):
-    """Also that the table of times has all that each visits: another is NaN."""
-    model = sd if (device.type, prediction) == ("cpu", "v") else on(device, small_config(prediction))
-    recorded = device.type == "cuda" or sampler in ("heun", "plms")  # these call the model twice in a step, and keep answers
-    off, all_of_them = (latents(model, s, steps=3, sampler=sampler, spacing=spacing) for s in (NO_SAVINGS, Savings(graph=recorded)))
-    torch.testing.assert_close(all_of_them, off, **CLOSE)
-
-
-def test_what_does_not_change_is_worked_out_once_a_walk(sd, monkeypatch):
-    block = sd.unet.middle.transformer.blocks[0].cross_attention
-    layers = [block.to_k, block.to_v, sd.unet.middle.block_1.time_projection, sd.unet.time_embedding.linear_2]
-    runs = Runs(monkeypatch, [*layers, block.to_q])
-    for s, times in ((Savings(), 1), (NO_SAVINGS, 4)):
-        runs.count = dict.fromkeys(runs.count, 0)
-        latents(sd, s)
-        assert [runs.count[layer] for layer in layers] == [times] * 4 and runs.count[block.to_q] == 4
-
-
-def test_a_timestep_that_is_not_in_the_table_is_not_taken_for_another(sd):
-    table = cuda_graph.TimeTable(sd.unet, lambda: [1, 500, 999])
-    with torch.no_grad():
-        rows = table.embed(torch.tensor([999, 7, 1]))
-        torch.testing.assert_close(rows[::2], sd.unet.time_embedding(torch.tensor([999, 1])), **CLOSE)
-    assert rows[1].isnan().all()
-
-
-def test_the_walk_works_in_inference_mode(sd):
-    expected = latents(sd, NO_SAVINGS)
+def test_it_works_in_inference_mode_and_under_autocast(captures, device):
+    model = on(device)
+    expected = latents(model, graph=False)
     with torch.inference_mode():
-        torch.testing.assert_close(latents(sd, Savings()), expected, **CLOSE)
+        assert torch.equal(latents(model), expected)
+    assert torch.equal(latents(model), expected)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(latents(model), latents(model, graph=False))
+    assert len(captures) == 3
+
+
+def test_without_a_cuda_device_there_is_no_graph(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "CAPTURE", {})
+    model = on("cpu")
+    latents(model)
+    assert model._graph is None
 
 
 # --- between two steps ------------------------------------------------------------------------------------------------
@@ -145,8 +114,8 @@ def random_lora(sd, patterns):
     return lora
 
 
-def lora(patterns, sd):
-    small = random_lora(sd, patterns)
+def lora(sd):
+    small = random_lora(sd, ("cross_attention.to_(k|v)", "time_projection", "time_embedding"))
     return {0: lambda: small.attach(sd), 2: lambda: setattr(small, "weight", 2.0), 3: small.detach}
 
 
@@ -196,8 +165,8 @@ def other_attention(sd):
     return {1: backend.__enter__, 3: lambda: backend.__exit__(None, None, None)}
 
 
-def silenced(sd):
-    """A hook that is not ours, and does something else at each call."""
+def foreign_hook(sd):
+    """It belongs to no adapter, and does something else at each call."""
     calls = []
 
     def hook(module, args, output):
@@ -209,190 +178,205 @@ def silenced(sd):
 
 
 EVENTS = {
-    "a LoRA on keys, values and times": partial(lora, ("cross_attention.to_(k|v)", "time_projection")),
-    "a LoRA on the time embedding": partial(lora, ("time_embedding", "to_q")),
+    "a LoRA": lora,
     "a LoRA that learns": lora_that_learns,
     "a LoRA that is merged": merged,
     "a Custom Diffusion": custom_diffusion,
     "prefix tuning": prefix_tuning,
-    "training with AdamW": partial(training, partial(torch.optim.AdamW, lr=0.02)),
     "training with fused AdamW": partial(training, partial(torch.optim.AdamW, lr=0.02, fused=True)),
-    "training with SGD one by one": partial(training, partial(torch.optim.SGD, lr=0.02, foreach=False)),
     "other weights, then other memory": new_weights,
     "another way of attention": other_attention,
-    "a hook of others": silenced,
+    "a foreign hook": foreign_hook,
 }
-
-
-# Traced on the CPU too; to trace all would take a minute.
-TRACED = (
-    "a LoRA on keys, values and times",
-    "a LoRA that learns",
-    "training with fused AdamW",
-    "other weights, then other memory",
-    "another way of attention",
-    "a hook of others",
-)
 
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_what_changes_between_two_steps_is_seen_by_the_next(event, device):
-    def walk(s, quiet=False):
+    def trajectory(graph, quiet=False):
         model = on(device)
         events = EVENTS[event](model)
-        return latents(model, s, steps=5, between=lambda i: events.get(i, int)() if not quiet else None)
+        return latents(model, graph, steps=5, between=lambda i: events.get(i, int)() if not quiet else None)
 
-    graph = device.type == "cuda" or event in TRACED
-    off, all_of_them, kept = walk(NO_SAVINGS), walk(Savings(graph=graph)), walk(ONE_BY_ONE["keys_values"])
-    torch.testing.assert_close(all_of_them, off, **CLOSE)
-    assert torch.equal(kept, off)
-    if event not in ("another way of attention", "a hook of others"):
-        assert (walk(NO_SAVINGS, quiet=True) - off).abs().max() > 1e-2  # else it would not be noticed
+    plain = trajectory(graph=False)
+    assert torch.equal(trajectory(graph=True), plain)
+    if event not in ("another way of attention", "a foreign hook"):
+        assert (trajectory(graph=False, quiet=True) - plain).abs().max() > 1e-2  # else it would not be noticed
 
 
-def test_an_adapter_attached_between_two_pictures_is_in_the_second_alone(device):
+# --- from picture to picture ------------------------------------------------------------------------------------------
+
+
+def test_the_graph_is_kept_from_picture_to_picture(captures, device):
+    """Other prompts, seeds, scales and samplers are other numbers in the same buffers."""
+    model = on(device)
+    settings = [{}, {"negative_prompt": "a dog"}, {"guidance_scale": 7.5, "sampler": "euler"}]
+    assert all(torch.equal(latents(model, **one), latents(model, graph=False, **one)) for one in settings)
+    assert len(captures) == 1
+    assert torch.equal(latents(model, size=(40, 32)), latents(model, graph=False, size=(40, 32)))
+    latents(model, guidance_scale=1)
+    latents(model, guidance_scale=1)
+    assert len(captures) == 3
+
+
+def test_an_adapter_is_in_the_pictures_drawn_while_it_is_attached(captures, device):
     model = on(device)
     small = random_lora(model, ("to_k", "time_projection"))
-    plain = latents(model, Savings(), steps=3)
+    plain = latents(model)
     small.attach(model)
-    adapted = latents(model, Savings(), steps=3)
-    torch.testing.assert_close(adapted, latents(model, NO_SAVINGS, steps=3), **CLOSE)
+    adapted = latents(model)
+    assert torch.equal(adapted, latents(model, graph=False)) and (adapted - plain).abs().max() > 1e-2
+    small.weight = 0.5
+    assert torch.equal(latents(model), latents(model, graph=False))
     small.detach()
-    assert torch.equal(latents(model, Savings(), steps=3), plain) and (adapted - plain).abs().max() > 1e-2
+    assert torch.equal(latents(model), plain)
+    assert len(captures) == 4
 
 
-def test_walks_that_take_turns_and_pictures_of_other_sizes_do_not_meet(device):
+class Scale(nn.Module):
+    """The smallest adapter: it multiplies the middle's output."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor, self.version = factor, 0
+
+    def attach(self, sd):
+        sd.attached.append(self)
+        sd.unet.middle.register_forward_hook(self.hook)
+
+    def hook(self, module, args, output):
+        return self.factor * output
+
+
+def test_a_new_setting_is_seen_once_the_version_says_so(captures, device):
+    model, small = on(device), Scale(2.0)
+    small.attach(model)
+    with_2 = latents(model)
+    small.factor = 3.0
+    assert torch.equal(latents(model), with_2)
+    small.version += 1
+    assert torch.equal(latents(model), latents(model, graph=False))
+    model.attached.remove(small)  # now it is a foreign hook
+    latents(model)
+    assert len(captures) == 2
+
+
+def test_weights_that_were_changed_in_place_need_no_new_graph_and_those_that_moved_do(captures, device):
     model = on(device)
-    settings = [dict(size=32), dict(size=(40, 32), negative_prompt="a dog")]
-    alone = [latents(model, Savings(), steps=3, **one) for one in settings]
-    walks = [model.denoise(PROMPTS, steps=3, seeds=[1, 2], **one) for one in settings]
-    for i, steps in enumerate(zip(*walks, strict=True)):
+    latents(model)
+    with torch.no_grad():
+        model.unet.conv_out.weight.mul_(2)
+    assert torch.equal(latents(model), latents(model, graph=False)) and len(captures) == 1
+    model.unet.conv_out.weight.data = 0.5 * model.unet.conv_out.weight
+    assert torch.equal(latents(model), latents(model, graph=False)) and len(captures) == 2
+    model.unet.double(), model.text_encoder.double()
+    assert torch.equal(latents(model), latents(model, graph=False)) and len(captures) == 3
+
+
+def test_a_captured_unet_is_released_by_a_model_that_gets_another(captures, device):
+    model, other = on(device), small_model(training_config(), seed=1).unet.to(device)
+    latents(model)
+    model.unet = other
+    assert torch.equal(latents(model), latents(model, graph=False)) and model._graph.unet is other
+
+
+def test_a_deep_copy_captures_a_graph_of_its_own(captures, device):
+    model = on(device)
+    expected = latents(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        model.unet.conv_out.weight.zero_()
+    assert torch.equal(latents(copied), expected) and len(captures) == 2
+    assert copied._graph.unet is copied.unet and copied._graph.attached is copied.attached
+
+
+def test_loops_that_take_turns_do_not_meet(device):
+    model = on(device)
+    settings = [{}, {"negative_prompt": "a dog"}, {"size": (40, 32)}]
+    alone = [latents(model, steps=3, **one) for one in settings]
+    loops = [model.denoise(PROMPTS, steps=3, seeds=[1, 2], **({"size": 32} | one)) for one in settings]
+    for i, steps in enumerate(zip(*loops, strict=True)):
         assert all(torch.equal(step.x_t, expected[i]) for step, expected in zip(steps, alone, strict=True))
 
 
-# --- the recording ----------------------------------------------------------------------------------------------------
+# --- the graph by itself ----------------------------------------------------------------------------------------------
 
 
-def counted(monkeypatch, capture=trace):
-    made = []
-
-    def counting(f, device):
-        made.append(1)
-        return capture(f, device)
-
-    monkeypatch.setitem(cuda_graph.CAPTURE, "cpu", counting)
-    return made
+def inputs(device, rows=2):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, 4, 8, 8, generator=generator)
+    context = torch.randn(rows, 5, 16, generator=generator)
+    return x.to(device), torch.tensor([10, 500], device=device), Conditioning(context.to(device))
 
 
-def test_a_walk_is_recorded_once_and_again_only_after_a_change(sd, monkeypatch):
-    made, model = counted(monkeypatch), on("cpu")
-    small = random_lora(model, ("to_k",))
-    latents(model, Savings(), steps=6, between=lambda i: {3: lambda: small.attach(model)}.get(i, int)())
-    assert len(made) == 2
-    latents(model, Savings(), steps=1)
-    latents(model, Savings(graph=False))
-    latents(model, Savings(), attention_maps=True)  # its hooks take notes, at each call others
-    assert len(made) == 2
-
-
-def test_a_replayed_answer_is_the_callers_own(sd, monkeypatch):
-    """plms keeps three."""
-    counted(monkeypatch)
-    x, t = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 500])
-    context = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
-    model = cuda_graph.Recorded(lambda x_t, t: sd.unet(x_t, t, context), sd.unet)
+def test_a_replayed_answer_is_the_callers_own(captures, device):
+    unet = on(device).unet
+    x, t, conditioning = inputs(device)
+    graph = UNetGraph(unet, [])
     with torch.no_grad():
-        answers = [model(one, t) for one in x]
-        assert all(torch.equal(answer, sd.unet(one, t, context)) for answer, one in zip(answers, x))
-    assert model.replay is not None
+        answers = [graph(x_t, t, conditioning) for x_t in x]
+        assert all(torch.equal(answer, unet(x_t, t, conditioning)) for answer, x_t in zip(answers, x))
+    assert len(captures) == 1
 
 
-def test_what_cannot_be_recorded_runs_without_and_says_so_once(sd, monkeypatch):
+def test_residuals_are_inputs_too(captures, device):
+    unet = on(device).unet
+    x, t, conditioning = inputs(device)
+    graph = UNetGraph(unet, [])
+    with torch.no_grad():
+        skips, middle, _ = unet.encode(x[0], t, conditioning)
+        for i, x_t in enumerate(x):
+            controlled = Conditioning(conditioning.context, residuals=tuple(i * r for r in (*skips, middle)))
+            assert torch.equal(graph(x_t, t, controlled), unet(x_t, t, controlled))
+        graph(x[0], t, conditioning)
+    assert len(captures) == 1
+
+
+def test_gradients_and_a_compiled_unet_take_no_graph(captures, device):
+    unet = on(device).unet
+    x, t, conditioning = inputs(device)
+    graph = UNetGraph(unet, [])
+    for x_t in x:
+        assert graph(x_t, t, conditioning).requires_grad
+    unet._compiled_call_impl = unet._call_impl  # as `compile` does
+    with torch.no_grad():
+        for x_t in x:
+            graph(x_t, t, conditioning)
+    assert captures == []
+
+
+def test_a_loop_that_records_attention_maps_is_not_captured(captures, device):
+    """Its hooks belong to no adapter, and take notes, others at each call."""
+    model = on(device)
+    list(with_attention_maps(model.denoise(PROMPTS, steps=4, seeds=[1, 2], size=32), model.unet))
+    assert captures == []
+
+
+def test_what_cannot_be_captured_runs_without_and_says_so_once(device, monkeypatch):
     def fail(f, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    made = counted(monkeypatch, fail)
-    with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph and runs without: operation not permitted") as caught:
-        shown = latents(sd, ONE_BY_ONE["graph"])
-    assert len(caught) == len(made) == 1 and torch.equal(shown, latents(sd, NO_SAVINGS))
-
-
-def test_a_compiled_unet_is_left_alone(monkeypatch):
-    made, model = counted(monkeypatch), small_model()
-    model.unet._compiled_call_impl = model.unet._call_impl  # as `compile` does
-    monkeypatch.setattr(cuda_graph, "put_in", None)
-    latents(model, Savings())
-    assert made == []
-
-
-# --- nothing is left --------------------------------------------------------------------------------------------------
-
-
-def patched(sd):
-    return [name for name, module in sd.unet.named_modules() if "forward" in vars(module)]
-
-
-def test_no_module_is_changed_after_a_step_or_an_error(sd, monkeypatch):
-    walk = sd.denoise(PROMPTS, seeds=[1])
-    next(walk)
-    assert patched(sd) == []
-
-    def fail(*args):
-        assert len(patched(sd)) > 5
-        raise MemoryError
-
-    monkeypatch.setattr(sd.unet.middle.block_2, "forward", fail)
-    with pytest.raises(MemoryError):
-        next(walk)
-    monkeypatch.undo()
-    assert patched(sd) == []
-
-
-def test_nothing_is_remembered_after_the_walk(sd, monkeypatch):
-    tables = []
-    table = cuda_graph.TimeTable
-    monkeypatch.setattr(cuda_graph, "TimeTable", lambda *args: tables.append(table(*args)) or tables[-1])
-    walk = sd.denoise(PROMPTS, steps=3)
-    next(walk)
-    remembered = weakref.ref(tables.pop().table)
-    assert remembered() is not None
-    walk.close()
-    del walk
-    gc.collect()
-    assert remembered() is None
-
-
-def test_another_thread_computes_by_itself(sd):
-    layer, x = sd.unet.time_embedding.linear_1, torch.randn(2, 16)
-    results = []
-    with put_in({layer: lambda x: None}):
-        thread = threading.Thread(target=lambda: results.append(layer(x)))
-        thread.start()
-        thread.join()
-        assert layer(x) is None
-    assert torch.equal(results[0], layer(x))
-
-
-def test_a_forward_that_others_put_in_stays():
-    layer, x = nn.Linear(2, 2), torch.randn(1, 2)
-    layer.forward = lambda x: x
-    with put_in({layer: lambda x: None}):
-        assert layer(x) is x
-    assert layer(x) is x
+    monkeypatch.setitem(cuda_graph.CAPTURE, device.type, fail)
+    model = on(device)
+    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph and runs without: operation not permitted") as caught:
+        shown = latents(model)
+    assert len(caught) == 1 and torch.equal(shown, latents(model, graph=False))
 
 
 # --- channels-last ----------------------------------------------------------------------------------------------------
 
 
-def test_16_bit_convolutions_are_laid_out_channels_last_and_agree():
+def test_16_bit_convolutions_are_laid_out_channels_last_and_agree(monkeypatch):
     plain, laid_out = small_model(), small_model()
     for model in (plain, laid_out):
-        model.unet.bfloat16(), model.text_encoder.bfloat16(), model.vae.bfloat16()
+        for part in model.parts.values():
+            part.bfloat16()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        off, shown = (latents(model, s, steps=2) for model, s in ((plain, NO_SAVINGS), (laid_out, Savings(graph=False))))
+        shown = latents(laid_out, steps=2)
+        monkeypatch.setattr(pipeline, "channels_last", lambda module: None)
+        off = latents(plain, steps=2)
         pixels = [model.decode(off[-1]) for model in (plain, laid_out)]
-    exact = latents(small_model(), NO_SAVINGS, steps=2)
+    exact = latents(small_model(), steps=2)
     # The one differs from the other no more than bfloat16 from float32, twice: both round, each in its own order.
     assert (shown - off).square().mean().sqrt() < 2 * (off - exact).square().mean().sqrt()
     assert (pixels[0] - pixels[1]).square().mean().sqrt() < 0.05  # 8 bits, over some thirty layers
@@ -421,5 +405,5 @@ def test_the_unet_stays_channels_last_from_end_to_end():
 
 def test_float32_weights_are_left_as_they_are():
     model = small_model()
-    latents(model, Savings(), steps=1)
+    latents(model, steps=1)
     assert all(p.is_contiguous() for p in model.unet.parameters())

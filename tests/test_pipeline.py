@@ -9,7 +9,7 @@ import torch
 
 from minidiff.guidance import guide
 from minidiff.pipeline import noise_source, to_images
-from minidiff.samplers import SAMPLERS
+from minidiff.samplers import SAMPLERS, levels
 from tests.small_models import small_config, small_model
 
 PROMPT = "a red apple on a blue background"
@@ -46,7 +46,9 @@ class Calls:
 # --- seeds ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler, eta", [*((sampler, 0.0) for sampler in SAMPLERS), ("ddim", 1.0)])
+@pytest.mark.parametrize(
+    "sampler, eta", [*((name, 0.0) for name in SAMPLERS), *((name, 1.0) for name, row in SAMPLERS.items() if row.takes_eta)]
+)
 def test_a_seed_gives_one_picture_alone_and_in_any_batch(sd, sampler, eta):
     prompts, seeds = [PROMPT, "a cat", "a dog and a pear", PROMPT], [11, 3, 11, 4]
     *_, last = sd.denoise(prompts, seeds=seeds, steps=4, sampler=sampler, eta=eta)
@@ -114,7 +116,7 @@ def test_n_steps_are_n_steps_and_the_samplers_number_of_calls(eps_sd, sampler, s
     with Calls(eps_sd.unet.conv_out) as rows:
         walk = list(eps_sd.denoise([PROMPT, "a cat"], steps=steps, sampler=sampler))
     assert [step.i for step in walk] == list(range(steps))
-    assert rows == [4] * {"heun": 2 * steps - 1, "plms": steps + 1}.get(sampler, steps)  # both halves of guidance in one call
+    assert rows == [4] * SAMPLERS[sampler].model_calls(steps)  # both halves of guidance in one call
     assert all(step.x_t.shape == step.x0_hat.shape == (2, 4, 8, 8) and step.x_t.dtype == torch.float32 for step in walk)
     assert all(step.attention_maps is None for step in walk)
     assert all(step.t > later.t for step, later in zip(walk, walk[1:]))
@@ -176,6 +178,53 @@ def test_what_is_asked_of_the_model_between_steps_does_not_change_the_walk(sd):
         sd.generate("a cat", steps=1)
 
 
+# --- a start and a hand on the loop -----------------------------------------------------------------------------------
+
+DETERMINISTIC = [name for name, row in SAMPLERS.items() if not row.draws_noise and not row.multistep]
+
+
+@pytest.mark.parametrize("sampler", DETERMINISTIC)
+def test_denoising_begins_at_any_level(sd, sampler):
+    settings = dict(prompts=[PROMPT, "a cat"], seeds=[1, 2], steps=5, sampler=sampler)
+    whole = list(sd.denoise(**settings))
+    rest = list(sd.denoise(**settings, start=2, x=whole[1].x_t))
+    assert [step.i for step in rest] == [2, 3, 4]
+    assert all(torch.equal(step.x_t, expected.x_t) for step, expected in zip(rest, whole[2:], strict=True))
+
+
+def test_an_image_is_the_start_of_another(sd):
+    """The later the start, the nearer the end to the image."""
+    image = latents_for(sd)
+    visited = levels(sd.schedule, "ddim", 8, "trailing")
+    noise = noise_source([1, 2], (4, 8, 8), sd.device)()
+    distances = []
+    for start in (0, 4, 7):
+        x = visited[start].sqrt_alpha_bar * image + visited[start].sqrt_one_minus_alpha_bar * noise
+        *_, last = sd.denoise(PROMPT, seeds=[1, 2], steps=8, start=start, x=x)
+        distances.append((last.x_t - image).square().mean())
+    assert distances == sorted(distances, reverse=True) and distances[0] > 10 * distances[-1]
+
+
+def test_fresh_noise_is_never_the_noise_that_x_may_have_been_made_with(sd):
+    draw = noise_source([3], (4, 8, 8), sd.device)
+    first, second = draw(), draw()
+    step = next(sd.denoise(PROMPT, seeds=[3], steps=4, start=2, x=first, sampler="ddpm"))
+    without = next(sd.denoise(PROMPT, seeds=[4], steps=4, start=2, x=first, sampler="ddpm"))
+    other = noise_source([4], (4, 8, 8), sd.device)
+    other()
+    ratio = (step.x_t - without.x_t) / (second - other())
+    assert ratio.std() < 1e-3 * ratio.mean().abs()  # fp32: the two steps differ by their second draws alone
+
+
+def test_a_latent_that_is_sent_replaces_the_one_that_was_yielded(sd):
+    plain = [step.x_t for step in sd.denoise(PROMPT, steps=4)]
+    steps = sd.denoise(PROMPT, steps=4)
+    first = next(steps)
+    assert torch.equal(steps.send(first.x_t).x_t, plain[1])
+    changed = steps.send(torch.zeros_like(first.x_t)).x_t
+    assert not torch.equal(changed, plain[2]) and not torch.equal(next(steps).x_t, plain[3])
+
+
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +264,9 @@ def test_the_models_own_size_is_the_default(sd):
         ({"eta": 1.5}, r"eta 1.5 is outside 0\.\.1"),
         ({"eta": float("nan")}, "eta nan is outside"),
         ({"eta": 0.5, "sampler": "euler"}, "eta 0.5 belongs to sampler 'ddim'"),
+        ({"start": 3}, "start 3 needs x, the latents at that level"),
+        ({"start": 30, "x": torch.zeros(1, 4, 8, 8)}, r"start 30 is outside 0\.\.29"),
+        ({"x": torch.zeros(2, 4, 8, 8)}, r"x has shape \(2, 4, 8, 8\); expected \(1, 4, 8, 8\), for 1 pictures"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_first_step(sd, options, message):

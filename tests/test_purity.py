@@ -22,7 +22,9 @@ from minidiff import (
     attention_maps,
     blocks,
     compare,
+    conditioning,
     cuda_graph,
+    files,
     guidance,
     pipeline,
     samplers,
@@ -31,15 +33,15 @@ from minidiff import (
     unet,
     vae,
 )
-from minidiff.adapters import custom_diffusion, lora, parallel
+from minidiff.adapters import custom_diffusion, extraction, layer_change, low_rank, merge_concepts, parallel
 from minidiff.bench import attention_cases
 from minidiff.bench import race as bench_race
 from minidiff.bundled import evaluate, tasks
+from minidiff.bundled import judge as judge_network
 from minidiff.bundled import train_judge as judge_trainer
 from minidiff.bundled.train_judge import JudgeTask, judge_config
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.evaluation import alignment, kid, pairs, weights
-from minidiff.evaluation import judge as judge_network
 from minidiff.evaluation.open_clip import OpenClip
 from minidiff.kernels import cross_attention, dispatch, geglu, group_norm_silu, self_attention, tiles
 from minidiff.samplers import Denoiser, Level
@@ -47,12 +49,13 @@ from minidiff.scenes import art
 from minidiff.scenes.prompts import fixed_prompts
 from minidiff.schedule import NoiseSchedule, zero_terminal_snr
 from minidiff.study import measure
-from minidiff.trainers.data import regularisation
+from minidiff.trainers.data import cache, regularisation
 from minidiff.trainers.engine import diffusion_loss, distributed, loop, memory, optimizer
 from tests.small_models import small_model
 
 SOURCES = ("model", "real", "reconstructed")  # of the evaluation's figures
-TINY = attention_cases.Case("tiny", 6, 5, heads=2, head_dim=8, calls=1, batch=1, dtype="float32")
+TINY = attention_cases.AttentionCase("tiny", 6, 5, heads=2, head_dim=8, calls=1, batch=1, dtype="float32")
+LEVEL_FUNCTIONS = (samplers.timestep_levels, samplers.fractional_levels, samplers.karras_levels)
 PACKAGE = Path(minidiff.__file__).parent
 
 
@@ -93,7 +96,9 @@ def examples() -> list[partial]:
     schedule = NoiseSchedule(ScheduleConfig())
     denoise, now, then = Denoiser(lambda x_t, t: 0.5 * x_t, "eps", torch.float32), Level(700, 0.1), Level(500, 0.3)
     noise = partial(torch.randn, x_t.shape)
+    alpha_bar = schedule.alpha_bar.numpy()
     sd = small_model()
+    full = conditioning.Conditioning(torch.randn(2, 3, 16))
     cells, ones = x.to(tiles.DEVICE, memory_format=torch.channels_last), torch.ones(8, device=tiles.DEVICE)
     conversions = [schedule.x0_from_eps, schedule.eps_from_x0, schedule.x0_from_v, schedule.eps_from_v]
     weight = nn.Parameter(torch.ones(3))
@@ -116,29 +121,33 @@ def examples() -> list[partial]:
     )
     public_clip.mean = public_clip.std = torch.ones(3, 1, 1)
     return [
-        partial(parallel.Adapter(8, 2, torch.Generator()).forward, q),
+        partial(parallel.SequentialAdapter(8, 2, torch.Generator()).forward, q),
         partial(parallel.ParallelAdapter(8, 2, torch.Generator()).forward, q),
         partial(parallel.MultiHeadParallelAdapter(8, 2, 2, torch.Generator()).forward, q),
-        partial(lora.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0).forward, q),
-        partial(lora.kept, torch.tensor([3.0, 1.0]), 0.5, "sum"),
+        partial(layer_change.LayerChange.forward, low_rank.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0), q),
+        partial(low_rank.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0).forward, q),
+        partial(extraction.rank_for_energy, torch.tensor([3.0, 1.0]), 0.5, "sum"),
         partial(attention.attention_weights, q, k, 2),
         partial(attention.naive_attention, q, k, v, 2),
         partial(attention.attention, q, k, v, 2),
         partial(dispatch.select_backend, q, k, v, 2),
+        partial(dispatch.fused_attention, "pytorch", q, k, v, 2),
         partial(attention.Attention(8, 2).forward, q, k),
         partial(attention_cases.exact, TINY, attention_cases.inputs(TINY, "normal"), torch.device("cpu")),
         partial(bench_race.relative_error, q, 2 * q),
+        partial(attention_maps.with_attention_maps, sd.denoise("a cat", steps=2), sd.unet),
         partial(attention_maps.word_map, {"layer": torch.rand(2, 4, 4, 5)}, [1, 2], (8, 8)),
         partial(custom_diffusion.compress, changes),
         partial(custom_diffusion.compress(changes).deltas),
         partial(custom_diffusion.from_deltas, sd, changes),
-        partial(custom_diffusion.merge_directions, torch.randn(2, 8), torch.randn(20, 8)),
+        partial(merge_concepts.merge_directions, torch.randn(2, 8), torch.randn(20, 8)),
         partial(weights.layer_changes, changes, changes),
         partial(weights.relative_changes, changes, changes),
         partial(public_clip.encode_pictures, pixels),
         partial(measure.chroma, pixels),
         partial(blocks.timestep_embedding, t, 8),
         partial(blocks.TimeEmbedding(8).forward, t),
+        partial(blocks.AddedEmbedding(3, 8).forward, torch.randn(2, 3), torch.rand(2, 6)),
         partial(blocks.norm_silu, nn.GroupNorm(4, 8), x),
         partial(blocks.geglu, q),
         partial(blocks.tile_rows, x, 4),
@@ -150,10 +159,17 @@ def examples() -> list[partial]:
         partial(compare.outputs_by_layer, nn.Linear(8, 8), nn.Linear.__call__, (q,)),
         partial(guidance.guide, x_t, eps, 7.5),
         partial(guidance.guided, lambda x_t, t, context: x_t, context, context, 7.5),
+        partial(full.tensors),
+        partial(full.with_tensors, [q]),
+        partial(full.to, torch.device("cpu"), torch.float64),
+        partial(conditioning.Conditioning(q[:1]).expand, 3),
+        partial(conditioning.as_conditioning, q),
+        partial(sd.predict, x_t, t, full),
+        partial(sd.denoise, "a cat", x=torch.randn(1, 4, 8, 8), start=1, steps=2),
         partial(sd.decode, torch.randn(1, 4, 8, 8)),
         partial(pipeline.to_images, torch.randn(1, 3, 8, 8)),
-        partial(denoise.predict, x_t, now),
-        partial(denoise.split, eps, x_t, now),
+        partial(denoise.model_output, x_t, now),
+        partial(denoise.to_x0_eps, eps, x_t, now),
         partial(denoise.__call__, x_t, now),
         *(partial(samplers.sample, denoise.model, x_t, schedule, sampler=name, steps=5, noise=noise) for name in samplers.SAMPLERS),
         partial(samplers.ddpm, denoise, x_t, now, then, noise),
@@ -163,6 +179,7 @@ def examples() -> list[partial]:
         partial(samplers.euler_ancestral, denoise, x_t, now, then, noise),
         partial(samplers.heun, denoise, x_t, now, then),
         partial(samplers.dpmpp_2m, denoise, x_t, now, then, (Level(800, 0.05), eps)),
+        *(partial(function, schedule, alpha_bar, 5, "linspace") for function in LEVEL_FUNCTIONS),
         partial(art.tinted, np.full((4, 4, 4), 200, np.uint8), "red"),
         *(partial(method, x_t, t, eps) for method in [schedule.q_sample, schedule.velocity, schedule.target, *conversions]),
         partial(schedule.snr, t),
@@ -173,27 +190,29 @@ def examples() -> list[partial]:
         partial(text_encoder.TextEncoder(text_config).embed, torch.tensor([[1, 2, 3]])),
         partial(text_encoder.TextEncoder(text_config).forward, torch.tensor([[1, 2, 3]])),
         partial(tasks.to_pixels, np.zeros((1, 4, 4, 3), np.uint8)),
-        partial(tasks.resized, x_t, 3),
-        partial(tasks.encoded, np.zeros((1, 8, 8, 3), np.uint8), vae.VAE(vae_config), torch.device("cpu")),
+        partial(tasks.resize, x_t, 3),
+        partial(tasks.encode_scenes, np.zeros((1, 8, 8, 3), np.uint8), vae.VAE(vae_config), torch.device("cpu")),
         partial(tasks.reconstruction_loss, torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)),
         partial(tasks.Latents(x_t, t[:, None], x_t[:, :1]).scaling_factor),
         partial(diffusion_loss.squared_error, answer, schedule, x_t, context, draws),
         partial(diffusion_loss.diffusion_loss, answer, schedule, x_t, context, draws, mask=x_t[:, :1], min_snr=5.0),
         partial(diffusion_loss.min_snr_weight, schedule, t, 5.0),
-        partial(loop.on, torch.device("cpu"), x_t),
+        partial(loop.to_device, torch.device("cpu"), x_t),
         partial(memory.bytes_of, [x_t]),
         partial(distributed.average_gradients, [weight], x_t.sum()),
         partial(optimizer.orthogonalise, torch.randn(4, 6)),
+        partial(cache.Batch.concatenate, [cache.Batch(x_t, x_t[:, :1], ("a", "b"), ("", ""))] * 2),
         partial(regularisation.nearest, torch.randn(4), torch.randn(6, 4)),
         partial(kid.kernel, features, features + 1),
         partial(kid.block_sums, features.double(), torch.arange(8) % 2, torch.arange(4) % 2, 2),
+        partial(kid.scale_features, features),
+        partial(files.tensor_bytes, q),
         partial(kid.kid, features, features + 1, blocks=2),
         partial(alignment.text_alignment, features, features + 1),
         partial(alignment.image_alignment, features, features + 1),
         partial(pairs.dependence, np.array([[1.0, -1.0, 0.0]])),
         partial(alignment.check_size, pixels, 64, "judge"),
         partial(alignment.drift, features, features + 1),
-        partial(judge_network.scaled, features),
         partial(judge_network.contrastive_loss, features, features + 1, torch.tensor(1.0)),
         partial(judge_network.AttentionPool(8, 4, 2).forward, x),
         partial(judge.pictures.forward, pixels),
@@ -203,20 +222,21 @@ def examples() -> list[partial]:
         partial(reading.shares),
         partial(reading.centroids, two),
         partial(reading.tint_of, two),
-        partial(evaluate.reconstructed, sd, torch.rand(1, 3, 32, 32)),
-        partial(evaluate.judged, judge, pixels, fixed_prompts()[:2]),
+        partial(evaluate.reconstruct, sd, torch.rand(1, 3, 32, 32)),
+        partial(evaluate.judge_batch, judge, pixels, fixed_prompts()[:2]),
         partial(
-            evaluate.figures_of,
+            evaluate.summarize_verdicts,
             fixed_prompts()[:4],
             {name: [verdict] * 4 for name in SOURCES},
             dict.fromkeys((*SOURCES, "reference"), features[:4]),
         ),
-        partial(judge_trainer.augmented, pixels, [np.random.default_rng(i) for i in range(2)]),
+        partial(judge_trainer.augment, pixels, [np.random.default_rng(i) for i in range(2)]),
         partial(labels.to, torch.device("cpu")),
-        partial(unet.DownLevel(8, 8, 2, False, unet_config).forward, x, time, context),
-        partial(unet.UpLevel(8, [8, 8], 8, 2, True, unet_config).forward, x, [x + 1, x + 2], time, context),
-        partial(unet.Middle(8, 2, unet_config).forward, x, time, context),
+        partial(unet.DownLevel(8, 8, 2, 1, False, unet_config).forward, x, time, context),
+        partial(unet.UpLevel(8, [8, 8], 8, 2, 1, True, unet_config).forward, x, [x + 1, x + 2], time, context),
+        partial(unet.Middle(8, 2, 1, unet_config).forward, x, time, context),
         partial(unet.UNet(unet_config).forward, x_t, t, context),
+        partial(unet.UNet(unet_config).encode, x_t, t, context, x),
         partial(cross_attention.fused_cross_attention, *(y.to(tiles.DEVICE) for y in (q, k, v)), 1),
         partial(cross_attention.unsupported, q, k, v, 1),
         partial(self_attention.fused_self_attention, *(y.to(tiles.DEVICE) for y in (q, k, v)), 1),
@@ -230,10 +250,7 @@ def examples() -> list[partial]:
         partial(tiles.device_of, ones),
         partial(tiled_decode.should_tile, vae_config, x_t),
         partial(tiled_decode.decode_tiled, vae.VAE(vae_config), x_t),
-        partial(cuda_graph.SameInput(nn.Linear(8, 8)).__call__, q),
-        partial(cuda_graph.TimeTable(sd.unet, lambda: [10, 700]).embed, t),
-        partial(cuda_graph.TimeTable(sd.unet, lambda: [10, 700]).project, nn.Linear(32, 8), time),
-        partial(cuda_graph.Recorded(lambda x_t, t: 0.5 * x_t, sd.unet).__call__, x_t, t),
+        partial(cuda_graph.UNetGraph(sd.unet, []).__call__, x_t, t, full),
         partial(gaussian.sample, torch.Generator()),
         partial(gaussian.kl),
         partial(vae.AttentionBlock(8, 4).forward, x),

@@ -9,7 +9,8 @@ from jaxtyping import TypeCheckError, install_import_hook
 from minidiff.attention import attention, attention_weights
 from minidiff.blocks import ResBlock, timestep_embedding
 from minidiff.guidance import guide
-from weights_loader.dialects import table
+from weights_loader.families.shared import UNET_LDM
+from weights_loader.name_table import name_table
 
 
 def test_keys_and_values_of_different_length_are_refused():
@@ -36,7 +37,7 @@ def test_what_a_function_returns_is_checked():
 
 def test_weights_loader_is_checked_too():
     with pytest.raises(TypeCheckError):
-        table("not a module", "ldm")
+        name_table("not a module", UNET_LDM)
 
 
 def test_an_int_is_welcome_where_a_float_is_expected():

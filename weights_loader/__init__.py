@@ -9,14 +9,15 @@ sd = weights_loader.load("tiny", embeddings=("cat.safetensors",), lora=(("style.
 weights_loader.write_lora("style.safetensors", lora, sd, names="kohya")
 """
 
-from weights_loader.attach import attach
-from weights_loader.custom_diffusion import read_custom_diffusion, write_custom_diffusion
-from weights_loader.embedding import read_embedding, write_embedding
+from weights_loader.adapters.attach import attach
+from weights_loader.adapters.custom_diffusion import read_custom_diffusion, write_custom_diffusion
+from weights_loader.adapters.embedding import read_embedding, write_embedding
+from weights_loader.adapters.lora import read_lora, write_lora
+from weights_loader.adapters.summary import SmallSummary
 from weights_loader.judge import load_judge, save_judge
 from weights_loader.load import load
-from weights_loader.lora import read_lora, write_lora
 from weights_loader.save import convert, save, save_parts
-from weights_loader.summary import SmallSummary, Summary, inspect
+from weights_loader.summary import Summary, inspect
 
 __all__ = [
     "SmallSummary",

@@ -1,7 +1,7 @@
 """What is in a checkpoint: its tensors, sorted by the part of the model that they belong to.
 
     one file in LDM names   -> sorted by the beginning of the name
-    a diffusers folder      -> one file a part
+    a diffusers folder      -> one file per part
 
 A VAE of another file, or the moving averages of the U-Net, take the place of the model's own here, before anything is looked up.
 """
@@ -11,35 +11,50 @@ from pathlib import Path
 
 from torch import Tensor
 
-from weights_loader import detect, dialects
+from weights_loader.detect import foreign
+from weights_loader.dialects import Aliases
+from weights_loader.families import Family, Shapes, family_of_names
+from weights_loader.folder import INDEX, folder_family
+from weights_loader.name_table import EMA_PREFIX, PartNames, canonical_name, ema_name, file_name
 from weights_loader.read import Checkpoint, read
 
 BUNDLED = {name: Path(__file__).parent / "bundled" / f"{name}.safetensors" for name in ("tiny", "half")}
-CARRIED_FILE = "carried.safetensors"  # beside the parts of a diffusers folder of ours, in LDM names
-PARTS = ("text_encoder", "unet", "vae")
-FOLDERS = (*PARTS, "tokenizer", "scheduler")
-LDM_PREFIXES = {"cond_stage_model.": "text_encoder", dialects.UNET_PREFIX: "unet", dialects.VAE_PREFIX: "vae"}
+EXTRA_FILE = "carried.safetensors"  # beside the parts of a diffusers folder that minidiff wrote, in LDM names
+OTHER_FOLDERS = ("tokenizer", "scheduler")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds: the tensors of each part in the names of its layout, and those of no part."""
+    """What a checkpoint holds.
+
+    family: whose names sorted the tensors; the config decides which family the model is of.
+    parts: {part: {name: tensor}} in the names of its layout.
+    layouts: of each part; a VAE taken from elsewhere may have another one than the model.
+    rest: the tensors of no part.
+    """
 
     path: Path
+    family: Family
     layout: str
     parts: dict[str, dict[str, Tensor]] = field(repr=False)
-    layouts: dict[str, str]  # of each part: a VAE taken from elsewhere may have another one
+    layouts: dict[str, str]
     rest: dict[str, Tensor] = field(repr=False)
     metadata: dict[str, str]
     notes: tuple[str, ...]
 
     @property
-    def shapes(self) -> detect.Shapes:
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name, those of no part first."""
+        return self.rest | {name: tensor for part in self.parts.values() for name, tensor in part.items()}
+
+    @property
+    def shapes(self) -> Shapes:
+        """Return the shapes of the parts' tensors."""
         return {name: tuple(tensor.shape) for part in self.parts.values() for name, tensor in part.items()}
 
 
 def find(path_or_name: str | Path) -> Path:
-    """The path, or that of a checkpoint that ships with minidiff."""
+    """Return the path, or that of a checkpoint that ships with minidiff."""
     path = BUNDLED.get(str(path_or_name), Path(path_or_name))
     if path.exists():
         return path
@@ -50,35 +65,35 @@ def find(path_or_name: str | Path) -> Path:
 
 def open_checkpoint(path: Path) -> Contents:
     """Read a file or a diffusers folder, and sort its tensors by part. Raises ValueError for what its names show to be something else."""
-    if path.is_dir() and (path / "model_index.json").is_file():
+    if path.is_dir() and (path / INDEX).is_file():
         return _open_folder(path)
     checkpoint = read(path)
-    what = detect.foreign(list(checkpoint.tensors))
+    what = foreign(list(checkpoint.tensors))
     if what:
         raise ValueError(f"{path}: {what}")
-    parts = {name: {} for name in PARTS}
-    rest = {}
-    for name, tensor in _respelled(checkpoint, dialects.LDM_SPELLINGS).items():
-        part = next((part for prefix, part in LDM_PREFIXES.items() if name.startswith(prefix)), None)
+    family = family_of_names(checkpoint.tensors)
+    aliases = tuple(alias for names in family.names["ldm"].values() for alias in names.aliases)
+    parts, rest = {part: {} for part in family.parts}, {}
+    for name, tensor in _without_aliases(checkpoint, aliases).items():
+        part = family.part_of(name)
         (rest if part is None else parts[part])[name] = tensor
-    return Contents(path, "ldm", parts, dict.fromkeys(PARTS, "ldm"), rest, checkpoint.metadata, checkpoint.notes)
+    return Contents(path, family, "ldm", parts, dict.fromkeys(parts, "ldm"), rest, checkpoint.metadata, checkpoint.notes)
 
 
 def _open_folder(path: Path) -> Contents:
-    text_encoder, unet, vae = (read(path / name) for name in PARTS)
-    parts = {
-        "text_encoder": _respelled(text_encoder, dialects.TEXT_ENCODER_SPELLINGS),
-        "unet": unet.tensors,
-        "vae": _respelled(vae, dialects.VAE_SPELLINGS),
-    }
-    rest = read(path / CARRIED_FILE).tensors if (path / CARRIED_FILE).is_file() else {}
-    others = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name not in FOLDERS)
-    notes = tuple(f"{name}/ is left out: no part of making a picture" for name in others) + text_encoder.notes + unet.notes + vae.notes
-    return Contents(path, "diffusers", parts, dict.fromkeys(PARTS, "diffusers"), rest, unet.metadata, notes)
+    family = folder_family(path)
+    files = {part: read(path / part) for part in family.parts}
+    parts = {part: _without_aliases(file, family.names["diffusers"][part].aliases) for part, file in files.items()}
+    rest = read(path / EXTRA_FILE).tensors if (path / EXTRA_FILE).is_file() else {}
+    others = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name not in (*parts, *OTHER_FOLDERS))
+    notes = [f"{name}/ is left out: no part of making a picture" for name in others]
+    notes += [note for file in files.values() for note in file.notes]
+    return Contents(path, family, "diffusers", parts, dict.fromkeys(parts, "diffusers"), rest, files["unet"].metadata, tuple(notes))
 
 
-def _respelled(checkpoint: Checkpoint, spellings: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
-    result = {dialects.respell(name, spellings): tensor for name, tensor in checkpoint.tensors.items()}
+def _without_aliases(checkpoint: Checkpoint, aliases: Aliases) -> dict[str, Tensor]:
+    """Return the tensors under the names that the rules give. Raises ValueError if two tensors have one such name."""
+    result = {canonical_name(name, aliases): tensor for name, tensor in checkpoint.tensors.items()}
     if len(result) < len(checkpoint.tensors):
         twice = len(checkpoint.tensors) - len(result)
         raise ValueError(f"{checkpoint.path}: {twice} weights occur twice, in two spellings of their names; which is meant?")
@@ -86,8 +101,8 @@ def _respelled(checkpoint: Checkpoint, spellings: tuple[tuple[str, str], ...]) -
 
 
 def take_averages(contents: Contents) -> Contents:
-    """The U-Net's weights replaced by their moving averages. Raises ValueError where a weight has none."""
-    names = {name: dialects.ema_name(name) for name in contents.parts["unet"]}
+    """Replace the U-Net's weights by their moving averages. Raises ValueError if a weight has none."""
+    names = {name: ema_name(name) for name in contents.parts["unet"]}
     absent = [name for name, ema in names.items() if ema not in contents.rest]
     if absent:
         raise ValueError(
@@ -102,22 +117,23 @@ def take_averages(contents: Contents) -> Contents:
 
 
 def take_vae(contents: Contents, path: Path) -> Contents:
-    """The VAE replaced by the one of another file: a VAE alone, in either layout, with a whole model's prefix or without; or a model's.
+    """Replace the VAE by the one of another file: a VAE alone, in either layout, with a whole model's prefix or without; or a model's.
 
     Raises ValueError for a file without a VAE.
     """
-    path = path / "vae" if (path / "model_index.json").is_file() else path
-    tensors = _respelled(read(path), dialects.VAE_SPELLINGS)
-    averages = {name: tensor for name, tensor in tensors.items() if name.startswith("model_ema.")}
+    path = path / "vae" if (path / INDEX).is_file() else path
+    names = {layout: contents.family.part_names("vae", layout) for layout in ("ldm", "diffusers")}
+    tensors = _without_aliases(read(path), names["diffusers"].aliases)
+    averages = {name: tensor for name, tensor in tensors.items() if name.startswith(EMA_PREFIX)}
     layout = "ldm"
-    if any(name.startswith(dialects.VAE_PREFIX) for name in tensors):
-        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(dialects.VAE_PREFIX)}
-    elif "encoder.mid.block_1.norm1.weight" in tensors:
-        tensors = {dialects.VAE_PREFIX + name: tensor for name, tensor in tensors.items() if name not in averages}
-    elif "encoder.mid_block.resnets.0.norm1.weight" in tensors:
+    if any(names["ldm"].belongs(name) for name in tensors):
+        tensors = {name: tensor for name, tensor in tensors.items() if names["ldm"].belongs(name)}
+    elif _first_norm(contents.family, names["ldm"]) in tensors:
+        tensors = {names["ldm"].prefix + name: tensor for name, tensor in tensors.items() if name not in averages}
+    elif _first_norm(contents.family, names["diffusers"]) in tensors:
         layout = "diffusers"
     else:
-        what = detect.foreign(list(tensors)) or f"no VAE by the names of its tensors; the first is {next(iter(tensors))}"
+        what = foreign(list(tensors)) or f"no VAE by the names of its tensors; the first is {next(iter(tensors))}"
         raise ValueError(f"{path}: given as vae=, but it is {what}")
     return replace(
         contents,
@@ -128,10 +144,15 @@ def take_vae(contents: Contents, path: Path) -> Contents:
     )
 
 
+def _first_norm(family: Family, names: PartNames) -> str:
+    """Return the name, without a prefix, of a tensor that every VAE of a layout has."""
+    return file_name("encoder.middle.block_1.norm_1.weight", names.layers(family.config.vae))
+
+
 def check_parts(contents: Contents):
-    """Raises ValueError unless there is something of every part."""
+    """Check that there is something of every part. Raises ValueError if not."""
     absent = [name.replace("_", " ") for name, tensors in contents.parts.items() if not tensors]
-    if len(absent) == len(PARTS):
+    if len(absent) == len(contents.parts):
         first = next(iter(contents.rest))
         raise ValueError(f"{contents.path}: no Stable Diffusion: no name is that of a text encoder, U-Net or VAE; the first is {first}")
     if absent:

@@ -1,6 +1,6 @@
-"""The judge of the bundled scenes (minidiff/bundled/judge.py) out of a safetensors file, and into one.
+"""Load and save the judge of the bundled scenes (minidiff/bundled/judge.py).
 
-The file holds our own names, and in its metadata the config with all labels and the vocabulary: it needs nothing beside it.
+The file holds our own names, and in its metadata the config with all labels and the vocabulary: it needs nothing else.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minidiff.bundled.judge import Judge, JudgeConfig
-from weights_loader import metadata
+from weights_loader.metadata import build
 from weights_loader.read import read
 from weights_loader.write import write_safetensors
 
@@ -19,7 +19,7 @@ BUNDLED = Path(__file__).parent / "bundled" / "judge.safetensors"
 
 
 def load_judge(path: str | Path = BUNDLED, *, device: torch.device | str = "cpu") -> Judge:
-    """The judge that ships with minidiff, or another one, in float32 and eval mode.
+    """Load the judge that ships with minidiff, or another one, in float32 and eval mode.
 
     Raises FileNotFoundError for what is not there, and ValueError for a file that holds something else, or a judge in part.
     """
@@ -31,7 +31,7 @@ def load_judge(path: str | Path = BUNDLED, *, device: torch.device | str = "cpu"
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: metadata {KEY}: no JSON ({error}); the file is damaged") from error
     try:
-        judge = Judge(metadata.build(JudgeConfig, values, KEY))
+        judge = Judge(build(JudgeConfig, values, KEY))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     own = judge.state_dict()
@@ -49,6 +49,6 @@ def load_judge(path: str | Path = BUNDLED, *, device: torch.device | str = "cpu"
 
 
 def save_judge(judge: Judge, path: str | Path):
-    """Writes a judge in float16, with its config."""
+    """Write a judge in float16, with its config."""
     tensors = {name: tensor.half() for name, tensor in judge.state_dict().items()}
     write_safetensors(path, tensors, {KEY: json.dumps(asdict(judge.config), ensure_ascii=False, separators=(",", ":"))})

@@ -1,13 +1,14 @@
-"""The model's config as text, in the metadata of a safetensors file.
+"""Write the model's config as text into the metadata of a safetensors file, and read it.
 
 Tensors tell widths and depths, but not the number of heads, the normalisation groups, the noise schedule or the words that the
-tokenizer knows. Files of the public models leave that to whoever knows the family; ours say it, so that one file is enough.
+tokenizer knows. Files of the public models leave that to readers who know the family; ours state it, so that one file is enough.
 """
 
 import json
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from types import UnionType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from minidiff.config import ModelConfig
 
@@ -15,30 +16,44 @@ KEY = "minidiff.config"
 SETTINGS_KEY = "minidiff.settings"  # what a file was made with
 FORMAT = {"format": "pt"}  # diffusers and transformers ask for it
 PREDICTION_KEY = "modelspec.prediction_type"  # of Stability AI's ModelSpec, which several programs write
-PREDICTIONS = {"epsilon": "eps", "v": "v"}
+PREDICTIONS: dict[str, Literal["eps", "v"]] = {"epsilon": "eps", "v": "v"}
+
+C = TypeVar("C")
 
 
 def config_to_json(config: ModelConfig) -> str:
-    """Every number of the config, as a JSON object of the same nesting."""
-    return json.dumps(asdict(config), ensure_ascii=False, separators=(",", ":"))
+    """Return every number of the config, as a JSON object of the same nesting.
+
+    What Stable Diffusion 1 and 2 do not need is written as before it came: attention is true or false, and there is no pooled_width.
+    """
+    values = asdict(config)
+    unet = values["unet"]
+    if max(unet["attention"]) <= 1:
+        unet["attention"] = [bool(depth) for depth in unet["attention"]]
+    if unet["pooled_width"] is None:
+        del unet["pooled_width"]
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
 def config_from_json(text: str) -> ModelConfig:
-    """The other way. A field that is not there has its default; raises ValueError for an unknown field or a wrong value."""
+    """Read what `config_to_json` wrote. A missing field has its default; an unknown field or a wrong value raises ValueError."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"metadata {KEY}: no JSON ({error}); was the file written by another program?") from error
+    unet = values.get("unet") if isinstance(values, dict) else None
+    if isinstance(unet, dict) and isinstance(depths := unet.get("attention"), list):  # true and false stand for 1 and 0
+        unet["attention"] = [int(depth) if isinstance(depth, bool) else depth for depth in depths]
     return build(ModelConfig, values, KEY)
 
 
-def prediction_from_metadata(metadata: dict[str, str]) -> Literal["eps", "v"] | None:
-    """What the U-Net predicts, where a file of another program says it."""
+def prediction_from_metadata(metadata: Mapping[str, str]) -> Literal["eps", "v"] | None:
+    """Return what the U-Net predicts, if a file of another program says it."""
     return PREDICTIONS.get(metadata.get(PREDICTION_KEY, ""))
 
 
-def settings_to_metadata(settings: dict[str, object]) -> dict[str, str]:
-    """What a file was made with, under names of the caller's, as JSON. Raises ValueError for what JSON has no place for."""
+def settings_to_metadata(settings: Mapping[str, object]) -> dict[str, str]:
+    """Return what a file was made with, as metadata in JSON. Raises ValueError for what JSON has no place for."""
     if not settings:
         return {}
     try:
@@ -47,18 +62,18 @@ def settings_to_metadata(settings: dict[str, object]) -> dict[str, str]:
         raise ValueError(f"settings: {error}; give text, numbers, lists and dicts") from error
 
 
-def build(cls: type, values: object, where: str) -> object:
-    """A config dataclass from what stands under the metadata's key `where`. Raises ValueError for what is no such thing."""
-    if not isinstance(values, dict):
-        raise ValueError(f"metadata {where}: {values!r}; expected an object with {', '.join(field.name for field in fields(cls))}")
+def build(cls: type[C], values: object, where: str) -> C:
+    """Build a config dataclass from the value of the metadata's key `where`. Raises ValueError for a wrong field or value."""
     hints = get_type_hints(cls)
+    if not isinstance(values, dict):
+        raise ValueError(f"metadata {where}: {values!r}; expected an object with {', '.join(hints)}")
     if unknown := [name for name in values if name not in hints]:
         raise ValueError(f"metadata {where}: field {unknown[0]!r} unknown to this version; it knows {', '.join(hints)}")
     return cls(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
-def _value(hint: object, value: object, where: str) -> object:
-    if is_dataclass(hint):
+def _value(hint: Any, value: object, where: str) -> object:
+    if isinstance(hint, type) and is_dataclass(hint):
         return build(hint, value, where)
     if isinstance(value, list):
         value = tuple(value)
@@ -69,8 +84,8 @@ def _value(hint: object, value: object, where: str) -> object:
     return value
 
 
-def _fits(hint: object, value: object) -> bool:
-    """Whether a value has the type: the few kinds of types that occur in the configs."""
+def _fits(hint: Any, value: object) -> bool:
+    """Return whether a value has the type: one of the few kinds of types that occur in the configs."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if isinstance(hint, UnionType):

@@ -1,4 +1,4 @@
-"""A StableDiffusion to a checkpoint that other programs read: the road of `load` backwards.
+"""Write a StableDiffusion as a checkpoint that other programs read: the road of `load` backwards.
 
     ldm         one .safetensors file in the original's names
     diffusers   a folder that diffusers.StableDiffusionPipeline.from_pretrained takes
@@ -12,13 +12,15 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from minidiff.pipeline import StableDiffusion
-from weights_loader.contents import CARRIED_FILE, PARTS
-from weights_loader.dialects import LAYOUTS, to_file
+from weights_loader.contents import EXTRA_FILE
+from weights_loader.families import family_of_config
 from weights_loader.folder import write_folder_config
 from weights_loader.load import load
 from weights_loader.metadata import FORMAT, KEY, config_to_json, settings_to_metadata
+from weights_loader.name_table import LAYOUTS, to_file
 from weights_loader.write import new_folder, write_safetensors
 
 SUFFIX = ".safetensors"
@@ -29,7 +31,11 @@ PICKLES = (".ckpt", ".pt", ".bin")  # read, never written
 def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm", settings: dict[str, object] | None = None):
     """Write a model in the dtype it has: all of it, or nothing. What is attached to it stays outside, with a warning.
 
-    settings: what it was made with, as JSON in the metadata.
+    Args:
+        sd: the model.
+        path: of a .safetensors file in the ldm layout, of a new folder in the diffusers layout.
+        layout: "ldm" or "diffusers".
+        settings: what it was made with, as JSON in the metadata.
 
     Raises ValueError for an unknown layout and for a name that does not fit the layout, FileNotFoundError without the folder above.
     """
@@ -49,8 +55,7 @@ def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm", settings: d
 def _save_ldm(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
     if path.suffix != SUFFIX:
         raise ValueError(f"{path}: a model in the ldm layout is one {SUFFIX} file; give it a name that ends so, or take layout='diffusers'")
-    tensors = to_file(sd.text_encoder, "ldm") | to_file(sd.unet, "ldm") | to_file(sd.vae, "ldm") | sd.carried
-    write_safetensors(path, tensors, metadata)
+    write_safetensors(path, tensors_of(sd, "ldm") | sd.extra_tensors, metadata)
 
 
 def _save_folder(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
@@ -58,21 +63,31 @@ def _save_folder(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
         raise ValueError(f"{path}: a model in the diffusers layout is a folder; give a name without {path.suffix}, or take layout='ldm'")
     with new_folder(path) as folder:
         write_folder_config(folder, sd.config, sd.tokenizer)
-        write_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors", to_file(sd.unet, "diffusers"), metadata)
-        write_safetensors(folder / "vae" / "diffusion_pytorch_model.safetensors", to_file(sd.vae, "diffusers"), FORMAT)
-        write_safetensors(folder / "text_encoder" / "model.safetensors", to_file(sd.text_encoder, "diffusers"), FORMAT)
-        if sd.carried:
-            write_safetensors(folder / CARRIED_FILE, sd.carried, FORMAT)
+        for part, tensors in _parts_to_file(sd, "diffusers").items():
+            name = "model.safetensors" if part.startswith("text_encoder") else "diffusion_pytorch_model.safetensors"
+            write_safetensors(folder / part / name, tensors, metadata if part == "unet" else FORMAT)
+        if sd.extra_tensors:
+            write_safetensors(folder / EXTRA_FILE, sd.extra_tensors, FORMAT)
+
+
+def tensors_of(sd: StableDiffusion, layout: str) -> dict[str, Tensor]:
+    """Return {name in a file: tensor} of all weights of a model. Raises ValueError for an unknown layout."""
+    return {name: tensor for part in _parts_to_file(sd, layout).values() for name, tensor in part.items()}
+
+
+def _parts_to_file(sd: StableDiffusion, layout: str) -> dict[str, dict[str, Tensor]]:
+    family = family_of_config(sd.config)
+    return {part: to_file(sd.parts[part], family.part_names(part, layout)) for part in family.parts}
 
 
 def save_parts(sd: StableDiffusion, folder: str | Path, dtype: torch.dtype = torch.float16):
-    """Text encoder, U-Net and VAE in a file each, in the original's names, each with the config; and an index that makes a whole of them.
+    """Write each part into a file of its own, in the original's names and with the config, and an index that makes a whole of them.
 
-    What the model carries besides is left out. Raises FileNotFoundError without the folder.
+    Tensors that nothing is computed with are left out. Raises FileNotFoundError without the folder.
     """
     folder, metadata, index = Path(folder), FORMAT | {KEY: config_to_json(sd.config)}, {}
-    for part in PARTS:
-        tensors = {name: tensor.to(dtype) for name, tensor in to_file(getattr(sd, part), "ldm").items()}
+    for part, named in _parts_to_file(sd, "ldm").items():
+        tensors = {name: tensor.to(dtype) for name, tensor in named.items()}
         write_safetensors(folder / f"{part}.safetensors", tensors, metadata)
         index |= dict.fromkeys(tensors, f"{part}.safetensors")
     (folder / PARTS_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1), encoding="utf-8")
@@ -87,9 +102,15 @@ def convert(
     vae: str | Path | None = None,
     prediction: str | None = None,
 ) -> tuple[str, ...]:
-    """Rewrite a checkpoint: to LDM names where the target ends in .safetensors, else to a diffusers folder. Gives the loader's notes.
+    """Rewrite a checkpoint: to LDM names where the target ends in .safetensors, else to a diffusers folder. Return the loader's notes.
 
-    dtype: of the weights; "file" is the one that holds every weight of the file exactly. The rest as in `load`.
+    Args:
+        source: what `load` takes.
+        target: a name that ends in .safetensors, or that of a new folder.
+        dtype: of the weights; "file" is the one that holds every weight of the file exactly.
+        ema: as in `load`.
+        vae: as in `load`.
+        prediction: as in `load`.
     """
     target = Path(target)
     if target.suffix in PICKLES:

@@ -1,4 +1,4 @@
-"""Named tensors into a safetensors file, and whole folders: all of it or nothing.
+"""Write named tensors into a safetensors file, and whole folders: all of it or nothing.
 
 A file or folder is built under a temporary name beside its place and renamed at the end, which a file system does in one
 step. Whoever reads at that moment, or starts again after a crash or a full disk, finds the old one or the new one.
@@ -10,7 +10,7 @@ gives two different files, and refuses tensors that share memory.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,7 +35,7 @@ DTYPES = {
 }
 
 
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None):
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None):
     """Write tensors of any device, stride and sharing, one after the other; the same input gives the same bytes.
 
     Tensors that share memory are written once under each name. A file at `path` is replaced, also the one that the
@@ -63,7 +63,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
             file.write(tensor_bytes(tensors[name]))
 
 
-def write_torch(path: str | Path, tree: dict[str, object]):
+def write_torch(path: str | Path, tree: Mapping[str, object]):
     """Write a dict of tensors, text and dicts as torch.save does, for the programs that read nothing else. A file at `path` is replaced.
 
     Raises ValueError where `path` is a folder, FileNotFoundError without the folder above.
@@ -75,15 +75,17 @@ def write_torch(path: str | Path, tree: dict[str, object]):
 
 
 def _compact(tree: object) -> object:
-    """torch.save writes the whole storage of a view, and the device of a tensor."""
+    """Copy every tensor to the CPU: torch.save writes the whole storage of a view, and the device of a tensor."""
     if isinstance(tree, dict):
         return {key: _compact(value) for key, value in tree.items()}
-    return tree.detach().cpu().clone(memory_format=torch.contiguous_format) if isinstance(tree, Tensor) else tree
+    if isinstance(tree, Tensor):
+        return tree.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return tree
 
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """`with new_folder("model") as folder:` write into `folder`; it becomes "model" at the end, or nothing is left of it.
+    """Make a folder that is there whole or not at all: `with new_folder("model") as folder:` write into `folder`, which becomes "model".
 
     Raises ValueError when there is something at `path` already, other than an empty folder.
     """
@@ -102,7 +104,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]):
+def _check(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]):
     if path.is_dir():
         raise ValueError(f"{path}: a folder; give the name of a file in it, such as {path / 'model.safetensors'}")
     _check_parent(path)

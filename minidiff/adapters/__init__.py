@@ -1,1 +1,1 @@
-"""What personalising changes in a model: small modules of their own, attached beside its layers by hooks and taken off without a trace."""
+"""Adapters: small modules alongside a model's own, attached to its layers by hooks and taken off without a trace."""

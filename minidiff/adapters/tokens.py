@@ -8,20 +8,21 @@ parameters of their own beside the embedding table, so no other row can move: ne
 Left out: vectors that change with the timestep or the layer of the U-Net (progressive words, XTI).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from minidiff.adapters.base import Adapter, Hook
 from minidiff.pipeline import StableDiffusion
 from minidiff.tokenizer import Tokenizer
 
-# Seldom tokens of CLIP from which Custom Diffusion lets its new words start: ktn, pll, ucd. The first is no word but a piece of words.
+# Rare tokens of CLIP that the new words of Custom Diffusion start from: ktn, pll, ucd. The first is a piece of words, not a word.
 RARE_TOKENS = (42170, 47629, 43514)
 
 
-class NewTokens(nn.Module):
-    """Placeholders and their vectors: rows[name] is a parameter [n_vectors, D], float32.
+class NewTokens(Adapter):
+    """Placeholders and their vectors: rows[name] is a parameter [n_vectors, D], float32. Attached, prompts may use the placeholders.
 
     Raises ValueError for rows that are no matrix of at least one vector.
     """
@@ -32,49 +33,47 @@ class NewTokens(nn.Module):
             if vectors.dim() != 2 or not len(vectors):
                 raise ValueError(f"the rows of {name!r} have shape {tuple(vectors.shape)}; expected [n_vectors, D], at least one")
         self.names = tuple(rows)
+        self.title = ", ".join(self.names)
         # A list: the names of nn.ParameterDict must not have a dot in them, and words may.
         self.vectors = nn.ParameterList(nn.Parameter(vectors.detach().float().clone()) for vectors in rows.values())
-        self._attached: tuple[StableDiffusion, dict[str, tuple[int, ...]]] | None = None
+        self._ids: dict[str, tuple[int, ...]] = {}
 
     @property
     def rows(self) -> dict[str, nn.Parameter]:
+        """Return the vectors by placeholder."""
         return dict(zip(self.names, self.vectors))
 
-    @property
-    def attached(self) -> bool:
-        return self._attached is not None
+    def fit(self, sd: StableDiffusion) -> Sequence[Hook]:
+        """Choose an id for each vector, after those of the table and of the words that are attached. No layer needs a hook.
 
-    def attach(self, sd: StableDiffusion):
-        """Move to sd's device; from now on its prompts may use the placeholders.
-
-        Raises ValueError, and changes nothing, where one cannot be added.
+        Raises ValueError for vectors of another width than the text encoder's, and for a placeholder that the tokenizer cannot take.
         """
-        if self.attached:
-            raise ValueError(f"{', '.join(self.names)}: attached already; detach first")
         width = sd.config.text_encoder.width
         for name, vectors in self.rows.items():
             if vectors.shape[1] != width:
                 raise ValueError(f"the vectors of {name!r} are {vectors.shape[1]} wide, this text encoder's are {width}")
         known = sd.tokenizer.added
         first = max([sd.text_encoder.token_embedding.num_embeddings, *(i + 1 for ids in known.values() for i in ids)])
-        added = {}
+        self._ids = {}
         for name, vectors in self.rows.items():
-            added[name] = tuple(range(first, first + len(vectors)))
+            self._ids[name] = tuple(range(first, first + len(vectors)))
             first += len(vectors)
-        sd.tokenizer = sd.tokenizer.with_added(added)
-        self.to(sd.device)
-        sd.text_encoder.added |= {ids[0]: self.rows[name] for name, ids in added.items()}
-        self._attached = sd, added
+        sd.tokenizer.with_added(self._ids)  # only to learn whether it takes them
+        return ()
 
-    def detach(self):
-        """sd is again as it was; other words that are attached stay. Nothing happens where these are not attached."""
-        if not self._attached:
-            return
-        sd, added = self._attached
-        sd.tokenizer = sd.tokenizer.without(added)
-        for ids in added.values():
-            del sd.text_encoder.added[ids[0]]
-        self._attached = None
+    def attach(self, sd: StableDiffusion) -> None:
+        """Attach as every Adapter, and give the placeholders to the tokenizer and their rows to the text encoder."""
+        super().attach(sd)
+        sd.tokenizer = sd.tokenizer.with_added(self._ids)
+        sd.text_encoder.added |= {ids[0]: self.rows[name] for name, ids in self._ids.items()}
+
+    def detach(self) -> None:
+        """Leave sd as it was; other words that are attached stay. Does nothing if these are not attached."""
+        if self._sd is not None:
+            self._sd.tokenizer = self._sd.tokenizer.without(self._ids)
+            for ids in self._ids.values():
+                del self._sd.text_encoder.added[ids[0]]
+        super().detach()
 
 
 def create_tokens(
@@ -83,12 +82,17 @@ def create_tokens(
     start: Mapping[str, str | int | None] | None = None,
     generator: torch.Generator | None = None,
 ) -> NewTokens:
-    """New words to be trained, not attached: {"<cat>": how many vectors}.
+    """Return new words to be trained, not attached.
 
-    start: {"<cat>": "cat"}, the word of the vocabulary that all its vectors start from, or a token's number (see RARE_TOKENS); None or left
-    out: random, normal with each channel's mean and deviation in the table, from the generator.
+    Args:
+        sd: the model that they are for
+        vectors: {"<cat>": how many vectors the word has}
+        start: {"<cat>": "cat"}, the word of the vocabulary that all its vectors start from, or a token's number (see RARE_TOKENS); a word
+            with None or without an entry starts at random, normal with each channel's mean and deviation in the table
+        generator: for random starts
+
     Raises ValueError for a placeholder that the tokenizer cannot take (see Tokenizer), a start that is not a single token, a start for a
-    word that is not asked for, and no vectors.
+    word that is not among `vectors`, and no vectors.
     """
     start = dict(start or {})
     if unknown := [name for name in start if name not in vectors]:
@@ -103,8 +107,9 @@ def create_tokens(
     table = sd.text_encoder.token_embedding.weight.detach().float()
     rows = {}
     for name, n in vectors.items():
-        if start.get(name) is not None:
-            rows[name] = table[_single_token(sd.tokenizer, start[name])].expand(n, -1)
+        first = start.get(name)
+        if first is not None:
+            rows[name] = table[_single_token(sd.tokenizer, first)].expand(n, -1)
         elif generator is None:
             raise ValueError(f"{name!r} has no word to start from: give one in start, or a torch.Generator for random vectors")
         else:

@@ -1,0 +1,1 @@
+"""Benchmarks against diffusers and PyTorch: speed, memory and errors, measured side by side. See README.md."""

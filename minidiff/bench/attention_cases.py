@@ -1,4 +1,4 @@
-"""The attentions of a Stable Diffusion: their shapes, inputs that are hard for them, and what is exact."""
+"""The attention layers of Stable Diffusion: their shapes, inputs that are hard for them, and exact results."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ KINDS = ("normal", "logits near 60", "one dominant key", "large mean", "equal ro
 
 
 @dataclass(frozen=True)
-class Case:
-    """An attention of the model. calls: how often a U-Net step has it. backward: whether training goes back through it."""
+class AttentionCase:
+    """An attention layer. calls: how often a U-Net step runs it. backward: training differentiates it."""
 
     where: str
     tokens: int
@@ -30,12 +30,21 @@ class Case:
         return f"{self.where}: {self.tokens} x {self.keys}, {self.heads} x {self.head_dim}, {self.dtype}"
 
 
-def directions(case: Case) -> tuple[str, ...]:
+def directions(case: AttentionCase) -> tuple[str, ...]:
+    """Return what is timed: the forward pass, and both passes if training differentiates it."""
     return ("forward", "both") if case.backward else ("forward",)
 
 
-def cases_of(name: str, config: ModelConfig, size: int, batch: int, dtype: str) -> list[Case]:
-    """All attentions of a model at a size of pixels: the U-Net's with guidance, the text encoder's, and the decoder's one."""
+def list_cases(name: str, config: ModelConfig, size: int, batch: int, dtype: str) -> list[AttentionCase]:
+    """List all attention layers of a model: the U-Net's with guidance, the text encoder's, and the decoder's single one.
+
+    Args:
+        name: Of the model, for the cases' names.
+        config: Of the model.
+        size: Pixels a side.
+        batch: 2 is one picture with guidance.
+        dtype: Of the inputs.
+    """
     unet, cells = config.unet, size // config.vae.factor
     words, cases = config.text_encoder.context_length, []
     last = len(unet.widths) - 1
@@ -44,15 +53,17 @@ def cases_of(name: str, config: ModelConfig, size: int, batch: int, dtype: str) 
         calls = (2 * unet.blocks_per_level + 1) * unet.attention[i] + (i == last)
         side = -(-cells // 2**i)
         for kind, keys in (("self", side * side), ("cross", words)) if calls else ():
-            cases.append(Case(f"{name} {size} {kind}", side * side, keys, heads, width // heads, calls, batch, dtype))
+            cases.append(AttentionCase(f"{name} {size} {kind}", side * side, keys, heads, width // heads, calls, batch, dtype))
     text = config.text_encoder
-    cases.append(Case(f"{name} text", words, words, text.heads, text.width // text.heads, 0, batch, dtype, causal=True))
-    cases.append(Case(f"{name} {size} decoder", cells * cells, cells * cells, 1, config.vae.widths[-1], 0, 1, dtype, backward=False))
+    cases.append(AttentionCase(f"{name} text", words, words, text.heads, text.width // text.heads, 0, batch, dtype, causal=True))
+    cases.append(
+        AttentionCase(f"{name} {size} decoder", cells * cells, cells * cells, 1, config.vae.widths[-1], 0, 1, dtype, backward=False)
+    )
     return list(dict.fromkeys(cases))
 
 
-def inputs(case: Case, kind: str) -> dict[str, Tensor]:
-    """q, k, v and the gradient of the output, float32 on the CPU; what is adversarial about a kind is said at its line."""
+def inputs(case: AttentionCase, kind: str) -> dict[str, Tensor]:
+    """Draw q, k, v and the gradient of the output, float32 on the CPU. A comment says what is hard about each kind."""
     generator = torch.Generator().manual_seed(0)
     B, h, d = case.batch, case.heads, case.head_dim
 
@@ -73,8 +84,8 @@ def inputs(case: Case, kind: str) -> dict[str, Tensor]:
     return {"q": q, "k": k, "v": v, "grad": grad}
 
 
-def exact(case: Case, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The output and the gradients in float64, a head at a time, of inputs as the case's dtype rounds them."""
+def exact(case: AttentionCase, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Compute the output and the gradients in float64, one head at a time, of inputs rounded to the case's dtype."""
     dtype = getattr(torch, case.dtype)
     rounded = [rearrange(x.to(dtype).to(device), "B N (h d) -> (B h) N d", h=case.heads) for x in tensors.values()]
     rows = {name: [] for name in ("out", "dq", "dk", "dv")}

@@ -1,10 +1,8 @@
-"""What the benchmarks share: the machine's name, models of made-up weights, the record that grows as numbers come in."""
+"""What the benchmarks share: models of random weights, checks of arguments, the record that grows as numbers come in."""
 
 import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,26 +11,32 @@ import torch
 
 from minidiff.bundled.tasks import bundled_config
 from minidiff.config import SD1, SD2, ModelConfig
-from minidiff.files import write_text
+from minidiff.files import differences, write_text
+from minidiff.machine import read_machine
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "diffusers", "transformers", "accelerate", "peft")  # whose versions matter
-
 
 def model_config(name: str) -> ModelConfig:
-    """sd1 and sd2 are the published ones (sd2 made for 768 pixels), bundled the small one that ships. Raises ValueError for another."""
+    """Return the config of "sd1", "sd2" (made for 768 pixels) or "bundled". Raises ValueError for another name."""
     configs = {"sd1": SD1, "sd2": SD2}
     if name not in (*configs, "bundled"):
         raise ValueError(f"model {name!r} unknown; choose {', '.join(configs)}, bundled")
     return configs[name] if name in configs else bundled_config()
 
 
-def check(rounds: int, out: Path | None, against: bool = False, needed: Sequence[str] = ("diffusers",)) -> None:
-    """Raises for what would fail only after minutes: no rounds, no folder for `out`, rivals that are not installed."""
+def check_arguments(rounds: int, out: Path | None, against: bool = False, needed: Sequence[str] = ("diffusers",)) -> None:
+    """Raise for what would fail only after minutes: no rounds, no folder for `out`, rivals that are not installed.
+
+    Args:
+        rounds: At least 1.
+        out: A file, or None.
+        against: Rivals take part.
+        needed: Their packages.
+    """
     if missing := [name for name in needed if not importlib.util.find_spec(name)] if against else []:
         packages = " ".join(dict.fromkeys((*missing, "transformers", "accelerate")))
         raise ValueError(f"{missing[0]} is not installed: run pip install {packages}, or measure without: --no-against")
@@ -42,45 +46,24 @@ def check(rounds: int, out: Path | None, against: bool = False, needed: Sequence
         raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
 
 
-def machine() -> dict[str, object]:
-    """What the numbers depend on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return {
-        "processor": next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()),
-        "cores": os.cpu_count(),
-        "usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if importlib.util.find_spec(name)),
-    }
-
-
-def in_a_line(machine: dict[str, object]) -> str:
-    """The machine above a table."""
-    gpu = f"{machine['gpu']}, " if machine["gpu"] else ""
-    return gpu + "{processor}, {usable} of {cores} cores; {versions}\n".format_map(machine)
-
-
-def command() -> str:
-    """What was typed, without the place where minidiff is installed."""
+def read_command() -> str:
+    """Return the command line, without the path of minidiff."""
     return " ".join(["minidiff", *sys.argv[1:]])
 
 
-class Record:
-    """What was measured, as JSON: whole on the disk after each number that is kept, so that a run that ends early leaves what it has.
+class BenchRecord:
+    """Measurements as JSON, whole on the disk after each one that is kept, so that a run that ends early leaves what it has.
 
-    out: the file, or None. settings: all that the numbers depend on beside the machine. results: those of an earlier run of the same
-    settings on the same machine that did not end; a file of anything else is written over.
+    out: the file, or None. settings: all that the numbers depend on besides the machine. results: resumed from an unfinished run with the
+    same settings on the same machine; any other file is overwritten.
     """
 
     def __init__(self, out: Path | None, settings: dict[str, object]):
         self.out = out
-        self.values = {"command": command(), "machine": machine(), "settings": settings, "finished": False, "results": {}}
+        self.values = {"command": read_command(), "machine": read_machine(), "settings": settings, "finished": False, "results": {}}
         earlier = _read(out)
-        if not earlier.get("finished", True) and all(earlier.get(name) == self.values[name] for name in ("machine", "settings")):
+        known = {name: earlier.get(name) for name in ("machine", "settings")}
+        if not earlier.get("finished", True) and not differences(known, {name: self.values[name] for name in known}):
             self.values["results"] = earlier["results"]
 
     @property
@@ -88,14 +71,17 @@ class Record:
         return self.values["results"]
 
     def keep(self, name: str, result: dict) -> None:
+        """Keep a result, and write the file."""
         self.results[name] = result
         self.write()
 
     def finish(self, **more: object) -> None:
+        """Mark the record as complete, with more values beside the results."""
         self.values |= {"finished": True, **more}
         self.write()
 
     def write(self) -> None:
+        """Write the file, whole or not at all."""
         if self.out:
             write_text(self.out, json.dumps(self.values, indent=2) + "\n")
 
@@ -108,8 +94,8 @@ def _read(out: Path | None) -> dict:
     return values if isinstance(values, dict) else {}
 
 
-def made_up(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
-    """A model whose weights are windows onto one pool of random numbers: it takes the memory of its largest matrix."""
+def random_model(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
+    """Make a model whose weights are windows onto one pool of random numbers: it takes the memory of its largest matrix."""
     with torch.device("meta"):
         parts = TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae)
     generator = torch.Generator().manual_seed(0)
@@ -125,10 +111,10 @@ def made_up(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
     return StableDiffusion(config, *parts, Tokenizer(config.tokenizer))
 
 
-def made_up_to_run(config: ModelConfig) -> StableDiffusion:
-    """The same in float32 with each weight in its own memory, at the size that keeps activations at unit variance."""
-    sd = made_up(config, torch.float32)
-    for part in (sd.text_encoder, sd.unet, sd.vae):
+def random_model_to_run(config: ModelConfig) -> StableDiffusion:
+    """Make a random float32 model with each weight in its own memory, scaled to keep activations at unit variance."""
+    sd = random_model(config, torch.float32)
+    for part in sd.parts.values():
         weights = {}
         for name, weight in part.state_dict().items():
             if weight.ndim > 1:

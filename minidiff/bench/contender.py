@@ -1,12 +1,12 @@
-"""A contender of a benchmark: a process that lives as long as the benchmark and does one thing at a time, when asked.
+"""A contender of a benchmark: a process that lives as long as the benchmark and does one thing at a time, when it is asked.
 
     here                                     there: python -m minidiff.bench.step '{"contender": ...}'
     Contender(module, job).ask(do="time") -> serve(prepare): prepare(job) once, then its answer to every request
                                          <-
 
-So each has its own memory to be measured, its own settings, compiled code and CUDA context, and one that breaks down takes nobody with
-it. Only one works at a time; the others wait for a line on their standard input. Nothing is imported here but Python's own: what a
-contender imports is its own business.
+Each has its own memory to be measured, its own settings, compiled code and CUDA context, and one that crashes takes no other with it. Only
+one works at a time; the others wait for a line on their standard input. This file imports nothing but the standard library, so that a
+contender's imports are its own.
 """
 
 import json
@@ -20,26 +20,29 @@ from collections.abc import Callable
 from contextlib import suppress
 from time import perf_counter
 
-LIMIT = 400  # seconds for one answer; compiling takes longest
+TIMEOUT = 400  # seconds for one answer; compiling takes longest
 
 
 class Refused(Exception):
-    """A contender cannot do what it was asked; the reason."""
+    """A contender cannot do what it was asked, with the reason."""
 
 
 class Contender:
-    """`with Contender(module, job) as one: one.ask(do="time")`."""
+    """Another process: `with Contender(module, job) as one: one.ask(do="time")`."""
 
     def __init__(self, module: str, job: dict):
         self.command = [sys.executable, "-m", module, json.dumps(job)]
         self.start()
 
     def start(self) -> None:
-        self.said = tempfile.TemporaryFile("w+")
+        """Start the process, offline."""
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process)
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, env=environment
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment
         )
+        assert self.process.stdin is not None and self.process.stdout is not None  # both are pipes
+        self.requests, self.answers = self.process.stdin, self.process.stdout
 
     def __enter__(self) -> "Contender":
         return self
@@ -48,26 +51,27 @@ class Contender:
         self.close()
 
     def close(self) -> None:
+        """Kill the process."""
         self.process.kill()
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.said):
+        for stream in (self.requests, self.answers, self.stderr):
             with suppress(BrokenPipeError):  # what it did not read any more
                 stream.close()
 
-    def revive(self) -> None:
-        """Starts anew if it died."""
+    def restart_if_dead(self) -> None:
+        """Start the process anew if it died."""
         if self.process.poll() is not None:
             self.close()
             self.start()
 
-    def ask(self, limit: float = LIMIT, **request: object) -> dict:
-        """Its answer. Raises Refused with the reason that it gives, with its last words if it died, or after `limit` seconds."""
+    def ask(self, limit: float = TIMEOUT, **request: object) -> dict:
+        """Return the answer. Raises Refused with the contender's reason, with its last line if it died, or after `limit` seconds."""
         timer = threading.Timer(limit, self.process.kill)
         began = perf_counter()
         timer.start()
         try:
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
+            print(json.dumps(request), file=self.requests, flush=True)
+            line = self.answers.readline()
         except BrokenPipeError:
             line = ""
         finally:
@@ -76,8 +80,8 @@ class Contender:
             self.process.wait()
             if perf_counter() - began >= limit:
                 raise Refused(f"no answer within {limit:.0f} s")
-            self.said.seek(0)
-            words = [words for words in self.said.read().splitlines() if words.strip()]
+            self.stderr.seek(0)
+            words = [words for words in self.stderr.read().splitlines() if words.strip()]
             raise Refused(f"died with code {self.process.returncode}: {words[-1] if words else 'without a word'}")
         answer = json.loads(line)
         if "refused" in answer:
@@ -86,7 +90,7 @@ class Contender:
 
 
 def serve(prepare: Callable[[dict], Callable[[dict], dict]]) -> None:
-    """The other side: answers requests, a line of JSON each, until there are no more. Whatever else is printed goes to standard error."""
+    """Answer requests, one line of JSON each, until there are no more: the contender's side. All other output goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     handle = None
@@ -96,12 +100,12 @@ def serve(prepare: Callable[[dict], Callable[[dict], dict]]) -> None:
             answer = handle(json.loads(line))
         except Exception as error:  # the reason is what is asked for
             traceback.print_exc()
-            answer = {"refused": in_words(error)}
+            answer = {"refused": format_error(error)}
         print(json.dumps(answer), file=answers, flush=True)
         if "CUDA error" in answer.get("refused", ""):
             sys.exit(1)  # nothing that this process does on the GPU works any more
 
 
-def in_words(error: Exception) -> str:
-    """Its first line."""
+def format_error(error: Exception) -> str:
+    """Format an error as its type and first line."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(": ")[:300]

@@ -1,9 +1,9 @@
-"""How long a whole picture takes, from the prompt to pixels: `minidiff bench image`.
+"""Measure how long a whole picture takes, from the prompt to pixels: `minidiff bench image`.
 
-    made-up weights -> each library's pipeline, in a process of its own -> the same prompt and noise -> text, N steps of DDIM, decoder
+    random weights -> each library's pipeline, in a process of its own -> the same prompt and noise -> text, N steps of DDIM, decoder
 
-Errors are those of the picture against the one in float32, as a share of its root mean square; memory is what the process takes, from
-loading the weights to the picture.
+Errors are those of the picture against the one in float32, relative to its root mean square; memory is what the process takes from loading
+the weights to the picture.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,18 +12,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minidiff.bench.answers import answers
-from minidiff.bench.common import Record, check, in_a_line, model_config
+from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
+from minidiff.bench.pipelines import diffusers_pipeline, make_model_jobs, minidiff_model, model_folder, start_worker
 from minidiff.bench.race import race
-from minidiff.bench.whole import diffusers_pipeline, minidiff_model, model_folder, model_jobs, started
+from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
+from minidiff.machine import format_machine
 
 PROMPT = "a photo of a cat on a blue background"
 GUIDANCE = 7.5
 
 
-def bench(
+def bench_image(
     against: bool = True,
     out: Path | None = None,
     rounds: int | None = None,
@@ -33,24 +34,33 @@ def bench(
     device: str = "cpu",
     max_autotune: bool = False,
 ) -> Iterator[str]:
-    """Measure, and yield the lines of a Markdown table. size: pixels; None is the model's own.
+    """Measure, and yield the lines of a Markdown table. On a CPU our float32 is left out: it takes as long as diffusers'.
 
-    steps: 4 on a CPU, 50 on a GPU by default; rounds: 2 and 5. On a CPU our own float32 is left out: it takes as long as diffusers'.
-    Raises ValueError for what is unknown, and where diffusers is not there.
+    Raises ValueError for unknown names and if diffusers is missing.
+
+    Args:
+        against: Race diffusers as well.
+        out: A .json file for every number.
+        rounds: By default 2 on a CPU, 5 on a GPU.
+        model: A name of `model_config`, or a config.
+        size: Pixels a side; None is the model's own.
+        steps: Of DDIM; by default 4 on a CPU, 50 on a GPU.
+        device: Of all contenders.
+        max_autotune: Race diffusers compiled with max-autotune too.
     """
     on_cpu = torch.device(device).type == "cpu"
     rounds = (2 if on_cpu else 5) if rounds is None else rounds
     steps = (4 if on_cpu else 50) if steps is None else steps
-    check(rounds, out, against)
+    check_arguments(rounds, out, against)
     if steps < 1:
         raise ValueError(f"steps {steps}: give 1 or more")
     config = model_config(model) if isinstance(model, str) else model
     size = size or config.image_size
-    jobs = model_jobs(device, against, max_autotune)
+    jobs = make_model_jobs(device, against, max_autotune)
     if on_cpu and against:
         del jobs["minidiff float32"]
-    record = Record(out, {"bench": "image", "model": str(config), "size": size, "steps": steps, "rounds": rounds, "device": device})
-    yield in_a_line(record.values["machine"])
+    record = BenchRecord(out, {"bench": "image", "model": str(config), "size": size, "steps": steps, "rounds": rounds, "device": device})
+    yield format_machine(record.values["machine"])
     yield f"A picture of {size} x {size} in {steps} steps\n"
     with model_folder(config) as folder:
         more = {"folder": str(folder), "size": size, "steps": steps}
@@ -62,15 +72,15 @@ def bench(
 
 
 def prepare(job: dict) -> Callable[[dict], dict]:
-    """In the contender's process: its pipeline."""
-    peak, device, dtype = started(job)
+    """Load the pipeline in the contender's process."""
+    peak, device, dtype = start_worker(job)
     make = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]]
-    return answers(make(job, device, dtype), peak)
+    return answer_with(make(job, device, dtype), peak)
 
 
 def _diffusers(job: dict, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The noise is ours: both libraries draw it on the CPU, but in other shapes."""
-    from diffusers import DDIMScheduler
+    """Draw with diffusers, from our noise: both libraries draw it on the CPU, but in different shapes."""
+    from diffusers import DDIMScheduler  # pyright: ignore[reportPrivateImportUsage]
 
     from minidiff.pipeline import noise_source
 
@@ -94,10 +104,11 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype) -> Callable[
 
 
 def _minidiff(job: dict, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
-    sd, savings = minidiff_model(job, device, dtype)
+    """Draw with our pipeline."""
+    sd = minidiff_model(job, device, dtype)
 
     def run() -> Tensor:
-        *_, last = sd.denoise(PROMPT, steps=job["steps"], guidance_scale=GUIDANCE, seeds=[0], size=job["size"], savings=savings)
+        *_, last = sd.denoise(PROMPT, steps=job["steps"], guidance_scale=GUIDANCE, seeds=[0], size=job["size"])
         return (sd.decode(last.x_t) + 1) / 2  # diffusers' pixels are in 0..1
 
     return run

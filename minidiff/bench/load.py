@@ -1,15 +1,13 @@
-"""How long a full-size Stable Diffusion 1.x takes to load, and how much memory: `minidiff bench load`.
+"""Measure how long a full-size Stable Diffusion 1.x takes to load, and how much memory: `minidiff bench load`.
 
-    made-up weights -> a .safetensors or .ckpt file, or a diffusers folder -> minidiff, diffusers, minidiff, ...  -> medians, ratios
-                                                                              in turn, each in a new process (one_load.py)
+    random weights -> a .safetensors or .ckpt file, or a diffusers folder -> minidiff, diffusers, minidiff, ...  -> medians, ratios
+                                                                              in turn, each in a new process (load_worker.py)
 
-The weights are random; names, shapes and sizes are the real ones. The clock starts after the imports, which are given apart, and stops
-when every weight has been summed once: a mapped file that nobody has read is not loaded yet. The files are in the page cache.
-Memory is what a process has at its highest above the level before the call, as Linux counts it: resident, or only anonymous, which is
-what no file stands behind. Where the file has the asked dtype its pages are the weights, and resident counts; where it is converted the
-pages of the file can be given back at any time, and anonymous counts.
-
-The benchmarks are a part of the command line, and may know weights_loader.
+Names, shapes and sizes are the real ones. The clock starts after the imports, which are timed separately, and stops when every weight has
+been summed once: a memory-mapped file that nobody has read is not loaded yet. The files are in the page cache. Memory is the peak of the
+process above the level before the call, as Linux counts it: resident, or only anonymous, which no file backs. If the file has the requested
+dtype its pages are the weights, and resident memory counts; if it is converted, the file's pages can be given back at any time, and
+anonymous memory counts.
 """
 
 import json
@@ -26,15 +24,16 @@ from statistics import median
 import torch
 
 import weights_loader
-from minidiff.bench.common import check, command, in_a_line, machine, made_up
-from minidiff.bench.one_load import Measurement
+from minidiff.bench.common import check_arguments, random_model, read_command
+from minidiff.bench.load_worker import Measurement
 from minidiff.config import SD1, ModelConfig
 from minidiff.files import write_text
+from minidiff.machine import format_machine, read_machine
 from minidiff.markdown import table_header, table_row
 from minidiff.pipeline import StableDiffusion
-from weights_loader.dialects import to_file
 from weights_loader.folder import write_folder_config
 from weights_loader.metadata import config_to_json
+from weights_loader.save import tensors_of
 from weights_loader.write import write_safetensors
 
 CONTENDERS = ("minidiff", "diffusers")
@@ -43,7 +42,7 @@ GOAL_MEMORY = 1.15  # of the model's bytes, at most
 
 
 @dataclass(frozen=True)
-class Case:
+class FileCase:
     """A kind of file, the dtype of the weights in it, and the dtype asked for."""
 
     kind: str
@@ -54,24 +53,29 @@ class Case:
         return f"{self.kind}, {self.stored}" + (f" as {self.asked}" if self.asked != self.stored else "")
 
 
-CASES = (Case(".safetensors"), Case(".ckpt"), Case("diffusers folder"), Case(".safetensors", "float16"))
+CASES = (FileCase(".safetensors"), FileCase(".ckpt"), FileCase("diffusers folder"), FileCase(".safetensors", "float16"))
 
 
-def bench(
-    against: bool = True, out: Path | None = None, rounds: int = 3, config: ModelConfig = SD1, cases: Sequence[Case] = CASES
+def bench_load(
+    against: bool = True, out: Path | None = None, rounds: int = 3, config: ModelConfig = SD1, cases: Sequence[FileCase] = CASES
 ) -> Iterator[str]:
-    """Measure, and yield the lines of a Markdown table as they are found. Takes up to 4.3 GB of disk at a time, in a temporary folder.
+    """Measure, and yield the lines of a Markdown table as they come. Takes up to 4.3 GB of disk at a time, in a temporary folder.
 
-    against: measure diffusers as well. out: a .json file for every number. rounds: how often each contender loads each file; the median
-    of the times and the highest memory count.
-    Raises ValueError where memory cannot be measured, or diffusers is not there; RuntimeError when a contender fails.
+    Raises ValueError if memory cannot be measured or diffusers is missing, RuntimeError if a contender fails.
+
+    Args:
+        against: Measure diffusers as well.
+        out: A .json file for every number.
+        rounds: How often each contender loads each file; the median time and the highest memory count.
+        config: Of the model.
+        cases: Kinds of files and dtypes.
     """
     if not Path("/proc/self/clear_refs").exists():
         raise ValueError(f"bench load reads the memory of a process from /proc, which {platform.system()} does not have; run it on Linux")
-    check(rounds, out, against)
-    record = {"command": command(), "machine": machine(), "rounds": rounds, "cases": []}
+    check_arguments(rounds, out, against)
+    record = {"command": read_command(), "machine": read_machine(), "rounds": rounds, "cases": []}
     missed = []
-    yield in_a_line(record["machine"])
+    yield format_machine(record["machine"])
     columns = (
         "file",
         "minidiff",
@@ -92,7 +96,7 @@ def bench(
         record["cases"].append(
             {"case": asdict(case)} | summary | {"runs": {name: [asdict(run) for run in runs] for name, runs in found.items()}}
         )
-        missed += [f"missed: {case}: {goal}" for goal in goals_missed(summary)]
+        missed += [f"missed: {case}: {goal}" for goal in find_missed_goals(summary)]
         yield case_row(case, summary)
     if out:
         write_text(out, json.dumps(record, indent=2) + "\n")
@@ -102,8 +106,8 @@ def bench(
 # ------------------------------------------------------------------------------------------------------- the results
 
 
-def summarize(case: Case, found: dict[str, list[Measurement]]) -> dict[str, object]:
-    """Of each contender the median times and the highest memory, beside the model's bytes in the dtype asked for."""
+def summarize(case: FileCase, found: dict[str, list[Measurement]]) -> dict[str, object]:
+    """Return the median times and the highest memory of each contender, and the model's bytes in the requested dtype."""
     memory = "resident" if case.stored == case.asked else "anonymous"
     return {
         "model_bytes": found["minidiff"][0].count * getattr(torch, case.asked).itemsize,
@@ -115,7 +119,7 @@ def summarize(case: Case, found: dict[str, list[Measurement]]) -> dict[str, obje
     }
 
 
-def goals_missed(summary: dict) -> list[str]:
+def find_missed_goals(summary: dict) -> list[str]:
     """In words. The goal for the time needs diffusers' time."""
     seconds, missed = summary["seconds"], []
     if "diffusers" in seconds and seconds["minidiff"] > GOAL_TIME * seconds["diffusers"]:
@@ -126,7 +130,9 @@ def goals_missed(summary: dict) -> list[str]:
     return missed
 
 
-def case_row(case: Case, summary: dict) -> str:
+def case_row(case: FileCase, summary: dict) -> str:
+    """Format the table's row of a case."""
+
     def pair(values: dict[str, float]) -> list[str]:
         if "diffusers" not in values:
             return [f"{values['minidiff']:.2f} s", "", ""]
@@ -141,16 +147,16 @@ def case_row(case: Case, summary: dict) -> str:
 # --------------------------------------------------------------------------------------------------------- the files
 
 
-def measure_case(case: Case, config: ModelConfig, contenders: Sequence[str], rounds: int) -> dict[str, list[Measurement]]:
-    """The file, made and put into the page cache; then the contenders in turn. They have to agree on what is in it."""
+def measure_case(case: FileCase, config: ModelConfig, contenders: Sequence[str], rounds: int) -> dict[str, list[Measurement]]:
+    """Write the file, put it into the page cache, and measure the contenders in turn. They have to agree on its contents."""
     found = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
-        path = write_case(made_up(config, getattr(torch, case.stored)), case, Path(folder))
+        path = write_case(random_model(config, getattr(torch, case.stored)), case, Path(folder))
         os.sync()  # what is still on its way to the disk would take time from the first round
-        warm(path)
+        fill_page_cache(path)
         for _ in range(rounds):
             for name in contenders:
-                found[name].append(in_new_process(name, path, Path(folder) / "settings", case.asked, config))
+                found[name].append(run_in_new_process(name, path, Path(folder) / "settings", case.asked, config))
     runs = [run for runs in found.values() for run in runs]
     # Sums of a billion numbers in float32, in another order.
     same = all(run.count == runs[0].count and abs(run.total - runs[0].total) <= 1e-4 * abs(runs[0].total) for run in runs)
@@ -158,14 +164,14 @@ def measure_case(case: Case, config: ModelConfig, contenders: Sequence[str], rou
     return found
 
 
-def write_case(sd: StableDiffusion, case: Case, folder: Path) -> Path:
-    """The model as a file of this kind, without a config in it as the public ones. In "settings" diffusers finds its own."""
+def write_case(sd: StableDiffusion, case: FileCase, folder: Path) -> Path:
+    """Write the model as a file of this kind, without a config like the public ones. diffusers finds its settings in "settings"."""
     if case.kind == "diffusers folder":
         weights_loader.save(sd, folder / "settings", layout="diffusers")
         return folder / "settings"
     (folder / "settings").mkdir()
     write_folder_config(folder / "settings", sd.config, sd.tokenizer)
-    tensors = to_file(sd.text_encoder, "ldm") | to_file(sd.unet, "ldm") | to_file(sd.vae, "ldm")
+    tensors = tensors_of(sd, "ldm")
     path = folder / f"model{case.kind}"
     if case.kind == ".ckpt":  # torch writes memory that tensors share once; here each has its own
         torch.save({"state_dict": {name: tensor.clone() for name, tensor in tensors.items()}}, path)
@@ -174,7 +180,7 @@ def write_case(sd: StableDiffusion, case: Case, folder: Path) -> Path:
     return path
 
 
-def warm(path: Path):
+def fill_page_cache(path: Path):
     """Read everything once, into the page cache."""
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
@@ -183,12 +189,20 @@ def warm(path: Path):
                     pass
 
 
-def in_new_process(contender: str, path: Path, settings: Path, asked: str, config: ModelConfig) -> Measurement:
-    """one_load.measure in an interpreter of its own, without network."""
+def run_in_new_process(contender: str, path: Path, settings: Path, asked: str, config: ModelConfig) -> Measurement:
+    """Call load_worker.measure in a new interpreter, offline. Raises RuntimeError with its last lines if it fails.
+
+    Args:
+        contender: "minidiff" or "diffusers".
+        path: The file or folder.
+        settings: A diffusers folder with at least the JSON files.
+        asked: The dtype of the loaded weights.
+        config: Of the model.
+    """
     known = None if config == SD1 else config_to_json(config)
     job = {"contender": contender, "path": str(path), "settings": str(settings), "asked": asked, "config": known}
-    command = [sys.executable, "-m", "minidiff.bench.one_load", json.dumps(job)]
-    process = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "minidiff.bench.load_worker", json.dumps(job)]
+    process = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False)
     if process.returncode:
         raise RuntimeError(f"{contender} could not load {path.name}:\n{process.stderr[-3000:]}")
     return Measurement(**json.loads(process.stdout.splitlines()[-1]))

@@ -1,6 +1,6 @@
-"""Contenders that take turns: each is checked, then there are rounds in which everyone runs once, in an order drawn anew; then the table.
+"""Contenders take turns: each is checked, then come rounds in which every one runs once in a random order, then the table.
 
-All are started before the first round and stay, each in its own process (contender.py); only one works at a time.
+All are started before the first round, each in its own process (contender.py); only one works at a time.
 """
 
 import tempfile
@@ -13,20 +13,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff.bench.common import Record
+from minidiff.bench.common import BenchRecord
 from minidiff.bench.contender import Contender, Refused
 from minidiff.bench.ratios import ratio, turns
 from minidiff.markdown import format_seconds, table_header, table_row
 
 TURN = 1.0  # seconds that a turn takes at least, in as many repeats as that needs
-MOST_REPEATS = 100
+MAX_REPEATS = 100
 
 
-def race(module: str, jobs: dict[str, dict], rounds: int, record: Record, part: str = "") -> Iterator[str]:
-    """Every contender's check, then rounds of all that passed; yields lines of Markdown. The first job is the one to compare with.
+def race(module: str, jobs: dict[str, dict], rounds: int, record: BenchRecord, part: str = "") -> Iterator[str]:
+    """Check every contender, time rounds of those that passed, and yield lines of Markdown.
 
-    part: put before the names in the record. A job's folder is a temporary one, and not recorded. Errors are those of results against the
-    first float32 job's that ran, as root mean square of the difference over that of the result.
+    Errors are root mean squares of the difference to the first float32 job that ran, relative to that of its result.
+
+    Args:
+        module: What the contenders run.
+        jobs: By name; the first is the one to compare with. A job's folder is temporary and not recorded.
+        rounds: Of all contenders.
+        record: Where numbers are kept as they come in.
+        part: A prefix of the names in the record.
     """
     with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
         contenders, found, given = {}, {}, {}
@@ -54,12 +60,12 @@ def race(module: str, jobs: dict[str, dict], rounds: int, record: Record, part: 
         finally:
             for contender in contenders.values():
                 contender.close()
-    yield from table(found, next(iter(jobs)))
+    yield from format_table(found, next(iter(jobs)))
 
 
 def take_turn(contender: Contender, result: dict) -> None:
-    """Adds its seconds; one that fails now is out."""
-    repeats = min(MOST_REPEATS, max(1, round(TURN / result["seconds"]))) if "seconds" in result else 1
+    """Add the seconds of a contender's turn. One that fails now is out of the race."""
+    repeats = min(MAX_REPEATS, max(1, round(TURN / result["seconds"]))) if "seconds" in result else 1
     try:
         result["rounds"].append(contender.ask(do="time", repeats=repeats)["seconds"])
     except Refused as reason:
@@ -67,14 +73,14 @@ def take_turn(contender: Contender, result: dict) -> None:
 
 
 def relative_error(result: Float[Tensor, "*shape"], exact: Float[Tensor, "*other"]) -> float:
-    """RMS of the difference over that of what is exact. Raises ValueError for other shapes."""
+    """Return the RMS of the difference over that of the exact result. Raises ValueError for different shapes."""
     if result.shape != exact.shape:
         raise ValueError(f"results of shape {tuple(result.shape)} and {tuple(exact.shape)}: the contenders did not do the same")
     return float((result.double() - exact.double()).square().mean().sqrt() / exact.double().square().mean().sqrt())
 
 
-def table(results: dict[str, dict], first: str) -> Iterator[str]:
-    """A line for each contender: time, how many times as fast as the first, peak memory and its share of the first's, error."""
+def format_table(results: dict[str, dict], first: str) -> Iterator[str]:
+    """Yield one line per contender: time, how many times as fast as the first, peak memory and its share of the first's, error."""
     yield table_header(["", "time", f"times as fast as {first}", "peak memory", "share", "error", "three runs"])
     base = results[first]
     for name, result in results.items():
@@ -91,6 +97,6 @@ def table(results: dict[str, dict], first: str) -> Iterator[str]:
                 f"{memory / 1e9:.2f} GB" if memory else "",
                 f"{memory / whole:.2f}" if memory and whole else "",
                 f"{result['error']:.1e}" if "error" in result else "",
-                {True: "equal", False: "differ"}.get(result.get("bit_equal"), ""),
+                {True: "equal", False: "differ", None: ""}[result.get("bit_equal")],
             ]
         )

@@ -1,10 +1,10 @@
-"""How much faster, from interleaved rounds: the median of the ratios of the rounds, with a bootstrap interval.
+"""Ratios of times from interleaved rounds: the median of the rounds' ratios, with a bootstrap interval.
 
-    round 1: b 2.0 s, a 1.0 s, c ...      order drawn anew in each round      ratios b / a of a round: 2.0, 2.1, 1.9, ...
+    round 1: b 2.0 s, a 1.0 s, c ...      random order in each round      ratios b / a of a round: 2.0, 2.1, 1.9, ...
     round 2: a 1.1 s, c ..., b 2.3 s                                          their median, and how far it would move in other rounds
 
-What slows a machine for a while (heat, neighbours) slows a whole round, so the ratio of two times of one round holds what their medians
-over all rounds do not. Interval: Efron 1979, "Bootstrap methods: another look at the jackknife", the percentile method.
+Whatever slows a machine for a while (heat, neighbours) slows a whole round, so the ratio of two times of one round is steadier than that of
+their medians over all rounds. Interval: Efron 1979, "Bootstrap methods: another look at the jackknife", the percentile method.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ SHARE = 0.95  # of the draws lie in the interval
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median of the rounds' ratios, and between what it lies in 95 % of the draws."""
+    """The median of the rounds' ratios, and the interval that holds it in 95 % of the bootstrap samples."""
 
     median: float
     low: float
@@ -29,7 +29,7 @@ class Ratio:
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
-    """theirs / ours, round by round: 2 is twice as fast. Raises ValueError for rounds that are none, or do not pair up."""
+    """Return theirs / ours, round by round: 2 is twice as fast. Raises ValueError for no rounds, or rounds that do not pair up."""
     if not ours or len(theirs) != len(ours):
         raise ValueError(f"{len(theirs)} and {len(ours)} rounds: ratios need the same rounds of both, at least one")
     ratios = np.asarray(theirs, dtype=np.float64) / np.asarray(ours, dtype=np.float64)
@@ -39,7 +39,7 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
 
 
 def turns(names: Sequence[str], rounds: int, seed: int = 0) -> Iterator[tuple[int, str]]:
-    """Whose turn it is: every name once a round, in an order drawn for the round."""
+    """Yield (round, name): every name once per round, in a random order."""
     rng = np.random.default_rng(seed)
     for i in range(rounds):
         for name in rng.permutation(list(names)):

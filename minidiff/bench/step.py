@@ -1,9 +1,9 @@
-"""How long the U-Net takes for a step of one picture with guidance: `minidiff bench step`.
+"""Measure how long the U-Net takes for a step of one picture with guidance: `minidiff bench step`.
 
-    made-up weights -> each library's model, in a process of its own -> the same x_t, t and contexts -> guided prediction
+    random weights -> each library's model, in a process of its own -> the same x_t, t and contexts -> guided prediction
 
-What is compared is the guided prediction: the U-Net on the batch of two, and the sum of its halves. The text is encoded before, and a step
-is one of many: what a library works out once a picture is not counted (`bench image` counts it).
+The guided predictions are compared: the U-Net on a batch of two, and the sum of its halves. The text is encoded before, and the step is one
+of many: what a library computes once per picture is not counted (`bench image` counts it).
 """
 
 from collections.abc import Callable, Iterator
@@ -12,18 +12,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minidiff.bench.answers import answers
-from minidiff.bench.common import Record, check, in_a_line, model_config
+from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
+from minidiff.bench.pipelines import diffusers_pipeline, make_model_jobs, minidiff_model, model_folder, start_worker
 from minidiff.bench.race import race
-from minidiff.bench.whole import diffusers_pipeline, minidiff_model, model_folder, model_jobs, started
+from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
+from minidiff.machine import format_machine
 
 T = 501  # of the step
 GUIDANCE = 7.5
 
 
-def bench(
+def bench_step(
     against: bool = True,
     out: Path | None = None,
     rounds: int | None = None,
@@ -32,17 +33,24 @@ def bench(
     device: str = "cpu",
     max_autotune: bool = False,
 ) -> Iterator[str]:
-    """Measure, and yield the lines of a Markdown table. size: pixels; None is the model's own. rounds: 3 on a CPU, 10 on a GPU by default.
+    """Measure, and yield the lines of a Markdown table. Raises ValueError for unknown names and if diffusers is missing.
 
-    Raises ValueError for what is unknown, and where diffusers is not there.
+    Args:
+        against: Race diffusers as well.
+        out: A .json file for every number.
+        rounds: By default 3 on a CPU, 10 on a GPU.
+        model: A name of `model_config`, or a config.
+        size: Pixels a side; None is the model's own.
+        device: Of all contenders.
+        max_autotune: Race diffusers compiled with max-autotune too.
     """
     rounds = (3 if torch.device(device).type == "cpu" else 10) if rounds is None else rounds
-    check(rounds, out, against)
+    check_arguments(rounds, out, against)
     config = model_config(model) if isinstance(model, str) else model
     size = size or config.image_size
-    jobs = model_jobs(device, against, max_autotune)
-    record = Record(out, {"bench": "step", "model": str(config), "size": size, "rounds": rounds, "device": device})
-    yield in_a_line(record.values["machine"])
+    jobs = make_model_jobs(device, against, max_autotune)
+    record = BenchRecord(out, {"bench": "step", "model": str(config), "size": size, "rounds": rounds, "device": device})
+    yield format_machine(record.values["machine"])
     yield f"One step of {size} x {size} with guidance\n"
     with model_folder(config) as folder:
         torch.save(inputs(config, size), folder / "inputs.pt")
@@ -51,7 +59,7 @@ def bench(
 
 
 def inputs(config: ModelConfig, size: int) -> dict[str, Tensor]:
-    """A latent of one picture at timestep T, and the contexts of an empty prompt and of one."""
+    """Draw a latent of one picture at timestep T, and the contexts of an empty and of another prompt."""
     generator = torch.Generator().manual_seed(0)
     cells, text = size // config.vae.factor, config.text_encoder
     x_t = torch.randn(1, config.unet.in_channels, cells, cells, generator=generator)
@@ -63,8 +71,8 @@ def inputs(config: ModelConfig, size: int) -> dict[str, Tensor]:
 
 
 def prepare(job: dict) -> Callable[[dict], dict]:
-    """In the contender's process: the model and its inputs."""
-    peak, device, dtype = started(job)
+    """Load the model and its inputs in the contender's process."""
+    peak, device, dtype = start_worker(job)
     given = {name: x.to(device, dtype) for name, x in torch.load(f"{job['folder']}/inputs.pt").items()}
     make = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]]
     run = make(job, device, dtype, given)
@@ -73,11 +81,11 @@ def prepare(job: dict) -> Callable[[dict], dict]:
         with torch.inference_mode() if job["library"] == "diffusers" else torch.no_grad():
             return run()
 
-    return answers(without_gradients, peak)
+    return answer_with(without_gradients, peak)
 
 
 def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """As StableDiffusionPipeline does a step, without its scheduler."""
+    """Step like StableDiffusionPipeline, without its scheduler."""
     unet = diffusers_pipeline(job, device, dtype).unet
     context, t = torch.cat([given["uncond"], given["cond"]]), torch.tensor(T, device=device)
 
@@ -89,15 +97,14 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
 
 
 def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """As the pipeline does it."""
-    from minidiff.cuda_graph import channels_last, saving
+    """Step like our pipeline."""
+    from minidiff.conditioning import Conditioning
     from minidiff.guidance import guided
+    from minidiff.pipeline import channels_last
 
-    sd, savings = minidiff_model(job, device, dtype)
-    if savings.channels_last:
-        channels_last(sd.unet)
-    model = guided(sd.unet, given["cond"], given["uncond"], GUIDANCE, savings.shared_prefix)
-    model, t = saving(model, sd.unet, lambda: [T], savings), torch.tensor([T], device=device)
+    sd, t = minidiff_model(job, device, dtype), torch.tensor([T], device=device)
+    channels_last(sd.unet)
+    model = guided(sd.predict, Conditioning(given["cond"]), Conditioning(given["uncond"]), GUIDANCE, shared_prefix=True)
     return lambda: model(given["x_t"], t)
 
 

@@ -1,6 +1,6 @@
 """How long a training step of a LoRA, and of Custom Diffusion, takes: `minidiff bench train`.
 
-    made-up weights, one picture -> minidiff's methods, and the loops of diffusers' examples (peft for the LoRA) -> steps in turn
+    random weights, one picture -> minidiff's methods, and the loops of diffusers' examples (peft for the LoRA) -> steps in turn
 
 The picture's latents are made ahead for all, and so is the text that no step changes: a LoRA's captions; Custom Diffusion trains a word,
 so its text encoder runs in every step, and each step has a class picture beside the subject's. Errors are those of the loss at the same
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any  # diffusers' objects: their types are no help
 
 import numpy as np
 import torch
@@ -18,12 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from minidiff.bench.answers import answers
-from minidiff.bench.common import Record, check, in_a_line, model_config
+from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
+from minidiff.bench.pipelines import COMPILED, minidiff_model, model_folder, start_worker
 from minidiff.bench.race import race
-from minidiff.bench.whole import COMPILED, minidiff_model, model_folder, started
+from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
+from minidiff.machine import format_machine
 
 METHODS = ("lora", "custom-diffusion")
 RANK = 4
@@ -31,48 +33,55 @@ RATE = 1e-5
 T = 501  # of the loss that is compared
 
 
-def bench(
+def bench_train(
     against: bool = True,
     out: Path | None = None,
     rounds: int | None = None,
     model: str | ModelConfig = "sd1",
     size: int | None = None,
-    common: tuple[str, ...] = METHODS,
+    methods: tuple[str, ...] = METHODS,
     device: str = "cpu",
 ) -> Iterator[str]:
-    """Measure, and yield the lines of Markdown tables. size: pixels; None is the model's own, on a CPU half of it.
+    """Measure, and yield the lines of Markdown tables. Raises ValueError for unknown names and if diffusers or peft is missing.
 
-    rounds: 2 on a CPU, 10 on a GPU by default. Raises ValueError for what is unknown, and where diffusers or peft is not there.
+    Args:
+        against: Race the loops of diffusers' examples as well.
+        out: A .json file for every number.
+        rounds: By default 2 on a CPU, 10 on a GPU.
+        model: A name of `model_config`, or a config.
+        size: Pixels a side; None is the model's own, on a CPU half of it.
+        methods: Of METHODS.
+        device: Of all contenders.
     """
     on_cpu = torch.device(device).type == "cpu"
     rounds = (2 if on_cpu else 10) if rounds is None else rounds
-    check(rounds, out, against, ("diffusers", "peft"))
-    if unknown := [name for name in common if name not in METHODS]:
+    check_arguments(rounds, out, against, ("diffusers", "peft"))
+    if unknown := [name for name in methods if name not in METHODS]:
         raise ValueError(f"method {unknown[0]!r} unknown; choose {', '.join(METHODS)}")
     config = model_config(model) if isinstance(model, str) else model
     size = size or config.image_size // (2 if on_cpu else 1)
-    settings = {"bench": "train", "model": str(config), "size": size, "methods": list(common), "rounds": rounds, "device": device}
-    record = Record(out, settings)
-    yield in_a_line(record.values["machine"])
+    settings = {"bench": "train", "model": str(config), "size": size, "methods": list(methods), "rounds": rounds, "device": device}
+    record = BenchRecord(out, settings)
+    yield format_machine(record.values["machine"])
     with model_folder(config) as folder:
         for name in ("subject", "class"):
             (folder / name).mkdir()
             pixels = np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / "0.png")
         torch.save(sample(config, size), folder / "sample.pt")
-        for method in common:
+        for method in methods:
             more = {"folder": str(folder), "method": method, "size": size}
             yield f"\nA step of {method}, {size} x {size}\n"
-            jobs = {name: job | more for name, job in train_jobs(device, against).items()}
+            jobs = {name: job | more for name, job in make_train_jobs(device, against).items()}
             yield from race(__name__, jobs, rounds, record, part=f"{method}: ")
     record.finish()
 
 
-def train_jobs(device: str, against: bool) -> dict[str, dict]:
-    """The contenders: in bfloat16 by autocast, beside float32 for the errors and, on a CPU, as what everybody does there."""
+def make_train_jobs(device: str, against: bool) -> dict[str, dict]:
+    """Return the contenders' jobs: bfloat16 by autocast, and float32 for the errors and as the usual choice on a CPU."""
 
     def job(library: str, dtype: str, how: str = "eager", untimed: bool = False) -> dict:
-        return {"library": library, "dtype": dtype, "how": how, "savings": True, "untimed": untimed, "device": device}
+        return {"library": library, "dtype": dtype, "how": how, "untimed": untimed, "device": device}
 
     half = "bfloat16"
     if torch.device(device).type == "cpu":
@@ -89,7 +98,7 @@ def train_jobs(device: str, against: bool) -> dict[str, dict]:
 
 
 def sample(config: ModelConfig, size: int) -> dict[str, Tensor]:
-    """What the losses are compared at: a scaled latent, noise, a timestep and a context."""
+    """Draw what the losses are compared at: a scaled latent, noise, a timestep and a context."""
     generator = torch.Generator().manual_seed(0)
     cells, text = size // config.vae.factor, config.text_encoder
     x_0, eps = torch.randn(2, 1, config.vae.latent_channels, cells, cells, generator=generator)
@@ -100,23 +109,23 @@ def sample(config: ModelConfig, size: int) -> dict[str, Tensor]:
 
 
 def prepare(job: dict) -> Callable[[dict], dict]:
-    """In the contender's process: a step, and the loss to compare."""
-    peak, device, dtype = started(job)
+    """Prepare a step, and the loss to compare, in the contender's process."""
+    peak, device, dtype = start_worker(job)
     given = {name: x.to(device) for name, x in torch.load(f"{job['folder']}/sample.pt").items()}
     step, loss = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]](job, device, dtype, given)
-    peak.forget()
-    return answers(step, peak, check=loss)
+    peak.reset()
+    return answer_with(step, peak, check=loss)
 
 
 def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> tuple[Callable, Callable]:
-    """As `minidiff train` does it."""
+    """Return our step, as `minidiff train` takes it, and the loss."""
     from minidiff.trainers.engine.diffusion_loss import NoiseSample, diffusion_loss
     from minidiff.trainers.engine.loop import Training
     from minidiff.trainers.engine.settings import Settings
     from minidiff.trainers.methods.options import Concept, DataOptions, Prior, family_of
     from minidiff.trainers.methods.table import METHODS, preset
 
-    sd, _ = minidiff_model(job, device, dtype)
+    sd = minidiff_model(job, device, dtype)
     folder = Path(job["folder"])
     settings = Settings(
         steps=10**6, batch=1, learning_rate=RATE, precision=job["dtype"], compile=job["how"] == "compiled", save_every=10**6
@@ -147,15 +156,17 @@ def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[s
 
 
 def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> tuple[Callable, Callable]:
-    """The order of steps in diffusers' train_text_to_image_lora.py and train_custom_diffusion.py, on latents made ahead."""
-    from diffusers import DDPMScheduler, UNet2DConditionModel
+    """Return the step of diffusers' train_text_to_image_lora.py or train_custom_diffusion.py on precomputed latents, and the loss."""
+    from diffusers import DDPMScheduler, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
     from transformers import CLIPTextModel, CLIPTokenizer
 
     folder = f"{job['folder']}/model"
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False).to(device, dtype)
-    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").requires_grad_(False).to(device)
+    unet: Any = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    unet.requires_grad_(False).to(device, dtype)
+    text_encoder: Any = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+    text_encoder.requires_grad_(False).to(device)
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler: Any = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     learn = {"lora": _diffusers_lora, "custom-diffusion": _diffusers_custom_diffusion}[job["method"]]
     trained, encode, after = learn(unet, text_encoder, tokenizer, device, dtype)
@@ -165,7 +176,7 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
     network = torch.compile(unet, mode=COMPILED["compiled"]) if job["how"] == "compiled" else unet
 
     def loss_at(x_0: Tensor, eps: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """Of each sample."""
+        """Return the loss of each sample."""
         x_t = scheduler.add_noise(x_0, eps, t)
         target = eps if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(x_0, eps, t)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -187,9 +198,9 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
 
 
 def _diffusers_lora(
-    unet: nn.Module, text_encoder: nn.Module, tokenizer: Callable, device: torch.device, dtype: torch.dtype
+    unet: Any, text_encoder: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[nn.Parameter], Callable, Callable]:
-    """Its parameters in float32, the context, and what follows the backward pass."""
+    """Return the LoRA's parameters in float32, the context, and what follows the backward pass."""
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
@@ -202,8 +213,9 @@ def _diffusers_lora(
 
 
 def _diffusers_custom_diffusion(
-    unet: nn.Module, text_encoder: nn.Module, tokenizer: Callable, device: torch.device, dtype: torch.dtype
+    unet: Any, text_encoder: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[nn.Parameter], Callable, Callable]:
+    """Return Custom Diffusion's parameters, the context, and what follows the backward pass."""
     from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 
     tokenizer.add_tokens("<new1>")
@@ -236,7 +248,7 @@ def _diffusers_custom_diffusion(
     return trained, encode, after
 
 
-def _tokens(tokenizer: Callable, text_encoder: nn.Module, text: str) -> Tensor:
+def _tokens(tokenizer: Any, text_encoder: Any, text: str) -> Tensor:
     length = text_encoder.config.max_position_embeddings
     return tokenizer(text, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
 

@@ -1,18 +1,29 @@
-"""The card of a model that the recipe made: its shape, how it was made, what the judge says of it. Everything in it is of the run itself."""
+"""The card of a model that the recipe made: its shape, how it was made, what the judge says of it. All of it comes from the run itself."""
 
 import dataclasses
 
 from torch import nn
 
-from minidiff.bundled.figures import Record, table
+from minidiff.bundled.figures import EvaluationRecord, format_figures
 from minidiff.bundled.recipe import Recipe
 from minidiff.markdown import format_duration, markdown_table
 from minidiff.pipeline import StableDiffusion
 from minidiff.trainers.engine.settings import Settings
 
 
-def card(sd: StableDiffusion, recipe: Recipe, judge: Settings, times: dict[str, dict], psnr: tuple[float, float], record: Record) -> str:
-    """Markdown. times: seconds and devices by stage; psnr: of fresh scenes and of held-out subjects, in dB."""
+def format_card(
+    sd: StableDiffusion, recipe: Recipe, judge: Settings, times: dict[str, dict], psnr: tuple[float, float], record: EvaluationRecord
+) -> str:
+    """Format the card as Markdown.
+
+    Args:
+        sd: The model.
+        recipe: That made it.
+        judge: Settings of the judge's training.
+        times: Seconds and devices by stage.
+        psnr: Of the VAE on fresh scenes and on held-out subjects, in dB.
+        record: Of the evaluation.
+    """
     seeds = sorted({seed for _, seed in record.verdicts})
     return f"""# A model of the scenes
 
@@ -23,11 +34,11 @@ A latent diffusion model of Stable Diffusion's shape in small, {sd.config.image_
 
 Forty fixed prompts, prompt i on seed i, ddim, guidance {sd.config.guidance_scale:g}, nothing selected.
 
-{shapes(sd)}
+{format_shapes(sd)}
 
 ## Made by
 
-{stages(recipe, judge, times)}
+{format_stages(recipe, judge, times)}
 
 {", ".join(f"{name} {value}" for name, value in dataclasses.asdict(recipe).items() if value is not None)}
 
@@ -38,13 +49,14 @@ The VAE's reconstructions reach {psnr[0]:.1f} dB PSNR on scenes that it has not 
 The judge, a small CLIP trained on scenes, says of {len(record.verdicts)} pictures of fixed prompts (seeds {", ".join(map(str, seeds))}; {record.steps} steps of
 ddim, guidance {record.guidance_scale:g}, nothing selected), beside what it says of real scenes of the same prompts and of these after the VAE:
 
-{table(record.figures)}
+{format_figures(record.figures)}
 
 The verdict on each picture stands in `figures.json`. The judge is kinder than people, who also see what is crude.
-"""
+"""  # noqa: E501  (lines of Markdown)
 
 
-def shapes(sd: StableDiffusion) -> str:
+def format_shapes(sd: StableDiffusion) -> str:
+    """Format the table of the model's parts."""
     config = sd.config
     text = f"width {config.text_encoder.width}, {config.text_encoder.layers} layers, {config.text_encoder.vocab_size:,} words and pieces"
     levels = "widths {}, {} ResBlock a level".format
@@ -54,15 +66,17 @@ def shapes(sd: StableDiffusion) -> str:
         ("VAE", levels(", ".join(map(str, config.vae.widths)), config.vae.blocks_per_level) + f", factor {config.vae.factor}", sd.vae),
     ]
     return markdown_table(
-        ("part", "shape", "parameters"), [(name, shape, f"{parameters(module) / 1e6:.2f} M") for name, shape, module in rows]
+        ("part", "shape", "parameters"), [(name, shape, f"{count_parameters(module) / 1e6:.2f} M") for name, shape, module in rows]
     )
 
 
-def parameters(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
+    """Count a module's parameters."""
     return sum(p.numel() for p in module.parameters())
 
 
-def stages(recipe: Recipe, judge: Settings, times: dict[str, dict]) -> str:
+def format_stages(recipe: Recipe, judge: Settings, times: dict[str, dict]) -> str:
+    """Format the table of what was done, and how long it took."""
     of_batch = "{:,} steps of {:,}".format
     done = {
         "scenes": f"{recipe.scenes:,} scenes",

@@ -4,8 +4,8 @@
                           -> real scenes of the same prompts --------+-> judge -> Figures
                                 `-> through the model's own VAE -----'
 
-The judge errs too, so each figure stands beside two ceilings: what it says of real scenes that show what the prompt says, and of
-these after the VAE's encoder and decoder, which no U-Net can improve on. A figure is the same in each run on one machine.
+The judge errs too, so each figure stands next to two ceilings: what it says of real scenes that show what the prompt says, and of these
+after the VAE's encoder and decoder, which no U-Net can improve on. Figures are reproducible on one machine.
 """
 
 import math
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff.bundled.figures import Figure, Figures, Measure, Record, Verdict
+from minidiff.bundled.figures import EvaluationRecord, Figure, Figures, Measure, Verdict
 from minidiff.bundled.judge import Judge
 from minidiff.evaluation.alignment import text_alignment
 from minidiff.evaluation.kid import kid
@@ -33,15 +33,16 @@ JUDGED = ("model", "real", "reconstructed")  # kinds of pictures with a verdict
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Pictures done, of how many; with the last one, the record."""
+class EvaluationProgress:
+    """Pictures done of the total; the last one comes with the record."""
 
     done: int
     total: int
-    record: Record | None = None
+    record: EvaluationRecord | None = None
 
     @property
     def figures(self) -> Figures | None:
+        """Return the record's figures, None before the last picture."""
         return self.record and self.record.figures
 
 
@@ -55,12 +56,20 @@ def evaluate(
     limit: int | None = None,
     batch: int = 16,
     state: Path | None = None,
-) -> Iterator[Progress]:
-    """Draws each fixed prompt on each seed with ddim, and judges; yields after every batch, the record with the last one.
+) -> Iterator[EvaluationProgress]:
+    """Draw each fixed prompt on each seed with DDIM, judge the pictures, and yield after every batch; the last one has the record.
 
-    limit: so many prompts, spread evenly over the list, for a quick look. state: a file to go on from, if it is there, and to save to after
-    every batch. Raises ValueError for a model of another picture size than the judge's, no seeds, a limit below 1, or a state of another
-    evaluation.
+    Raises ValueError for a model of another picture size than the judge's, no seeds, a limit below 1, or a state of another evaluation.
+
+    Args:
+        sd: The model.
+        judge: Of the scenes.
+        steps: Of DDIM.
+        guidance_scale: None is the model's own.
+        seeds: Every prompt is drawn on each.
+        limit: Only that many prompts, evenly spread over the list.
+        batch: Pictures at once.
+        state: A file to resume from, written after every batch.
     """
     if sd.config.image_size != judge.config.image_size:
         raise ValueError(
@@ -69,12 +78,12 @@ def evaluate(
     if not seeds or (limit is not None and limit < 1) or batch < 1:
         raise ValueError(f"seeds {tuple(seeds)}, limit {limit}, batch {batch}: no picture to judge; each needs at least 1")
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
-    pairs = [(prompt, seed) for seed in seeds for prompt in spread(fixed_prompts(), limit)]
+    pairs = [(prompt, seed) for seed in seeds for prompt in spread_prompts(fixed_prompts(), limit)]
     return _evaluate(sd, judge, steps, guidance_scale, pairs, batch, state)
 
 
-def spread(prompts: Sequence[FixedPrompt], limit: int | None) -> Sequence[FixedPrompt]:
-    """`limit` of the prompts at even distances, or all."""
+def spread_prompts(prompts: Sequence[FixedPrompt], limit: int | None) -> Sequence[FixedPrompt]:
+    """Return `limit` of the prompts at even distances, or all."""
     if limit is None or limit >= len(prompts):
         return prompts
     return [prompts[(2 * i + 1) * len(prompts) // (2 * limit)] for i in range(limit)]
@@ -88,7 +97,8 @@ def _evaluate(
     pairs: list[tuple[FixedPrompt, int]],
     batch: int,
     state: Path | None,
-) -> Iterator[Progress]:
+) -> Iterator[EvaluationProgress]:
+    """Judge the pictures that are left, batch by batch."""
     asked = {
         "model": checksum(sd.text_encoder, sd.unet, sd.vae),
         "judge": checksum(judge),
@@ -97,41 +107,71 @@ def _evaluate(
         "prompts": len({prompt for prompt, _ in pairs}),
         "seeds": sorted({seed for _, seed in pairs}),
     }
-    found = read_state(state) if state is not None and state.exists() else None
-    if found is not None:
-        check_same(state, found["asked"], asked)
-    verdicts = {name: [Verdict(*row) for row in found["verdicts"][name]] if found else [] for name in JUDGED}
-    features = {name: [found["features"][name]] if found else [] for name in (*JUDGED, "reference")}
-    for start in range(len(verdicts["model"]), len(pairs), batch):
+    answers = Answers.read(state, asked)
+    for start in range(len(answers.verdicts["model"]), len(pairs), batch):
         part = pairs[start : start + batch]
-        for name, (said, vectors) in judged_pictures(sd, judge, steps, guidance_scale, part).items():
-            features[name].append(vectors.cpu())
-            if name in JUDGED:
-                verdicts[name] += said
-        done = start + len(part)
+        answers.add(judge_pictures(sd, judge, steps, guidance_scale, part))
         if state is not None:
-            rows = {name: [list(astuple(verdict)) for verdict in said] for name, said in verdicts.items()}
-            write_state(state, {"asked": asked, "verdicts": rows, "features": {name: torch.cat(parts) for name, parts in features.items()}})
-        if done < len(pairs):
-            yield Progress(done, len(pairs))
-    figures = figures_of([prompt for prompt, _ in pairs], verdicts, {name: torch.cat(parts) for name, parts in features.items()})
-    by_picture = {(prompt.text, seed): verdict for (prompt, seed), verdict in zip(pairs, verdicts["model"], strict=True)}
-    yield Progress(len(pairs), len(pairs), Record(steps, guidance_scale, figures, by_picture))
+            answers.write(state, asked)
+        if start + len(part) < len(pairs):
+            yield EvaluationProgress(start + len(part), len(pairs))
+    features = {name: torch.cat(parts) for name, parts in answers.features.items()}
+    figures = summarize_verdicts([prompt for prompt, _ in pairs], answers.verdicts, features)
+    by_picture = {(prompt.text, seed): verdict for (prompt, seed), verdict in zip(pairs, answers.verdicts["model"], strict=True)}
+    yield EvaluationProgress(len(pairs), len(pairs), EvaluationRecord(steps, guidance_scale, figures, by_picture))
 
 
-def judged_pictures(
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What the judge has said so far, by kind of picture: verdicts on JUDGED, features (a tensor per batch) of these and of "reference"."""
+
+    verdicts: dict[str, list[Verdict]]
+    features: dict[str, list[Tensor]]
+
+    @classmethod
+    def read(cls, state: Path | None, asked: dict[str, object]) -> "Answers":
+        """Read the answers of an evaluation that was stopped, or begin. Raises ValueError if the file is of another evaluation."""
+        if state is None or not state.exists():
+            return cls({name: [] for name in JUDGED}, {name: [] for name in (*JUDGED, "reference")})
+        found = read_state(state)
+        check_same(state, found["asked"], asked)
+        verdicts = {name: [Verdict(*row) for row in rows] for name, rows in found["verdicts"].items()}
+        return cls(verdicts, {name: [tensor] for name, tensor in found["features"].items()})
+
+    def add(self, judged: dict[str, tuple[list[Verdict], Tensor]]) -> None:
+        """Add the answers on one more batch."""
+        for name, (verdicts, features) in judged.items():
+            self.features[name].append(features.cpu())
+            if name in JUDGED:
+                self.verdicts[name] += verdicts
+
+    def write(self, state: Path, asked: dict[str, object]) -> None:
+        """Write all answers to a file."""
+        verdicts = {name: [list(astuple(verdict)) for verdict in rows] for name, rows in self.verdicts.items()}
+        write_state(state, {"asked": asked, "verdicts": verdicts, "features": {n: torch.cat(parts) for n, parts in self.features.items()}})
+
+
+def judge_pictures(
     sd: StableDiffusion, judge: Judge, steps: int, guidance_scale: float, part: Sequence[tuple[FixedPrompt, int]]
 ) -> dict[str, tuple[list[Verdict], Float[Tensor, "B D"]]]:
-    """The judge's word on the model's pictures, on real scenes, on these after the VAE, and on other scenes of the same prompts, for KID."""
+    """Judge the model's pictures, real scenes, these after the VAE, and other scenes of the same prompts as KID's reference.
+
+    Args:
+        sd: The model.
+        judge: Of the scenes.
+        steps: Of DDIM.
+        guidance_scale: For the model's pictures.
+        part: Prompts with their seeds.
+    """
     prompts = [prompt for prompt, _ in part]
     *_, last = sd.denoise([p.text for p in prompts], steps=steps, guidance_scale=guidance_scale, seeds=[seed for _, seed in part])
-    real = real_pixels(part, 0).to(sd.device)
-    pixels = {"model": sd.decode(last.x_t), "real": real, "reconstructed": reconstructed(sd, real), "reference": real_pixels(part, 1)}
-    return {name: judged(judge, pictures, prompts) for name, pictures in pixels.items()}
+    real = compose_real_pixels(part, 0).to(sd.device)
+    pixels = {"model": sd.decode(last.x_t), "real": real, "reconstructed": reconstruct(sd, real), "reference": compose_real_pixels(part, 1)}
+    return {name: judge_batch(judge, pictures, prompts) for name, pictures in pixels.items()}
 
 
-def real_pixels(pairs: Sequence[tuple[FixedPrompt, int]], draw: int) -> Float[Tensor, "B 3 H W"]:
-    """A scene for each prompt and seed; another `draw` gives others. What a scene is depends on nothing else."""
+def compose_real_pixels(pairs: Sequence[tuple[FixedPrompt, int]], draw: int) -> Float[Tensor, "B 3 H W"]:
+    """Compose a scene for each prompt and seed; another `draw` gives other scenes. They depend on nothing else."""
     rows = fixed_prompts()
     return to_pixels(
         np.stack([real_scene(prompt, np.random.default_rng([rows.index(prompt), seed, draw])).image for prompt, seed in pairs])
@@ -139,34 +179,39 @@ def real_pixels(pairs: Sequence[tuple[FixedPrompt, int]], draw: int) -> Float[Te
 
 
 @torch.no_grad()
-def reconstructed(sd: StableDiffusion, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-    """Pixels in [-1, 1] through the VAE and back."""
+def reconstruct(sd: StableDiffusion, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+    """Send pixels in [-1, 1] through the VAE and back."""
     return sd.decode(sd.vae.encode(pixels.to(sd.dtype)).mean.float() * sd.config.vae.scaling_factor)
 
 
 def held_out_psnr(sd: StableDiffusion, count: int = 48) -> tuple[float, float]:
-    """Mean PSNR of reconstructions in dB, 10 log10(range^2 / mse) a picture: of fresh scenes, and of scenes with held-out subjects."""
+    """Return the mean PSNR of reconstructions in dB: of fresh scenes, and of scenes with held-out subjects.
+
+    PSNR = 10 log10(range^2 / mse) of each picture.
+    """
     means = []
     for split in ("train", "held_out_subjects"):
         rng = np.random.default_rng(5)
         pixels = to_pixels(np.stack([sample_scene(rng, split=split).image for _ in range(count)])).to(sd.device)
-        error = (reconstructed(sd, pixels) - pixels).square().mean(dim=(1, 2, 3))
+        error = (reconstruct(sd, pixels) - pixels).square().mean(dim=(1, 2, 3))
         means.append((10 * (4 / error).log10()).mean().item())  # pixels are in [-1, 1]
     return means[0], means[1]
 
 
 @torch.no_grad()
-def judged(judge: Judge, pixels: Float[Tensor, "B 3 H W"], prompts: Sequence[FixedPrompt]) -> tuple[list[Verdict], Float[Tensor, "B D"]]:
-    """The judge's verdict on each picture of a prompt, and the pictures' features."""
+def judge_batch(
+    judge: Judge, pixels: Float[Tensor, "B 3 H W"], prompts: Sequence[FixedPrompt]
+) -> tuple[list[Verdict], Float[Tensor, "B D"]]:
+    """Return the judge's verdict on each picture of a prompt, and the pictures' features."""
     config = judge.config
-    reading = judge.read(pixels.to(judge.log_scale.device))
+    output = judge.read(pixels.to(judge.log_scale.device))
     wanted = [[config.subjects.index(name) for name in prompt.subjects] for prompt in prompts]
-    likeliest = reading.shares().topk(2).indices.tolist()
-    background, style = reading.backgrounds.argmax(dim=1).tolist(), reading.styles.argmax(dim=1).tolist()
-    first, second = (torch.tensor([row[k] for row in wanted], device=reading.features.device) for k in (0, -1))
-    tint = reading.tint_of().tolist()  # prompts that name one have one subject, and are to be asked even if that is not recognised
-    apart = (reading.centroids(second) - reading.centroids(first)).tolist()
-    alignment = text_alignment(reading.features, judge.encode_texts([prompt.text for prompt in prompts])).tolist()
+    likeliest = output.shares().topk(2).indices.tolist()
+    background, style = output.backgrounds.argmax(dim=1).tolist(), output.styles.argmax(dim=1).tolist()
+    first, second = (torch.tensor([row[k] for row in wanted], device=output.features.device) for k in (0, -1))
+    tint = output.tint_of().tolist()  # prompts that name one have one subject, and are to be asked even if that is not recognised
+    apart = (output.centroids(second) - output.centroids(first)).tolist()
+    alignment = text_alignment(output.features, judge.encode_texts([prompt.text for prompt in prompts])).tolist()
     verdicts = []
     for i, prompt in enumerate(prompts):
         right = sorted(likeliest[i][: len(wanted[i])]) == sorted(wanted[i])
@@ -181,23 +226,29 @@ def judged(judge: Judge, pixels: Float[Tensor, "B 3 H W"], prompts: Sequence[Fix
                 alignment=alignment[i],
             )
         )
-    return verdicts, reading.features
+    return verdicts, output.features
 
 
-def figures_of(prompts: Sequence[FixedPrompt], verdicts: dict[str, list[Verdict]], features: dict[str, Float[Tensor, "N D"]]) -> Figures:
-    """Means over the pictures that each question is about. verdicts and features: by "model", "real", "reconstructed"; features of "reference" too."""
+def summarize_verdicts(
+    prompts: Sequence[FixedPrompt], verdicts: dict[str, list[Verdict]], features: dict[str, Float[Tensor, "N D"]]
+) -> Figures:
+    """Average the verdicts on the pictures that each question is about.
+
+    verdicts and features: of "model", "real" and "reconstructed"; features also of "reference".
+    """
 
     def ask(question) -> Figure | None:
         answers = {name: [question(p, v) for p, v in zip(prompts, found, strict=True)] for name, found in verdicts.items()}
         answers = {name: [float(a) for a in found if a is not None] for name, found in answers.items()}
-        return Figure(**{name: mean_of(found) for name, found in answers.items()}) if answers["real"] else None
+        return Figure(**{name: mean_with_error(found) for name, found in answers.items()}) if answers["real"] else None
 
     different = list(dict.fromkeys(prompts))
     group = torch.tensor([different.index(prompt) for prompt in prompts], device=features["reference"].device)
     blocks = min(20, len(different) // 2)
     distances = None
     if blocks >= 2:
-        distances = {name: kid(features[name], features["reference"], groups=(group, group), blocks=blocks) for name in verdicts}
+        found = {name: kid(features[name], features["reference"], groups=(group, group), blocks=blocks) for name in verdicts}
+        distances = Figure(**{name: Measure(d.value, d.error, len(prompts)) for name, d in found.items()})
     return Figures(
         one_subject=ask(lambda p, v: v.subjects if p.group == "one" else None),
         two_subjects=ask(lambda p, v: v.subjects if p.group == "two" else None),
@@ -208,12 +259,12 @@ def figures_of(prompts: Sequence[FixedPrompt], verdicts: dict[str, list[Verdict]
         colour=ask(lambda p, v: v.tint),
         colour_and_subject=ask(lambda p, v: v.tint and v.subjects if p.tint else None),
         text_alignment=ask(lambda p, v: v.alignment),
-        kid=distances and Figure(**{name: Measure(d.value, d.error, len(prompts)) for name, d in distances.items()}),
+        kid=distances,
     )
 
 
-def mean_of(values: Sequence[float]) -> Measure:
-    """Mean and standard error; both are nan where there is no value (no picture with both subjects right has a place)."""
+def mean_with_error(values: Sequence[float]) -> Measure:
+    """Return mean and standard error, nan without values: the place is only judged if both subjects are right."""
     count = len(values)
     if count == 0:
         return Measure(math.nan, math.nan, 0)

@@ -1,4 +1,4 @@
-"""The evaluation's figures and verdicts: as a Markdown table, and as JSON that keeps every picture's verdict."""
+"""The evaluation's figures and verdicts, as a Markdown table and as JSON that keeps the verdict on every picture."""
 
 import json
 import math
@@ -9,10 +9,11 @@ from minidiff.markdown import table_row
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge says of one picture; None where the prompt does not ask, or the question makes no sense.
+    """What the judge says of one picture; None if the prompt does not ask for it or the question makes no sense.
 
-    subjects: the subject is the likeliest of all, or the two subjects are the likeliest two. background, style, tint: the word's choice is the likeliest.
-    place: both subjects are right, and the first one's centre is to the left (or above) by more than it is up or down (or aside).
+    subjects: the prompt's subject is the likeliest of all, or its two subjects are the likeliest two.
+    background, style, tint: the prompt's choice is the likeliest.
+    place: both subjects are right, and the first one's centre lies to the left (or above) by more than it lies up or down (or aside).
     """
 
     subjects: bool
@@ -43,7 +44,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Figures:
-    """All figures of a model; shares are 0..1. A figure is None when no picture was asked its question."""
+    """All figures of a model; shares are 0..1. A figure is None if no picture was asked its question."""
 
     one_subject: Figure | None
     two_subjects: Figure | None
@@ -72,8 +73,8 @@ LABELS = {
 
 
 @dataclass(frozen=True)
-class Record:
-    """An evaluation: how its pictures were made, what came of it, and the judge's verdict on each of the model's pictures, by prompt and seed."""
+class EvaluationRecord:
+    """An evaluation: how its pictures were made, the figures, and the verdict on each of the model's pictures by prompt and seed."""
 
     steps: int
     guidance_scale: float
@@ -81,8 +82,8 @@ class Record:
     verdicts: dict[tuple[str, int], Verdict]
 
 
-def table(figures: Figures) -> str:
-    """The figures as a Markdown table, shares in per cent."""
+def format_figures(figures: Figures) -> str:
+    """Format the figures as a Markdown table, shares in per cent."""
     rows = [table_row(("figure", "model", "real scenes", "after the VAE", "pictures")), "|---|---|---|---|---|"]
     for name, label in LABELS.items():
         figure = getattr(figures, name)
@@ -93,8 +94,8 @@ def table(figures: Figures) -> str:
     return "\n".join(rows)
 
 
-def as_json(record: Record) -> str:
-    """A line for each picture; a mean of nothing, which is not a number, is null."""
+def to_json(record: EvaluationRecord) -> str:
+    """Write a record as JSON, one line per picture; the mean of nothing, which is not a number, is null."""
     columns = ["prompt", "seed", *(field.name for field in fields(Verdict))]
     figures = {name: figure and {kind: null_for_nan(m) for kind, m in figure.items()} for name, figure in asdict(record.figures).items()}
     rows = [json.dumps([prompt, seed, *astuple(verdict)], ensure_ascii=False) for (prompt, seed), verdict in record.verdicts.items()]
@@ -103,21 +104,23 @@ def as_json(record: Record) -> str:
 
 
 def null_for_nan(measure: dict[str, float]) -> dict[str, float | None]:
+    """Replace nan, which JSON lacks, by None."""
     return {name: None if math.isnan(value) else value for name, value in measure.items()}
 
 
-def from_json(text: str) -> Record:
-    """What `as_json` wrote. Raises ValueError for anything else."""
+def from_json(text: str) -> EvaluationRecord:
+    """Read what `to_json` wrote. Raises ValueError for anything else."""
     try:
         values = json.loads(text)
         figures = {
-            name: figure and Figure(**{kind: measure_of(**m) for kind, m in figure.items()}) for name, figure in values["figures"].items()
+            name: figure and Figure(**{kind: read_measure(**m) for kind, m in figure.items()}) for name, figure in values["figures"].items()
         }
         verdicts = {(prompt, seed): Verdict(*answers) for prompt, seed, *answers in values["pictures"]}
-        return Record(values["steps"], values["guidance_scale"], Figures(**figures), verdicts)
+        return EvaluationRecord(values["steps"], values["guidance_scale"], Figures(**figures), verdicts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not the record of an evaluation ({error!r}); give a file that as_json wrote") from error
+        raise ValueError(f"not the record of an evaluation ({error!r}); give a file that to_json wrote") from error
 
 
-def measure_of(value: float | None, error: float | None, count: int) -> Measure:
+def read_measure(value: float | None, error: float | None, count: int) -> Measure:
+    """Read a measure back, with nan for null."""
     return Measure(math.nan if value is None else value, math.nan if error is None else error, count)

@@ -1,4 +1,4 @@
-"""The judge of the bundled scenes: a small CLIP, and heads that say what stands where in a picture.
+"""The judge of the bundled scenes: a small CLIP with heads that say what is where in a picture.
 
     pixels -> PictureTower -> cells ---> subject and tint of each cell
                                 |
@@ -9,7 +9,7 @@
 CLIP: Radford et al. 2021, "Learning transferable visual models from natural language supervision"; as there, the picture tower is
 convolutions with attention pooling and the text tower a causal transformer read at its end token. The heads are this project's: they
 turn "is that a fox?" into a number that does not depend on the wording of a caption. It was trained on composed scenes and knows
-nothing else; of pictures that are neither it says something all the same.
+nothing else, so what it says of other pictures means nothing.
 """
 
 import math
@@ -35,10 +35,10 @@ GROUPS, EPS = 8, 1e-5  # of the picture tower's GroupNorms
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """The judge's numbers, and the labels that its outputs stand for, in order.
+    """The judge's sizes, and the labels of its outputs in order.
 
-    widths: channels of the picture tower's levels; the first one has half the picture's resolution, each further one half of that.
-    blocks: ResBlocks a level. features: the width of what both towers end in.
+    widths: channels of the picture tower's levels; the first level has half the picture's resolution, each further one half of that.
+    blocks: ResBlocks per level. features: width of both towers' features.
     """
 
     tokenizer: TokenizerConfig
@@ -65,16 +65,16 @@ class JudgeConfig:
 
     @property
     def cells(self) -> int:
-        """Cells of the feature map a side."""
+        """Return the cells per side of the feature map."""
         return self.image_size // 2 ** len(self.widths)
 
 
 @dataclass(frozen=True, eq=False)
 class JudgeOutput:
-    """What the judge sees in B pictures; all but the features are log-probabilities.
+    """What the judge sees in B pictures, as log-probabilities and features.
 
-    subjects: of each cell, the last one is "nothing"; tints: of what stands in a cell, the last one is "its own colours".
-    features: of length sqrt(D), so that two pictures' mean product over D is their cosine.
+    subjects: of each cell; the last one is "nothing". tints: of what is in a cell; the last one is "its own colours".
+    features: of length sqrt(D), so that the mean product of two pictures' features is their cosine.
     """
 
     subjects: Float[Tensor, "B S h w"]
@@ -84,11 +84,11 @@ class JudgeOutput:
     features: Float[Tensor, "B D"]
 
     def shares(self) -> Float[Tensor, "B known"]:
-        """The share of the picture that each subject covers, 0..1: its probability, averaged over the cells."""
+        """Return the share of the picture that each subject covers, 0..1: its probability averaged over the cells."""
         return self.subjects[:, :-1].exp().mean(dim=(2, 3))
 
     def centroids(self, subject: Int[Tensor, " B"]) -> Float[Tensor, "B 2"]:
-        """Where one subject of each picture stands: (x, y) in 0..1, from the left and from the top."""
+        """Return the centre of one subject in each picture: (x, y) in 0..1, from the left and from the top."""
         weight = self._map(subject)
         weight = weight / weight.sum(dim=(1, 2), keepdim=True)
         h, w = weight.shape[1:]
@@ -97,7 +97,7 @@ class JudgeOutput:
         return torch.stack([(weight.sum(dim=1) * across).sum(dim=1), (weight.sum(dim=2) * down).sum(dim=1)], dim=1)
 
     def tint_of(self, subject: Int[Tensor, " B"] | None = None) -> Int[Tensor, " B"]:
-        """The likeliest tint of one subject of each picture, over the cells in which it stands; of whatever stands there if None."""
+        """Return the likeliest tint of one subject in each picture, over its cells; None takes whatever is there."""
         weight = -self.subjects[:, -1].expm1() if subject is None else self._map(subject)
         return (self.tints * weight[:, None]).sum(dim=(2, 3)).argmax(dim=1)
 
@@ -157,7 +157,7 @@ class Judge(nn.Module):
         self.styles = nn.Linear(width, len(config.styles))
 
     def read(self, pixels: Float[Tensor, "B 3 H W"]) -> JudgeOutput:
-        """What is in each picture. Raises ValueError for pictures of another size."""
+        """Say what is in each picture. Raises ValueError for pictures of another size."""
         check_size(pixels, self.image_size, "judge")
         cells, pooled = self.pictures(pixels.to(self.log_scale.device))
         return JudgeOutput(
@@ -169,21 +169,22 @@ class Judge(nn.Module):
         )
 
     def encode_pictures(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """Features of pictures, of length sqrt(D)."""
+        """Encode pictures to features of length sqrt(D)."""
         return self.read(pixels).features
 
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
-        """Features of texts, of length sqrt(D), to be compared with those of pictures by their cosine."""
+        """Encode texts to features of length sqrt(D), to compare with those of pictures by their cosine."""
         return self.encode_tokens(self.tokenizer(list(texts)).to(self.log_scale.device))
 
     def encode_tokens(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B D"]:
+        """Encode texts that are tokens already."""
         end = (tokens == self.tokenizer.end_id).int().argmax(dim=1)  # the first end token: the rest is padding
         context = self.texts(tokens)
         return scale_features(self.text_projection(context[torch.arange(len(tokens), device=tokens.device), end]).float())
 
 
 def contrastive_loss(pictures: Float[Tensor, "B D"], texts: Float[Tensor, "B D"], log_scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """Of each picture which text is its own, and of each text which picture: the mean of both cross-entropies (CLIP, figure 3).
+    """Return the mean of two cross-entropies: which text belongs to each picture, and which picture to each text (CLIP, figure 3).
 
     Cosines are multiplied by exp(log_scale), at most 100.
     """

@@ -1,19 +1,19 @@
-"""The whole recipe of the bundled model in a folder: a model, a judge of its pictures, what the judge says, and the model's card.
+"""Make the bundled model in a folder: the model, a judge of its pictures, the evaluation, and the model's card.
 
     run.py -> model -.
     judge.py -> judge +-> evaluation -> figures.json -.
                       `-> VAE's PSNR, forty pictures --+-> README.md
                                   seconds of each stage '
 
-    folder/...                 what run.py leaves there
+    folder/...                 the files of run.py
     folder/judge.pt            state of the judge's training
-    folder/evaluation.pt       verdicts up to now
+    folder/evaluation.pt       verdicts so far
     folder/figures.json        the evaluation's record
-    folder/times.json          how long each stage took, and on what
+    folder/times.json          how long each stage took, and on which device
     folder/pictures.png        forty fixed prompts, nothing selected
     folder/README.md           the card
 
-Each stage goes on where it was stopped. The files of the weights are the caller's business.
+Each stage resumes where it was stopped. The caller writes the weights.
 """
 
 import dataclasses
@@ -25,15 +25,25 @@ from pathlib import Path
 
 import torch
 
-from minidiff.bundled.card import card
+from minidiff.bundled.card import format_card
 from minidiff.bundled.evaluate import evaluate, held_out_psnr
-from minidiff.bundled.figures import Record, as_json, from_json
+from minidiff.bundled.figures import EvaluationRecord, from_json, to_json
 from minidiff.bundled.judge import Judge
 from minidiff.bundled.recipe import Recipe
-from minidiff.bundled.run import Progress, averaged, compiling_on, foretold, logged, run_from_scratch, seconds_a_step, timed
+from minidiff.bundled.run import (
+    StageProgress,
+    copy_averaged,
+    estimate_seconds,
+    resolve_compile,
+    run_from_scratch,
+    run_logged,
+    time_first,
+    time_step,
+)
 from minidiff.bundled.train_judge import JUDGE_SETTINGS, JudgeTask, judge_config
 from minidiff.config import ModelConfig
 from minidiff.files import write_text
+from minidiff.machine import format_device
 from minidiff.pictures import grid, save_png
 from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.scenes.prompts import fixed_prompts
@@ -60,10 +70,18 @@ def run_bundled(
     save_judge: Callable[[Judge], None],
     init: StableDiffusion | None = None,
     vae: VAE | None = None,
-) -> Iterator[Progress]:
-    """Makes everything in `folder`, or goes on with what stands there; calls `save` and `save_judge` with what was trained.
+) -> Iterator[StageProgress]:
+    """Make everything in `folder`, or resume what is there. Only process 0 evaluates and writes the card. Raises like run_from_scratch.
 
-    The arguments, and what it raises, as in run_from_scratch. Evaluation and card are process 0's alone.
+    Args:
+        config: Of the model.
+        recipe: Its numbers.
+        folder: For all files.
+        device: To train on.
+        save: Called with the model.
+        save_judge: Called with the judge.
+        init: A model to train further.
+        vae: One to take as it is.
     """
     made: list[StableDiffusion] = []
 
@@ -71,57 +89,65 @@ def run_bundled(
         made.append(sd)
         save(sd)
 
-    def stages() -> Iterator[Progress]:
+    def stages() -> Generator[StageProgress, None, None]:
         yield from run_from_scratch(config, recipe, folder, device, keep, init, vae)
-        judge = yield from trained_judge(recipe, folder, device)
+        judge = yield from run_judge_training(recipe, folder, device)
         if distributed.rank() > 0:
             return
         save_judge(judge)
-        record = yield from evaluated(made[0], judge, folder)
+        record = yield from run_evaluation(made[0], judge, folder)
         if not (folder / "README.md").exists():
-            yield from pictured(made[0], folder / "pictures.png")
+            yield from draw_card_pictures(made[0], folder / "pictures.png")
             times = json.loads((folder / "times.json").read_text())
-            text = card(made[0], recipe, judge_settings(recipe, device), times, held_out_psnr(made[0]), record)
+            text = format_card(made[0], recipe, judge_settings(recipe, device), times, held_out_psnr(made[0]), record)
             write_text(folder / "README.md", text)
 
-    return clocked(stages(), folder / "times.json", device)
+    return record_times(stages(), folder / "times.json", device)
 
 
 def judge_settings(recipe: Recipe, device: torch.device) -> Settings:
-    return dataclasses.replace(JUDGE_SETTINGS, seed=recipe.seed, compile=compiling_on(device, recipe).compile)
+    """Return the settings of the judge's training."""
+    return dataclasses.replace(JUDGE_SETTINGS, seed=recipe.seed, compile=resolve_compile(device, recipe).compile)
 
 
-def trained_judge(recipe: Recipe, folder: Path, device: torch.device) -> Generator[Progress, None, Judge]:
-    """The steps that are left; the generator's value is the judge with its averaged weights."""
+def run_judge_training(recipe: Recipe, folder: Path, device: torch.device) -> Generator[StageProgress, None, Judge]:
+    """Take the steps that are left. The generator's return value is the judge with its EMA weights."""
     settings = judge_settings(recipe, device)
-    training = Training(JudgeTask(judge_config(), settings.seed, device), settings, device, folder / "judge.pt")
-    yield from logged("judge", training, folder)
-    return averaged(training, "judge")
+    task = JudgeTask(judge_config(), settings.seed, device)
+    training = Training(task, settings, device, folder / "judge.pt")
+    yield from run_logged("judge", training, folder)
+    return copy_averaged(task.judge, training.ema["judge"])
 
 
-def evaluated(sd: StableDiffusion, judge: Judge, folder: Path) -> Generator[Progress, None, Record]:
-    """The pictures that are left; the generator's value is the record."""
+def run_evaluation(sd: StableDiffusion, judge: Judge, folder: Path) -> Generator[StageProgress, None, EvaluationRecord]:
+    """Judge the pictures that are left. The generator's return value is the record."""
     path = folder / "figures.json"
     if path.exists():
         return from_json(path.read_text(encoding="utf-8"))
+    record = None
     for progress in evaluate(sd, judge, seeds=SEEDS, state=folder / "evaluation.pt"):
-        yield Progress("evaluation", progress.done, progress.total)
-    write_text(path, as_json(progress.record))
-    return progress.record
+        yield StageProgress("evaluation", progress.done, progress.total)
+        record = progress.record
+    assert record is not None, "the last progress has the record"
+    write_text(path, to_json(record))
+    return record
 
 
-def pictured(sd: StableDiffusion, path: Path) -> Iterator[Progress]:
-    """Forty fixed prompts, prompt i on seed i."""
+def draw_card_pictures(sd: StableDiffusion, path: Path) -> Generator[StageProgress, None, None]:
+    """Draw forty fixed prompts, prompt i on seed i."""
     texts = [prompt.text for prompt in prompts()]
+    x_t = None
     for step in sd.denoise(texts, seeds=range(len(texts)), steps=SAMPLE_STEPS):
-        yield Progress("card", step.i + 1, SAMPLE_STEPS)
-    save_png(grid(to_images(sd.decode(step.x_t)), columns=8), path)
+        x_t = step.x_t
+        yield StageProgress("card", step.i + 1, SAMPLE_STEPS)
+    assert x_t is not None
+    save_png(grid(to_images(sd.decode(x_t)), columns=8), path)
 
 
-def clocked(walk: Iterator[Progress], path: Path, device: torch.device) -> Iterator[Progress]:
-    """The same, with the seconds and the devices of each stage kept in a file, over as many runs as it takes."""
+def record_times(walk: Generator[StageProgress, None, None], path: Path, device: torch.device) -> Iterator[StageProgress]:
+    """Pass a run's progress on, and keep the seconds and devices of each stage in a file, summed over interrupted runs."""
     times = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    name, last, written = device_name(device), time.monotonic(), 0.0
+    name, last, written = format_device(device), time.monotonic(), 0.0
 
     def write() -> None:
         if times and distributed.rank() == 0:
@@ -141,21 +167,25 @@ def clocked(walk: Iterator[Progress], path: Path, device: torch.device) -> Itera
             yield progress
 
 
-def device_name(device: torch.device) -> str:
-    """As "NVIDIA H200", or "CPU, 2 threads"."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type.upper()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-
-
-def foretold_bundled(
+def estimate_bundled_seconds(
     config: ModelConfig, recipe: Recipe, device: torch.device, init: StableDiffusion | None = None, vae: VAE | None = None
 ) -> dict[str, float]:
-    """Seconds that each stage will take on this device, as run.foretold for those of the model."""
+    """Estimate the seconds of each stage on this device, as run.estimate_seconds does for the model alone.
+
+    Args:
+        config: Of the model.
+        recipe: Its numbers.
+        device: To train on.
+        init: A model to train further.
+        vae: One to take as it is.
+    """
     settings = judge_settings(recipe, device)
     task = JudgeTask(judge_config(), settings.seed, device)
-    judging = settings.steps * seconds_a_step(task, settings, device)
-    parts = TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae)
-    sd = StableDiffusion(config, *(part.to(device) for part in parts), Tokenizer(config.tokenizer))
-    _, drawing = timed(evaluate(sd, task.judge.eval(), seeds=SEEDS[:1], limit=4))
-    return foretold(config, recipe, device, init, vae) | {"judge": judging, "evaluation": drawing / 4 * len(SEEDS) * len(fixed_prompts())}
+    judging = settings.steps * time_step(task, settings, device)
+    text_encoder, unet, untrained = TextEncoder(config.text_encoder).to(device), UNet(config.unet).to(device), VAE(config.vae).to(device)
+    sd = StableDiffusion(config, text_encoder, unet, untrained, Tokenizer(config.tokenizer))
+    _, drawing = time_first(evaluate(sd, task.judge.eval(), seeds=SEEDS[:1], limit=4))
+    return estimate_seconds(config, recipe, device, init, vae) | {
+        "judge": judging,
+        "evaluation": drawing / 4 * len(SEEDS) * len(fixed_prompts()),
+    }

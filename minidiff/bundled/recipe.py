@@ -1,4 +1,4 @@
-"""The numbers of the recipe that makes the bundled model; importing them costs nothing, so that the command line can show them at once."""
+"""The numbers of the recipe that makes the bundled model. Importing them is cheap, so that the command line can show them at once."""
 
 import math
 from dataclasses import dataclass
@@ -61,13 +61,13 @@ class Recipe:
         self.diffusion()
 
     def autoencoder(self) -> Settings:
-        """The loop's settings for the VAE."""
+        """Return the settings of the VAE's training."""
         return self._settings(
             steps=self.vae_steps, batch=self.vae_batch, learning_rate=self.vae_learning_rate, schedule="linear_after_hold"
         )
 
     def diffusion(self) -> Settings:
-        """The loop's settings for the text encoder and the U-Net."""
+        """Return the settings of the text encoder's and the U-Net's training."""
         return self._settings(steps=self.steps, batch=self.batch, learning_rate=self.learning_rate, schedule=self.schedule)
 
     def _settings(self, *, steps: int, batch: int, learning_rate: float, schedule: Schedule) -> Settings:

@@ -1,20 +1,20 @@
-"""A training run in a folder: its stages one after the other, states to go on from, pictures to look at.
+"""Train the bundled model in a folder: its stages one after the other, states to resume from, pictures to look at.
 
-folder/recipe.json        what is being made; a second run in the folder must ask for the same
+folder/recipe.json        the recipe; a second run in the folder must ask for the same
 folder/vae.pt             state of the autoencoder's training
 folder/latents.pt         the scenes, encoded
-folder/diffusion.pt       state of the text encoder's and the U-Net's
-folder/*.csv *-loss.png   the losses of both, as numbers and as curves
-folder/samples-*.png      what the averaged weights make of eight fixed prompts
+folder/diffusion.pt       state of the text encoder's and the U-Net's training
+folder/*.csv *-loss.png   the losses of both, as numbers and curves
+folder/samples-*.png      eight fixed prompts, drawn with the EMA weights
 """
 
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minidiff.bundled.recipe import Recipe
-from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents, Scenes, encoded, make_scenes
+from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents, Scenes, encode_scenes, make_scenes
 from minidiff.config import ModelConfig
 from minidiff.files import checksum, ensure_same_run
 from minidiff.pictures import grid, save_png
@@ -32,16 +32,18 @@ from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine import distributed
 from minidiff.trainers.engine.log import Log
 from minidiff.trainers.engine.loop import Task, Training, train
+from minidiff.trainers.engine.optimizer import EMA
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.engine.state import read_state, write_state
 from minidiff.vae import VAE
 
 SAMPLES_EVERY = 500  # steps
+Trained = TypeVar("Trained", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Step i of `steps` of a stage; loss is None where a stage has none. text: loss, memory and time left, in words."""
+class StageProgress:
+    """Step i of `steps` of a stage. loss: None for a stage without one. text: loss, memory and time left."""
 
     stage: str
     i: int
@@ -58,56 +60,71 @@ def run_from_scratch(
     save: Callable[[StableDiffusion], None],
     init: StableDiffusion | None = None,
     vae: VAE | None = None,
-) -> Iterator[Progress]:
-    """Trains a model in `folder`, or goes on with what stands there; at the end calls `save` with it.
+) -> Iterator[StageProgress]:
+    """Train a model in `folder`, or resume what is there. All processes train; only the first writes files and calls `save`.
 
-    init: a model to train on from: its VAE is kept, its text encoder and U-Net go on learning. It must have `config`'s shape.
-    vae: one to take as it is, of `config`'s shape and scaling factor, for a text encoder and a U-Net from nothing.
-    Of several processes all train, and the first alone writes and calls `save`. Raises ValueError if the folder holds a run of another
-    recipe.
+    Raises ValueError if the folder holds a run of another recipe.
+
+    Args:
+        config: Of the model.
+        recipe: Its numbers.
+        folder: For all files.
+        device: To train on.
+        save: Called with the model at the end.
+        init: A model to train further, of `config`'s shape: its VAE is kept, its text encoder and U-Net are trained.
+        vae: One to take as it is, of `config`'s shape and scaling factor; text encoder and U-Net are trained from scratch.
     """
-    claim(folder, config, recipe, init, vae)
-    recipe, given = compiling_on(device, recipe), init.vae if init is not None else vae
-    vae, latents = yield from vae_and_latents(config, recipe, folder, device, given)
+    claim_folder(folder, config, recipe, init, vae)
+    recipe, given = resolve_compile(device, recipe), init.vae if init is not None else vae
+    vae, latents = yield from make_latents(config, recipe, folder, device, given)
     if given is None:
         config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling_factor=latents.scaling_factor()))
-    training = Training(DiffusionTask(config, recipe, latents, device, init), recipe.diffusion(), device, folder / "diffusion.pt")
-    for progress in logged("diffusion", training, folder):
+    task = DiffusionTask(config, recipe, latents, device, init)
+    training = Training(task, recipe.diffusion(), device, folder / "diffusion.pt")
+    for progress in run_logged("diffusion", training, folder):
         yield progress
         if (progress.i % SAMPLES_EVERY == 0 or progress.i == progress.steps) and distributed.rank() == 0:
-            save_samples(assembled(config, training, vae), folder / f"samples-{progress.i:06d}.png")
+            save_samples(assemble_model(task, training, vae), folder / f"samples-{progress.i:06d}.png")
     if distributed.rank() == 0:
-        save(assembled(config, training, vae))
+        save(assemble_model(task, training, vae))
 
 
-def compiling_on(device: torch.device, recipe: Recipe) -> Recipe:
-    """The recipe, with what it leaves to the device decided."""
+def resolve_compile(device: torch.device, recipe: Recipe) -> Recipe:
+    """Return the recipe with `compile` decided by the device if the recipe leaves it open."""
     return recipe if recipe.compile is not None else dataclasses.replace(recipe, compile=device.type == "cuda")
 
 
-def foretold(
+def estimate_seconds(
     config: ModelConfig, recipe: Recipe, device: torch.device, init: StableDiffusion | None = None, vae: VAE | None = None
 ) -> dict[str, float]:
-    """Seconds that each stage will take on this device, from the time of its first steps; itself it takes a few."""
-    scenes, composing = timed(make_scenes(dataclasses.replace(recipe, scenes=100), config))
+    """Estimate the seconds of each stage on this device by timing a few steps of each, which takes a few seconds itself.
+
+    Args:
+        config: Of the model.
+        recipe: Its numbers.
+        device: To train on.
+        init: A model to train further.
+        vae: One to take as it is.
+    """
+    scenes, composing = time_first(make_scenes(dataclasses.replace(recipe, scenes=100), config))
     vae_task = AutoencoderTask(config, recipe, scenes.images, device)
-    mean, encoding = timed(encoded(scenes.images, vae_task.vae, device))
+    mean, encoding = time_first(encode_scenes(scenes.images, vae_task.vae, device))
     seconds = {"scenes": composing * recipe.scenes / 100}
     if init is None and vae is None:
-        seconds["autoencoder"] = recipe.vae_steps * seconds_a_step(vae_task, recipe.autoencoder(), device)
+        seconds["autoencoder"] = recipe.vae_steps * time_step(vae_task, recipe.autoencoder(), device)
     seconds["latents"] = encoding * recipe.scenes / 100
     task = DiffusionTask(config, recipe, Latents(mean, scenes.tokens, scenes.mask), device, init)
-    return seconds | {"diffusion": recipe.steps * seconds_a_step(task, recipe.diffusion(), device)}
+    return seconds | {"diffusion": recipe.steps * time_step(task, recipe.diffusion(), device)}
 
 
-def timed(chunks: Iterator) -> tuple[Any, float]:
-    """The first of the chunks, and the seconds it took."""
+def time_first(chunks: Iterator) -> tuple[Any, float]:
+    """Return the first of the chunks, and the seconds it took."""
     start = time.monotonic()
     return next(chunks), time.monotonic() - start
 
 
-def seconds_a_step(task: Task, settings: Settings, device: torch.device) -> float:
-    """Of five steps, the later four, which are one round of the sizes that the VAE decodes; without compiling."""
+def time_step(task: Task, settings: Settings, device: torch.device) -> float:
+    """Return the seconds per step: the last four of five, which cover all sizes that the VAE decodes; without compiling."""
     ends = []
     for step in train(task, dataclasses.replace(settings, steps=5, compile=False), device):
         float(step.loss)  # waits for the device
@@ -115,26 +132,36 @@ def seconds_a_step(task: Task, settings: Settings, device: torch.device) -> floa
     return (ends[-1] - ends[0]) / 4
 
 
-def vae_and_latents(config: ModelConfig, recipe: Recipe, folder: Path, device: torch.device, given: VAE | None) -> Iterator[Progress]:
-    """The VAE, trained or the one given, and the scenes through it."""
+def make_latents(
+    config: ModelConfig, recipe: Recipe, folder: Path, device: torch.device, given: VAE | None
+) -> Generator[StageProgress, None, tuple[VAE, Latents]]:
+    """Train the VAE unless it is given, and encode the scenes. The generator's return value is the VAE and the latents.
+
+    Args:
+        config: Of the model.
+        recipe: Its numbers.
+        folder: For all files.
+        device: To train on.
+        given: A VAE to take as it is.
+    """
     path = folder / "latents.pt"
     if not path.exists():
         scenes = yield from compose_scenes(config, recipe)
         if given is None:
             task = AutoencoderTask(config, recipe, scenes.images, device)
-            yield from logged("autoencoder", Training(task, recipe.autoencoder(), device, folder / "vae.pt"), folder)
+            yield from run_logged("autoencoder", Training(task, recipe.autoencoder(), device, folder / "vae.pt"), folder)
         if distributed.rank() == 0:
             parts = []
-            for part in encoded(scenes.images, finished_vae(config, folder, device, given), device):
+            for part in encode_scenes(scenes.images, load_vae(config, folder, device, given), device):
                 parts.append(part)
-                yield Progress("latents", sum(map(len, parts)), recipe.scenes)
+                yield StageProgress("latents", sum(map(len, parts)), recipe.scenes)
             write_state(path, dataclasses.asdict(Latents(torch.cat(parts), scenes.tokens, scenes.mask)))
     distributed.barrier()
-    return finished_vae(config, folder, device, given), Latents(**read_state(path))
+    return load_vae(config, folder, device, given), Latents(**read_state(path))
 
 
-def finished_vae(config: ModelConfig, folder: Path, device: torch.device, given: VAE | None) -> VAE:
-    """The one given, or the averaged weights of the one that was trained."""
+def load_vae(config: ModelConfig, folder: Path, device: torch.device, given: VAE | None) -> VAE:
+    """Return the given VAE, or the EMA weights of the trained one."""
     if given is not None:
         return copy.deepcopy(given).to(device).float()
     vae = VAE(config.vae)
@@ -142,42 +169,53 @@ def finished_vae(config: ModelConfig, folder: Path, device: torch.device, given:
     return vae.to(device).requires_grad_(False).eval()
 
 
-def compose_scenes(config: ModelConfig, recipe: Recipe) -> Iterator[Progress]:
+def compose_scenes(config: ModelConfig, recipe: Recipe) -> Generator[StageProgress, None, Scenes]:
+    """Compose the recipe's scenes. The generator's return value is all of them."""
     parts = []
     for part in make_scenes(recipe, config):
         parts.append(part)
-        yield Progress("scenes", sum(len(p.images) for p in parts), recipe.scenes)
+        yield StageProgress("scenes", sum(len(p.images) for p in parts), recipe.scenes)
     images = np.concatenate([part.images for part in parts])
     return Scenes(images, torch.cat([part.tokens for part in parts]), torch.cat([part.mask for part in parts]))
 
 
-def logged(stage: str, training: Training, folder: Path) -> Iterator[Progress]:
-    """The training's steps, with their curve drawn beside the state."""
+def run_logged(stage: str, training: Training, folder: Path) -> Iterator[StageProgress]:
+    """Take the steps of a training, and write its log and loss curve next to the state."""
     with Log(folder, stage, training.device) as log:
         for step in training.run():
             log.add(step)
-            yield Progress(stage, step.done, step.steps, step.loss, log.text())
+            yield StageProgress(stage, step.done, step.steps, step.loss, log.text())
 
 
-def averaged(training: Training, name: str) -> nn.Module:
-    """A copy of a module, with the averaged weights."""
-    module = training.task.modules[name]
-    with training.ema[name].swapped_in(module):
+def copy_averaged(module: Trained, ema: EMA) -> Trained:
+    """Return a copy of a trained module with its EMA weights."""
+    with ema.swapped_in(module):
         return copy.deepcopy(module).requires_grad_(False).eval()
 
 
-def assembled(config: ModelConfig, training: Training, vae: VAE) -> StableDiffusion:
-    return StableDiffusion(config, averaged(training, "text_encoder"), averaged(training, "unet"), vae, Tokenizer(config.tokenizer))
+def assemble_model(task: DiffusionTask, training: Training, vae: VAE) -> StableDiffusion:
+    """Return the model with the EMA weights of a training."""
+    text_encoder = copy_averaged(task.text_encoder, training.ema["text_encoder"])
+    unet = copy_averaged(task.unet, training.ema["unet"])
+    return StableDiffusion(task.config, text_encoder, unet, vae, Tokenizer(task.config.tokenizer))
 
 
 def save_samples(sd: StableDiffusion, path: Path) -> None:
-    """Eight of the fixed prompts, the same noise every time."""
+    """Draw eight of the fixed prompts, from the same noise every time."""
     *_, last = sd.denoise([prompt.text for prompt in prompts()[:8]], seeds=range(8), steps=20)
     save_png(grid(to_images(sd.decode(last.x_t)), columns=4), path)
 
 
-def claim(folder: Path, config: ModelConfig, recipe: Recipe, init: StableDiffusion | None, vae: VAE | None) -> None:
-    """Makes the folder, or makes sure that what stands in it is the same run."""
+def claim_folder(folder: Path, config: ModelConfig, recipe: Recipe, init: StableDiffusion | None, vae: VAE | None) -> None:
+    """Claim the folder for this run. Raises ValueError if it holds another, and for a recipe that does not fit the model.
+
+    Args:
+        folder: For all files; made if it is missing.
+        config: Of the model.
+        recipe: Its numbers.
+        init: A model to train further.
+        vae: One to take as it is.
+    """
     if init is not None and init.config != config:
         raise ValueError("the model to train on from has another configuration than the one asked for")
     if init is not None and vae is not None:

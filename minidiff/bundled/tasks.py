@@ -1,6 +1,6 @@
-"""A small Stable Diffusion from nothing: the VAE, then the text encoder and the U-Net together on its latents.
+"""A small Stable Diffusion from scratch: the VAE, then the text encoder and the U-Net together on its latents.
 
-    scenes made ahead -> AutoencoderTask -> latents made ahead -> DiffusionTask -> modules with averaged weights
+    precomputed scenes -> AutoencoderTask -> precomputed latents -> DiffusionTask -> modules with EMA weights
 
 The order and the losses are those of latent diffusion (Rombach et al. 2022), smaller, with what helps at this size: a VAE whose latents
 may be resized like pictures (Kouzelis et al. 2025, "EQ-VAE"), which makes them smoother and easier to predict; the loss of an object's
@@ -13,6 +13,7 @@ Left out: the adversarial and perceptual losses of the original's VAE.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ CONTEXT_LENGTH = 32  # the longest caption of a scene has 22 tokens
 
 
 def bundled_config(widths: tuple[int, ...] | None = None) -> ModelConfig:
-    """The bundled model's numbers: Stable Diffusion's shape for 64 x 64 pictures, 16 x 16 latents; widths: of the U-Net, if others."""
+    """Return the bundled model's config: Stable Diffusion's shape for 64 x 64 pictures, 16 x 16 latents. widths: of the U-Net's levels."""
     merges, widths = bpe_merges(), widths or (64, 128, 160)
     return ModelConfig(
         tokenizer=TokenizerConfig(merges=merges, context_length=CONTEXT_LENGTH),
@@ -62,7 +63,7 @@ def bundled_config(widths: tuple[int, ...] | None = None) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Scenes:
-    """Scenes made ahead. mask: share of object in a latent cell, 0..1."""
+    """Precomputed scenes. mask: share of a latent cell under an object, 0..1."""
 
     images: UInt8[np.ndarray, "N H W 3"]
     tokens: Int[Tensor, "N L"]
@@ -70,7 +71,7 @@ class Scenes:
 
 
 def make_scenes(recipe: Recipe, config: ModelConfig, chunk: int = 100) -> Iterator[Scenes]:
-    """The recipe's scenes, `chunk` an iteration."""
+    """Compose the recipe's scenes, `chunk` per iteration."""
     tokenizer = Tokenizer(config.tokenizer)
     for start in range(0, recipe.scenes, chunk):
         rng = np.random.default_rng([recipe.seed, 1, start])
@@ -81,16 +82,16 @@ def make_scenes(recipe: Recipe, config: ModelConfig, chunk: int = 100) -> Iterat
 
 
 def reconstruction_loss(output: Float[Tensor, "B 3 H W"], pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, ""]:
-    """L1 + 2 MSE + L1 of the differences between neighbours, which keeps edges sharp."""
+    """Return L1 + 2 MSE + L1 of the differences between neighbouring pixels, which keeps edges sharp."""
     error = output - pixels
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     return error.abs().mean() + 2 * error.square().mean() + edges
 
 
 class AutoencoderTask:
-    """Trains the VAE on composed scenes: reconstruction, and a little KL that keeps the latents near N(0, 1).
+    """The VAE's training on composed scenes: reconstruction, and a little KL that keeps the latents near N(0, 1).
 
-    In every second step latents and target are both made smaller before the latents are decoded (EQ-VAE), to 1/2 and 3/4 in turn.
+    In every second step, latents and target are both shrunk before the latents are decoded (EQ-VAE), to 1/2 and 3/4 in turn.
     """
 
     def __init__(self, config: ModelConfig, recipe: Recipe, images: UInt8[np.ndarray, "N H W 3"], device: torch.device):
@@ -113,7 +114,7 @@ class AutoencoderTask:
         z, target = posterior.mean + (0.5 * posterior.logvar).exp() * noise, pixels
         if step % 2 == 1:
             cells, side = z.shape[-1], z.shape[-1] // 2 if step % 4 == 1 else 3 * z.shape[-1] // 4
-            z, target = resized(z.float(), side), resized(pixels, side * pixels.shape[-1] // cells)
+            z, target = resize(z.float(), side), resize(pixels, side * pixels.shape[-1] // cells)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return reconstruction_loss(self.vae.decode(z).float(), target) + self.recipe.kl_weight * kl
 
@@ -121,31 +122,41 @@ class AutoencoderTask:
 def autoencoder_draws(
     seed: int, count: int, shape: tuple[int, ...], step: int, sample_ids: range
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, "B C h w"]]:
-    """By chance, which of `count` pictures each sample is, and the noise of its latent."""
+    """Draw which of `count` pictures each sample is, and the noise of its latent.
+
+    Args:
+        seed: Of the run.
+        count: Number of pictures.
+        shape: (C, h, w) of a latent.
+        step: Number of the step.
+        sample_ids: Numbers of its samples.
+    """
     rngs = [rng_for(seed, step, sample) for sample in sample_ids]
     return torch.tensor([int(rng.integers(count)) for rng in rngs]), randn_per_sample(rngs, shape)
 
 
-def resized(x: Float[Tensor, "B C H W"], side: int) -> Float[Tensor, "B C side side"]:
-    """Bicubic, blurred as much as the new size asks for."""
+def resize(x: Float[Tensor, "B C H W"], side: int) -> Float[Tensor, "B C side side"]:
+    """Resize with bicubic interpolation, antialiased."""
     return F.interpolate(x, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Scenes through the encoder. mean: unscaled means of the posterior; tokens of their captions; mask: as in Scenes."""
+    """Encoded scenes. mean: unscaled mean of the posterior. tokens: of the captions. mask: as in Scenes."""
 
     mean: Float[Tensor, "N C h w"]
     tokens: Int[Tensor, "N L"]
     mask: Float[Tensor, "N 1 h w"]
 
     def scaling_factor(self) -> float:
-        """1 / standard deviation over all latents, which brings them to unit variance (Rombach et al. 2022, appendix G)."""
+        """Return 1 / standard deviation over all latents, which brings them to unit variance (Rombach et al. 2022, appendix G)."""
         return float(1 / self.mean.double().std())
 
 
-def encoded(images: UInt8[np.ndarray, "N H W 3"], vae: VAE, device: torch.device, chunk: int = 100) -> Iterator[Float[Tensor, "n C h w"]]:
-    """The unscaled means of the pictures' latents, `chunk` an iteration, on the CPU; in float32, whatever the training ran in."""
+def encode_scenes(
+    images: UInt8[np.ndarray, "N H W 3"], vae: VAE, device: torch.device, chunk: int = 100
+) -> Iterator[Float[Tensor, "n C h w"]]:
+    """Encode pictures to unscaled means of latents, `chunk` per iteration, on the CPU, in float32 whatever precision the training used."""
     for start in range(0, len(images), chunk):
         with torch.no_grad():
             mean = vae.encode(to_pixels(torch.from_numpy(images[start : start + chunk]).to(device))).mean.cpu()
@@ -153,7 +164,7 @@ def encoded(images: UInt8[np.ndarray, "N H W 3"], vae: VAE, device: torch.device
 
 
 class DiffusionTask:
-    """Trains text encoder and U-Net together to predict v (or eps) from x_t and the caption (Rombach et al. 2022, eq. 3)."""
+    """The training of text encoder and U-Net together, to predict v (or eps) from x_t and the caption (Rombach et al. 2022, eq. 3)."""
 
     def __init__(self, config: ModelConfig, recipe: Recipe, latents: Latents, device: torch.device, init: StableDiffusion | None = None):
         self.config, self.recipe, self.device = config, recipe, device
@@ -164,8 +175,8 @@ class DiffusionTask:
         self.tokens = latents.tokens.to(device)
         self.weight = (0.4 + recipe.object_weight * latents.mask).to(device)
         with with_seed(recipe.seed):
-            self.text_encoder = initialised(TextEncoder(config.text_encoder)).to(device)
-            self.unet = initialised(UNet(config.unet)).to(device)
+            self.text_encoder = initialise(TextEncoder(config.text_encoder)).to(device)
+            self.unet = initialise(UNet(config.unet)).to(device)
         if init is not None:
             self.text_encoder.load_state_dict(init.text_encoder.state_dict())
             self.unet.load_state_dict(init.unet.state_dict())
@@ -185,7 +196,15 @@ class DiffusionTask:
 def diffusion_draws(
     recipe: Recipe, timesteps: int, shape: tuple[int, ...], step: int, sample_ids: range
 ) -> tuple[Int[Tensor, " B"], Bool[Tensor, " B"], Int[Tensor, " B"], Float[Tensor, "B C h w"]]:
-    """By chance: which latent of all, of this shape, a sample is; whether its caption is left empty; t; eps."""
+    """Draw each sample's latent, whether its caption is left empty, t, and eps.
+
+    Args:
+        recipe: For seed and caption dropout.
+        timesteps: Of the schedule.
+        shape: (N, C, h, w) of all latents.
+        step: Number of the step.
+        sample_ids: Numbers of its samples.
+    """
     rngs = [rng_for(recipe.seed, step, sample) for sample in sample_ids]
     chosen = torch.tensor([int(rng.integers(shape[0])) for rng in rngs])
     dropped = torch.tensor([rng.random() < recipe.caption_dropout for rng in rngs])
@@ -193,17 +212,21 @@ def diffusion_draws(
 
 
 def sample_timesteps(rngs: Sequence[np.random.Generator], timesteps: int) -> Int[Tensor, " B"]:
-    """Four in five from sigmoid(N(0.5, 1)), which favours the later, noisier half where the words decide; one in five uniform."""
+    """Draw timesteps: four in five from sigmoid(N(0.5, 1)), which favours the noisier half where the words decide; one in five uniform."""
     shares = [1 / (1 + np.exp(-0.5 - rng.standard_normal())) if rng.random() < 0.8 else rng.random() for rng in rngs]
     return torch.tensor([min(int(share * timesteps), timesteps - 1) for share in shares])
 
 
-def initialised(module: nn.Module) -> nn.Module:
-    """Embeddings large enough to be told apart from the first step, and every residual branch close to 0 at the start."""
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def initialise(module: Part) -> Part:
+    """Initialise a module: embeddings large enough to be distinct from the first step, every residual branch close to 0."""
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding):
             nn.init.normal_(part.weight, std=0.1 if name.startswith("position") else 0.5)
         elif name.endswith(("to_out", "conv_2", "proj_out", "linear_2")) and "time_embedding" not in name:
+            assert isinstance(part, nn.Linear | nn.Conv2d)
             nn.init.normal_(part.weight, std=1e-3)
             nn.init.zeros_(part.bias)
     return module

@@ -1,10 +1,10 @@
-"""Trains the judge (minidiff/bundled/judge.py) on composed scenes, held-out subjects included: it may know them, the generator may not.
+"""Train the judge (judge.py) on composed scenes, including the held-out subjects: it may know them, the generator may not.
 
-    scene, lightly spoilt -> read -> cross-entropies of subject and tint by cell, background, style
-                        caption  -> contrastive loss within the batch
+    scene, augmented -> read -> cross-entropies of subject and tint by cell, background, style
+             caption -> contrastive loss within the batch
 
-Every scene is new: on a CPU composing them takes a fifth of a step, for a GPU other processes do it ahead. Pictures are blurred or
-sharpened, made noisy and their colours moved a little, so that the judge looks at what stands there and not at how crisply it was drawn.
+Every scene is new: composing them takes a fifth of a step on a CPU; for a GPU other processes prefetch them. Pictures are blurred or
+sharpened, made noisy and shifted slightly in colour, so that the judge looks at the contents and not at how crisply they are drawn.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ JUDGE_SETTINGS = Settings(
 
 
 def judge_config() -> JudgeConfig:
-    """The numbers of the judge that ships."""
+    """Return the config of the judge that ships."""
     bundled = bundled_config()  # the words are the bundled model's, the network is smaller
     text_encoder = replace(bundled.text_encoder, width=64, layers=2, heads=4)
     return JudgeConfig(bundled.tokenizer, text_encoder, tuple(subjects()), tuple(COLOURS), STYLES)
@@ -50,8 +50,11 @@ def judge_config() -> JudgeConfig:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """What is in a batch of scenes. cover: the share of a cell under the first and the second object, 0..1 (the second may not be there);
-    subject, tint: of these two, as numbers of the judge's labels."""
+    """What is in a batch of scenes.
+
+    cover: the share of a cell under the first and the second object, 0..1 (there may be no second one).
+    subject, tint: of these two, as indices into the judge's labels.
+    """
 
     cover: Float[Tensor, "B 2 h w"]
     subject: Int[Tensor, "B 2"]
@@ -60,11 +63,12 @@ class Labels:
     style: Int[Tensor, " B"]
 
     def to(self, device: torch.device) -> "Labels":
+        """Move all labels to a device."""
         return Labels(*(to_device(device, getattr(self, field.name)) for field in fields(self)))
 
 
-def labels_of(scenes: Sequence[Scene], config: JudgeConfig) -> Labels:
-    """The labels that the composer knows."""
+def make_labels(scenes: Sequence[Scene], config: JudgeConfig) -> Labels:
+    """Return the labels, which the scenes' composer knows."""
     masks = np.zeros((len(scenes), 2, config.image_size, config.image_size), np.float32)
     subject, tint = np.zeros((2, len(scenes), 2), np.int64)
     for i, scene in enumerate(scenes):
@@ -81,8 +85,8 @@ def labels_of(scenes: Sequence[Scene], config: JudgeConfig) -> Labels:
     )
 
 
-def reading_loss(reading: JudgeOutput, labels: Labels) -> Float[Tensor, ""]:
-    """Cross-entropies, each a mean over pictures: subject by cell, tint by cell that is covered, background, style."""
+def judge_loss(reading: JudgeOutput, labels: Labels) -> Float[Tensor, ""]:
+    """Return the sum of cross-entropies, each a mean over pictures: subject by cell, tint by covered cell, background, style."""
     first = torch.arange(len(labels.subject), device=labels.subject.device)[:, None]
     of_subject = reading.subjects[first, labels.subject]  # [B, 2, h, w]
     empty = 1 - labels.cover.sum(dim=1)
@@ -92,8 +96,8 @@ def reading_loss(reading: JudgeOutput, labels: Labels) -> Float[Tensor, ""]:
     return subject + tint + background + F.nll_loss(reading.styles, labels.style)
 
 
-def augmented(pixels: Float[Tensor, "B 3 H W"], rngs: Sequence[np.random.Generator]) -> Float[Tensor, "B 3 H W"]:
-    """Each picture blurred or sharpened, its colours moved a little, and noise on it; in [-1, 1]."""
+def augment(pixels: Float[Tensor, "B 3 H W"], rngs: Sequence[np.random.Generator]) -> Float[Tensor, "B 3 H W"]:
+    """Blur or sharpen each picture, shift its colours slightly, and add noise; in [-1, 1]."""
     drawn = [(rng.uniform(-0.5, 1), rng.normal(1, 0.06, 3), rng.normal(0, 0.04, 3), rng.uniform(0, 0.1)) for rng in rngs]
     blur, gain, offset, level = (torch.from_numpy(np.array(part)).to(pixels) for part in zip(*drawn))
     noise = level[:, None, None, None] * randn_per_sample(rngs, pixels.shape[1:]).to(pixels)
@@ -105,13 +109,13 @@ def augmented(pixels: Float[Tensor, "B 3 H W"], rngs: Sequence[np.random.Generat
 
 
 def judge_scene(rng: np.random.Generator) -> Scene:
-    """A scene of any subjects; in every second one all of them are tinted, or the judge would know most things by their colours alone."""
+    """Compose a scene of any subjects. In every second one all are tinted, or the judge would know most things by their colours alone."""
     scene = sample_scene(rng, split="all_subjects")
-    return retinted(scene, rng) if rng.random() < 0.5 else scene
+    return retint(scene, rng) if rng.random() < 0.5 else scene
 
 
-def retinted(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The same things in the same places, each in a colour that stands out from the background."""
+def retint(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Compose the same things in the same places, each in a colour that stands out from the background."""
     items = []
     for thing in scene.objects:
         x0, y0, x1, y1 = thing.box
@@ -129,9 +133,9 @@ def retinted(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 class JudgeTask:
-    """A judge from nothing, as the loop trains it.
+    """The judge's training from scratch.
 
-    The contrastive loss compares the samples of one call with each other: accumulation and several processes make it an easier one.
+    The contrastive loss compares the samples of one call, so gradient accumulation and several processes make it easier.
     """
 
     def __init__(self, config: JudgeConfig, seed: int, device: torch.device):
@@ -151,19 +155,27 @@ class JudgeTask:
         texts = self.judge.encode_tokens(to_device(self.device, tokens))
         labels = labels.to(self.device)
         with torch.autocast(self.device.type, enabled=False):
-            return reading_loss(reading, labels) + contrastive_loss(reading.features, texts, self.judge.log_scale)
+            return judge_loss(reading, labels) + contrastive_loss(reading.features, texts, self.judge.log_scale)
 
 
 def judge_draws(
     config: JudgeConfig, seed: int, step: int, sample_ids: range
 ) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, "B L"], Labels]:
-    """By chance: scenes, lightly spoilt, the tokens of their captions, and what is in them."""
+    """Compose augmented scenes, with the tokens of their captions and their labels.
+
+    Args:
+        config: Of the judge.
+        seed: Of the run.
+        step: Number of the step.
+        sample_ids: Numbers of its samples.
+    """
     rngs = [rng_for(seed, step, sample) for sample in sample_ids]
     scenes = [judge_scene(rng) for rng in rngs]
-    pixels = augmented(to_pixels(np.stack([scene.image for scene in scenes])), rngs)
-    return pixels, tokenizer_of(config.tokenizer)([scene.caption for scene in scenes]), labels_of(scenes, config)
+    pixels = augment(to_pixels(np.stack([scene.image for scene in scenes])), rngs)
+    return pixels, get_tokenizer(config.tokenizer)([scene.caption for scene in scenes]), make_labels(scenes, config)
 
 
 @cache
-def tokenizer_of(config: TokenizerConfig) -> Tokenizer:
+def get_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """Return the tokenizer, made once in each process."""
     return Tokenizer(config)

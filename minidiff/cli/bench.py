@@ -26,9 +26,9 @@ def load(against: bool = True, out: Path | None = None, rounds: int = 3) -> None
         out: a .json file for the results
         rounds: how often each loads each file
     """
-    from minidiff.bench.load import bench
+    from minidiff.bench.load import bench_load
 
-    show(bench(against, out, rounds))
+    show(bench_load(against, out, rounds))
 
 
 def attention(
@@ -55,14 +55,14 @@ def attention(
         contender: only these: minidiff, triton, flash, efficient, cudnn, math, flex, "by hand"; all by default
         batch: rows; a picture with guidance has 2
     """
-    from minidiff.bench.attention import CONTENDERS, bench
+    from minidiff.bench.attention import CONTENDERS, bench_attention
 
     chosen = choose_device(device)
     on_cpu = chosen.type == "cpu"
     rounds = (3 if on_cpu else 5) if rounds is None else rounds
     sizes = sizes or ((64,) if models == ("bundled",) else (512,) if on_cpu else (512, 768))
     dtypes = dtypes or (("float32", "bfloat16") if on_cpu else ("bfloat16",))
-    show(bench(out, rounds, models, sizes, dtypes, str(chosen), contender or CONTENDERS, batch))
+    show(bench_attention(out, rounds, models, sizes, dtypes, str(chosen), contender or CONTENDERS, batch))
 
 
 def step(
@@ -87,9 +87,9 @@ def step(
         device: auto, cpu, cuda, cuda:1
         max_autotune: diffusers compiled by max-autotune as well, which takes minutes
     """
-    from minidiff.bench.step import bench
+    from minidiff.bench.step import bench_step
 
-    show(bench(against, out, rounds, model, size, str(choose_device(device)), max_autotune))
+    show(bench_step(against, out, rounds, model, size, str(choose_device(device)), max_autotune))
 
 
 def image(
@@ -116,9 +116,9 @@ def image(
         device: auto, cpu, cuda, cuda:1
         max_autotune: diffusers compiled by max-autotune as well, which takes minutes
     """
-    from minidiff.bench.image import bench
+    from minidiff.bench.image import bench_image
 
-    show(bench(against, out, rounds, model, size, steps, str(choose_device(device)), max_autotune))
+    show(bench_image(against, out, rounds, model, size, steps, str(choose_device(device)), max_autotune))
 
 
 def train(
@@ -143,9 +143,9 @@ def train(
         methods: which trainings
         device: auto, cpu, cuda, cuda:1
     """
-    from minidiff.bench.train import bench
+    from minidiff.bench.train import bench_train
 
-    show(bench(against, out, rounds, model, size, methods, str(choose_device(device))))
+    show(bench_train(against, out, rounds, model, size, methods, str(choose_device(device))))
 
 
 def show(lines: Iterator[str]) -> None:

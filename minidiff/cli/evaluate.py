@@ -204,7 +204,7 @@ def bundled(
 
     import weights_loader
     from minidiff.bundled.evaluate import evaluate
-    from minidiff.bundled.figures import table
+    from minidiff.bundled.figures import format_figures
     from minidiff.cli.model import training_on
 
     figures = None
@@ -216,7 +216,7 @@ def bundled(
                 bar.update(progress.done - bar.n)
                 figures = progress.figures
         assert figures is not None, "the last step of an evaluation has them"
-        print(table(figures))
+        print(format_figures(figures))
 
 
 def study(
@@ -245,15 +245,15 @@ def study(
 
     import weights_loader
     from minidiff.cli.model import choose_device
-    from minidiff.study.plan import runs
-    from minidiff.study.run import study as make
+    from minidiff.study.plan import list_runs
+    from minidiff.study.run import run_study
 
     where = choose_device(device)
-    chosen = [run for run in runs(part) if not (out / "results" / f"{run.name}.json").exists()][:limit]
+    chosen = [run for run in list_runs(part) if not (out / "results" / f"{run.name}.json").exists()][:limit]
     load_tiny = partial(weights_loader.load, "tiny", dtype=torch.float32, device=where)
     load_judge = partial(weights_loader.load_judge, device=where)
     with tqdm(total=len(chosen), unit="run", file=sys.stderr) as bar:
-        for progress in make(out, chosen, load_tiny, load_judge, jobs=jobs, threads=threads):
+        for progress in run_study(out, chosen, load_tiny, load_judge, jobs=jobs, threads=threads):
             bar.set_postfix_str(f"{progress.name}, {progress.left / 3600:.1f} h left", refresh=False)
             bar.update()
 
@@ -265,9 +265,9 @@ def report(out: tyro.conf.Positional[Path], /) -> None:
         out: folder of the study
     """
     import weights_loader
-    from minidiff.study.report import read, write
+    from minidiff.study.report import read_results, write_report
 
-    print(write(read(out), weights_loader.load_judge()))
+    print(write_report(read_results(out), weights_loader.load_judge()))
 
 
 COMMANDS = {

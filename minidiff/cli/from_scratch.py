@@ -18,7 +18,7 @@ from minidiff.trainers.methods.override import override
 if TYPE_CHECKING:
     import torch
 
-    from minidiff.bundled.run import Progress
+    from minidiff.bundled.run import StageProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,8 @@ class ScratchFlags:
 
 def from_scratch(args: list[str]) -> None:
     """Parse the flags, train, and write the model."""
-    from minidiff.bundled.make import foretold_bundled, run_bundled
-    from minidiff.bundled.run import claim, foretold, run_from_scratch
+    from minidiff.bundled.make import estimate_bundled_seconds, run_bundled
+    from minidiff.bundled.run import claim_folder, estimate_seconds, run_from_scratch
     from minidiff.bundled.tasks import bundled_config
 
     command = command_class({"run": (ScratchFlags,)} | flag_groups(Recipe))
@@ -62,12 +62,12 @@ def from_scratch(args: list[str]) -> None:
         config = init.config if init else bundled_config(recipe.widths)
         config = replace(config, vae=other.config.vae) if other else config
         vae = other.vae if other else None
-        claim(out, config, recipe, init, vae)
+        claim_folder(out, config, recipe, init, vae)
         if flags.recipe == "bundled":
-            print_forecast(lambda: foretold_bundled(config, recipe, device, init, vae), device, out)
+            print_forecast(lambda: estimate_bundled_seconds(config, recipe, device, init, vae), device, out)
             show_progress(run_bundled(config, recipe, out, device, save_model(out), save_judge(out), init, vae))
         else:
-            print_forecast(lambda: foretold(config, recipe, device, init, vae), device, out)
+            print_forecast(lambda: estimate_seconds(config, recipe, device, init, vae), device, out)
             show_progress(run_from_scratch(config, recipe, out, device, save_model(out), init, vae))
         print(out / "model.safetensors")
 
@@ -90,7 +90,7 @@ def save_judge(out: Path) -> Callable:
     return lambda judge: weights_loader.save_judge(judge, out / "judge.safetensors")
 
 
-def show_progress(steps: "Iterator[Progress]") -> None:
+def show_progress(steps: "Iterator[StageProgress]") -> None:
     """Take all steps, with a bar for each stage."""
     from tqdm import tqdm
 
@@ -107,7 +107,7 @@ def show_progress(steps: "Iterator[Progress]") -> None:
 
 def print_forecast(forecast: "Callable[[], dict[str, float]]", device: "torch.device", out: Path) -> None:
     """Print how long each stage that has left no result yet will take, before the first one."""
-    from minidiff.bundled.make import device_name
+    from minidiff.machine import format_device
     from minidiff.markdown import format_duration
 
     results = {"diffusion": "model.safetensors", "judge": "judge.safetensors", "evaluation": "figures.json"}
@@ -116,7 +116,7 @@ def print_forecast(forecast: "Callable[[], dict[str, float]]", device: "torch.de
     seconds = {stage: s for stage, s in forecast().items() if not (out / results.get(stage, "latents.pt")).exists()}
     if seconds:
         stages = ", ".join(f"{stage} {format_duration(s)}" for stage, s in seconds.items())
-        print_notes([f"on {device_name(device)}, about: {stages}; {format_duration(sum(seconds.values()))} in all"])
+        print_notes([f"on {format_device(device)}, about: {stages}; {format_duration(sum(seconds.values()))} in all"])
 
 
 def recipe_numbers() -> str:

@@ -45,7 +45,7 @@ def generate(
         model: "tiny" (ships with minidiff), a .safetensors or .ckpt file, or a diffusers folder
         negative_prompt: what it should not show
         steps: how many steps the sampler takes
-        sampler: ddpm, ddim, plms, euler, euler_ancestral, heun, dpmpp_2m or dpmpp_2m_karras
+        sampler: its name; "list" prints all of them
         guidance_scale: how strongly the picture follows the prompt; 1 is the prompt alone, without guidance; the model's own by default
         seed: where the noise comes from; the same seed gives the same picture
         batch: how many pictures of a prompt, on consecutive seeds
@@ -69,7 +69,11 @@ def generate(
     from minidiff.kernels.dispatch import attention_backend
     from minidiff.pictures import check_png
     from minidiff.pipeline import to_images
+    from minidiff.samplers import SAMPLERS
 
+    if sampler == "list":
+        print("\n".join(f"{name:16}  {row.web_name:16}  {row.help}" for name, row in SAMPLERS.items()))
+        return
     if not prompts or batch < 1:
         raise ValueError(f"{len(prompts)} prompts and --batch {batch} make no picture; give at least one of each")
     out = out or free_name(f"{slug(prompts[0])}-{seed}")
@@ -96,7 +100,7 @@ def generate(
     settings = {
         "Steps": steps,
         "Sampler": sampler,
-        "Schedule type": "Karras" if sampler == "dpmpp_2m_karras" else spacing or sd.config.schedule.spacing,
+        "Schedule type": SAMPLERS[sampler].own_spacing or spacing or sd.config.schedule.spacing,
         "CFG scale": guidance_scale,
         "Seed": seed,
         "Batch": batch,

@@ -66,7 +66,7 @@ def merge_concepts(
         ridge: added to the diagonal where the captions do not suffice, as 1e-3
     """
     import weights_loader
-    from minidiff.adapters import custom_diffusion
+    from minidiff.adapters import merge_concepts as closed_form
 
     if len(files) < 2:
         raise ValueError(f"{len(files)} files to merge; give at least two")
@@ -75,7 +75,7 @@ def merge_concepts(
     regularisation = read_captions(captions, sd)
     concepts = [weights_loader.read_custom_diffusion(file, sd) for file in files]
     targets = targets_of(files, [concept.tokens.names if concept.tokens else () for concept in concepts], target)
-    merged, report = custom_diffusion.merge_concepts(sd, concepts, targets, regularisation, ridge)
+    merged, report = closed_form.merge_concepts(sd, concepts, targets, regularisation, ridge)
     settings = {"method": "merge", "files": [Path(file).name for file in files], "captions": targets, "ridge": ridge}
     weights_loader.write_custom_diffusion(out, merged, sd, settings if out.suffix in (".safetensors", "") else None)
     print_notes(
@@ -144,13 +144,14 @@ def extract(
         names: of the layers in the file
     """
     import weights_loader
-    from minidiff.adapters import lora
+    from minidiff.adapters.extraction import extract_lora
+    from minidiff.adapters.lora import PATTERNS
 
     check_out(out, (".safetensors",))
     rank = 32 if rank is None and share is None else rank
     first, second = load(base, "float32", "cpu"), load(tuned, "float32", "cpu")
-    patterns = tuple(pattern for name in layers or ("conv", "text_encoder") for pattern in lora.PATTERNS.get(name, (name,)))
-    made = lora.extract_lora(first, second, patterns, rank=rank, share=share, of=of, clamp=clamp)
+    patterns = tuple(pattern for name in layers or ("conv", "text_encoder") for pattern in PATTERNS.get(name, (name,)))
+    made = extract_lora(first, second, patterns, rank=rank, energy=share, criterion=of, clamp=clamp)
     settings = {"method": "extract", "base": Path(base).name, "tuned": Path(tuned).name, "rank": rank, "share": share, "of": of}
     settings |= {"clamp": clamp}
     weights_loader.write_lora(out, made, first, names, settings)

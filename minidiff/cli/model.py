@@ -25,7 +25,7 @@ def load(model: str, dtype: str, device: "str | torch.device", **options):
 
 def weighted(files: Sequence[str]) -> tuple[tuple[str, float], ...]:
     """Read FILE or FILE:0.7, as the loader takes them."""
-    from weights_loader.lora import parse_weighted
+    from weights_loader.adapters.lora import parse_weighted
 
     return tuple(parse_weighted(file) for file in files)
 

@@ -1,1 +1,1 @@
-"""How good pictures are, in numbers: alignment with words and pictures, KID, and the judge of the bundled scenes."""
+"""Metrics of generated pictures: alignment with words and pictures, KID, people's preference; and how far training moved the weights."""

@@ -67,9 +67,10 @@ def read_parameters(path: Path) -> tuple[str, tuple[int, int]]:
         with Image.open(path) as image:
             return image.info.get("parameters", ""), image.size
     except UNREADABLE:
-        return "", (0, 0)  # who reads its pixels says what is wrong with it
+        return "", (0, 0)  # whoever reads its pixels says what is wrong with it
 
 
 def parse_parameters(text: str) -> tuple[str, tuple[int, int]] | None:
+    """Return the prompt and the (width, height) that the text states, None without them."""
     found = SETTINGS.match(text)
     return (found["prompt"], (int(found["width"]), int(found["height"]))) if found else None

@@ -1,4 +1,4 @@
-"""KID: how far a set of pictures is from another, through their features.
+"""KID: the distance between two sets of pictures, through their features.
 
     mmd^2 = mean k(x, x') + mean k(y, y') - 2 mean k(x, y),   k(x, y) = (x . y / D + 1)^3
 
@@ -30,7 +30,7 @@ def scale_features(x: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
 
 
 def kernel(x: Float[Tensor, "M D"], y: Float[Tensor, "N D"]) -> Float64[Tensor, "M N"]:
-    """(x . y / D + 1)^3 of every pair, in float64: the discrepancy is a small difference of large sums."""
+    """Return (x . y / D + 1)^3 of every pair, in float64: the discrepancy is a small difference of large sums."""
     return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
 
 
@@ -41,15 +41,19 @@ def kid(
     groups: tuple[Int[Tensor, " M"], Int[Tensor, " N"]] | None = None,
     blocks: int = 20,
 ) -> KID:
-    """KID between the features of two sets of pictures (Binkowski et al. 2018, eq. 4 of the supplement, with all pairs).
+    """Estimate KID between the features of two sets of pictures (Binkowski et al. 2018, eq. 4 of the supplement, with all pairs).
 
-    groups: from which prompt each row of x and of y was made, as a number from 0. Two pictures of one prompt are alike, also across the sets, and two
-    sets of the same prompts would seem nearer than they are: pairs within a group are left out. Without groups every row is its own.
+    The standard error is the jackknife's over blocks of groups (group g is in block g % blocks): how much the estimate changes when each
+    block in turn is left out shows how much another sample would change it.
 
-    The standard error is the jackknife's over blocks of groups (group g is in block g % blocks): what leaving out one block after the other
-    does to the estimate says how much another draw would change it.
+    Raises ValueError for sets of different widths, fewer than two groups per block, or features that are not finite.
 
-    Raises ValueError for sets of other widths, fewer groups than two a block, or features that are not finite.
+    Args:
+        x: Features of one set.
+        y: Features of the other.
+        groups: The prompt of each row of x and of y, as a number from 0. Pictures of one prompt are similar, also across the sets, so two
+            sets of the same prompts would seem closer than they are: pairs within a group are left out. By default every row is a group.
+        blocks: Of the jackknife.
     """
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"features of width {x.shape[1]} and {y.shape[1]}; both sets need the same encoder")
@@ -67,7 +71,7 @@ def kid(
         )
 
     def sums(a: Tensor, b: Tensor, group_a: Tensor, group_b: Tensor, block_a: Tensor, block_b: Tensor) -> Tensor:
-        """Over pairs of blocks: the sum of the kernel, and the number of pairs."""
+        """Sum the kernel, and count pairs, for each pair of blocks."""
         counted = (group_a[:, None] != group_b).double()
         return torch.stack([block_sums(values, block_a % blocks, block_b % blocks, blocks) for values in (kernel(a, b) * counted, counted)])
 
@@ -87,6 +91,6 @@ def kid(
 
 
 def block_sums(pairs: Float64[Tensor, "M N"], rows: Tensor, columns: Tensor, blocks: int) -> Float64[Tensor, "{blocks} {blocks}"]:
-    """Sums of a matrix over pairs of blocks; rows and columns say which block each row and column is in."""
+    """Sum a matrix over pairs of blocks. rows, columns: the block of each row and column."""
     by_row = torch.zeros(blocks, pairs.shape[1], dtype=pairs.dtype, device=pairs.device).index_add(0, rows, pairs)
     return torch.zeros(blocks, blocks, dtype=pairs.dtype, device=pairs.device).index_add(1, columns, by_row)

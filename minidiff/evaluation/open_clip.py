@@ -1,10 +1,11 @@
-"""A public CLIP as the encoder of alignment and KID: open_clip's network, its weights in a file that the user gives.
+"""A public CLIP as the encoder for alignment and KID: open_clip's network with weights from the user's file.
 
 Nothing is downloaded. Names are open_clip's, such as ViT-B-32 or ViT-L-14; OpenAI's weights go with their -quickgelu names.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,7 +27,7 @@ class OpenClip:
             raise ValueError(f"CLIP {name!r} unknown; open_clip has {', '.join(open_clip.list_models()[:8])}, ...")
         if not weights.is_file():
             raise FileNotFoundError(f"{weights}: no such file; give the weights of a CLIP as open_clip reads them")
-        self.model = open_clip.create_model(name, device=device)
+        self.model: Any = open_clip.create_model(name, device=device)  # its methods are not in nn.Module's type
         try:
             open_clip.load_checkpoint(self.model, str(weights))
         except (RuntimeError, KeyError) as error:
@@ -37,15 +38,16 @@ class OpenClip:
         self.tokenizer = open_clip.get_tokenizer(name)
         self.device = device
         visual = self.model.visual
-        self.image_size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
+        self.image_size: int = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
         self.mean, self.std = (torch.tensor(getattr(visual, f"image_{part}"), device=device)[:, None, None] for part in ("mean", "std"))
 
     @torch.no_grad()
     def encode_pictures(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """Pixels in [-1, 1] of the network's size. Raises ValueError for another one."""
+        """Encode pixels in [-1, 1] of the network's size. Raises ValueError for another size."""
         check_size(pixels, self.image_size, "CLIP")
         return self.model.encode_image(((pixels.to(self.device).float() + 1) / 2 - self.mean) / self.std, normalize=True).float()
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
+        """Encode texts."""
         return self.model.encode_text(self.tokenizer(list(texts)).to(self.device), normalize=True).float()

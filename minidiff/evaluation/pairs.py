@@ -1,8 +1,8 @@
-"""Human preference: two pictures a row in random order, a form to fill, and the tally.
+"""Human preference: a sheet with two pictures per row in random order, a form to fill in, and the tally.
 
-    two folders -> sheet.png, form.csv (to be filled), key.json (which side is which) -> tally of the filled forms
+    two folders -> sheet.png, form.csv (to be filled in), key.json (which side is which) -> tally of the forms
 
-As in Custom Diffusion's user study (Kumari et al. 2023, section 4.3): people see pairs and choose, without knowing which method made which.
+As in Custom Diffusion's user study (Kumari et al. 2023, section 4.3), people see pairs and choose without knowing which method made which.
 """
 
 import csv
@@ -27,8 +27,11 @@ GAP = 8
 
 @dataclass(frozen=True)
 class Tally:
-    """preferred: of the answers that chose, the share that chose the first folder's picture; low, high: its 95 % interval, Wilson's for as many
-    answers as they are worth (see dependence)."""
+    """How often each folder's picture was chosen.
+
+    preferred: share of the first folder among the answers that chose. low, high: its 95 % interval, Wilson's for the effective number of
+    answers (see `dependence`).
+    """
 
     first: int
     second: int
@@ -39,9 +42,16 @@ class Tally:
 
 
 def make_sheet(first: Path, second: Path, out: Path, seed: int = 0, size: int = 256) -> int:
-    """Writes the sheet, the form and the key of all pictures of one name in both folders; returns how many rows.
+    """Write the sheet, the form and the key for all pictures that both folders have by name. Returns the number of rows.
 
-    size: pixels of each picture on the sheet. Raises ValueError for folders without common names, and for an `out` that holds a sheet already.
+    Raises ValueError for folders without common names, and for an `out` that holds a sheet already.
+
+    Args:
+        first: A folder of pictures.
+        second: Another one.
+        out: The folder to write to.
+        seed: Of the order within the rows.
+        size: Pixels of each picture on the sheet.
     """
     found = [{path.name for path in find_drawn_pictures(folder)} for folder in (first, second)]
     names = sorted(found[0] & found[1])
@@ -69,8 +79,11 @@ def make_sheet(first: Path, second: Path, out: Path, seed: int = 0, size: int = 
 
 
 def tally(key: Path, forms: Sequence[Path]) -> Tally:
-    """Counts filled forms. Raises ValueError for a file that is no key, a form given twice, and a row that is missing, not filled, filled with
-    something else, given twice, or not of the sheet."""
+    """Count the answers of filled forms.
+
+    Raises ValueError for a file that is no key, a form given twice, and a row that is missing, empty, filled with something else, given
+    twice, or not on the sheet.
+    """
     try:
         swapped = json.loads(key.read_text(encoding="utf-8"))["left is second"]
     except (ValueError, KeyError, TypeError) as error:
@@ -89,7 +102,7 @@ def tally(key: Path, forms: Sequence[Path]) -> Tally:
 
 
 def answers_of(form: Path, rows: int) -> dict[int, str]:
-    """What a person chose, by row from 0."""
+    """Read a form: what a person chose, by row from 0."""
     text = form.read_text(encoding="utf-8-sig")
     delimiter = ";" if text.partition("\n")[0].count(";") else ","  # spreadsheets of many countries write the former
     answers: dict[int, str] = {}
@@ -109,9 +122,11 @@ def answers_of(form: Path, rows: int) -> dict[int, str]:
 
 
 def dependence(values: Float[np.ndarray, "forms rows"]) -> float:
-    """How many times larger the variance of the share is than that of independent answers, 1 or more: answers to one row resemble each other, and
-    so do those of one person (the design effect, clustered both ways: Cameron, Gelbach and Miller 2011; never less than by one way alone).
-    values: 1, -1, and 0 for neither."""
+    """Return the design effect: how many times larger the variance of the share is than for independent answers, at least 1.
+
+    Answers to one row are correlated, and so are those of one person, so both are clusters (Cameron, Gelbach and Miller 2011); the effect
+    is never smaller than that of either alone. values: 1 for the first folder, -1 for the second, 0 for neither.
+    """
     chose = values != 0
     if not chose.any():
         return 1.0
@@ -122,7 +137,14 @@ def dependence(values: Float[np.ndarray, "forms rows"]) -> float:
 
 
 def wilson(successes: int, count: int, times: float = 1.0, z: float = 1.96) -> tuple[float, float]:
-    """The score interval of a share (Wilson 1927); all of 0..1 for nothing counted. times: as many answers count as one."""
+    """Return the score interval of a share (Wilson 1927); 0..1 without answers.
+
+    Args:
+        successes: Answers for the first.
+        count: All answers that chose.
+        times: As many answers count as one.
+        z: Quantile of the normal distribution.
+    """
     if count == 0:
         return 0.0, 1.0
     p, n = successes / count, count / times

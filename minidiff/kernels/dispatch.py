@@ -1,10 +1,18 @@
-"""The choice of an attention backend, by name or by device and shape."""
+"""The choice of an attention backend, by name or by device and shape, and the fused ones behind one function.
+
+    select_backend   "naive", "pytorch", "self" or "cross", for given tensors
+    fused_attention  attention by one of the last three
+
+Our kernels run where they take the tensors and Triton works, which is tried once per device.
+"""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -13,22 +21,20 @@ from minidiff.kernels import cross_attention, self_attention
 
 ATTENTION = ("auto", "naive", "pytorch", "triton")
 
-
 _active = "auto"  # in the whole process: autograd works in threads of its own, and torch.compile guards on it
-
 
 _triton_works: dict[torch.device, bool] = {}  # whether our kernels run there
 
 
 @contextmanager
 def attention_backend(name: str) -> Iterator[None]:
-    """Within the block attention is worked out as the name says, and with "triton" GroupNorm + SiLU and GEGLU too (see blocks.py).
+    """Select the attention backend by name within the block; "triton" also selects our GroupNorm + SiLU and GEGLU (see blocks.py).
 
     auto: what is fastest for the device and the shape; naive: the plain steps; pytorch: PyTorch's fused kernels; triton: those of
     kernels/, and a ValueError where none takes the tensors. Results are the same but for rounding. A backward pass that computes parts
     again (checkpointing) belongs into the block too. Raises ValueError for another name.
     """
-    global _active
+    global _active  # noqa: PLW0603  one choice for the whole process is what is meant
     if name not in ATTENTION:
         raise ValueError(f"attention {name!r} unknown; choose {', '.join(ATTENTION)}")
     before, _active = _active, name
@@ -39,14 +45,14 @@ def attention_backend(name: str) -> Iterator[None]:
 
 
 def active_backend() -> str:
-    """The name that `attention_backend` was given last, "auto" without it."""
+    """Return the active attention backend, "auto" by default."""
     return _active
 
 
 def select_backend(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
 ) -> str:
-    """How `attention` works this out: "naive", "pytorch", or by our kernel for "self"- or "cross"-attention.
+    """Return how `attention` is to compute this: "naive", "pytorch", or by our kernel for "self"- or "cross"-attention.
 
     Raises ValueError where our kernels were asked for by name and none takes these tensors, with the reason.
     """
@@ -65,9 +71,21 @@ def select_backend(
     return "pytorch"
 
 
+def fused_attention(
+    backend: str, q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
+) -> Float[Tensor, "B N D"]:
+    """Compute softmax(q k^T / sqrt(d)) v by a fused kernel: PyTorch's, or one of ours. backend: what `select_backend` returned."""
+    if backend == "self":
+        return self_attention.fused_self_attention(q, k, v, heads, causal)
+    if backend == "cross":
+        return cross_attention.fused_cross_attention(q, k, v, heads)
+    q, k, v = (rearrange(x, "B N (h d) -> B h N d", h=heads) for x in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "B h N d -> B N (h d)")
+
+
 @torch.compiler.assume_constant_result
 def triton_works(device: torch.device) -> bool:
-    """Return whether Triton works on this GPU, tried once: it also needs a C compiler and Python's headers, which a machine may not have."""
+    """Return whether Triton works on this GPU, tried once: it also needs a C compiler and Python's headers, which may be missing."""
     if device not in _triton_works:
         # Asked first where tensors have no contents, as to estimate memory (FakeTensorMode), any kernel would seem to run.
         with _disable_current_modes():

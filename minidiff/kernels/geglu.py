@@ -60,7 +60,7 @@ def backward_kernel(dy, x, dx, size, F: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def fused_geglu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
-    """The first half of x's last axis times the GELU of its second half. float16, bfloat16 or float32.
+    """Multiply the first half of x's last axis by the GELU of its second half. float16, bfloat16 or float32.
 
     Twice the same inputs, twice the same bits, forward and backward. Raises ValueError for what `unsupported` names.
     """

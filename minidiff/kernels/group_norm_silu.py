@@ -51,7 +51,10 @@ def _store(y, value, row, HW, c, C: tl.constexpr, CHANNELS: tl.constexpr):
 
 @jit
 def _members(c, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr):
-    """[groups, channels] of a chunk: which channel is in which group. A group's width need not be a power of two, so it is no axis."""
+    """Say which channel is in which group, as [groups, channels] of a chunk.
+
+    A group's width need not be a power of two, so it is no axis.
+    """
     return tl.arange(0, GROUPS)[:, None] == (c // PER_GROUP)[None, :]
 
 
@@ -74,7 +77,10 @@ def _of_channels(pointer, c, CHANNELS: tl.constexpr):
 
 @jit
 def _place(C: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr):
-    """The grid is (strips, chunks, batch). This program's strip; its first group and channel; its picture; the groups of a picture."""
+    """Return this program's strip, first group, first channel and picture, and the groups of a picture.
+
+    The grid is (strips, chunks, batch).
+    """
     chunk = tl.program_id(1)
     return tl.program_id(0), chunk * GROUPS, chunk * (GROUPS * PER_GROUP), tl.program_id(2).to(tl.int64), C // PER_GROUP
 
@@ -310,7 +316,7 @@ def unsupported(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | No
 
 
 def _division(x: Tensor, groups: int) -> tuple[tuple[int, int, int], int, int, dict[str, int]]:
-    """The grid: strips, chunks, batch; tiles of a strip; the power of two that holds the strips; what is compiled into all kernels."""
+    """Return the grid (strips, chunks, batch), tiles per strip, the power of two that holds the strips, and all kernels' constants."""
     C, HW = x.shape[1], x.shape[2] * x.shape[3]
     per_group = C // groups
     in_chunk = 1

@@ -1,13 +1,14 @@
 """Self-attention in Triton: softmax(q k^T / sqrt(d)) v of any number of tokens, and its gradients, without the N x L matrix in memory.
 
-In Stable Diffusion: latent cells look at each other (U-Net, 4096 tokens at 512 x 512 pixels, the largest share of all attention) and words look
-at the words before them (text encoder, causal). Equal to `minidiff.attention.naive_attention`, which the tests hold it to.
+In Stable Diffusion: latent cells look at each other (U-Net, 4096 tokens at 512 x 512 pixels, the largest share of all attention) and words
+look at the words before them (text encoder, causal). Equal to `minidiff.attention.naive_attention`, which the tests hold it to.
 
 Dao 2023, "FlashAttention-2", algorithms 1 and 2, in its names. Rows of S are queries (N of them), columns are keys (L):
 
     S = q k^T / sqrt(d)      P = exp(S - LSE)      O = P v      LSE_n = log(sum_j exp(S_nj))
 
-Forward, the online softmax. A program has BLOCK_N queries in its registers and walks over the keys, BLOCK_L at a time. For each row it keeps
+Forward, the online softmax. A program has BLOCK_N queries in its registers and walks over the keys, BLOCK_L at a time. For each row it
+keeps
 
     m   the largest logit so far
     l   the sum so far of exp(S - m)
@@ -20,13 +21,15 @@ Backward. From dO, with delta_n = sum_c dO_nc O_nc (which is sum_j P_nj dP_nj, w
 
     dV = P^T dO      dP = dO v^T      dS = P * (dP - delta)      dQ = dS k / sqrt(d)      dK = dS^T q / sqrt(d)
 
-dV and dK are sums over queries: a program has BLOCK_L keys and walks over the queries. dQ is a sum over keys: a program has BLOCK_N queries and walks
-over the keys. Two kernels that each compute P and dP, rather than one whose programs add to each other's dQ: that order, and so the
-rounding, would differ from run to run. Where nobody needs dQ, or dK and dV, its kernel does not run.
+dV and dK are sums over queries: a program has BLOCK_L keys and walks over the queries. dQ is a sum over keys: a program has BLOCK_N queries
+and walks over the keys. Two kernels that each compute P and dP, rather than one whose programs add to each other's dQ: that order, and so
+the rounding, would differ from run to run. Where nobody needs dQ, or dK and dV, its kernel does not run.
 
-Logits are kept in base 2, S log2(e), as the hardware's exponential is 2^x; LSE is in that base too. Sums are float32; P and dS are rounded to the dtype of the
-inputs for their products, as tensor cores want. A head stands in two tiles of columns (tiles.py): x_1, and x_2 = nothing where D_2 = 0.
-Left out: dropout, other masks, sequences of different lengths, and dividing one head's keys among programs, which pays for very few queries only.
+Logits are kept in base 2, S log2(e), as the hardware's exponential is 2^x; LSE is in that base too. Sums are float32; P and dS are rounded
+to the dtype of the inputs for their products, as tensor cores want. A head stands in two tiles of columns (tiles.py): x_1, and x_2 =
+nothing where D_2 = 0.
+Left out: dropout, other masks, sequences of different lengths, and dividing one head's keys among programs, which pays for very few queries
+only.
 """
 
 import math
@@ -65,7 +68,7 @@ def seen(s, rows, keys, L, CAUSAL: tl.constexpr, EVEN: tl.constexpr):
 
 @jit
 def numbers_of(x, N):
-    """This program's head in a float32 [B, h, N]: one number a token."""
+    """Point at this program's head in a float32 [B, h, N]: one number per token."""
     return x + (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * N
 
 
@@ -268,8 +271,9 @@ class Blocks:
     """How a kernel's work is divided. queries, keys: rows and columns of the block of S that a program has at a time.
 
     More of the side that a program keeps (queries forward and in dQ, keys in dK and dV) means fewer times that the other side is read; less
-    means more programs, for the 132 multiprocessors of an H200 (108 of an A100), and fewer registers. 16 rows a warp keep a block of S and the sums
-    in at most 255 registers a thread. stages: how many blocks of the side that is walked over are on their way from memory at once.
+    means more programs, for the 132 multiprocessors of an H200 (108 of an A100), and fewer registers. 16 rows a warp keep a block of S and
+    the sums in at most 255 registers a thread. stages: how many blocks of the side that is walked over are on their way from memory at
+    once.
     """
 
     queries: int
@@ -279,7 +283,7 @@ class Blocks:
 
 
 def blocks_of(kernel: str, N: int, d: int, dtype: torch.dtype) -> Blocks:
-    """The division of "forward", "dk_dv" or "dq" for N tokens on the side that a program keeps."""
+    """Return how "forward", "dk_dv" or "dq" is divided for N tokens on the side that a program keeps."""
     short = N < 1024
     if dtype == torch.float32:  # without tensor cores: a thread needs whole rows of q and k in registers
         return Blocks(32, 32, 4, 1) if d < 64 else Blocks(32, 16, 8, 1) if kernel == "dq" else Blocks(16, 32, 8, 1)
@@ -407,7 +411,8 @@ def _launch(blocks: Blocks) -> dict[str, int | bool]:
     return dict(num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True)  # s scale - m is one instruction
 
 
-# As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs. The gradient of the gradient is not defined.
+# As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs. The gradient of the gradient is
+# not defined.
 _operation = torch.library.custom_op("minidiff::self_attention", _forward, mutates_args=())
 _operation.register_fake(_forward_shapes)
 _gradients = torch.library.custom_op("minidiff::self_attention_backward", _backward, mutates_args=())

@@ -36,7 +36,7 @@ def jit(kernel: Callable) -> Callable:
 
 
 def head_tiles(d: int) -> tuple[int, int]:
-    """A head width as two powers of two, each at least 16, with the smallest sum that holds it: 40 -> (32, 16), 64 -> (64, 0).
+    """Split a head width into two powers of two, each at least 16, with the smallest sum that holds it: 40 -> (32, 16), 64 -> (64, 0).
 
     d: a multiple of 8 up to 160. The first holds the first columns; the rest's tile is 0 where there is no rest.
     """
@@ -57,7 +57,7 @@ def dot(a, b, c):
 
 @jit
 def load_head(x, rows, end, stride, d: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr, EVEN: tl.constexpr):
-    """The rows of one head as its two tiles; 0 in rows from `end` on (EVEN: there are none) and in columns from d on."""
+    """Load the rows of one head as its two tiles; 0 in rows from `end` on (EVEN: there are none) and in columns from d on."""
     x += rows[:, None] * stride
     inside = tl.full([1, 1], True, tl.int1) if EVEN else (rows < end)[:, None]
     columns = tl.arange(0, D_1)[None, :]
@@ -87,7 +87,7 @@ def zeros_head(rows: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
 
 @jit
 def dot_heads(a_1, a_2, b_1, b_2, D_2: tl.constexpr):
-    """a b^T over the head's width: [rows of a, rows of b]."""
+    """Multiply a b^T over the head's width: [rows of a, rows of b]."""
     c = dot(a_1, tl.trans(b_1), None)
     if D_2 > 0:
         c = dot(a_2, tl.trans(b_2), c)
@@ -105,7 +105,7 @@ def dot_add(weights, x_1, x_2, sum_1, sum_2, D_2: tl.constexpr):
 
 @jit
 def head_of(x, batch_stride, d: tl.constexpr):
-    """The first token of this program's head: the grid is (blocks, heads, batch)."""
+    """Point at the first token of this program's head: the grid is (blocks, heads, batch)."""
     return x + tl.program_id(2).to(tl.int64) * batch_stride + tl.program_id(1) * d
 
 

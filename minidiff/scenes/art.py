@@ -1,6 +1,6 @@
 """The pictures of the scenes: subjects, their art in three styles, tints and backgrounds.
 
-sheet.webp has one row of 64 x 64 cells a subject, in the order of subjects.json, and one column a style; make_sheet.py
+sheet.webp has one row of 64 x 64 cells per subject, in the order of subjects.json, and one column per style; make_sheet.py
 made it, LICENSES.md says whose art it is. Everything here is plain RGB from 0 to 255; no colour management.
 """
 
@@ -48,18 +48,18 @@ class Subject:
 
 @functools.cache
 def subjects() -> dict[str, Subject]:
-    """All subjects by name, in the order of the sheet's rows; 110 for training, 20 held out."""
+    """Return all subjects by name, in the order of the sheet's rows; 110 for training, 20 held out."""
     rows = json.loads((HERE / "subjects.json").read_text())
     return {row["name"]: Subject(row["name"], row["class"], i, row["held_out"]) for i, row in enumerate(rows)}
 
 
 def subject_names(*, held_out: bool) -> tuple[str, ...]:
-    """The names of the training subjects, or of the held-out ones."""
+    """Return the names of the training subjects, or of the held-out ones."""
     return tuple(subject.name for subject in subjects().values() if subject.held_out == held_out)
 
 
 def known(kind: str, value: str, choices) -> str:
-    """`value`, or a ValueError that lists the choices."""
+    """Return `value`. Raises ValueError that lists the choices if it is none of them."""
     if value not in choices:
         raise ValueError(f"{kind} {value!r} unknown; choose {', '.join(choices)}")
     return value
@@ -67,21 +67,21 @@ def known(kind: str, value: str, choices) -> str:
 
 @functools.cache
 def sheet() -> UInt8[np.ndarray, "H W 4"]:
-    """The whole sheet, RGBA, 64 * subjects high and 64 * styles wide."""
+    """Open the whole sheet, RGBA, 64 * subjects high and 64 * styles wide."""
     return np.asarray(Image.open(HERE / "sheet.webp").convert("RGBA"))
 
 
 @functools.cache
 def art(subject: str, style: str) -> UInt8[np.ndarray, "H W 4"]:
-    """One picture, RGBA, cut to what is drawn: its longer side is 64."""
+    """Return one picture, RGBA, cut to what is drawn: its longer side is 64."""
     row, column = subjects()[subject].row, STYLES.index(style)
     cell = sheet()[row * SIZE : (row + 1) * SIZE, column * SIZE : (column + 1) * SIZE]
     rows, columns = np.flatnonzero(cell[..., 3].any(1)), np.flatnonzero(cell[..., 3].any(0))
     return cell[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def tinted(picture: UInt8[np.ndarray, "H W 4"], colour: str) -> UInt8[np.ndarray, "H W 4"]:
-    """The picture in one named colour: its light and shade are kept, as darker and lighter tones of the colour."""
+def tint_picture(picture: UInt8[np.ndarray, "H W 4"], colour: str) -> UInt8[np.ndarray, "H W 4"]:
+    """Tint a picture in one named colour: light and shade become darker and lighter tones of it."""
     base = np.array(COLOURS[colour], np.float32) / 255
     light = picture[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32) / 255
     mean = np.average(light, weights=picture[..., 3])
@@ -92,20 +92,20 @@ def tinted(picture: UInt8[np.ndarray, "H W 4"], colour: str) -> UInt8[np.ndarray
 
 @functools.lru_cache(maxsize=1024)
 def sprite(subject: str, style: str, colour: str | None) -> Image.Image:
-    """The picture with premultiplied alpha, so that scaling draws no dark fringe from transparent pixels."""
+    """Return the picture with premultiplied alpha, so that scaling draws no dark fringe from transparent pixels."""
     picture = art(subject, style)
-    return Image.fromarray(picture if colour is None else tinted(picture, colour)).convert("RGBa")
+    return Image.fromarray(picture if colour is None else tint_picture(picture, colour)).convert("RGBa")
 
 
 def scaled_size(subject: str, style: str, px: int) -> tuple[int, int]:
-    """(width, height) of the picture when its longer side is `px`."""
+    """Return (width, height) of the picture when its longer side is `px`."""
     height, width = art(subject, style).shape[:2]
     scale = px / max(height, width)
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def paint_background(colour: str, shade: Sequence[float], gradient: float) -> Float32[np.ndarray, "64 64 3"]:
-    """The colour plus `shade`, in [0, 255], times (1 - gradient) at the top to (1 + gradient) at the bottom."""
+    """Paint the colour plus `shade`, in [0, 255], times (1 - gradient) at the top to (1 + gradient) at the bottom."""
     rows = 1 + gradient * np.linspace(-1, 1, SIZE, dtype=np.float32)
     column = np.clip(rows[:, None] * (np.array(COLOURS[colour], np.float32) + np.asarray(shade, np.float32)), 0, 255)
     return np.repeat(column[:, None], SIZE, axis=1)
@@ -113,7 +113,7 @@ def paint_background(colour: str, shade: Sequence[float], gradient: float) -> Fl
 
 @functools.cache
 def visible_backgrounds(subject: str, style: str, colour: str | None) -> tuple[str, ...]:
-    """The backgrounds from which a picture stands out: a yellow moon is not put on yellow, nor a brown cat on red."""
+    """Return the backgrounds from which a picture stands out: a yellow moon is not put on yellow, nor a brown cat on red."""
     if colour is not None:
         tint = np.array(COLOURS[colour])
         return tuple(name for name, rgb in COLOURS.items() if np.linalg.norm(tint - rgb) >= TINT_CONTRAST)

@@ -1,6 +1,6 @@
-"""Makes sheet.webp, the picture sheet of the bundled scenes, from three openly licensed emoji families.
+"""Make sheet.webp, the picture sheet of the bundled scenes, from three openly licensed emoji families.
 
-One row of 64 x 64 cells a subject, in the order of subjects.json; the columns are noto, twemoji and fluent.
+One row of 64 x 64 cells per subject, in the order of subjects.json; the columns are noto, twemoji and fluent.
 Each picture is cut to what is drawn, then scaled so that its longer side is 64 pixels.
 
 The art comes from npm archives (see LICENSES.md), which are too big to ship:
@@ -33,18 +33,19 @@ FOLDERS = {
 
 
 def emoji_code(file_name: str) -> str:
-    """The hexadecimal code of a picture's file name without FE0F, which the families use differently."""
+    """Return the hexadecimal code of a picture's file name without FE0F, which the families use differently."""
     parts = Path(file_name).stem.lower().split("-")
     return "-".join(part for part in parts if part != "fe0f")
 
 
 def read_pictures(archive: Path, folder: str, codes: set[str]) -> dict[str, Image.Image]:
-    """The RGBA pictures of `codes` in one npm archive; ValueError names those that are missing."""
+    """Read the RGBA pictures of `codes` from one npm archive. Raises ValueError that names those that are missing."""
     found = {}
     with tarfile.open(archive) as tar:
         for member in tar:
-            if member.isfile() and member.name.startswith(folder) and emoji_code(member.name) in codes:
-                found[emoji_code(member.name)] = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGBA")
+            wanted = member.isfile() and member.name.startswith(folder) and emoji_code(member.name) in codes
+            if wanted and (file := tar.extractfile(member)) is not None:
+                found[emoji_code(member.name)] = Image.open(io.BytesIO(file.read())).convert("RGBA")
     if missing := sorted(codes - found.keys()):
         raise ValueError(f"{archive} has no {folder} picture for {missing}; see the docstring for what to give")
     return found
@@ -56,7 +57,7 @@ def fit_cell(picture: Image.Image) -> Image.Image:
     rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
     picture = picture.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
     scale = CELL / max(picture.size)
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     cell = Image.new("RGBA", (CELL, CELL))
     # Pillow scales RGBA with premultiplied alpha, so no dark fringe comes from the transparent pixels.
     cell.paste(picture.resize(size, Image.Resampling.LANCZOS), ((CELL - size[0]) // 2, (CELL - size[1]) // 2))
@@ -64,7 +65,7 @@ def fit_cell(picture: Image.Image) -> Image.Image:
 
 
 def make_sheet(archives: list[Path]) -> Image.Image:
-    """The whole sheet, RGBA, (64 * subjects) high and (64 * styles) wide; archives in the order of FOLDERS."""
+    """Make the whole sheet, RGBA, (64 * subjects) high and (64 * styles) wide; archives in the order of FOLDERS."""
     codes = [subject["code"] for subject in json.loads((HERE / "subjects.json").read_text())]
     sheet = Image.new("RGBA", (CELL * len(FOLDERS), CELL * len(codes)))
     for column, (archive, folder) in enumerate(zip(archives, FOLDERS.values(), strict=True)):

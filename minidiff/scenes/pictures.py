@@ -20,9 +20,15 @@ SIZES = (58, 46, 52, 40, 55)  # pixels of the longer side, in turn
 
 
 def subject_scenes(subject: str, style: str, count: int, rng: np.random.Generator) -> list[Scene]:
-    """Scenes of the subject alone, each on another background from which it stands out, until the backgrounds are used up.
+    """Compose scenes of the subject alone, each on another background from which it stands out, until the backgrounds are used up.
 
     Raises ValueError for an unknown subject or style, and for a count below 1.
+
+    Args:
+        subject: Any of the 130.
+        style: Of STYLES.
+        count: Number of scenes.
+        rng: For backgrounds and places.
     """
     known("subject", subject, subjects())
     known("style", style, STYLES)
@@ -39,6 +45,7 @@ def subject_scenes(subject: str, style: str, count: int, rng: np.random.Generato
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m minidiff.scenes.pictures",
         description="Write pictures of one subject, to personalise a model with.",

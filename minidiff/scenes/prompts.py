@@ -1,6 +1,6 @@
 """The fixed prompts of the bundled model's evaluation, and real scenes that show what they say.
 
-prompts.json holds them: drawn once by chance (`draw_prompts`), before any training, never changed since. 246 in four groups:
+prompts.json holds them: drawn once at random (`draw_prompts`), before any training, and unchanged since. 246 in four groups:
 
     one      each of the 110 training subjects once       a cat on a green background
     two      20 each with and, left of, above             a cat left of a key on a green background
@@ -57,13 +57,13 @@ class FixedPrompt:
 
 @cache
 def fixed_prompts() -> tuple[FixedPrompt, ...]:
-    """All prompts, group after group."""
+    """Read all prompts, group after group."""
     rows = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
     return tuple(FixedPrompt(**{**row, "subjects": tuple(row["subjects"])}) for row in rows)
 
 
 def draw_prompts(seed: int = 0) -> list[FixedPrompt]:
-    """Prompts by chance, from subjects that training shows; a background is one from which the subjects stand out in every style."""
+    """Draw random prompts of training subjects, on backgrounds from which these stand out in every style."""
     rng = np.random.default_rng(seed)
     names = subject_names(held_out=False)
 
@@ -97,15 +97,16 @@ def draw_prompts(seed: int = 0) -> list[FixedPrompt]:
 
 
 def share_a_background(name: str, other: str) -> bool:
+    """Return True if both subjects stand out from some background in every style."""
     seen = [visible_backgrounds(subject, style, None) for subject in (name, other) for style in STYLES]
     return any(all(colour in one for one in seen) for colour in COLOURS)
 
 
 def real_scene(prompt: FixedPrompt, rng: np.random.Generator) -> Scene:
-    """A scene that shows what the prompt says, as training's scenes do; what the prompt leaves open is left to chance."""
+    """Compose a scene that shows what the prompt says, like those of training; what the prompt leaves open is random."""
     style = prompt.style or choose(rng, STYLES)
     if len(prompt.subjects) == 1:
-        size = "any"
+        px, size, centre = place_one(rng, prompt.subjects[0], style)
         while size is not None:  # scenes whose caption names no size have things of middling size
             px, size, centre = place_one(rng, prompt.subjects[0], style)
         layout = [(px, centre)]

@@ -94,7 +94,7 @@ class Prompt:
 
 
 def is_held_out_pair(subject: str, other: str) -> bool:
-    """Whether (subject, subject) or (subject, tint) is among the tenth that training never shows.
+    """Return True if (subject, subject) or (subject, tint) is among the tenth that training never shows.
 
     The order does not matter; CRC-32 gives the same answer on every machine, which Python's hash() would not.
     """
@@ -105,18 +105,26 @@ def is_held_out_pair(subject: str, other: str) -> bool:
 
 
 def with_article(words: str) -> str:
-    """ "an apple", "a blue apple". By the first letter, which is right for every word of the captions."""
+    """Add the article: "an apple", "a blue apple". By the first letter, which is right for every word of the captions."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def noun_phrase(item: Item) -> str:
-    """[a|an] [small|large] [colour] SUBJECT."""
+    """Return [a|an] [small|large] [colour] SUBJECT."""
     noun = subjects()[item.subject].class_name if item.by_class else item.subject
     return with_article(" ".join(word for word in (item.size, item.colour, noun) if word))
 
 
 def caption_of(items: Sequence[Item], relation: str | None, background: str | None, style: str | None, medium: str | None = None) -> str:
-    """The caption; `background`, `style` and `medium` are None where it does not name them."""
+    """Write the caption.
+
+    Args:
+        items: One or two.
+        relation: Between two items.
+        background: None if the caption does not name it.
+        style: Likewise.
+        medium: Likewise.
+    """
     words = f" {relation} ".join(noun_phrase(item) for item in items)
     if medium is not None:
         words = f"{with_article(medium)} of {words}"
@@ -129,7 +137,7 @@ def caption_of(items: Sequence[Item], relation: str | None, background: str | No
 
 
 def picture_of(item: Item, style: str) -> tuple[tuple[int, int, int, int], UInt8[np.ndarray, "h w 4"]]:
-    """The item's box in the scene and its picture of that size, RGBA with premultiplied alpha."""
+    """Return the item's box in the scene and its picture of that size, RGBA with premultiplied alpha."""
     known("subject", item.subject, subjects())
     if item.colour is not None:
         known("colour", item.colour, COLOURS)
@@ -191,24 +199,24 @@ def compose(
     )
     caption = caption_of(items, relation, background if name_background else None, style if name_style else None, medium)
     image = (np.clip(canvas, 0, 255) + 0.5).astype(np.uint8)
-    return Scene(image, caption, sum(masks), objects, background, style, relation)
+    return Scene(image, caption, np.add.reduce(masks), objects, background, style, relation)
 
 
 def choose(rng: np.random.Generator, values: Sequence):
-    """One of `values`, each as likely; much faster than rng.choice, and keeps the type."""
+    """Choose one of `values`, all equally likely; much faster than rng.choice, and keeps the type."""
     return values[int(rng.integers(len(values)))]
 
 
 @functools.cache
 def held_out_pairs() -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-    """The held-out pairs of training subjects: all (subject, subject), and all (subject, tint)."""
+    """Return the held-out pairs of training subjects: all (subject, subject), and all (subject, tint)."""
     names = subject_names(held_out=False)
     two = tuple(pair for pair in itertools.combinations(names, 2) if is_held_out_pair(*pair))
     return two, tuple(pair for pair in itertools.product(names, COLOURS) if is_held_out_pair(*pair))
 
 
 def choose_subjects(rng: np.random.Generator, split: str, count: int) -> tuple[list[str], list[str | None]]:
-    """Subjects and tints (or None) of one scene, as the split allows."""
+    """Choose subjects and tints (or None) of one scene, as the split allows."""
     if split == "held_out_pairs":
         two, coloured = held_out_pairs()
         if count == 1:
@@ -230,7 +238,7 @@ def choose_subjects(rng: np.random.Generator, split: str, count: int) -> tuple[l
 
 
 def place_one(rng: np.random.Generator, subject: str, style: str) -> tuple[int, str | None, tuple[float, float]]:
-    """Size in pixels, the word for it, and a centre, for an object that has the scene to itself."""
+    """Choose size in pixels, the word for it, and a centre, for an object that has the scene to itself."""
     size = choose(rng, (None, None, None, "small", "large"))
     low, high = {None: (44, 56), "small": (28, 36), "large": (56, 62)}[size]
     px = int(rng.integers(low, high + 1))
@@ -241,7 +249,7 @@ def place_one(rng: np.random.Generator, subject: str, style: str) -> tuple[int, 
 
 
 def place_two(rng: np.random.Generator, names: Sequence[str], style: str, upright: bool) -> tuple[list[int], list[tuple[float, float]]]:
-    """Sizes and centres of two objects that do not overlap: beside each other, or `upright` one above the other."""
+    """Choose sizes and centres of two objects that do not overlap: side by side, or one above the other if `upright`."""
     along, across = (1, 0) if upright else (0, 1)
     first = int(rng.integers(28, 35))
     px = [first, int(rng.integers(28, min(34, SIZE - first) + 1))]
@@ -262,7 +270,7 @@ def place_two(rng: np.random.Generator, names: Sequence[str], style: str, uprigh
 
 
 def sample_scene(rng: np.random.Generator, *, split: str = "train") -> Scene:
-    """One random scene with its caption; the same state of `rng` gives the same scene.
+    """Draw one random scene with its caption; the same state of `rng` gives the same scene.
 
     split "train" shows no held-out subject and no held-out pair; "held_out_subjects" shows only held-out subjects;
     "held_out_pairs" shows training subjects in a held-out pair or tint; "all_subjects" shows anything.
@@ -307,13 +315,13 @@ def sample_scene(rng: np.random.Generator, *, split: str = "train") -> Scene:
 
 @functools.cache
 def bpe_merges() -> tuple[str, ...]:
-    """The merges of the byte-pair encoding made for these captions (train_bpe.py), as TokenizerConfig takes them."""
+    """Read the merges of the byte-pair encoding made for these captions (train_bpe.py), as TokenizerConfig takes them."""
     return tuple((HERE / "bpe.txt").read_text(encoding="utf-8").split("\n")[1:])
 
 
 @functools.cache
 def prompts() -> tuple[Prompt, ...]:
-    """40 fixed prompts, "a SUBJECT on a COLOUR background", drawn once by chance from what training may show."""
+    """Return 40 fixed prompts, "a SUBJECT on a COLOUR background", drawn once at random from what training may show."""
     rng = np.random.default_rng(40)
     fixed = []
     for name in map(str, rng.permutation(subject_names(held_out=False))[:40]):

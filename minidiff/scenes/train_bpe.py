@@ -1,4 +1,4 @@
-"""Makes bpe.txt, the word pieces of the bundled model: a small byte-pair encoding in CLIP's own algorithm and format.
+"""Make bpe.txt, the word pieces of the bundled model: a small byte-pair encoding in CLIP's own algorithm and format.
 
 CLIP's table has 49,408 entries and would weigh more than the rest of the bundled model; its captions need 250 words.
 Here a word starts as its letters, the last one marked </w>; again and again the most frequent pair of neighbours in a
@@ -72,13 +72,13 @@ TEMPLATE_WORDS = [
 
 
 def needed_words() -> tuple[str, ...]:
-    """Every word that must be a single token, in a fixed order, each once."""
+    """Return every word that must be a single token, in a fixed order, each once."""
     named = [word for subject in subjects().values() for word in f"{subject.name} {subject.class_name}".split()]
     return tuple(dict.fromkeys([*GRAMMAR_WORDS, *COLOURS, *STYLES, *named, *RARE_WORDS, *TEMPLATE_WORDS]))
 
 
 def join_pair(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    """`pieces` with each occurrence of `pair` joined, from left to right."""
+    """Join each occurrence of `pair` in `pieces`, from left to right."""
     joined, i = [], 0
     while i < len(pieces):
         if pieces[i : i + 2] == pair:
@@ -91,7 +91,7 @@ def join_pair(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]
 
 
 def train(words: Iterable[str]) -> list[tuple[str, str]]:
-    """The merges in order, until each word is one piece; among equally frequent pairs the first by the alphabet."""
+    """Return the merges in order, until each word is one piece; among equally frequent pairs the first by the alphabet."""
     pieces = {word: (*word[:-1], word[-1] + "</w>") for word in words}
     merges = []
     while True:

@@ -1,4 +1,4 @@
-"""What a personalised model draws, in numbers; the judge of the scenes looks at all pictures.
+"""Measure what a personalised model draws, with the judge of the scenes.
 
     of the subject     likeness   mean cosine of its pictures' features with those of the training pictures
                        named      share in which the judge finds the subject likelier than any other
@@ -7,8 +7,8 @@
     of other prompts   others     share in which the judge finds what was asked for likeliest
                        drift      1 - cosine of the features of this model's picture and the untouched model's, on the same noise
 
-The features of the class's pictures are kept, for KID against real scenes over many runs together. Pictures are drawn with ddim and the
-model's own guidance. A prompt's seed never changes, so that models are compared on the same noise.
+The features of the class's pictures are kept for KID against real scenes, over many runs together. Pictures are generated with DDIM and
+the model's own guidance scale. A prompt's seed never changes, so that models are compared on the same noise.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff.bundled.evaluate import spread
+from minidiff.bundled.evaluate import spread_prompts
 from minidiff.bundled.judge import Judge, JudgeOutput
 from minidiff.evaluation.alignment import Encoder, image_alignment, text_alignment
 from minidiff.pictures import to_pixels
@@ -36,10 +36,11 @@ OF_OTHERS = 12
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
-    """scores: means over the pictures, by the names above; of two subjects also "both", the share of the new prompts in which both are likeliest.
+class Measurements:
+    """Scores of a model, and the features that later comparisons need.
 
-    of_class, of_others: the features of these pictures. pictures: a row to look at, pixels in [-1, 1].
+    scores: means over the pictures, by the names above; for two subjects also "both", the share of new prompts in which both are likeliest.
+    of_class, of_others: features of these pictures. pictures: a row to look at, pixels in [-1, 1].
     """
 
     scores: dict[str, float]
@@ -49,9 +50,11 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Thing:
-    """A subject of the study. called: what the model is to be told, such as "sks lion"; class_word alone for a model that does not know it.
-    pictures: its training pictures, pixels in [-1, 1]."""
+class TaughtSubject:
+    """A subject that the model was taught.
+
+    called: its name in prompts, such as "sks lion"; the class word alone for an untouched model. pictures: its training's, in [-1, 1].
+    """
 
     subject: str
     class_word: str
@@ -60,8 +63,8 @@ class Thing:
 
 
 @torch.no_grad()
-def drawn(sd: StableDiffusion, prompts: Sequence[str], seeds: Sequence[int]) -> Float[Tensor, "B 3 H W"]:
-    """A picture of each prompt on its seed, in bfloat16, which the judge cannot tell from float32."""
+def generate_pixels(sd: StableDiffusion, prompts: Sequence[str], seeds: Sequence[int]) -> Float[Tensor, "B 3 H W"]:
+    """Generate one picture per prompt and seed, in bfloat16, which the judge cannot tell from float32."""
     parts = []
     with torch.autocast(sd.device.type, torch.bfloat16):
         for start in range(0, len(prompts), BATCH):
@@ -71,22 +74,24 @@ def drawn(sd: StableDiffusion, prompts: Sequence[str], seeds: Sequence[int]) -> 
     return torch.cat(parts)
 
 
-def on(words: str, background: str) -> str:
+def on_background(words: str, background: str) -> str:
+    """Add a background to a phrase."""
     return f"{words} on a {background} background"
 
 
-def backgrounds_of(*subjects: str) -> list[str]:
-    """Those from which all of the subjects stand out in every style."""
+def find_common_backgrounds(*subjects: str) -> list[str]:
+    """Return the backgrounds from which all of the subjects stand out in every style."""
     seen = [set(visible_backgrounds(name, style, None)) for name in subjects for style in STYLES]
     return [colour for colour in visible_backgrounds(subjects[0], STYLES[0], None) if all(colour in one for one in seen)]
 
 
-def cycled(values: Sequence[str], count: int) -> list[str]:
+def repeat_to(values: Sequence[str], count: int) -> list[str]:
+    """Repeat the values in order until there are `count`."""
     return [values[i % len(values)] for i in range(count)]
 
 
-def new_prompts(called: str, backgrounds: Sequence[str]) -> list[str]:
-    """What the training pictures do not show: sizes, a colour, places, company, styles."""
+def make_new_prompts(called: str, backgrounds: Sequence[str]) -> list[str]:
+    """Write prompts for what the training pictures do not show: sizes, a colour, places, company, styles."""
     a = with_article(called)
     phrases = (
         with_article(f"small {called}"),
@@ -98,99 +103,113 @@ def new_prompts(called: str, backgrounds: Sequence[str]) -> list[str]:
         a,
         a,
     )
-    texts = [on(phrase, background) for phrase, background in zip(phrases, cycled(backgrounds, len(phrases)))]
+    texts = [on_background(phrase, background) for phrase, background in zip(phrases, repeat_to(backgrounds, len(phrases)))]
     return [*texts[:-2], f"{texts[-2]} in noto style", f"{texts[-1]} in twemoji style"]
 
 
-def pair_prompts(first: str, second: str, backgrounds: Sequence[str]) -> list[str]:
-    """Both subjects in one picture, in each place."""
+def make_pair_prompts(first: str, second: str, backgrounds: Sequence[str]) -> list[str]:
+    """Write prompts with both subjects in one picture, in each place."""
     a, b = with_article(first), with_article(second)
     phrases = (f"{a} and {b}", f"{a} left of {b}", f"{b} left of {a}", f"{a} above {b}", f"{b} above {a}", f"{b} and {a}") * 2
-    return [on(phrase, background) for phrase, background in zip(phrases, cycled(backgrounds, len(phrases)))]
+    return [on_background(phrase, background) for phrase, background in zip(phrases, repeat_to(backgrounds, len(phrases)))]
 
 
-def likeliest(judge: Judge, reading: JudgeOutput, count: int = 1) -> list[list[str]]:
-    """The subjects that cover most of each picture."""
-    return [[judge.config.subjects[i] for i in row] for row in reading.shares().topk(count).indices.tolist()]
+def make_prompts(names: Sequence[str], backgrounds: Sequence[str]) -> list[str]:
+    """Write new prompts for one subject or two."""
+    return make_new_prompts(names[0], backgrounds) if len(names) == 1 else make_pair_prompts(names[0], names[1], backgrounds)
 
 
-def share(truths: Sequence[bool]) -> float:
+def find_likeliest(judge: Judge, output: JudgeOutput, count: int = 1) -> list[list[str]]:
+    """Return the `count` subjects that cover most of each picture."""
+    return [[judge.config.subjects[i] for i in row] for row in output.shares().topk(count).indices.tolist()]
+
+
+def share_true(truths: Sequence[bool]) -> float:
+    """Return the share of True, 0..1."""
     return sum(truths) / len(truths)
 
 
-def class_prompts(class_word: str) -> list[tuple[str, int]]:
-    """Prompts of the class alone, each with its seed."""
-    backgrounds = backgrounds_of(class_word)
-    return [(on(with_article(class_word), background), i) for i, background in enumerate(cycled(backgrounds, OF_THE_CLASS))]
+def make_class_prompts(class_word: str) -> list[tuple[str, int]]:
+    """Write prompts for the class alone, each with its seed."""
+    backgrounds = find_common_backgrounds(class_word)
+    return [(on_background(with_article(class_word), background), i) for i, background in enumerate(repeat_to(backgrounds, OF_THE_CLASS))]
 
 
-def class_features(judge: Encoder, class_word: str, seed: int) -> Float[Tensor, "N D"]:
-    """Features of real scenes of the class's prompts, for KID; others for each seed of the study."""
+def encode_class_scenes(judge: Encoder, class_word: str, seed: int) -> Float[Tensor, "N D"]:
+    """Encode real scenes of the class's prompts, for KID; different ones for each seed of the study."""
     scenes = []
-    for text, i in class_prompts(class_word):
+    for text, i in make_class_prompts(class_word):
         background = text.removesuffix(" background").rsplit(" ", 1)[1]
         scenes.append(real_scene(FixedPrompt(text, "one", (class_word,), background), np.random.default_rng([77, seed, i])))
     return judge.encode_pictures(to_pixels(np.stack([scene.image for scene in scenes])))
 
 
-def others(class_words: Sequence[str]) -> list[FixedPrompt]:
-    """Fixed prompts of other subjects."""
-    return list(spread([p for p in fixed_prompts() if p.group == "one" and p.subjects[0] not in class_words], OF_OTHERS))
+def choose_other_prompts(class_words: Sequence[str]) -> list[FixedPrompt]:
+    """Choose fixed prompts of other subjects."""
+    return list(spread_prompts([p for p in fixed_prompts() if p.group == "one" and p.subjects[0] not in class_words], OF_OTHERS))
 
 
 @torch.no_grad()
-def other_features(sd: StableDiffusion, judge: Judge, class_words: Sequence[str]) -> tuple[Float[Tensor, "N D"], float]:
-    """Features of the other prompts' pictures, and the share of them in which the subject is likeliest."""
-    prompts = others(class_words)
-    reading = judge.read(drawn(sd, [p.text for p in prompts], range(len(prompts))))
-    return reading.features.cpu(), share([names[0] == p.subjects[0] for names, p in zip(likeliest(judge, reading), prompts)])
+def measure_others(sd: StableDiffusion, judge: Judge, class_words: Sequence[str]) -> tuple[Float[Tensor, "N D"], float]:
+    """Return the features of the other prompts' pictures, and the share of them in which the subject is likeliest."""
+    prompts = choose_other_prompts(class_words)
+    output = judge.read(generate_pixels(sd, [p.text for p in prompts], range(len(prompts))))
+    return output.features.cpu(), share_true([names[0] == p.subjects[0] for names, p in zip(find_likeliest(judge, output), prompts)])
 
 
 @torch.no_grad()
-def measured(sd: StableDiffusion, judge: Judge, things: Sequence[Thing]) -> Measured:
-    """The model as it is now, of one subject, or of two that were learned together."""
-    likeness, named, kept, features, shown = [], [], [], [], []
+def measure_subjects(sd: StableDiffusion, judge: Judge, things: Sequence[TaughtSubject]) -> Measurements:
+    """Measure a model of one subject, or of two that were learned together."""
+    likeness: list[float] = []
+    named: list[bool] = []
+    kept: list[bool] = []
+    class_features, row = [], []
     for thing in things:
-        texts = [on(with_article(thing.called), background) for background in cycled(backgrounds_of(thing.subject), OF_THE_SUBJECT)]
-        pictures = drawn(sd, texts, range(OF_THE_SUBJECT))
-        reading = judge.read(pictures)
-        likeness += image_alignment(reading.features, judge.encode_pictures(thing.pictures)).tolist()
-        named += [names[0] == thing.subject for names in likeliest(judge, reading)]
-        shown.append(pictures[:2])
-        prompts = class_prompts(thing.class_word)[: OF_THE_CLASS // len(things)]
-        pictures = drawn(sd, *zip(*prompts))
-        reading = judge.read(pictures)
-        kept += [names[0] == thing.class_word for names in likeliest(judge, reading)]
-        features.append(reading.features)
-        shown.append(pictures[:1])
+        backgrounds = repeat_to(find_common_backgrounds(thing.subject), OF_THE_SUBJECT)
+        texts = [on_background(with_article(thing.called), background) for background in backgrounds]
+        pictures = generate_pixels(sd, texts, range(OF_THE_SUBJECT))
+        output = judge.read(pictures)
+        likeness += image_alignment(output.features, judge.encode_pictures(thing.pictures)).tolist()
+        named += [names[0] == thing.subject for names in find_likeliest(judge, output)]
+        row.append(pictures[:2])
+
+        texts, seeds = zip(*make_class_prompts(thing.class_word)[: OF_THE_CLASS // len(things)])
+        pictures = generate_pixels(sd, texts, seeds)
+        output = judge.read(pictures)
+        kept += [names[0] == thing.class_word for names in find_likeliest(judge, output)]
+        class_features.append(output.features)
+        row.append(pictures[:1])
 
     called, true = [thing.called for thing in things], [thing.subject for thing in things]
-    prompts = new_prompts if len(things) == 1 else pair_prompts
-    backgrounds = backgrounds_of(*true)
-    texts = prompts(*called, backgrounds)
-    pictures = drawn(sd, texts, range(len(texts)))
-    reading = judge.read(pictures)
-    text = text_alignment(reading.features, judge.encode_texts(prompts(*true, backgrounds)))
-    shown.append(pictures[:4])
-    now, right = other_features(sd, judge, [thing.class_word for thing in things])
-    scores = {"likeness": float(np.mean(likeness)), "named": share(named), "text": float(text.mean()), "kept": share(kept), "others": right}
+    backgrounds = find_common_backgrounds(*true)
+    texts = make_prompts(called, backgrounds)
+    pictures = generate_pixels(sd, texts, range(len(texts)))
+    output = judge.read(pictures)
+    text = text_alignment(output.features, judge.encode_texts(make_prompts(true, backgrounds)))
+    row.append(pictures[:4])
+    other_features, others = measure_others(sd, judge, [thing.class_word for thing in things])
+    scores = {"likeness": float(np.mean(likeness)), "named": share_true(named), "text": float(text.mean())}
+    scores |= {"kept": share_true(kept), "others": others}
     if len(things) == 2:
-        scores["both"] = share([sorted(names) == sorted(true) for names in likeliest(judge, reading, 2)])
-    return Measured(scores, torch.cat(features).cpu(), now, torch.cat(shown).cpu())
+        scores["both"] = share_true([sorted(names) == sorted(true) for names in find_likeliest(judge, output, 2)])
+    return Measurements(scores, torch.cat(class_features).cpu(), other_features, torch.cat(row).cpu())
 
 
 def chroma(pixels: Float[Tensor, "B 3 H W"]) -> float:
-    """How colourful pictures are: the mean distance between a pixel's largest and smallest channel, 0 (greys) to 1."""
+    """Measure how colourful pictures are: the mean distance between a pixel's largest and smallest channel, 0 (greys) to 1."""
     return float((pixels.amax(dim=1) - pixels.amin(dim=1)).mean() / 2)
 
 
 @torch.no_grad()
-def style_measured(sd: StableDiffusion, judge: Judge, style: str, shown: Sequence[str]) -> Measured:
-    """Of subjects that the style's pictures do not show, drawn in it: their chroma, and the share that are still named."""
+def measure_style(sd: StableDiffusion, judge: Judge, style: str, shown: Sequence[str]) -> Measurements:
+    """Draw subjects that the style's pictures do not show in that style: their chroma, and the share that are still recognised.
+
+    shown: the subjects of the training pictures.
+    """
     prompts = [p for p in fixed_prompts() if p.group == "one" and p.subjects[0] not in shown]
-    prompts = list(spread(prompts, 2 * OF_OTHERS))
-    pictures = drawn(sd, [f"{with_article(p.subjects[0])} in {style} style" for p in prompts], range(len(prompts)))
-    reading = judge.read(pictures)
-    named = share([names[0] == p.subjects[0] for names, p in zip(likeliest(judge, reading), prompts)])
-    now, right = other_features(sd, judge, [])
-    return Measured({"chroma": chroma(pictures), "named": named, "others": right}, reading.features.cpu(), now, pictures[:8].cpu())
+    prompts = list(spread_prompts(prompts, 2 * OF_OTHERS))
+    pictures = generate_pixels(sd, [f"{with_article(p.subjects[0])} in {style} style" for p in prompts], range(len(prompts)))
+    output = judge.read(pictures)
+    named = share_true([names[0] == p.subjects[0] for names, p in zip(find_likeliest(judge, output), prompts)])
+    now, right = measure_others(sd, judge, [])
+    return Measurements({"chroma": chroma(pictures), "named": named, "others": right}, output.features.cpu(), now, pictures[:8].cpu())

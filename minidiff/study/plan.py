@@ -1,6 +1,6 @@
-"""Every run of the study: which method, on which subjects, with which seed, and what is changed about the method.
+"""The plan of the study: every run's method, subjects and seed, and what is changed about the method.
 
-The runs of a part are alike but for what the part asks about:
+The runs of a part differ only in what the part asks about:
 
     methods      all methods, one subject: what each gives and costs
     before       methods that learned badly, by the numbers that they had before these were mended
@@ -11,7 +11,7 @@ The runs of a part are alike but for what the part asks about:
     compression  Custom Diffusion's changes, less and less of them
     style        a style learned from ten pictures
 
-All methods take the same number of steps of the same batch: the budget is equal, the presets give the rest.
+All methods take the same number of steps of the same batch size; the presets give everything else.
 """
 
 from dataclasses import dataclass, replace
@@ -24,13 +24,13 @@ from minidiff.trainers.methods.options import Prior
 from minidiff.trainers.methods.override import override
 from minidiff.trainers.methods.table import preset
 
-# Held-out subjects, and the subject of training that stands for their class: alike, and drawn well by the bundled model.
+# Held-out subjects, each with the training subject that stands for its class: similar, and drawn well by the bundled model.
 SUBJECTS = {"tiger": "lion", "teapot": "mug", "violin": "guitar", "cake": "cupcake", "sofa": "chair"}
 PAIRS = tuple(zip(SUBJECTS, (*list(SUBJECTS)[1:], next(iter(SUBJECTS)))))
 SEEDS = (0, 1, 2)
 STEPS = 200  # of a batch of 4, for every method
 PICTURES = 5
-FEWER_SUBJECTS, FEWER_SEEDS = tuple(SUBJECTS)[:3], SEEDS[:2]  # of what no finding rests on
+FEWER_SUBJECTS, FEWER_SEEDS = tuple(SUBJECTS)[:3], SEEDS[:2]  # for parts that no finding rests on
 
 UNTOUCHED = "untouched"
 SHARES = (0.8, 0.6, 0.4, 0.2, 0.1)
@@ -38,8 +38,11 @@ STYLE = "a grey style"
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training and its measurements. variant: a key of the part's variants. subjects: one, or two for the pairs; none for the style."""
+class StudyRun:
+    """One training and its measurements.
+
+    variant: a key of the part's variants. subjects: one, two for the pairs, none for the style.
+    """
 
     part: str
     variant: str
@@ -48,52 +51,58 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As a file name."""
+        """Return the run's name as a file name."""
         words = " ".join((self.part, self.variant, *self.subjects, str(self.seed)))
         return "-".join("".join(c if c.isalnum() or c == "." else " " for c in words).split())
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method and its numbers. method: of presets, or one of adapters/parallel.py's. pictures: how many of the subject it is given."""
+    """A method and its options. method: a preset, or a method of adapters/parallel.py. pictures: how many of the subject it is given."""
 
     method: str
     options: MethodOptions
     pictures: int = PICTURES
 
 
-def standard(method: str) -> Any:
+def standard_options(method: str) -> Any:
     """Return the bundled model's preset of a method with the study's budget, in bfloat16; pivotal tuning has half of it for each phase."""
     options = preset(method, "bundled")
     steps = STEPS // len(options.phases())
     return override(options, {"steps": steps, "token_steps": steps, "precision": "bfloat16"})
 
 
-def methods() -> dict[str, Variant]:
-    """The rows of the first table, the untouched model aside."""
+def method_variants() -> dict[str, Variant]:
+    """List the methods of the first table, without the untouched model."""
     names = ("textual-inversion", "pivotal-tuning", "lora", "dreambooth-lora", "dreambooth", "custom-diffusion")
-    small = LoRAOptions(settings=standard("lora").settings)
-    # A prefix is numbers of its own, not a change of weights: it needs another rate than LoRA (see before).
+    small = LoRAOptions(settings=standard_options("lora").settings)
+    # A prefix adds parameters instead of changing weights, so it needs another learning rate than LoRA (see unmended_variants).
     prefix = replace(small, settings=replace(small.settings, learning_rate=2e-2))
     others = {"adapter": small, "parallel": small, "prefix": prefix}
-    return {name: Variant(name, standard(name)) for name in names} | {name: Variant(name, options) for name, options in others.items()}
-
-
-def before() -> dict[str, Variant]:
-    """Custom Diffusion shrank its pictures, as it should larger ones, and its weights learned slowly beside its word; the prefix had LoRA's rate."""
-    new = standard("custom-diffusion")
-    old = replace(new, settings=replace(new.settings, learning_rate=1e-3), token_scale=10.0, sizes="paper")
-    return {
-        "custom-diffusion": Variant("custom-diffusion", old),
-        "prefix": Variant("prefix", LoRAOptions(settings=standard("lora").settings)),
+    return {name: Variant(name, standard_options(name)) for name in names} | {
+        name: Variant(name, options) for name, options in others.items()
     }
 
 
-def custom() -> dict[str, Variant]:
-    """Custom Diffusion with one thing changed."""
-    base = standard("custom-diffusion")
+def unmended_variants() -> dict[str, Variant]:
+    """List two methods as they were before they were mended.
+
+    Custom Diffusion shrank its pictures, which suits larger ones, and its weights learned slowly next to its word. The prefix had LoRA's
+    learning rate.
+    """
+    new = standard_options("custom-diffusion")
+    old = replace(new, settings=replace(new.settings, learning_rate=1e-3), token_scale=10.0, sizes="paper")
+    return {
+        "custom-diffusion": Variant("custom-diffusion", old),
+        "prefix": Variant("prefix", LoRAOptions(settings=standard_options("lora").settings)),
+    }
+
+
+def custom_variants() -> dict[str, Variant]:
+    """List Custom Diffusion with one thing changed each."""
+    base = standard_options("custom-diffusion")
     generated = Prior(kind="generated", count=base.prior.count, steps=20)
-    all_weights = DreamBoothOptions(settings=standard("dreambooth").settings, prior=base.prior, prompt=base.prompt)
+    all_weights = DreamBoothOptions(settings=standard_options("dreambooth").settings, prior=base.prior, prompt=base.prompt)
     return {
         "augmentation": Variant("custom-diffusion", replace(base, sizes="paper")),
         "no regularisation": Variant("custom-diffusion", replace(base, prior=Prior())),
@@ -104,58 +113,81 @@ def custom() -> dict[str, Variant]:
     }
 
 
-def lora() -> dict[str, Variant]:
-    """LoRA with other ranks and layers."""
-    base = standard("lora")
+def lora_variants() -> dict[str, Variant]:
+    """List LoRA with other ranks and layers."""
+    base = standard_options("lora")
 
-    def changed(**numbers) -> Variant:
-        return Variant("lora", replace(base, low_rank=replace(base.low_rank, **numbers)))
-
-    ranks = {f"rank {rank}": changed(rank=rank) for rank in (1, 4, 32)}
-    return ranks | {
-        "attention alone": changed(layers=("attention",)),
-        "convolutions too": changed(layers=("conv",)),
-        "text encoder too": changed(text_encoder=True),
+    changed = {f"rank {rank}": replace(base.low_rank, rank=rank) for rank in (1, 4, 32)} | {
+        "attention alone": replace(base.low_rank, layers=("attention",)),
+        "convolutions too": replace(base.low_rank, layers=("conv",)),
+        "text encoder too": replace(base.low_rank, text_encoder=True),
     }
+    return {name: Variant("lora", replace(base, low_rank=low_rank)) for name, low_rank in changed.items()}
 
 
-def pictures() -> dict[str, Variant]:
-    """Custom Diffusion from fewer or more pictures."""
+def picture_variants() -> dict[str, Variant]:
+    """List Custom Diffusion from fewer or more pictures."""
     counts = {"1 picture": 1, "2 pictures": 2, "10 pictures": 10}
-    return {name: Variant("custom-diffusion", standard("custom-diffusion"), count) for name, count in counts.items()}
+    return {name: Variant("custom-diffusion", standard_options("custom-diffusion"), count) for name, count in counts.items()}
 
 
 def variants(part: str) -> dict[str, Variant]:
-    """By name, of the parts in which one subject is learned by one method. Raises ValueError for another part."""
+    """Return a part's variants by name. Raises ValueError for a part in which no single method learns a single subject."""
     if part not in VARIANTS:
         raise ValueError(f"part {part!r} has no variants; choose {', '.join(VARIANTS)}")
     return VARIANTS[part]()
 
 
-VARIANTS = {"methods": methods, "before": before, "custom": custom, "lora": lora, "pictures": pictures}
+VARIANTS = {
+    "methods": method_variants,
+    "before": unmended_variants,
+    "custom": custom_variants,
+    "lora": lora_variants,
+    "pictures": picture_variants,
+}
 
 
 PAIR_VARIANTS = ("joint", "merged", "sequential", "dreambooth")
 
 
-def runs(part: str) -> list[Run]:
-    """The runs of a part, or of "all". Raises ValueError for an unknown part."""
-    parts = {
-        "methods": [Run("methods", name, (s,), seed) for seed in SEEDS for s in SUBJECTS for name in (UNTOUCHED, *methods())],
-        "pairs": [Run("pairs", name, pair, seed) for seed in SEEDS for pair in PAIRS for name in (UNTOUCHED, *PAIR_VARIANTS)],
-        "style": [Run("style", name, (), seed) for seed in FEWER_SEEDS for name in (UNTOUCHED, "custom-diffusion", "lora")],
-    } | {
-        part: [Run(part, name, (s,), seed) for seed in FEWER_SEEDS for s in subjects for name in names]
-        for part, names, subjects in (
-            ("before", before(), SUBJECTS),
-            ("compression", [f"share {share}" for share in SHARES], SUBJECTS),
-            ("custom", custom(), SUBJECTS),
-            ("lora", lora(), FEWER_SUBJECTS),
-            ("pictures", pictures(), FEWER_SUBJECTS),
-        )
+@dataclass(frozen=True)
+class Grid:
+    """A part as the product of its seeds, subjects (a tuple for each run) and variants."""
+
+    seeds: tuple[int, ...]
+    subjects: tuple[tuple[str, ...], ...]
+    variants: tuple[str, ...]
+
+
+def make_grids() -> dict[str, Grid]:
+    """Return the grid of every part."""
+    one_each = tuple((subject,) for subject in SUBJECTS)
+    fewer = tuple((subject,) for subject in FEWER_SUBJECTS)
+    return {
+        "methods": Grid(SEEDS, one_each, (UNTOUCHED, *method_variants())),
+        "pairs": Grid(SEEDS, PAIRS, (UNTOUCHED, *PAIR_VARIANTS)),
+        "style": Grid(FEWER_SEEDS, ((),), (UNTOUCHED, "custom-diffusion", "lora")),
+        "before": Grid(FEWER_SEEDS, one_each, tuple(unmended_variants())),
+        "compression": Grid(FEWER_SEEDS, one_each, tuple(f"share {share}" for share in SHARES)),
+        "custom": Grid(FEWER_SEEDS, one_each, tuple(custom_variants())),
+        "lora": Grid(FEWER_SEEDS, fewer, tuple(lora_variants())),
+        "pictures": Grid(FEWER_SEEDS, fewer, tuple(picture_variants())),
     }
-    if part == "all":  # a seed at a time: stopped early, the study has fewer seeds, and all of its tables
-        return sorted((run for one in parts.values() for run in one), key=lambda run: run.seed)
-    if part not in parts:
-        raise ValueError(f"part {part!r} unknown; choose all, {', '.join(parts)}")
-    return parts[part]
+
+
+def list_runs(part: str) -> list[StudyRun]:
+    """Return the runs of a part, or of "all". Raises ValueError for an unknown part."""
+    grids = make_grids()
+    if part != "all" and part not in grids:
+        raise ValueError(f"part {part!r} unknown; choose all, {', '.join(grids)}")
+    runs = [
+        StudyRun(name, variant, subjects, seed)
+        for name, grid in grids.items()
+        if part in ("all", name)
+        for seed in grid.seeds
+        for subjects in grid.subjects
+        for variant in grid.variants
+    ]
+    return sorted(
+        runs, key=lambda run: run.seed
+    )  # one seed after the other: stopped early, the study has fewer seeds but all of its tables

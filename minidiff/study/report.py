@@ -1,7 +1,7 @@
-"""The runs' small files to tables, findings, and sheets of pictures.
+"""The study's report: tables, findings and sheets of pictures from the files of its runs.
 
-Each number is a mean over subjects and seeds with its 95 % interval for other subjects: Student's, over the subjects' own means. Differences are
-taken run by run, on the same subject, seed and noise.
+Each number is a mean over subjects and seeds, with a 95 % confidence interval for other subjects: Student's, over the subjects' own means.
+Differences are taken run by run, on the same subject, seed and noise.
 """
 
 import json
@@ -19,8 +19,8 @@ from minidiff.evaluation.kid import KID, kid
 from minidiff.evaluation.weights import KINDS
 from minidiff.markdown import format_bytes, format_fixed, markdown_table
 from minidiff.pictures import grid, save_png
-from minidiff.study.learn import training_pictures
-from minidiff.study.measure import class_features
+from minidiff.study.learn import draw_training_pictures
+from minidiff.study.measure import encode_class_scenes
 from minidiff.study.plan import (
     PAIR_VARIANTS,
     PICTURES,
@@ -28,15 +28,15 @@ from minidiff.study.plan import (
     SHARES,
     SUBJECTS,
     UNTOUCHED,
-    Run,
-    before,
-    custom,
-    lora,
-    methods,
-    pictures,
-    runs,
+    StudyRun,
+    custom_variants,
+    list_runs,
+    lora_variants,
+    method_variants,
+    picture_variants,
+    unmended_variants,
 )
-from minidiff.study.run import made_on
+from minidiff.study.run import read_first_machine
 
 STUDENT = (12.706, 4.303, 3.182, 2.776)  # 97.5 % quantiles of Student's t with 1, 2, 3 and 4 degrees of freedom
 SCORES = ("likeness", "named", "text", "kept", "others", "drift")
@@ -60,9 +60,12 @@ class Interval:
         return f"{format_fixed(self.mean, 3)} [{format_fixed(self.low, 3)}, {format_fixed(self.high, 3)}]"
 
 
-def interval(values: Values) -> Interval:
-    """The mean over subjects of their means over seeds. A subject's seeds are alike, so that each subject counts as one observation; of one alone
-    nothing is known about others. Raises ValueError for no values, and for more subjects than the study has."""
+def interval_over_subjects(values: Values) -> Interval:
+    """Return the mean over subjects of their means over seeds, with its 95 % interval.
+
+    Results for different seeds of one subject are correlated, so each subject counts as one observation; with a single subject the interval
+    is unbounded. Raises ValueError for no values, and for more subjects than the study has.
+    """
     subjects = list(dict.fromkeys(name for name, _ in values))
     if not 0 < len(subjects) <= len(SUBJECTS):
         raise ValueError(f"values of {len(subjects)} subjects; give those of 1 to {len(SUBJECTS)}")
@@ -73,13 +76,13 @@ def interval(values: Values) -> Interval:
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """What the runs of a folder left, as read from their files."""
+    """The results of a folder's runs, as read from their files."""
 
     folder: Path
     rows: tuple[dict, ...]
 
-    def of(self, part: str, variant: str, number: str) -> dict[tuple[str, int], float]:
-        """A score or a cost by subject and seed; nothing where there are no such runs."""
+    def values(self, part: str, variant: str, number: str) -> dict[tuple[str, int], float]:
+        """Return a score or a cost by subject and seed, empty without such runs."""
         found = {}
         for row in self.rows:
             run = row["run"]
@@ -90,13 +93,13 @@ class Results:
         return found
 
     def difference(self, one: tuple[str, str], other: tuple[str, str], number: str) -> Interval | None:
-        """one - other on the subjects and seeds that both have; None without any."""
-        a, b = self.of(*one, number), self.of(*other, number)
+        """Return one - other on the subjects and seeds that both have, None without any."""
+        a, b = self.values(*one, number), self.values(*other, number)
         both = {key: a[key] - b[key] for key in a if key in b}
-        return interval(both) if both else None
+        return interval_over_subjects(both) if both else None
 
     def kid(self, judge: Encoder, part: str, variant: str) -> KID | None:
-        """Of all runs' class pictures against real scenes of the same prompts."""
+        """Return the KID between all runs' class pictures and real scenes of the same prompts, None without such runs."""
         drawn, real, groups = [], [], []
         for row in self.rows:
             run = row["run"]
@@ -106,7 +109,7 @@ class Results:
             (subject,) = run["subjects"]
             drawn.append(torch.from_numpy(np.load(path).astype(np.float32)))
             with torch.no_grad():
-                real.append(class_features(judge, SUBJECTS[subject], run["seed"]))
+                real.append(encode_class_scenes(judge, SUBJECTS[subject], run["seed"]))
             # Pictures of one prompt resemble each other across runs too, and so does what they are compared with.
             groups.append(torch.full((len(drawn[-1]),), list(SUBJECTS).index(subject)) * 1000 + torch.arange(len(drawn[-1])))
         if not drawn:
@@ -116,8 +119,8 @@ class Results:
         return kid(torch.cat(drawn), torch.cat(real), groups=(group, group), blocks=10)
 
 
-def read(folder: Path) -> Results:
-    """All results of a folder. Raises ValueError if there are none."""
+def read_results(folder: Path) -> Results:
+    """Read all results of a folder. Raises ValueError if there are none."""
     paths = sorted((folder / "results").glob("*.json"))
     if not paths:
         raise ValueError(f"{folder}: no results; run minidiff evaluate study {folder} first")
@@ -127,43 +130,47 @@ def read(folder: Path) -> Results:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def shown(value: Interval | None, share: bool = False) -> str:
-    """In a table, where the intervals are wide. share: of what lies in 0..1, and so does its interval."""
+def format_interval(value: Interval | None, share: bool = False) -> str:
+    """Format a mean and its interval for a table. share: the value lies in 0..1, so its interval is clipped to that."""
     if value is None:
         return ""
     low, high = (max(0.0, value.low), min(1.0, value.high)) if share else (value.low, value.high)
     return f"{format_fixed(value.mean, 2)} [{format_fixed(low, 2)}, {format_fixed(high, 2)}]"
 
 
-def mean(values: Values) -> float:
+def mean_over_runs(values: Values) -> float:
+    """Return the plain mean over subjects and seeds."""
     return sum(values.values()) / len(values)
 
 
-def kids(results: Results, judge: Encoder) -> dict[str, KID]:
-    """Of each method."""
-    found = {name: results.kid(judge, "methods", name) for name in (UNTOUCHED, *methods())}
+def kid_by_method(results: Results, judge: Encoder) -> dict[str, KID]:
+    """Return the KID of each method that has runs."""
+    found = {name: results.kid(judge, "methods", name) for name in (UNTOUCHED, *method_variants())}
     return {name: distance for name, distance in found.items() if distance}
 
 
-def scores_of(results: Results, part: str, name: str, scores: Sequence[str]) -> list[str]:
-    return [shown(interval(results.of(part, name, score)), score in SHARES_OF_PICTURES) for score in scores]
+def format_scores(results: Results, part: str, name: str, scores: Sequence[str]) -> list[str]:
+    """Format the means of several scores of one variant."""
+    return [format_interval(interval_over_subjects(results.values(part, name, score)), score in SHARES_OF_PICTURES) for score in scores]
 
 
-def methods_table(results: Results, distances: Mapping[str, KID]) -> str:
-    """What each method gives, and forgets. gain: in likeness over the untouched model. learned: whether the interval of `named` excludes 0, which it
-    is without training."""
+def make_methods_table(results: Results, distances: Mapping[str, KID]) -> str:
+    """Format what each method gives and forgets.
+
+    gain: in likeness over the untouched model. learned: "yes" if the interval of `named` excludes 0, the untouched model's value.
+    """
     rows = []
-    for name in (UNTOUCHED, *methods()):
-        if not results.of("methods", name, "likeness"):
+    for name in (UNTOUCHED, *method_variants()):
+        if not results.values("methods", name, "likeness"):
             continue
         gain, named = (results.difference(("methods", name), ("methods", UNTOUCHED), score) for score in ("likeness", "named"))
-        likeness, *others = scores_of(results, "methods", name, SCORES)
+        likeness, *others = format_scores(results, "methods", name, SCORES)
         untouched = name == UNTOUCHED
         rows.append(
             [
                 name,
                 likeness,
-                "" if untouched else shown(gain),
+                "" if untouched else format_interval(gain),
                 *others,
                 f"{1000 * distances[name].value:.0f} ± {1000 * distances[name].error:.0f}",
                 "" if untouched else "yes" if named and named.low > 0 else "no",
@@ -172,48 +179,61 @@ def methods_table(results: Results, distances: Mapping[str, KID]) -> str:
     return markdown_table(("method", "likeness", "gain", *SCORES[1:], "KID x 1000", "learned"), rows)
 
 
-def costs_table(results: Results) -> str:
-    """What each method costs, and what two subjects cost."""
+def make_costs_table(results: Results) -> str:
+    """Format what each method costs, and what two subjects cost."""
     rows = []
-    places = [("methods", name, name) for name in methods()] + [("pairs", name, f"two subjects: {name}") for name in PAIR_VARIANTS]
+    places = [("methods", name, name) for name in method_variants()] + [("pairs", name, f"two subjects: {name}") for name in PAIR_VARIANTS]
     for part, name, label in places:
-        if seconds := results.of(part, name, "seconds"):
-            trained, kept, memory = (mean(results.of(part, name, number)) for number in ("trained", "bytes", "memory"))
-            rows.append([label, f"{trained:,.0f}", format_bytes(kept), f"{mean(seconds):.0f} s", format_bytes(memory)])
+        if seconds := results.values(part, name, "seconds"):
+            trained, kept, memory = (mean_over_runs(results.values(part, name, number)) for number in ("trained", "bytes", "memory"))
+            rows.append([label, f"{trained:,.0f}", format_bytes(kept), f"{mean_over_runs(seconds):.0f} s", format_bytes(memory)])
     return markdown_table(("method", "numbers trained", "file, float32", "training", "memory, computed"), rows)
 
 
-def changes_table(results: Results, part: str, names: Sequence[str], standard: tuple[str, str], scores: Sequence[str] = SCORES) -> str:
-    """Each variant's difference to the standard, on the same runs; and what its file takes, where that is not the same for all."""
-    present = [name for name in names if results.of(part, name, "bytes")]
-    sizes = {name: format_bytes(mean(results.of(part, name, "bytes"))) for name in present}
+def make_changes_table(results: Results, part: str, names: Sequence[str], standard: tuple[str, str], scores: Sequence[str] = SCORES) -> str:
+    """Format each variant's difference to a standard, on the same runs, and its file size if sizes differ.
+
+    Args:
+        results: Of the study.
+        part: The part that the variants belong to.
+        names: The variants, one row each.
+        standard: The (part, variant) that is subtracted.
+        scores: One column each.
+    """
+    present = [name for name in names if results.values(part, name, "bytes")]
+    sizes = {name: format_bytes(mean_over_runs(results.values(part, name, "bytes"))) for name in present}
     differ = len(set(sizes.values())) > 1
     rows = [
-        [name, *(shown(results.difference((part, name), standard, score)) for score in scores), *([sizes[name]] if differ else [])]
+        [
+            name,
+            *(format_interval(results.difference((part, name), standard, score)) for score in scores),
+            *([sizes[name]] if differ else []),
+        ]
         for name in present
     ]
     return markdown_table((f"minus {standard[1]}", *scores, *(["file"] if differ else [])), rows)
 
 
-def pairs_table(results: Results) -> str:
+def make_pairs_table(results: Results) -> str:
+    """Format the scores of two subjects learned together."""
     rows = [
-        [name, *scores_of(results, "pairs", name, ("both", *SCORES))]
+        [name, *format_scores(results, "pairs", name, ("both", *SCORES))]
         for name in (UNTOUCHED, *PAIR_VARIANTS)
-        if results.of("pairs", name, "both")
+        if results.values("pairs", name, "both")
     ]
     return markdown_table(("two subjects", "both", *SCORES), rows)
 
 
-def before_table(results: Results) -> str:
-    """Methods by the numbers that they had, and by those that they have, on the same runs."""
+def make_before_table(results: Results) -> str:
+    """Format methods before and after they were mended, on the same runs."""
     rows = []
-    for name in before():
+    for name in unmended_variants():
         cells = []
         for score in ("likeness", "named", "text"):
-            old, new = results.of("before", name, score), results.of("methods", name, score)
+            old, new = results.values("before", name, score), results.values("methods", name, score)
             if same := [key for key in old if key in new]:
                 gain = results.difference(("methods", name), ("before", name), score)
-                cells += [f"{mean({key: values[key] for key in same}):.2f}" for values in (old, new)] + [shown(gain)]
+                cells += [f"{mean_over_runs({key: values[key] for key in same}):.2f}" for values in (old, new)] + [format_interval(gain)]
         if cells:
             rows.append([name, *cells])
     return markdown_table(
@@ -221,27 +241,28 @@ def before_table(results: Results) -> str:
     )
 
 
-def style_table(results: Results) -> str:
+def make_style_table(results: Results) -> str:
+    """Format the scores of a style learned from ten pictures."""
     scores = ("chroma", "chroma_given", "named", "others", "drift")
     rows = []
     for name in (UNTOUCHED, "custom-diffusion", "lora"):
-        if results.of("style", name, "chroma"):
-            rows.append([name, *(format_fixed(mean(results.of("style", name, score)), 3) for score in scores)])
+        if results.values("style", name, "chroma"):
+            rows.append([name, *(format_fixed(mean_over_runs(results.values("style", name, score)), 3) for score in scores)])
     return markdown_table(("style", *scores), rows)
 
 
-def tables(results: Results, distances: Mapping[str, KID]) -> dict[str, str]:
-    """All tables that the results give, by title; of parts without results none. distances: of `kids`."""
+def make_tables(results: Results, distances: Mapping[str, KID]) -> dict[str, str]:
+    """Format all tables by title, without those that would be empty. distances: from `kid_by_method`."""
     made = {
-        "Methods": methods_table(results, distances),
-        "What they cost": costs_table(results),
-        "Before and after": before_table(results),
-        "Two subjects": pairs_table(results),
-        "Custom Diffusion, one thing changed": changes_table(results, "custom", list(custom()), STANDARD),
-        "Compression": changes_table(results, "compression", SMALLER, STANDARD, ("likeness", "named", "text", "kept")),
-        "Number of pictures": changes_table(results, "pictures", list(pictures()), STANDARD),
-        "LoRA, one thing changed": changes_table(results, "lora", list(lora()), ("methods", "lora")),
-        "A style from ten pictures": style_table(results),
+        "Methods": make_methods_table(results, distances),
+        "What they cost": make_costs_table(results),
+        "Before and after": make_before_table(results),
+        "Two subjects": make_pairs_table(results),
+        "Custom Diffusion, one thing changed": make_changes_table(results, "custom", list(custom_variants()), STANDARD),
+        "Compression": make_changes_table(results, "compression", SMALLER, STANDARD, ("likeness", "named", "text", "kept")),
+        "Number of pictures": make_changes_table(results, "pictures", list(picture_variants()), STANDARD),
+        "LoRA, one thing changed": make_changes_table(results, "lora", list(lora_variants()), ("methods", "lora")),
+        "A style from ten pictures": make_style_table(results),
     }
     return {title: table for title, table in made.items() if table.count("\n") > 1}
 
@@ -253,7 +274,7 @@ HOLDS, FAILS, NOT_DECIDED = "holds", "does not hold", "is not decided"
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence of the paper, whether it holds here, and the figures that say so. gaps: the differences among these, by name."""
+    """A claim of the paper, whether it holds here, and the figures that decide it. gaps: the differences among these, by name."""
 
     claim: str
     holds: str
@@ -261,7 +282,7 @@ class Finding:
     gaps: tuple[tuple[str, Interval], ...] = ()
 
 
-LITTLE = 0.05  # of scores that run from 0 to 1
+LITTLE = 0.05  # a difference that does not count, of scores that run from 0 to 1
 WANTED = {
     "better": (1, 0.0),
     "worse": (-1, 0.0),
@@ -270,8 +291,11 @@ WANTED = {
 }  # sign, and what it is above
 
 
-def decided(difference: Interval | None, wanted: str) -> str:
-    """Whether a difference is as a claim says, by its whole interval: "better", "worse", "at least as good" and "at most as good" but for LITTLE."""
+def decide(difference: Interval | None, wanted: str) -> str:
+    """Decide by its whole interval whether a difference is as a claim says.
+
+    wanted: "better" or "worse", "at least as good" or "at most as good"; the last two leave a margin of LITTLE.
+    """
     if difference is None:
         return NOT_DECIDED
     sign, least = WANTED[wanted]
@@ -279,57 +303,72 @@ def decided(difference: Interval | None, wanted: str) -> str:
     return HOLDS if low > least else FAILS if high < least else NOT_DECIDED
 
 
-def together(*verdicts: str) -> str:
-    """Of a claim in several parts."""
+def combine_verdicts(*verdicts: str) -> str:
+    """Combine the verdicts on the parts of a claim: it holds if all of them do."""
     return next((word for word in (FAILS, NOT_DECIDED) if word in verdicts), HOLDS)
 
 
-Gap = tuple[tuple[str, str], tuple[str, str], str, str]  # one, minus another, in a score, and what the claim wants it to be
+@dataclass(frozen=True)
+class Gap:
+    """What a claim expects of one difference: the score of `one` minus that of `other`, each a (part, variant), is as `wanted` says."""
+
+    one: tuple[str, str]
+    other: tuple[str, str]
+    score: str
+    wanted: str
+
+    def __str__(self) -> str:
+        return f"{self.one[1]} minus {self.other[1]}: {self.score}"
 
 
-def findings(results: Results) -> list[Finding]:
-    """Kumari et al. 2023, each claim with its own figures; those whose runs are there."""
-    found = []
-    moved = [row for row in results.rows if (row["run"]["part"], row["run"]["variant"]) == ("methods", "dreambooth")]
-    if moved:
-        kinds = {kind: {key_of(row): row["changes"][kind] for row in moved} for kind in KINDS}
-        cross, *rest = kinds.values()
-        gap = interval({key: cross[key] - max(kind[key] for kind in rest) for key in cross})
-        figures = "; ".join(f"{kind} {100 * mean(values):.2f} %" for kind, values in kinds.items())
-        figures += f"; cross-attention minus the larger of the others {100 * gap.mean:.2f} [{100 * gap.low:.2f}, {100 * gap.high:.2f}] %"
-        found.append(
-            Finding(
-                "In full fine-tuning the weights of cross-attention move most.",
-                decided(gap, "better"),
-                f"mean of |W' - W| / |W|: {figures}",
-            )
-        )
-
-    everything, without, smaller = ("custom", "all weights"), ("custom", "no regularisation"), ("compression", "share 0.6")
-    joint, merged, sequential = (("pairs", name) for name in ("joint", "merged", "sequential"))
-    inversion, others = ("methods", "textual-inversion"), (STANDARD, ("methods", "dreambooth"))
-    best = [(inversion, other, "kept", "better") for other in others]
-    claims: dict[str, list[Gap]] = {
-        "Keys and values suffice: all weights are not better.": [(everything, STANDARD, score, "at most as good") for score in ALIGNMENTS],
-        "Regularisation prevents forgetting: without it the class is lost more often.": [(without, STANDARD, "kept", "worse")],
-        "Joint training is better than the merge.": [(joint, merged, score, "better") for score in ALIGNMENTS],
-        "The merge is better than training one after the other.": [(merged, sequential, score, "better") for score in ALIGNMENTS],
-        "Compression to 60 % costs little.": [(smaller, STANDARD, score, "at least as good") for score in ALIGNMENTS],
-        "Of Custom Diffusion, DreamBooth and Textual Inversion the last keeps the class best.": best,
-        "Of the three Textual Inversion keeps the subject least.": [(inversion, other, "likeness", "worse") for other in others],
-    }
-    for claim, gaps in claims.items():
-        differences = [results.difference(one, other, score) for one, other, score, _ in gaps]
-        if all(difference is not None for difference in differences):
-            verdicts = [decided(difference, wanted) for difference, (*_, wanted) in zip(differences, gaps)]
-            named = tuple(
-                (f"{one[1]} minus {other[1]}: {score}", difference) for difference, (one, other, score, _) in zip(differences, gaps)
-            )
-            found.append(Finding(claim, together(*verdicts), "; ".join(f"{name} {difference}" for name, difference in named), named))
-    return found
+EVERYTHING, UNREGULARISED, SMALLER_FILE = ("custom", "all weights"), ("custom", "no regularisation"), ("compression", "share 0.6")
+JOINT, MERGED, SEQUENTIAL = ("pairs", "joint"), ("pairs", "merged"), ("pairs", "sequential")
+INVERSION, RIVALS = ("methods", "textual-inversion"), (STANDARD, ("methods", "dreambooth"))
+CLAIMS = {  # Kumari et al. 2023
+    "Keys and values suffice: all weights are not better.": [Gap(EVERYTHING, STANDARD, score, "at most as good") for score in ALIGNMENTS],
+    "Regularisation prevents forgetting: without it the class is lost more often.": [Gap(UNREGULARISED, STANDARD, "kept", "worse")],
+    "Joint training is better than the merge.": [Gap(JOINT, MERGED, score, "better") for score in ALIGNMENTS],
+    "The merge is better than training one after the other.": [Gap(MERGED, SEQUENTIAL, score, "better") for score in ALIGNMENTS],
+    "Compression to 60 % costs little.": [Gap(SMALLER_FILE, STANDARD, score, "at least as good") for score in ALIGNMENTS],
+    "Of Custom Diffusion, DreamBooth and Textual Inversion the last keeps the class best.": [
+        Gap(INVERSION, rival, "kept", "better") for rival in RIVALS
+    ],
+    "Of the three Textual Inversion keeps the subject least.": [Gap(INVERSION, rival, "likeness", "worse") for rival in RIVALS],
+}
 
 
-def key_of(row: dict) -> tuple[str, int]:
+def judge_claims(results: Results) -> list[Finding]:
+    """Judge each claim of Kumari et al. 2023 whose runs are there."""
+    found = [judge_weight_changes(results), *(judge_claim(results, claim, gaps) for claim, gaps in CLAIMS.items())]
+    return [finding for finding in found if finding is not None]
+
+
+def judge_claim(results: Results, claim: str, gaps: Sequence[Gap]) -> Finding | None:
+    """Judge a claim by the differences that it speaks of, None if the runs of one are missing."""
+    differences = {str(gap): results.difference(gap.one, gap.other, gap.score) for gap in gaps}
+    known = tuple((name, difference) for name, difference in differences.items() if difference is not None)
+    if len(known) < len(gaps):
+        return None
+    verdicts = [decide(difference, gap.wanted) for (_, difference), gap in zip(known, gaps)]
+    return Finding(claim, combine_verdicts(*verdicts), "; ".join(f"{name} {difference}" for name, difference in known), known)
+
+
+def judge_weight_changes(results: Results) -> Finding | None:
+    """Judge by |W' - W| / |W| whether full fine-tuning moves cross-attention most, None without runs of it."""
+    runs = [row for row in results.rows if (row["run"]["part"], row["run"]["variant"]) == ("methods", "dreambooth")]
+    if not runs:
+        return None
+    kinds = {kind: {run_key(row): row["changes"][kind] for row in runs} for kind in KINDS}
+    cross, *rest = kinds.values()
+    gap = interval_over_subjects({key: cross[key] - max(kind[key] for kind in rest) for key in cross})
+    figures = "; ".join(f"{kind} {100 * mean_over_runs(values):.2f} %" for kind, values in kinds.items())
+    figures += f"; cross-attention minus the larger of the others {100 * gap.mean:.2f} [{100 * gap.low:.2f}, {100 * gap.high:.2f}] %"
+    claim = "In full fine-tuning the weights of cross-attention move most."
+    return Finding(claim, decide(gap, "better"), f"mean of |W' - W| / |W|: {figures}")
+
+
+def run_key(row: dict) -> tuple[str, int]:
+    """Return the subjects and the seed of a run."""
     return "+".join(row["run"]["subjects"]), row["run"]["seed"]
 
 
@@ -344,13 +383,12 @@ FIRST_ROWS = {
 }  # what a part's variants differ from
 
 
-def sheet(results: Results, part: str, subjects: Sequence[str], seed: int) -> Image.Image:
-    """The pictures that were learned from, and a row for each variant of a part, its name beside it."""
-
-    images = [(f"pictures: {subject}", grid(training_pictures(subject, seed), columns=PICTURES)) for subject in subjects]
+def make_sheet(results: Results, part: str, subjects: Sequence[str], seed: int) -> Image.Image:
+    """Draw the training pictures, and one row for each variant of a part with its name."""
+    images = [(f"pictures: {subject}", grid(draw_training_pictures(subject, seed), columns=PICTURES)) for subject in subjects]
     first = [FIRST_ROWS[part]] if part in FIRST_ROWS else []
-    for place, variant in (*first, *dict.fromkeys((part, run.variant) for run in runs(part))):
-        path = results.folder / "rows" / f"{Run(place, variant, tuple(subjects), seed).name}.png"
+    for place, variant in (*first, *dict.fromkeys((part, run.variant) for run in list_runs(part))):
+        path = results.folder / "rows" / f"{StudyRun(place, variant, tuple(subjects), seed).name}.png"
         if path.exists():
             images.append((variant, Image.open(path).convert("RGB")))
     label = 150
@@ -366,8 +404,8 @@ def sheet(results: Results, part: str, subjects: Sequence[str], seed: int) -> Im
 STEP, NAMES, SCALE, LINE = 0.1, 360, 480, 20  # of the axis; pixels: of the names, of 1 on the axis, of a line
 
 
-def drawn_intervals(rows: Sequence[tuple[str, Interval]]) -> Image.Image:
-    """Each interval as a line with a dot at its mean, over one axis with a line at 0; unbounded ones are left out."""
+def draw_intervals(rows: Sequence[tuple[str, Interval]]) -> Image.Image:
+    """Draw each interval as a line with a dot at its mean, over one axis with a line at 0; unbounded ones are left out."""
     rows = [(name, one) for name, one in rows if np.isfinite((one.low, one.high)).all()]
     first = math.floor(min([0.0, *(one.low for _, one in rows)]) / STEP)
     last = math.ceil(max([0.0, *(one.high for _, one in rows)]) / STEP)
@@ -399,33 +437,36 @@ with its standard error over prompts. both: share of new prompts of two subjects
 out the drawing of class pictures. "all weights" are trained as DreamBooth does, so that its word and rate differ too."""
 
 
-def as_text(made: Mapping[str, str], claims: Sequence[Finding]) -> str:
-    """All tables and findings, as Markdown."""
+def format_report(made: Mapping[str, str], claims: Sequence[Finding]) -> str:
+    """Format all tables and findings as Markdown."""
     text = "\n\n".join(f"### {title}\n\n{table}" for title, table in made.items())
     told = "\n".join(f"- {one.claim} This **{one.holds}** here: {one.figures}." for one in claims)
     return f"{LEGEND}\n\n{text}\n\n### Findings\n\n{told}\n"
 
 
-def write(results: Results, judge: Encoder) -> str:
-    """folder/study.json, study.md, the intervals of the findings and of compression as findings.png and compression.png, and the sheets of the
-    first seed, PART-SUBJECTS.png; gives the text of study.md."""
-    distances, claims = kids(results, judge), findings(results)
-    text = as_text(tables(results, distances), claims)
+def write_report(results: Results, judge: Encoder) -> str:
+    """Write the report into the results' folder, and return the text of study.md.
+
+    study.md has tables and findings, study.json all numbers; findings.png and compression.png draw intervals, PART-SUBJECTS.png the
+    pictures of the first seed.
+    """
+    distances, claims = kid_by_method(results, judge), judge_claims(results)
+    text = format_report(make_tables(results, distances), claims)
     (results.folder / "study.md").write_text(text, encoding="utf-8")
-    head = {"commands": ["minidiff evaluate study OUT", "minidiff evaluate report OUT"], "machine": made_on(results.folder)}
+    head = {"commands": ["minidiff evaluate study OUT", "minidiff evaluate report OUT"], "machine": read_first_machine(results.folder)}
     head |= {"findings": [asdict(one) for one in claims], "kid": {name: asdict(one) for name, one in distances.items()}}
     rows = ",\n".join(json.dumps(row) for row in results.rows)  # a line each
     (results.folder / "study.json").write_text(json.dumps(head, indent=1)[:-2] + f',\n "results": [\n{rows}\n]}}\n', encoding="utf-8")
-    save_png(drawn_intervals([gap for one in claims for gap in one.gaps]), results.folder / "findings.png")
+    save_png(draw_intervals([gap for one in claims for gap in one.gaps]), results.folder / "findings.png")
     curve = [
         (f"{name}: {score}", results.difference(("compression", name), STANDARD, score))
         for score in (*ALIGNMENTS, "kept")
         for name in SMALLER
     ]
-    save_png(drawn_intervals([(name, gap) for name, gap in curve if gap]), results.folder / "compression.png")
+    save_png(draw_intervals([(name, gap) for name, gap in curve if gap]), results.folder / "compression.png")
     for part, subjects in dict.fromkeys(
         (row["run"]["part"], tuple(row["run"]["subjects"])) for row in results.rows if row["run"]["seed"] == SEEDS[0]
     ):
-        few_colours = sheet(results, part, subjects, SEEDS[0]).quantize(256)  # a third of the bytes
+        few_colours = make_sheet(results, part, subjects, SEEDS[0]).quantize(256)  # a third of the bytes
         save_png(few_colours, results.folder / f"{'-'.join((part, *subjects))}.png")
     return text

@@ -1,7 +1,7 @@
 import copy
-import dataclasses
 import math
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,33 +9,20 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from minidiff.adapters.custom_diffusion import create_custom_diffusion
-from minidiff.adapters.lora import PATTERNS, LoRA, LowRank, choose, create_lora, extract_lora, kept, layers_of, merge_lora
+from minidiff.adapters.layers import choose, layers_of
+from minidiff.adapters.lora import PATTERNS, LoRA, create_lora, merge_lora
+from minidiff.adapters.low_rank import LowRank
 from minidiff.config import SD1
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
 from minidiff.unet import UNet
-from tests.small_models import small_config, small_model
-
-ALL = (r"^(unet|text_encoder)\.",)
-KEYS = (r"cross_attention\.to_k$",)
+from tests.adapters.learned_lora import ALL, KEYS, generator, random_lora
+from tests.small_models import small_model, wider_config
 
 
 @pytest.fixture(scope="module")
 def sd():
     return small_model()
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def random_lora(sd, patterns=ALL, rank=3, alpha=2.0, seed=0, size=0.1):
-    """One that has learned something."""
-    lora = create_lora(sd, patterns, rank=rank, alpha=alpha, init="kaiming", generator=generator(seed))
-    with torch.no_grad():
-        for low in lora.layers.values():
-            low.up.weight.copy_(size * torch.randn(low.up.weight.shape, generator=generator(seed + 1)))
-    return lora
 
 
 def answers(sd):
@@ -64,11 +51,13 @@ LAYERS = {
 }
 
 
-def one_layer(layer):
+class OneLayer(StableDiffusion):
     """As much of a StableDiffusion as adapters look at: its U-Net is one layer."""
-    sd = object.__new__(StableDiffusion)
-    sd.unet, sd.text_encoder = nn.Sequential(copy.deepcopy(layer)), nn.Sequential()
-    return sd
+
+    device, text_encoder = torch.device("cpu"), nn.Sequential()
+
+    def __init__(self, layer):
+        self.unet, self.attached = nn.Sequential(copy.deepcopy(layer)), []
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -79,7 +68,7 @@ def test_a_layer_with_lora_gives_what_it_gives_in_peft(kind):
     tuner = theirs.base_model.model[0]
     down, up = tuner.lora_A["default"].weight.detach().clone(), tuner.lora_B["default"].weight.detach().clone()
     lora, x = LoRA({"unet.0": LowRank(down, up, alpha=5)}), torch.randn(shape, generator=generator(), requires_grad=True)
-    model = one_layer(layer)
+    model = OneLayer(layer)
     lora.attach(model)
     with torch.no_grad():
         assert (theirs(x) - layer(x)).abs().max() > 0.1, "a change that is too small to see"
@@ -267,7 +256,7 @@ def test_a_state_dict_goes_into_another_lora_of_the_same_layers(sd):
 def test_the_first_down_is_that_of_peft_for_both_initialisations():
     layer = nn.Conv2d(64, 8, 3)
     for init, theirs in (("gaussian", "gaussian"), ("kaiming", True)):
-        low = create_lora(one_layer(layer), ("0",), rank=32, alpha=1.0, init=init, generator=generator()).layers["unet.0"]
+        low = create_lora(OneLayer(layer), ("0",), rank=32, alpha=1.0, init=init, generator=generator()).layers["unet.0"]
         peft = get_peft_model(nn.Sequential(copy.deepcopy(layer)), LoraConfig(r=32, target_modules=["0"], init_lora_weights=theirs))
         wanted = peft.base_model.model[0].lora_A["default"].weight.detach()
         assert low.down.weight.shape == wanted.shape
@@ -299,7 +288,7 @@ def test_the_named_sets_choose_what_the_public_trainers_do(sd):
 def test_on_stable_diffusion_1_the_sets_are_as_large_as_the_public_trainers_say():
     sd = object.__new__(StableDiffusion)
     with torch.device("meta"):
-        sd.unet, sd.text_encoder = UNet(SD1.unet), TextEncoder(SD1.text_encoder)
+        sd.unet, sd.text = UNet(SD1.unet), SimpleNamespace(encoder=TextEncoder(SD1.text_encoder))
     layers = layers_of(sd)
     # kohya prints 192 modules for the U-Net, 278 with convolutions; diffusers has 16 transformers with two attentions, CLIP 12 blocks.
     counts = {"attention": 128, "transformer": 192, "conv": 278, "text_encoder": 48}
@@ -311,64 +300,6 @@ def test_on_stable_diffusion_1_the_sets_are_as_large_as_the_public_trainers_say(
 def test_a_rank_beyond_the_layer_is_taken_and_reaches_any_change(sd):
     lora = random_lora(sd, KEYS, rank=40)
     assert all(low.rank == 40 and torch.linalg.matrix_rank(low.delta()) == min(low.delta().shape) for low in lora.layers.values())
-
-
-# ---------------------------------------------------------------------------------------------------------- extraction
-
-
-def tuned_by(lora):
-    tuned = small_model()
-    merge_lora(tuned, lora)
-    return tuned
-
-
-def test_a_lora_is_got_back_from_the_two_checkpoints(sd):
-    lora = random_lora(sd, rank=3)
-    found = extract_lora(sd, tuned_by(lora), ALL, rank=3)
-    assert found.layers.keys() == lora.layers.keys()
-    for name, low in found.layers.items():
-        assert low.rank <= 3 and low.alpha == low.rank
-        torch.testing.assert_close(low.delta(), lora.layers[name].delta(), rtol=1e-3, atol=1e-5)  # a difference of fp32 weights near 1
-
-
-def test_only_layers_that_differ_are_extracted(sd):
-    assert extract_lora(sd, tuned_by(random_lora(sd, KEYS)), ALL, rank=2).layers.keys() == random_lora(sd, KEYS).layers.keys()
-
-
-def test_the_error_of_an_extraction_is_the_norm_of_the_singular_values_left_out(sd):
-    lora = random_lora(sd, KEYS, rank=8)
-    for name, low in extract_lora(sd, tuned_by(lora), KEYS, rank=3).layers.items():
-        wanted = lora.layers[name].delta()
-        left = torch.linalg.svdvals(wanted)[3:].norm()  # Eckart and Young 1936
-        torch.testing.assert_close((wanted - low.delta()).norm(), left, rtol=1e-3, atol=1e-5)
-
-
-def test_a_share_keeps_the_fewest_singular_values_that_reach_it():
-    s = torch.tensor([4.0, 3.0, 2.0, 1.0])  # sums 4, 7, 9, 10; squares 16, 25, 29, 30
-    assert [kept(s, share, "sum") for share in (0.1, 0.4, 0.41, 0.7, 0.9, 0.91, 1.0)] == [1, 1, 2, 2, 3, 4, 4]
-    norms = [math.sqrt(square / 30) for square in (16, 25, 29)]
-    assert [kept(s, norm + step, "frobenius") for norm in norms for step in (-1e-6, 1e-6)] == [1, 2, 2, 3, 3, 4]
-    assert [kept(s, share, "ratio") for share in (1.0, 0.8, 0.74, 0.5, 0.49, 0.01)] == [1, 1, 2, 2, 3, 4]
-
-
-def test_a_share_gives_each_layer_its_own_rank_up_to_the_limit(sd):
-    tuned = tuned_by(random_lora(sd, KEYS, rank=6))
-    for of, share in (("sum", 0.7), ("frobenius", 0.8), ("ratio", 0.5)):
-        free = extract_lora(sd, tuned, KEYS, share=share, of=of)
-        assert len({low.rank for low in free.layers.values()}) > 1, of
-        capped = extract_lora(sd, tuned, KEYS, share=share, of=of, rank=2)
-        assert {name: low.rank for name, low in capped.layers.items()} == {name: min(2, low.rank) for name, low in free.layers.items()}
-
-
-def test_clamping_cuts_both_factors_at_their_common_quantile(sd):
-    tuned = tuned_by(random_lora(sd, KEYS, rank=4))
-    exact, clamped = (extract_lora(sd, tuned, KEYS, rank=4, clamp=clamp) for clamp in (1, 0.9))
-    for name, low in exact.layers.items():
-        limit = torch.quantile(torch.cat([low.down.weight.flatten(), low.up.weight.flatten()]), 0.9)
-        cut = clamped.layers[name]
-        torch.testing.assert_close(cut.down.weight, low.down.weight.clamp(-limit, limit))
-        torch.testing.assert_close(cut.up.weight, low.up.weight.clamp(-limit, limit))
-        assert not torch.equal(cut.down.weight, low.down.weight)
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -402,31 +333,8 @@ def test_numbers_out_of_range_are_named(sd):
             create_lora(sd, **(given | wrong))
 
 
-def test_what_cannot_be_extracted_is_said(sd):
-    for tuned, given, message in [
-        (sd, {"rank": 1}, "the two models are equal"),
-        (sd, {}, "give a rank"),
-        (sd, {"rank": 0}, "rank 0"),
-        (sd, {"rank": 1, "clamp": 0.0}, "clamp 0.0"),
-        (sd, {"share": 1.5}, "share 1.5"),
-        (sd, {"share": 0.5, "of": "all"}, "share of 'all' unknown; choose sum, frobenius, ratio"),
-        (small_model(wider()), {"rank": 1}, r"cross_attention.to_k is absent or of another shape"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            extract_lora(sd, tuned, KEYS, **given)
-
-
-def wider():
-    config = small_config()
-    return dataclasses.replace(
-        config,
-        text_encoder=dataclasses.replace(config.text_encoder, width=24),
-        unet=dataclasses.replace(config.unet, context_width=24),
-    )
-
-
 def test_a_lora_of_another_model_names_layers_and_widths_and_attaches_nowhere(sd):
-    lora, other = random_lora(sd), small_model(wider())
+    lora, other = random_lora(sd), small_model(wider_config())
     with pytest.raises(ValueError, match=r"cross_attention.to_k: a change of shape \(16, 16\), for a weight of shape \(16, 24\)"):
         lora.attach(other)
     assert not any(module._forward_hooks for module in chain(other.unet.modules(), other.text_encoder.modules()))

@@ -3,16 +3,17 @@ import copy
 import pytest
 import torch
 
-from minidiff.adapters.lora import create_lora, layers_of
-from minidiff.adapters.parallel import METHODS, PATTERNS, Adapters, ParallelAdapter, create_adapters
+from minidiff.adapters.layers import modules_of
+from minidiff.adapters.lora import create_lora
+from minidiff.adapters.parallel import ADAPTER_METHODS, LAYER_PATTERNS, AdapterSet, ParallelAdapter, create_adapters
 from minidiff.attention import Attention, attention_weights, naive_attention
-from minidiff.attention_maps import word_map
+from minidiff.attention_maps import with_attention_maps, word_map
 from minidiff.blocks import FeedForward
 from minidiff.trainers.engine.checkpointing import with_checkpointing
 from tests.small_models import small_model
 
-BOTH = PATTERNS["attention"] + PATTERNS["feed_forward"]
-WHERE = dict.fromkeys(METHODS, BOTH) | {"multi_head_parallel": PATTERNS["attention"], "prefix": PATTERNS["attention"]}
+BOTH = LAYER_PATTERNS["attention"] + LAYER_PATTERNS["feed_forward"]
+WHERE = dict.fromkeys(ADAPTER_METHODS, BOTH) | {"multi_head_parallel": LAYER_PATTERNS["attention"], "prefix": LAYER_PATTERNS["attention"]}
 CROSS = "unet.middle.transformer.blocks.0.cross_attention"
 
 
@@ -60,7 +61,7 @@ def bottleneck(small, x):
 
 
 def test_prefix_tuning_is_attention_over_the_concatenated_keys_and_values(sd):
-    layer, adapters = layers_of(sd, (Attention,))[CROSS], learned(sd, "prefix", (CROSS,))
+    layer, adapters = modules_of(sd, (Attention,))[CROSS], learned(sd, "prefix", (CROSS,))
     x, context, (q, k, v) = inputs(layer)
     prefix = adapters.layers[CROSS]
     # in front, as in the paper; where they stand makes no difference
@@ -74,7 +75,7 @@ def test_prefix_tuning_is_attention_over_the_concatenated_keys_and_values(sd):
 
 def test_prefix_tuning_mixes_the_heads_with_attention_to_the_prefix(sd):
     """He et al. eq. 7: (1 - lambda) attention(q, K, V) + lambda attention(q, P_k, P_v), head by head."""
-    layer, adapters = layers_of(sd, (Attention,))[CROSS], learned(sd, "prefix", (CROSS,))
+    layer, adapters = modules_of(sd, (Attention,))[CROSS], learned(sd, "prefix", (CROSS,))
     x, context, (q, k, v) = inputs(layer)
     keys, values = (rows.expand(2, -1, -1) for rows in (adapters.layers[CROSS].keys, adapters.layers[CROSS].values))
     share = attention_weights(q, torch.cat([k, keys], dim=1), layer.heads)[..., k.shape[1] :].sum(-1)  # lambda: B h N
@@ -92,7 +93,7 @@ def test_prefix_tuning_mixes_the_heads_with_attention_to_the_prefix(sd):
     "name", [CROSS, "unet.middle.transformer.blocks.0.self_attention", "unet.middle.transformer.blocks.0.feed_forward"]
 )
 def test_a_bottleneck_behind_or_beside_a_layer_is_the_closed_form(method, scale, reads_output, name, sd):
-    layer, adapters = layers_of(sd, (Attention, FeedForward))[name], learned(sd, method, (f"^{name}$",))
+    layer, adapters = modules_of(sd, (Attention, FeedForward))[name], learned(sd, method, (f"^{name}$",))
     x = torch.randn(2, 5, 32, generator=generator(2))
     args = (x, torch.randn(2, 7, 16, generator=generator(3))) if name == CROSS else (x,)
     h = layer(*args)
@@ -105,7 +106,7 @@ def test_a_bottleneck_behind_or_beside_a_layer_is_the_closed_form(method, scale,
 
 
 def test_the_multi_head_one_adds_to_each_head_before_to_out(sd):
-    layer, adapters = layers_of(sd, (Attention,))[CROSS], learned(sd, "multi_head_parallel", (CROSS,))
+    layer, adapters = modules_of(sd, (Attention,))[CROSS], learned(sd, "multi_head_parallel", (CROSS,))
     x, context, (q, k, v) = inputs(layer)
     small, heads, rank = adapters.layers[CROSS], naive_attention(q, k, v, layer.heads), 3
     added = []
@@ -121,7 +122,7 @@ def test_the_multi_head_one_adds_to_each_head_before_to_out(sd):
 # --------------------------------------------------------------------------------------------------- what holds for all
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTER_METHODS)
 def test_all_but_prefixes_change_nothing_at_the_start(method, sd):
     before, adapters = answer(sd), new(sd, method)
     adapters.attach(sd)
@@ -130,7 +131,7 @@ def test_all_but_prefixes_change_nothing_at_the_start(method, sd):
     assert torch.equal(after, before) == (method != "prefix")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTER_METHODS)
 def test_detaching_is_exact_and_the_model_keeps_its_names(method, sd):
     before, names = answer(sd), list(sd.unet.state_dict())
     adapters = learned(sd, method)
@@ -143,7 +144,7 @@ def test_detaching_is_exact_and_the_model_keeps_its_names(method, sd):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in sd.unet.modules())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTER_METHODS)
 def test_gradient_flows_to_every_weight_and_checkpointing_does_not_change_it(method, sd):
     adapters, gradients = learned(sd, method, rank=8), []  # of fewer units all may be below zero
     adapters.attach(sd)
@@ -156,7 +157,7 @@ def test_gradient_flows_to_every_weight_and_checkpointing_does_not_change_it(met
         assert gradient.isfinite().all() and gradient.any(), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTER_METHODS)
 def test_the_first_gradient_reaches_what_starts_at_zero(method, sd):
     adapters = new(sd, method)
     adapters.attach(sd)
@@ -166,7 +167,7 @@ def test_the_first_gradient_reaches_what_starts_at_zero(method, sd):
     assert all(gradient.any() for gradient in ups)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTER_METHODS)
 @pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast"])
 def test_half_precision_stays_and_the_adapters_are_float32(method, how):
     sd = small_model()
@@ -187,15 +188,15 @@ def test_half_precision_stays_and_the_adapters_are_float32(method, how):
     assert (half.float() - exact).norm() / exact.norm() < (0.005 if how == "float16" else 0.04)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTER_METHODS)
 def test_pictures_with_guidance_and_attention_maps(method, sd):
-    def last(**more):
-        *_, step = sd.denoise("a cat", steps=2, guidance_scale=3.0, seeds=[0, 1], **more)
+    def last(change=lambda steps: steps):
+        *_, step = change(sd.denoise("a cat", steps=2, guidance_scale=3.0, seeds=[0, 1]))
         return step
 
     before, adapters = last().x_t, learned(sd, method)
     adapters.attach(sd)
-    live, recorded = last().x_t, last(attention_maps=True)
+    live, recorded = last().x_t, last(lambda steps: with_attention_maps(steps, sd.unet))
     adapters.detach()
     assert torch.equal(recorded.x_t, live), "recording runs some layers twice"
     assert word_map(recorded.attention_maps, [1], (8, 8)).shape == (2, 8, 8)
@@ -206,7 +207,7 @@ def test_pictures_with_guidance_and_attention_maps(method, sd):
 def test_they_go_together_with_a_lora_and_with_each_other(sd):
     before = answer(sd)
     lora = create_lora(sd, (r"attention\.to_",), rank=2, alpha=2.0, generator=generator())
-    several = [lora, *(learned(sd, method) for method in METHODS)]  # prefixes last
+    several = [lora, *(learned(sd, method) for method in ADAPTER_METHODS)]  # prefixes last
     for one in several:
         one.attach(sd)
     together = answer(sd)
@@ -215,7 +216,7 @@ def test_they_go_together_with_a_lora_and_with_each_other(sd):
     assert together.isfinite().all() and torch.equal(answer(sd), before)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTER_METHODS)
 def test_a_deep_copy_of_a_model_has_a_copy_of_them_on_it(method, sd):
     adapters = learned(sd, method)
     adapters.attach(sd)
@@ -229,7 +230,7 @@ def test_a_deep_copy_of_a_model_has_a_copy_of_them_on_it(method, sd):
 
 
 def test_a_state_dict_goes_into_others_of_the_same_layers(sd):
-    for method in METHODS:
+    for method in ADAPTER_METHODS:
         one, other = learned(sd, method), new(sd, method)
         other.load_state_dict(one.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
@@ -260,10 +261,11 @@ def test_a_lora_that_comes_after_a_prefix_says_so(sd):
     prefix = new(sd, "prefix", (CROSS,))
     lora = create_lora(sd, (CROSS + r"\.to_k",), rank=2, alpha=2.0, generator=generator())
     prefix.attach(sd)
-    lora.attach(sd)
-    with pytest.raises(ValueError, match=r"shape \(2, 7, 32\), but \(2, 10, 32\) is .* as prefix tuning does; attach the LoRA before"):
-        answer(sd)
-    lora.detach(), prefix.detach()
+    before = answer(sd)
+    with pytest.raises(ValueError, match="this LoRA adds to .* that these adapters .* as prefix tuning does; attach this LoRA before"):
+        lora.attach(sd)
+    assert sd.attached == [prefix] and not lora.attached and torch.equal(answer(sd), before)
+    prefix.detach()
 
 
 def test_twice_or_on_another_model_is_an_error(sd):
@@ -273,4 +275,4 @@ def test_twice_or_on_another_model_is_an_error(sd):
         adapters.attach(sd)
     adapters.detach()
     with pytest.raises(ValueError, match="which has no unet.middle.x"):
-        Adapters({"unet.middle.x": ParallelAdapter(4, 2, generator())}).attach(sd)
+        AdapterSet({"unet.middle.x": ParallelAdapter(4, 2, generator())}).attach(sd)

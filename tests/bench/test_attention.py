@@ -5,14 +5,13 @@ import json
 import pytest
 import torch
 
-from minidiff.bench import attention as bench_attention
-from minidiff.bench.attention import bench as run_bench
-from minidiff.bench.attention import best_backend, case_rows, sums_of, worst_error
-from minidiff.bench.attention_cases import Case
+from minidiff.bench import attention as attention_bench
+from minidiff.bench.attention import bench_attention, best_backend, case_rows, sum_steps, worst_error
+from minidiff.bench.attention_cases import AttentionCase
 from minidiff.bench.contender import Contender, Refused
 
-SELF = Case("sd1 512 self", 16, 16, heads=2, head_dim=8, calls=5, batch=2, dtype="float32")
-CROSS = Case("sd1 512 cross", 16, 8, heads=2, head_dim=8, calls=3, batch=2, dtype="float32")
+SELF = AttentionCase("sd1 512 self", 16, 16, heads=2, head_dim=8, calls=5, batch=2, dtype="float32")
+CROSS = AttentionCase("sd1 512 cross", 16, 8, heads=2, head_dim=8, calls=3, batch=2, dtype="float32")
 SECONDS = {"minidiff": 1.0, "flash": 3.0, "math": 9.0}
 
 
@@ -27,7 +26,7 @@ class Fake(Contender):
     def close(self):
         pass
 
-    def revive(self):
+    def restart_if_dead(self):
         self.revived += 1
 
     def ask(self, do, case, **request):
@@ -44,13 +43,13 @@ class Fake(Contender):
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(bench_attention, "Contender", Fake)
+    monkeypatch.setattr(attention_bench, "Contender", Fake)
     Fake.asked = []
 
 
 def test_refusals_are_shown_with_their_reasons_and_sums_are_weighted_by_calls(fake, tmp_path):
     contenders = ("minidiff", "flash", "cudnn", "math", "flex")
-    lines = "\n".join(run_bench(tmp_path / "a.json", 2, cases=[SELF, CROSS], contenders=contenders)).splitlines()
+    lines = "\n".join(bench_attention(tmp_path / "a.json", 2, cases=[SELF, CROSS], contenders=contenders)).splitlines()
     first = next(line for line in lines if line.startswith("| sd1 512 self"))
     assert "(self) | 5 | forward | 1 s | 3 s | refused | 9 s | refused | 3.00 [3.00, 3.00] (flash) | 3.00 !" in first
     cross = next(line for line in lines if line.startswith("| sd1 512 cross"))
@@ -70,27 +69,27 @@ def test_a_run_that_was_stopped_goes_on_at_the_next_shape(fake, tmp_path, monkey
         raise KeyboardInterrupt
 
     arguments = {"cases": [SELF, CROSS], "contenders": ("minidiff", "math")}
-    whole = bench_attention.measure
-    lines = run_bench(tmp_path / "a.json", 2, **arguments)
+    whole = attention_bench.measure
+    lines = bench_attention(tmp_path / "a.json", 2, **arguments)
     for line in lines:
         if line.startswith("| sd1 512 self"):
             break
-    monkeypatch.setattr(bench_attention, "measure", stopped)
+    monkeypatch.setattr(attention_bench, "measure", stopped)
     with pytest.raises(KeyboardInterrupt):
         list(lines)
     assert not json.loads((tmp_path / "a.json").read_text())["finished"]
 
-    monkeypatch.setattr(bench_attention, "measure", whole)
+    monkeypatch.setattr(attention_bench, "measure", whole)
     Fake.asked = []
-    again = list(run_bench(tmp_path / "a.json", 2, **arguments))
+    again = list(bench_attention(tmp_path / "a.json", 2, **arguments))
     assert {where for _, _, where in Fake.asked} == {"sd1 512 cross"}
     assert any("| sd1 512 self" in line for line in again) and json.loads((tmp_path / "a.json").read_text())["finished"]
 
 
 def test_flex_is_left_out_when_its_compiling_would_take_too_long(fake, monkeypatch):
-    large = Case("sd1 512 self", 2048, 2048, heads=2, head_dim=8, calls=5, batch=2, dtype="float32")
-    monkeypatch.setattr(bench_attention, "TOO_LATE", -1)
-    lines = "\n".join(run_bench(None, 1, cases=[large], contenders=("minidiff", "flex")))
+    large = AttentionCase("sd1 512 self", 2048, 2048, heads=2, head_dim=8, calls=5, batch=2, dtype="float32")
+    monkeypatch.setattr(attention_bench, "FLEX_TIME_LIMIT", -1)
+    lines = "\n".join(bench_attention(None, 1, cases=[large], contenders=("minidiff", "flex")))
     assert "flex refused: left out of the time that there is" in lines and ("flex", "check", large.where) not in Fake.asked
 
 
@@ -100,7 +99,14 @@ def way(out, scale=1.0, **more):
 
 
 def test_the_worst_error_is_over_the_best_fused_kernels():
-    result = {"ways": {"minidiff": way(1.5e-3), "flash": way(1e-3), "cudnn": way(2e-3), "math": way(1e-9)}}
+    result = {
+        "ways": {
+            "minidiff": way(1.5e-3),
+            "flash": way(1e-3),
+            "cudnn": way(2e-3),
+            "math": way(1e-9),
+        }
+    }
     assert worst_error(SELF, result) == pytest.approx(1.5, rel=1e-3)
     assert worst_error(SELF, {"ways": {"minidiff": way(1e-3), "math": way(1e-9)}}) is None
     # Both exact to the last bit, or nearly: no ratio of rounding errors of rounding errors.
@@ -115,18 +121,18 @@ def test_the_best_backend_is_that_of_the_least_median_and_differences_between_ru
     assert best_backend(result, "forward") == "flash" and best_backend(result, "both") is None
     row = next(case_rows(SELF, result, ("minidiff", "flash")))
     assert "2.00 [2.00, 18.00] (flash) | 1.00 differs from run to run !" in row
-    assert list(sums_of([SELF], {str(SELF): result}, "cold")) == []
+    assert list(sum_steps([SELF], {str(SELF): result}, "cold")) == []
 
 
 def test_nonsense_is_refused_at_once():
     with pytest.raises(ValueError, match="contender 'xformers' unknown; choose minidiff, triton, flash"):
-        next(run_bench(contenders=("xformers",)))
+        next(bench_attention(contenders=("xformers",)))
     with pytest.raises(ValueError, match="model 'sd3' unknown"):
-        next(run_bench(models=("sd3",)))
+        next(bench_attention(models=("sd3",)))
 
 
 def test_a_small_one_runs_in_processes_of_its_own(tmp_path):
-    lines = "\n".join(run_bench(tmp_path / "a.json", 1, cases=[CROSS], contenders=("minidiff", "math"), kinds=("normal",)))
+    lines = "\n".join(bench_attention(tmp_path / "a.json", 1, cases=[CROSS], contenders=("minidiff", "math"), kinds=("normal",)))
     assert "| sd1 512 cross: 16 x 8, 2 x 8, float32 (pytorch) | 3 | both |" in lines and "refused" not in lines
     ways = json.loads((tmp_path / "a.json").read_text())["results"][str(CROSS)]["ways"]
     assert ways["math"]["errors"]["normal"]["dk"] < 1e-6 and ways["math"]["forward"][0]["seconds"] > 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minidiff.attention import attention
-from minidiff.bench.attention_cases import KINDS, Case, cases_of, exact, inputs
+from minidiff.bench.attention_cases import KINDS, AttentionCase, exact, inputs, list_cases
 from minidiff.blocks import TransformerBlock
 from minidiff.config import SD1, SD2
 from minidiff.unet import UNet
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def case(tokens=20, keys=12, dtype="float32", **more):
-    return Case("here", tokens, keys, heads=2, head_dim=8, calls=1, batch=2, dtype=dtype, **more)
+    return AttentionCase("here", tokens, keys, heads=2, head_dim=8, calls=1, batch=2, dtype=dtype, **more)
 
 
 def test_the_calls_are_those_that_a_unet_makes():
@@ -30,23 +30,23 @@ def test_the_calls_are_those_that_a_unet_makes():
     unet(torch.randn(2, 4, cells, cells), torch.tensor([1, 1]), torch.randn(2, 9, config.unet.context_width))
     asked = [
         (one.tokens, one.where.endswith("cross"), one.heads)
-        for one in cases_of("small", config, config.image_size, 2, "float32")
+        for one in list_cases("small", config, config.image_size, 2, "float32")
         for _ in range(one.calls)
     ]
     assert sorted(asked) == sorted(seen)
 
 
 def test_the_shapes_of_the_published_models_are_the_known_ones():
-    found = {(c.tokens, c.keys, c.heads, c.head_dim): c.calls for c in cases_of("sd1", SD1, 512, 2, "bfloat16") if c.calls}
+    found = {(c.tokens, c.keys, c.heads, c.head_dim): c.calls for c in list_cases("sd1", SD1, 512, 2, "bfloat16") if c.calls}
     levels = {(4096, 40): 5, (1024, 80): 5, (256, 160): 5, (64, 160): 1}
     assert found == {(n, keys, 8, d): calls for (n, d), calls in levels.items() for keys in (n, 77)}
-    assert {(c.tokens, c.heads, c.head_dim) for c in cases_of("sd2", SD2, 768, 2, "bfloat16") if c.calls} == {
+    assert {(c.tokens, c.heads, c.head_dim) for c in list_cases("sd2", SD2, 768, 2, "bfloat16") if c.calls} == {
         (9216, 5, 64),
         (2304, 10, 64),
         (576, 20, 64),
         (144, 20, 64),
     }
-    others = [c for c in cases_of("sd1", SD1, 512, 2, "bfloat16") if not c.calls]
+    others = [c for c in list_cases("sd1", SD1, 512, 2, "bfloat16") if not c.calls]
     told = [(c.tokens, c.keys, c.head_dim, c.causal, c.backward) for c in others]
     assert told == [(77, 77, 64, True, True), (4096, 4096, 512, False, False)]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minidiff.bench.contender import Contender, Refused, in_words
+from minidiff.bench.contender import Contender, Refused, format_error
 
 FAKE = "tests.bench.fake_contender"
 
@@ -16,7 +16,7 @@ def test_a_contender_answers_and_what_it_prints_is_not_taken_for_an_answer(tmp_p
         assert np.load(path).tolist() == [1.0, 2.0]
         with pytest.raises(Refused, match="no answer within 0 s"):
             one.ask(limit=0.2, do="sleep")
-        one.revive()
+        one.restart_if_dead()
         assert one.ask(do="time", repeats=2) == {"seconds": 1.0}
         with pytest.raises(Refused, match="died with code 3: last words"):
             one.ask(do="die")
@@ -33,4 +33,4 @@ def test_a_reason_is_its_first_line_and_a_process_whose_gpu_is_lost_ends():
         with pytest.raises(Refused, match="illegal memory access"):
             one.ask(do="time", repeats=1)
         assert one.process.wait(10) == 1
-    assert in_words(RuntimeError()) == "RuntimeError"
+    assert format_error(RuntimeError()) == "RuntimeError"

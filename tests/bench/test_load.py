@@ -1,4 +1,4 @@
-"""The benchmark of loading: its machinery on a very small model, and the judgement on its numbers. The numbers of small files mean nothing."""
+"""The benchmark of loading: its machinery on a very small model, and the judgement on its numbers. Times of small files mean nothing."""
 
 import importlib.util
 import json
@@ -7,9 +7,19 @@ import sys
 import pytest
 import torch
 
-from minidiff.bench import load as bench_load
-from minidiff.bench.load import CASES, Case, bench, goals_missed, made_up, summarize, table_row, warm, write_case
-from minidiff.bench.one_load import Measurement, Memory
+from minidiff.bench import load as load_bench
+from minidiff.bench.load import (
+    CASES,
+    FileCase,
+    bench_load,
+    case_row,
+    fill_page_cache,
+    find_missed_goals,
+    random_model,
+    summarize,
+    write_case,
+)
+from minidiff.bench.load_worker import Measurement, ProcessMemory
 from tests.small_models import small_config
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -21,20 +31,20 @@ def measurement(seconds=1.0, resident_peak=100, anonymous_peak=100, import_secon
 
 
 SLOW = [
-    pytest.param(case, marks=pytest.mark.slow) for case in (Case("diffusers folder"), Case(".ckpt"))
+    pytest.param(case, marks=pytest.mark.slow) for case in (FileCase("diffusers folder"), FileCase(".ckpt"))
 ]  # diffusers takes seconds to import
 
 
-@pytest.mark.parametrize("case", [Case(".safetensors", "float16"), *SLOW], ids=str)
+@pytest.mark.parametrize("case", [FileCase(".safetensors", "float16"), *SLOW], ids=str)
 def test_minidiff_and_diffusers_read_the_same_weights_and_every_number_is_kept(case, tmp_path):
-    lines = list(bench(out=tmp_path / "load.json", rounds=1, config=small_config(), cases=[case]))
+    lines = list(bench_load(out=tmp_path / "load.json", rounds=1, config=small_config(), cases=[case]))
     record = json.loads((tmp_path / "load.json").read_text())
     assert sum(line.startswith(f"| {case} |") for line in lines) == 1
     assert "torch" in record["machine"]["versions"] and record["machine"]["processor"] in lines[0] and record["command"]
     (measured,) = record["cases"]
     assert measured["memory_counted"] == ("anonymous" if case.stored == "float16" else "resident")
     runs = [measured["runs"][name][0] for name in ("minidiff", "diffusers")]
-    expected = sum(weight.numel() for weight in all_weights(made_up(small_config(), torch.float32)))
+    expected = sum(weight.numel() for weight in all_weights(random_model(small_config(), torch.float32)))
     for run in runs:
         assert run["count"] == expected and 4 * expected == measured["model_bytes"]
         assert run["seconds"] > 0 and run["import_seconds"] > 0
@@ -42,12 +52,12 @@ def test_minidiff_and_diffusers_read_the_same_weights_and_every_number_is_kept(c
 
 
 def test_without_diffusers_the_goal_that_needs_it_is_not_judged(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_load, "measure_case", lambda case, config, contenders, rounds: {name: [measurement()] for name in contenders})
-    lines = list(bench(against=False, cases=[Case(".ckpt")]))
+    monkeypatch.setattr(load_bench, "measure_case", lambda case, config, contenders, rounds: {name: [measurement()] for name in contenders})
+    lines = list(bench_load(against=False, cases=[FileCase(".ckpt")]))
     assert lines[-1].strip().startswith("goals met") and "| 1.00 s |  |  |" in lines[-2]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="diffusers is not installed.*--no-against"):
-        next(bench())
+        next(bench_load())
 
 
 def test_the_median_time_and_the_highest_memory_count():
@@ -55,22 +65,22 @@ def test_the_median_time_and_the_highest_memory_count():
         "minidiff": [measurement(1.0, 90, 10), measurement(9.0, 115, 30), measurement(2.0, 100, 20)],
         "diffusers": [measurement(4.0, 200, 200)] * 3,
     }
-    summary = summarize(Case(".ckpt"), found)
+    summary = summarize(FileCase(".ckpt"), found)
     assert summary["seconds"] == {"minidiff": 2.0, "diffusers": 4.0} and summary["with_imports"] == {"minidiff": 3.0, "diffusers": 5.0}
     assert summary["memory"] == {"minidiff": 115, "diffusers": 200} and summary["model_bytes"] == 100
-    assert goals_missed(summary) == []
-    assert table_row(Case(".ckpt"), summary).split(" | ")[1:7] == ["2.00 s", "4.00 s", "0.50", "3.00 s", "5.00 s", "0.60"]
-    assert summarize(Case(".ckpt", "float16"), found)["memory"] == {"minidiff": 30, "diffusers": 200}
+    assert find_missed_goals(summary) == []
+    assert case_row(FileCase(".ckpt"), summary).split(" | ")[1:7] == ["2.00 s", "4.00 s", "0.50", "3.00 s", "5.00 s", "0.60"]
+    assert summarize(FileCase(".ckpt", "float16"), found)["memory"] == {"minidiff": 30, "diffusers": 200}
 
 
 def test_a_goal_that_is_missed_is_said_with_its_number():
-    slow = summarize(Case(".ckpt"), {"minidiff": [measurement(3.0, 116)], "diffusers": [measurement(4.0)]})
-    assert goals_missed(slow) == ["0.75 of diffusers' time, the goal is 0.5", "memory 1.16 of the model's size, the goal is 1.15"]
+    slow = summarize(FileCase(".ckpt"), {"minidiff": [measurement(3.0, 116)], "diffusers": [measurement(4.0)]})
+    assert find_missed_goals(slow) == ["0.75 of diffusers' time, the goal is 0.5", "memory 1.16 of the model's size, the goal is 1.15"]
 
 
 def test_memory_is_what_comes_on_top_and_its_peak_is_seen():
     kept = torch.ones(8 * MB)  # 32 MB from before, which do not count
-    with Memory() as memory:
+    with ProcessMemory() as memory:
         passing = torch.ones(32 * MB)
         memory.done.wait(0.1)  # time for the watcher to look
         del passing
@@ -85,8 +95,8 @@ def test_memory_is_what_comes_on_top_and_its_peak_is_seen():
 def test_pages_of_a_file_are_resident_but_not_anonymous(tmp_path):
     path = tmp_path / "zeros"
     path.write_bytes(bytes(64 * MB))
-    warm(path)
-    with Memory() as memory:
+    fill_page_cache(path)
+    with ProcessMemory() as memory:
         mapped = torch.from_file(str(path), shared=False, size=16 * MB)
         assert mapped.sum() == 0
     resident_peak, _, anonymous_peak, _ = memory.above()
@@ -94,7 +104,7 @@ def test_pages_of_a_file_are_resident_but_not_anonymous(tmp_path):
 
 
 def test_a_ckpt_holds_every_weight_in_full_though_the_pool_is_shared(tmp_path):
-    sd = made_up(small_config(), torch.float32)
+    sd = random_model(small_config(), torch.float32)
     size = 4 * sum(weight.numel() for weight in all_weights(sd))
     for case in CASES:
         (tmp_path / str(case)).mkdir()
@@ -105,15 +115,15 @@ def test_a_ckpt_holds_every_weight_in_full_though_the_pool_is_shared(tmp_path):
 
 def test_nonsense_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="rounds 0: give 1 or more"):
-        next(bench(rounds=0))
+        next(bench_load(rounds=0))
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere; make it first"):
-        next(bench(out=tmp_path / "nowhere" / "load.json"))
+        next(bench_load(out=tmp_path / "nowhere" / "load.json"))
 
 
 def test_a_contender_that_fails_is_named_with_what_it_said(tmp_path):
     with pytest.raises(RuntimeError, match="(?s)minidiff could not load absent.ckpt.*no such file"):
-        bench_load.in_new_process("minidiff", tmp_path / "absent.ckpt", tmp_path, "float32", small_config())
+        load_bench.run_in_new_process("minidiff", tmp_path / "absent.ckpt", tmp_path, "float32", small_config())
 
 
 def all_weights(sd):
-    return [weight for part in (sd.text_encoder, sd.unet, sd.vae) for weight in part.parameters()]
+    return [weight for part in sd.parts.values() for weight in part.parameters()]

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from minidiff.bench.common import Record
-from minidiff.bench.race import race, relative_error, table
+from minidiff.bench.common import BenchRecord
+from minidiff.bench.race import format_table, race, relative_error
 
 FAKE = "tests.bench.fake_contender"
 
@@ -23,7 +23,7 @@ def test_each_is_checked_and_timed_and_one_that_refuses_or_fails_stops_nobody(tm
         "fails": job(fails=True),
         "exact": job(untimed=True),
     }
-    record = Record(tmp_path / "bench.json", {})
+    record = BenchRecord(tmp_path / "bench.json", {})
     lines = "\n".join(race(FAKE, jobs, 3, record, part="lora: ")).splitlines()
     rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines[2:]}
     assert rows["ours"][:5] == ["500 ms", "4.00 [4.00, 4.00]", "1.00 GB", "0.50", "1.4e-02"]
@@ -38,7 +38,7 @@ def test_each_is_checked_and_timed_and_one_that_refuses_or_fails_stops_nobody(tm
 
 def test_without_the_one_to_compare_with_times_stand_alone():
     results = {"theirs": {"refused": "no room"}, "ours": {"rounds": [1.0, 3.0], "memory": None, "bit_equal": True}}
-    theirs, ours = list(table(results, "theirs"))[1:]
+    theirs, ours = list(format_table(results, "theirs"))[1:]
     assert "refused: no room" in theirs and ours == "| ours | 2 s |  |  |  |  | equal |"
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from minidiff.bench import train as bench_train
-from minidiff.bench import whole
-from minidiff.bench.train import METHODS, bench, prepare, sample, train_jobs
+from minidiff.bench import pipelines
+from minidiff.bench import train as train_bench
+from minidiff.bench.train import METHODS, bench_train, make_train_jobs, prepare, sample
 from tests.small_models import training_config
 
 
@@ -15,7 +15,7 @@ def folder():
     from PIL import Image
 
     config = training_config()
-    with whole.model_folder(config) as folder:
+    with pipelines.model_folder(config) as folder:
         torch.save(sample(config, 64), folder / "sample.pt")
         for name in ("subject", "class"):
             (folder / name).mkdir()
@@ -25,10 +25,10 @@ def folder():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_both_have_the_same_loss_and_steps_change_it(folder, tmp_path, monkeypatch, method):
-    monkeypatch.setattr(bench_train, "RATE", 1e-2)  # so that two steps show
+    monkeypatch.setattr(train_bench, "RATE", 1e-2)  # so that two steps show
     first = []
     for library in ("diffusers", "minidiff"):
-        job = {"folder": str(folder), "device": "cpu", "how": "eager", "dtype": "float32", "savings": True, "library": library}
+        job = {"folder": str(folder), "device": "cpu", "how": "eager", "dtype": "float32", "library": library}
         answer = prepare(job | {"method": method, "size": 64})
         losses = []
         for _ in range(2):  # each check is the loss as it is, then two steps
@@ -40,19 +40,19 @@ def test_both_have_the_same_loss_and_steps_change_it(folder, tmp_path, monkeypat
 
 
 def test_on_a_gpu_all_but_the_errors_reference_are_bfloat16():
-    jobs = train_jobs("cuda", against=True)
+    jobs = make_train_jobs("cuda", against=True)
     assert next(iter(jobs)) == "diffusers" and {name for name, job in jobs.items() if job["dtype"] == "float32"} == {"minidiff float32"}
-    assert not any("diffusers" in name for name in train_jobs("cpu", against=False))
+    assert not any("diffusers" in name for name in make_train_jobs("cpu", against=False))
 
 
 def test_nonsense_is_refused_at_once():
     with pytest.raises(ValueError, match="method 'dreambooth' unknown; choose lora, custom-diffusion"):
-        next(bench(methods=("dreambooth",)))
+        next(bench_train(methods=("dreambooth",)))
     with pytest.raises(ValueError, match="rounds 0"):
-        next(bench(rounds=0))
+        next(bench_train(rounds=0))
 
 
 @pytest.mark.slow
 def test_the_bench_runs_in_processes_of_its_own():
-    lines = "\n".join(bench(rounds=1, model=training_config(), size=64))
+    lines = "\n".join(bench_train(rounds=1, model=training_config(), size=64))
     assert lines.count("| minidiff bfloat16 |") == 2 and lines.count("| diffusers float32 |") == 2 and "refused" not in lines

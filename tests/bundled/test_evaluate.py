@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from minidiff.bundled import evaluate as evaluation
-from minidiff.bundled.evaluate import evaluate, figures_of, judged, mean_of, reconstructed, spread
-from minidiff.bundled.figures import Figures, Measure, Verdict, table
+from minidiff.bundled.evaluate import evaluate, judge_batch, mean_with_error, reconstruct, spread_prompts, summarize_verdicts
+from minidiff.bundled.figures import Figures, Measure, Verdict, format_figures
 from minidiff.bundled.judge import Judge, JudgeOutput
 from minidiff.bundled.train_judge import judge_config
 from minidiff.scenes.prompts import FixedPrompt, fixed_prompts
@@ -42,7 +42,7 @@ def reading_of(judge, places, tint, background, style):
 
 def verdict(monkeypatch, judge, prompt, places, tint=None, background="red", style="noto"):
     monkeypatch.setattr(judge, "read", lambda pixels: reading_of(judge, places, tint, background, style))
-    (found,), features = judged(judge, torch.zeros(1, 3, 64, 64), [prompt])
+    (found,), features = judge_batch(judge, torch.zeros(1, 3, 64, 64), [prompt])
     assert torch.equal(features, torch.ones(1, judge.config.features))
     return found
 
@@ -107,7 +107,7 @@ def test_each_figure_is_a_mean_over_the_pictures_it_is_about():
     model = [right(), right(place=True), right(subjects=False), right(subjects=False, tint=True, alignment=0.1)]
     real = [right(), right(place=True), right(place=False), right(tint=True)]
     features = {name: torch.eye(4) for name in ("model", "real", "reconstructed", "reference")}
-    figures = figures_of(prompts, {"model": model, "real": real, "reconstructed": real}, features)
+    figures = summarize_verdicts(prompts, {"model": model, "real": real, "reconstructed": real}, features)
     shares = {field.name: getattr(figures, field.name) for field in dataclasses.fields(Figures)}
     assert {name: (f.model.value, f.model.count, f.real.value, f.real.count) for name, f in shares.items() if f and name != "kid"} == {
         "one_subject": (1, 1, 1, 1),
@@ -123,8 +123,8 @@ def test_each_figure_is_a_mean_over_the_pictures_it_is_about():
 
 
 def test_a_mean_has_its_standard_error():
-    assert mean_of([1, 0, 1, 1]) == Measure(0.75, math.sqrt(0.75 * 0.25 / 4), 4)  # binomial, all powers of 2 but the root
-    assert mean_of([]).count == 0 and math.isnan(mean_of([]).value)
+    assert mean_with_error([1, 0, 1, 1]) == Measure(0.75, math.sqrt(0.75 * 0.25 / 4), 4)  # binomial, all powers of 2 but the root
+    assert mean_with_error([]).count == 0 and math.isnan(mean_with_error([]).value)
 
 
 def test_the_whole_evaluation_gives_the_same_figures_twice(judge):
@@ -135,7 +135,7 @@ def test_the_whole_evaluation_gives_the_same_figures_twice(judge):
     assert runs[0][-1].figures == runs[1][-1].figures
     figures = runs[0][-1].figures
     assert figures.background.model.count == figures.kid.real.count == 10
-    assert "| background |" in table(figures)
+    assert "| background |" in format_figures(figures)
     # Another number of pictures at once gives other pictures by rounding only.
     *_, other = evaluate(sd, judge, steps=2, seeds=(0, 1), limit=5, batch=10)
     assert other.figures.text_alignment.model.value == pytest.approx(figures.text_alignment.model.value, abs=1e-4)
@@ -151,7 +151,7 @@ def test_an_evaluation_that_is_stopped_goes_on_and_ends_the_same(judge, tmp_path
     monkeypatch.setattr(sd, "denoise", None)  # not one more picture
     (again,) = evaluate(sd, judge, **options, state=state)
     assert again.record == whole.record
-    assert list(again.record.verdicts) == [(prompt.text, seed) for seed in (0, 1) for prompt in spread(fixed_prompts(), 5)]
+    assert list(again.record.verdicts) == [(prompt.text, seed) for seed in (0, 1) for prompt in spread_prompts(fixed_prompts(), 5)]
     with pytest.raises(ValueError, match="holds another run .*steps 2, now 3"):
         next(evaluate(sd, judge, **options | {"steps": 3}, state=state))
     with pytest.raises(ValueError, match="holds another run .*model "):
@@ -165,7 +165,7 @@ def test_psnr_is_that_of_the_definition():
     psnr = []
     for _ in range(3):
         image = sample_scene(rng).image
-        decoded = reconstructed(sd, evaluation.to_pixels(image[None]))[0].permute(1, 2, 0).numpy() * 127.5 + 127.5
+        decoded = reconstruct(sd, evaluation.to_pixels(image[None]))[0].permute(1, 2, 0).numpy() * 127.5 + 127.5
         psnr.append(20 * math.log10(255) - 10 * math.log10(np.mean((decoded - image) ** 2)))
     assert fresh == pytest.approx(np.mean(psnr), abs=1e-4)  # dB; fp32
     assert held_out != fresh and 0 < held_out < 30
@@ -174,7 +174,7 @@ def test_psnr_is_that_of_the_definition():
 def test_the_real_scenes_and_their_reference_are_different_draws():
     pairs = [(prompt, 0) for prompt in fixed_prompts()[:3]]
     first, again, reference, other_seed = (
-        evaluation.real_pixels(p, draw) for p, draw in ((pairs, 0), (pairs[:2], 0), (pairs, 1), ([(pairs[0][0], 1)], 0))
+        evaluation.compose_real_pixels(p, draw) for p, draw in ((pairs, 0), (pairs[:2], 0), (pairs, 1), ([(pairs[0][0], 1)], 0))
     )
     assert torch.equal(first[:2], again)
     assert not torch.equal(first, reference) and not torch.equal(first[:1], other_seed)
@@ -184,13 +184,13 @@ def test_a_reconstruction_is_the_vaes_mean_decoded():
     sd, pixels = small_model(), torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         expected = sd.vae.decode(sd.vae.encode(pixels).mean).clamp(-1, 1)
-    torch.testing.assert_close(reconstructed(sd, pixels), expected, rtol=1e-4, atol=1e-5)  # fp32; times and by the scaling factor
+    torch.testing.assert_close(reconstruct(sd, pixels), expected, rtol=1e-4, atol=1e-5)  # fp32; times and by the scaling factor
 
 
 def test_a_limit_keeps_all_groups():
-    few = spread(fixed_prompts(), 12)
+    few = spread_prompts(fixed_prompts(), 12)
     assert len(few) == 12 and {prompt.group for prompt in few} == {"one", "two", "style", "colour"}
-    assert spread(fixed_prompts(), None) == spread(fixed_prompts(), 1000) == fixed_prompts()
+    assert spread_prompts(fixed_prompts(), None) == spread_prompts(fixed_prompts(), 1000) == fixed_prompts()
 
 
 def test_what_cannot_be_judged_is_refused_at_once(judge):

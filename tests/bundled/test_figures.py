@@ -6,12 +6,12 @@ import math
 
 import pytest
 
-from minidiff.bundled.figures import LABELS, Figure, Figures, Measure, Record, Verdict, as_json, from_json, table
+from minidiff.bundled.figures import LABELS, EvaluationRecord, Figure, Figures, Measure, Verdict, format_figures, from_json, to_json
 
 SHARE = Figure(Measure(0.9757, 0.00846, 330), Measure(1.0, 0.0, 330), Measure(0.5, 0.25, 4))
 NOTHING = Figure(Measure(math.nan, math.nan, 0), Measure(1.0, 0.0, 3), Measure(1.0, 0.0, 3))
 FIGURES = Figures(**{field.name: SHARE for field in dataclasses.fields(Figures)} | {"style": None, "place": NOTHING})
-RECORD = Record(
+RECORD = EvaluationRecord(
     steps=20,
     guidance_scale=4.0,
     figures=FIGURES,
@@ -23,7 +23,7 @@ RECORD = Record(
 
 
 def test_a_record_comes_back_with_every_digit():
-    back = from_json(as_json(RECORD))
+    back = from_json(to_json(RECORD))
     assert (back.steps, back.guidance_scale, back.verdicts) == (20, 4.0, RECORD.verdicts)
     assert math.isnan(back.figures.place.model.value) and back.figures.place.real == NOTHING.real
     assert dataclasses.replace(back.figures, place=None) == dataclasses.replace(FIGURES, place=None)
@@ -33,7 +33,7 @@ def test_the_json_is_everybodys_json_with_a_line_a_picture():
     def refuse(word):
         raise AssertionError(f"{word} is no JSON")
 
-    text = as_json(RECORD)
+    text = to_json(RECORD)
     values = json.loads(text, parse_constant=refuse)
     assert values["figures"]["place"]["model"] == {"value": None, "error": None, "count": 0} and values["figures"]["style"] is None
     assert dict(zip(values["columns"], values["pictures"][0]))["prompt"] == "a cat on a red background"
@@ -41,7 +41,7 @@ def test_the_json_is_everybodys_json_with_a_line_a_picture():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"steps": 20, "figures": {"one": null}, "pictures": []}', as_json(RECORD).replace("count", "counts")]
+    "text", ["", "[]", "{}", '{"steps": 20, "figures": {"one": null}, "pictures": []}', to_json(RECORD).replace("count", "counts")]
 )
 def test_what_is_no_record_is_refused(text):
     with pytest.raises(ValueError, match="not the record of an evaluation"):
@@ -50,7 +50,7 @@ def test_what_is_no_record_is_refused(text):
 
 def test_the_table_has_a_row_a_figure_that_was_asked():
     assert list(LABELS) == [field.name for field in dataclasses.fields(Figures)]
-    rows = table(FIGURES).splitlines()
+    rows = format_figures(FIGURES).splitlines()
     assert len(rows) == 2 + 9
     assert "| one subject | 97.6 ± 0.8 % | 100.0 ± 0.0 % | 50.0 ± 25.0 % | 330 |" in rows
     assert "| KID | 0.9757 ± 0.0085 | 1.0000 ± 0.0000 | 0.5000 ± 0.2500 | 330 |" in rows

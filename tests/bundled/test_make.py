@@ -12,11 +12,12 @@ from PIL import Image
 import weights_loader
 from minidiff.bundled import make, run
 from minidiff.bundled.evaluate import evaluate
-from minidiff.bundled.figures import from_json, table
-from minidiff.bundled.make import clocked, device_name, foretold_bundled, run_bundled
+from minidiff.bundled.figures import format_figures, from_json
+from minidiff.bundled.make import estimate_bundled_seconds, record_times, run_bundled
 from minidiff.bundled.recipe import Recipe
-from minidiff.bundled.run import Progress
+from minidiff.bundled.run import StageProgress
 from minidiff.bundled.train_judge import JUDGE_SETTINGS, judge_config
+from minidiff.machine import format_device
 from tests.small_models import training_config
 
 CPU = torch.device("cpu")
@@ -90,10 +91,10 @@ def test_the_card_says_what_the_files_say(whole):
     folder, _ = whole
     text = (folder / "README.md").read_text()
     record = from_json((folder / "figures.json").read_text())
-    assert table(record.figures) in text and f"says of {len(record.verdicts)} pictures" in text
+    assert format_figures(record.figures) in text and f"says of {len(record.verdicts)} pictures" in text
     times = json.loads((folder / "times.json").read_text())
     assert list(times) == ["scenes", "autoencoder", "latents", "diffusion", "judge", "evaluation", "card"]
-    assert all(time["devices"] == [device_name(CPU)] and time["seconds"] > 0 for time in times.values())
+    assert all(time["devices"] == [format_device(CPU)] and time["seconds"] > 0 for time in times.values())
     for row in (
         "| scenes | 20 scenes |",
         "| autoencoder | 3 steps of 2 |",
@@ -120,7 +121,7 @@ def test_stopped_and_started_again_it_makes_the_same_files(whole, tmp_path, stop
     assert len(rest) < len(whole[1])
     for name in RESULTS:
         assert (tmp_path / name).read_bytes() == (whole[0] / name).read_bytes(), name
-    assert table(from_json((tmp_path / "figures.json").read_text()).figures) in (tmp_path / "README.md").read_text()
+    assert format_figures(from_json((tmp_path / "figures.json").read_text()).figures) in (tmp_path / "README.md").read_text()
 
 
 def test_a_finished_folder_is_left_as_it_is(whole):
@@ -134,11 +135,11 @@ def test_the_clock_adds_up_what_each_stage_took_over_several_runs(tmp_path, monk
     now = iter((100.0, 101.0, 103.0, 200.0, 204.0, 209.0))  # a start and two looks, twice
     monkeypatch.setattr(make.time, "monotonic", lambda: next(now))
     path = tmp_path / "times.json"
-    list(clocked(iter_of(Progress("scenes", 1, 2), Progress("judge", 1, 9)), path, CPU))
-    monkeypatch.setattr(make, "device_name", lambda device: "another")
-    walk = clocked(iter_of(Progress("judge", 8, 9), Progress("judge", 9, 9)), path, CPU)
+    list(record_times(iter_of(StageProgress("scenes", 1, 2), StageProgress("judge", 1, 9)), path, CPU))
+    monkeypatch.setattr(make, "format_device", lambda device: "another")
+    walk = record_times(iter_of(StageProgress("judge", 8, 9), StageProgress("judge", 9, 9)), path, CPU)
     next(walk), next(walk), walk.close()
-    here = device_name(CPU)
+    here = format_device(CPU)
     assert json.loads(path.read_text()) == {
         "scenes": {"seconds": 1.0, "devices": [here]},
         "judge": {"seconds": 11.0, "devices": [here, "another"]},
@@ -153,6 +154,6 @@ def test_how_long_it_will_take_is_told_of_every_stage(monkeypatch):
     now = itertools.count()
     monkeypatch.setattr(run.time, "monotonic", lambda: float(next(now)))  # whatever is measured takes a second
     monkeypatch.setattr(make, "SEEDS", (0, 1))
-    seconds = foretold_bundled(CONFIG, dataclasses.replace(RECIPE, scenes=1200, vae_steps=50, steps=70), CPU)
+    seconds = estimate_bundled_seconds(CONFIG, dataclasses.replace(RECIPE, scenes=1200, vae_steps=50, steps=70), CPU)
     assert seconds == {"scenes": 12, "autoencoder": 50, "latents": 12, "diffusion": 70, "judge": 2, "evaluation": 2 * 246 / 4}
     assert list(seconds) == ["scenes", "autoencoder", "latents", "diffusion", "judge", "evaluation"]

@@ -38,7 +38,7 @@ def save_every(patch, steps):
 
 
 def start(folder, recipe=RECIPE, init=None, config=CONFIG, vae=None):
-    """The run's Progress; the model it makes is written to model.safetensors and put into the list."""
+    """The run's progress; the model it makes is written to model.safetensors and put into the list."""
     made = []
 
     def save(sd):
@@ -114,7 +114,7 @@ def test_how_long_it_will_take_is_told_from_the_first_steps(monkeypatch, given):
     now = itertools.count()
     monkeypatch.setattr(run.time, "monotonic", lambda: float(next(now)))  # whatever is measured takes a second
     recipe = dataclasses.replace(RECIPE, scenes=1200, vae_steps=50, steps=70)
-    seconds = run.foretold(
+    seconds = run.estimate_seconds(
         CONFIG, recipe, CPU, small_model(CONFIG) if given == "init" else None, small_model(CONFIG).vae if given == "vae" else None
     )
     assert seconds == {"scenes": 12, "latents": 12, "diffusion": 70} | ({"autoencoder": 50} if given == "nothing" else {})
@@ -226,8 +226,8 @@ def test_widths_that_are_not_the_models_are_refused(tmp_path):
 
 def test_only_a_gpu_compiles_unless_the_recipe_says():
     cuda = torch.device("cuda")
-    assert [run.compiling_on(device, RECIPE).compile for device in (CPU, cuda)] == [False, True]
-    assert [run.compiling_on(cuda, dataclasses.replace(RECIPE, compile=say)).compile for say in (True, False)] == [True, False]
+    assert [run.resolve_compile(device, RECIPE).compile for device in (CPU, cuda)] == [False, True]
+    assert [run.resolve_compile(cuda, dataclasses.replace(RECIPE, compile=say)).compile for say in (True, False)] == [True, False]
 
 
 def test_init_trains_on_and_leaves_the_model_given_as_it_was(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 import weights_loader
 from minidiff.bundled.evaluate import evaluate
-from minidiff.bundled.figures import from_json, table
+from minidiff.bundled.figures import format_figures, from_json
 from minidiff.bundled.recipe import RECIPES
 from minidiff.scenes.prompts import fixed_prompts
 
@@ -16,7 +16,7 @@ LIMIT, SEED = 82, 0  # a third of the prompts, spread over all groups
 
 
 def test_the_cards_table_is_that_of_the_figures():
-    assert table(RECORD.figures) in (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert format_figures(RECORD.figures) in (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_recorded_pictures_are_of_the_fixed_prompts():

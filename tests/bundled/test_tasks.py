@@ -17,11 +17,11 @@ from minidiff.bundled.tasks import (
     DiffusionTask,
     Latents,
     bundled_config,
-    encoded,
-    initialised,
+    encode_scenes,
+    initialise,
     make_scenes,
     reconstruction_loss,
-    resized,
+    resize,
     sample_timesteps,
 )
 from minidiff.pictures import to_pixels
@@ -129,7 +129,7 @@ def test_in_every_second_step_smaller_latents_are_decoded_to_the_smaller_picture
     pixels = to_pixels(images_of()[[int(rng.integers(8)) for rng in rngs]])
     posterior = task.vae.encode(pixels)
     z = posterior.mean + posterior.logvar.exp().sqrt() * randn_per_sample(rngs, (4, 16, 16))
-    z, target = (z, pixels) if side == 16 else (resized(z, side), resized(pixels, 4 * side))
+    z, target = (z, pixels) if side == 16 else (resize(z, side), resize(pixels, 4 * side))
     assert target.shape[-1] == 4 * side
     torch.testing.assert_close(asked[0], z, rtol=1e-4, atol=1e-5)  # float32
     kl = posterior.kl().sum() / posterior.mean.numel()
@@ -139,7 +139,7 @@ def test_in_every_second_step_smaller_latents_are_decoded_to_the_smaller_picture
 def test_resizing_is_pillows_bicubic():
     image = Image.fromarray(images_of(1)[0][..., 0])
     expected = np.asarray(image.convert("F").resize((32, 32), Image.Resampling.BICUBIC))
-    mine = resized(torch.from_numpy(np.asarray(image, np.float32).copy())[None, None], 32)[0, 0]
+    mine = resize(torch.from_numpy(np.asarray(image, np.float32).copy())[None, None], 32)[0, 0]
     np.testing.assert_allclose(mine.numpy(), expected, rtol=0, atol=1e-2)  # of 255; float32 and Pillow's own order of sums
 
 
@@ -237,7 +237,7 @@ def test_scenes_come_with_their_captions_and_shares_and_latents_are_their_means(
     assert mask[0, 0, 8, 7].item() == pytest.approx(cell, rel=1e-5)  # float32
 
     vae = VAE(CONFIG.vae)
-    latents = Latents(torch.cat(list(encoded(images, vae, CPU, chunk=3))), tokens, mask)
+    latents = Latents(torch.cat(list(encode_scenes(images, vae, CPU, chunk=3))), tokens, mask)
     with torch.no_grad():
         expected = vae.encode(to_pixels(images)).mean
     torch.testing.assert_close(latents.mean, expected, rtol=1e-4, atol=1e-5)  # float32, another batch size
@@ -263,11 +263,11 @@ def test_reconstruction_loss_is_the_sum_of_its_three_errors():
 
 
 def test_embeddings_start_large_and_residual_branches_near_zero():
-    encoder = initialised(small_model(CONFIG).text_encoder)
+    encoder = initialise(small_model(CONFIG).text_encoder)
     # standard error of the standard deviation: 0.5 / sqrt(2 n), n at least 512
     assert encoder.token_embedding.weight.std().item() == pytest.approx(0.5, rel=0.03)
     assert encoder.position_embedding.weight.std().item() == pytest.approx(0.1, rel=0.12)
-    unet = initialised(UNet(CONFIG.unet))
+    unet = initialise(UNet(CONFIG.unet))
     block = unet.middle.block_1
     x = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
     assert (block(x, torch.zeros(2, 64)) - x).abs().max() < 0.1  # a sum of 144 terms of 1e-3

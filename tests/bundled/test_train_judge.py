@@ -13,12 +13,12 @@ from minidiff.bundled.train_judge import (
     JUDGE_SETTINGS,
     JudgeTask,
     Labels,
-    augmented,
+    augment,
     judge_config,
+    judge_loss,
     judge_scene,
-    labels_of,
-    reading_loss,
-    retinted,
+    make_labels,
+    retint,
 )
 from minidiff.pictures import to_pixels
 from minidiff.scenes.scenes import sample_scene, visible_backgrounds
@@ -43,7 +43,7 @@ def test_the_judge_that_ships_fits_two_megabytes():
 
 def test_labels_are_those_of_the_scenes():
     config, some = judge_config(), scenes(40)
-    labels = labels_of(some, config)
+    labels = make_labels(some, config)
     assert {len(scene.objects) for scene in some} == {1, 2}
     for i, scene in enumerate(some):
         assert (config.colours[labels.background[i]], config.styles[labels.style[i]]) == (scene.background, scene.style)
@@ -84,7 +84,7 @@ def test_the_loss_is_the_sum_of_four_cross_entropies():
                     subject -= cover * reading.subjects[b, labels.subject[b, k], y, x].item() / 12
                     tint -= cover * reading.tints[b, labels.tint[b, k], y, x].item() / labels.cover.sum().item()
                 subject -= empty * reading.subjects[b, -1, y, x].item() / 12
-    assert_close(reading_loss(reading, labels).item(), subject + tint + background + style, rtol=1e-5, atol=0)  # fp32 sums
+    assert_close(judge_loss(reading, labels).item(), subject + tint + background + style, rtol=1e-5, atol=0)  # fp32 sums
 
 
 def test_the_loss_is_lowest_for_what_is_there():
@@ -92,22 +92,22 @@ def test_the_loss_is_lowest_for_what_is_there():
     wrong = dataclasses.replace(labels, background=(labels.background + 1) % 3)
     sure = torch.eye(3)[labels.background].mul(20).log_softmax(dim=1)
     reading = dataclasses.replace(made_up_reading(6, 5), backgrounds=sure)
-    assert reading_loss(reading, labels) < reading_loss(reading, wrong) - 19
+    assert judge_loss(reading, labels) < judge_loss(reading, wrong) - 19
 
 
 def test_augmentation_keeps_the_range_and_gives_each_picture_its_own():
     pixels = to_pixels(np.stack([scene.image for scene in scenes(8)]))
     rngs = lambda seeds: [np.random.default_rng(seed) for seed in seeds]
-    spoilt = augmented(pixels, rngs(range(8)))
+    spoilt = augment(pixels, rngs(range(8)))
     assert spoilt.min() >= -1 and spoilt.max() <= 1
     assert 0.005 < (spoilt - pixels).abs().mean() < 0.15  # lightly: a person sees the same things
-    assert torch.equal(augmented(pixels[3:5], rngs((3, 4))), spoilt[3:5])
+    assert torch.equal(augment(pixels[3:5], rngs((3, 4))), spoilt[3:5])
 
 
 def test_a_retinted_scene_has_the_same_things_in_the_same_places():
     rng = np.random.default_rng(1)
     for scene in scenes(30):
-        tinted = retinted(scene, rng)
+        tinted = retint(scene, rng)
         assert (tinted.background, tinted.style, tinted.relation) == (scene.background, scene.style, scene.relation)
         assert [(thing.subject, thing.box, thing.size) for thing in tinted.objects] == [
             (thing.subject, thing.box, thing.size) for thing in scene.objects

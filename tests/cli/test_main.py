@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import minidiff.attention
+from minidiff import samplers
 from minidiff.cli.generate import parse_size
 from minidiff.cli.model import choose_device, slug
 from minidiff.kernels import tiles
@@ -92,6 +93,14 @@ def test_a_batch_is_a_grid_and_each_picture_beside_it_by_its_seed(run, tmp_path)
     assert np.abs(alone - last).max() <= 1  # one seed gives one picture, alone or in a batch, to 1/255
 
 
+def test_the_samplers_are_listed_from_their_table(run, monkeypatch):
+    monkeypatch.setitem(samplers.SAMPLERS, "toy", samplers.Sampler(samplers.euler, "Toy", "for this test"))
+    code, out, _ = run("generate", "--sampler", "list")
+    lines = out.splitlines()
+    assert code == 0 and [line.split()[0] for line in lines] == list(samplers.SAMPLERS)
+    assert lines[-1] == "toy               Toy               for this test"
+
+
 def test_several_prompts_make_a_picture_each(run, tmp_path):
     code, _, _ = run("generate", "a cat", "a dog", "--steps", "2", "--out", "pets.png")
     assert code == 0
@@ -116,7 +125,7 @@ def test_attention_by_name_is_what_makes_the_picture(run, tmp_path, monkeypatch,
     weights_loader.save(small_model(), tmp_path / "model.safetensors")
     ways, choose = set(), minidiff.kernels.dispatch.select_backend
     run("generate", "a cat", "--model", "model.safetensors", "--steps", "2", "--out", "a.png", "--device", tiles.DEVICE)
-    monkeypatch.setattr(minidiff.attention, "chosen", lambda *args: ways.add(way := choose(*args)) or way)
+    monkeypatch.setattr(minidiff.attention, "select_backend", lambda *args: ways.add(way := choose(*args)) or way)
     code, _, err = run(
         "generate", "a cat", "--model", "model.safetensors", "--steps", "2", "--out", "b.png", "--device", tiles.DEVICE, "--attention", name
     )

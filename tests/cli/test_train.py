@@ -277,7 +277,7 @@ def test_attention_by_name_holds_for_the_whole_run(run, monkeypatch, args):
         raise ValueError(f"begun with attention {active_backend()}")
 
     monkeypatch.setattr(memory, "estimate_memory", begun)
-    monkeypatch.setattr("minidiff.bundled.run.foretold", lambda *_: {})
+    monkeypatch.setattr("minidiff.bundled.run.estimate_seconds", lambda *_: {})
     monkeypatch.setattr("minidiff.bundled.run.run_from_scratch", begun)
     assert "begun with attention naive" in run("train", *args, "--attention", "naive")[2]
     assert active_backend() == "auto"
@@ -348,8 +348,8 @@ def test_the_recipes_are_told_apart(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainers_run, "run_from_scratch", spy("alone"))
     monkeypatch.setattr(make, "run_bundled", spy("whole"))
-    monkeypatch.setattr(trainers_run, "foretold", lambda *_: {"scenes": 1.0})
-    monkeypatch.setattr(make, "foretold_bundled", lambda *_: {"judge": 3000.0, "evaluation": 1000.0})
+    monkeypatch.setattr(trainers_run, "estimate_seconds", lambda *_: {"scenes": 1.0})
+    monkeypatch.setattr(make, "estimate_bundled_seconds", lambda *_: {"judge": 3000.0, "evaluation": 1000.0})
     code, _, err = run("train", "from-scratch", "a", "--recipe", "bundled", "--steps", "7")
     assert code == 0 and "judge 50 min, evaluation 17 min; 1 h 7 min in all" in err, err
     code, _, err = run("train", "from-scratch", "b", "--recipe", "half", "--vae", "tiny", "--compile", "no")

@@ -21,7 +21,10 @@ from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
 from minidiff.vae import VAE
-from weights_loader.dialects import TEXT_ENCODER_SPELLINGS, from_file, respell, table
+from weights_loader.dialects import TEXT_DIFFUSERS_ALIASES
+from weights_loader.families.shared import DIFFUSERS
+from weights_loader.families.stable_diffusion_2 import STABLE_DIFFUSION_2
+from weights_loader.name_table import PartNames, canonical_name, from_file, name_table
 
 
 @dataclass(frozen=True)
@@ -146,10 +149,10 @@ def open_clip_text(config: TextEncoderConfig, dtype: torch.dtype) -> open_clip.t
     return randomise(text.to(dtype))
 
 
-def with_weights_of(ours: UNet | VAE | TextEncoder, layout: str, tensors: dict[str, Tensor]) -> UNet | VAE | TextEncoder:
-    """Our module, made on the meta device, given the tensors of a reference under the names that files of the layout have."""
+def with_weights_of(ours: UNet | VAE | TextEncoder, names: PartNames, tensors: dict[str, Tensor]) -> UNet | VAE | TextEncoder:
+    """Our module, made on the meta device, given the tensors of a reference under these names."""
     own = ours.state_dict()
-    weights = {name: from_file(tensors[place.name], place, own[name]) for name, place in table(ours, layout).items()}
+    weights = {name: from_file(tensors[place.name], place, own[name]) for name, place in name_table(ours, names).items()}
     ours.load_state_dict(weights, assign=True)
     return ours.eval().requires_grad_(False)
 
@@ -158,29 +161,30 @@ def unets(shape: Shape, dtype: torch.dtype) -> tuple[UNet, diffusers.UNet2DCondi
     theirs = diffusers_unet(shape.unet, dtype)
     with torch.device("meta"):
         ours = UNet(shape.unet)
-    return with_weights_of(ours, "diffusers", theirs.state_dict()), theirs
+    return with_weights_of(ours, DIFFUSERS["unet"], theirs.state_dict()), theirs
 
 
 def vaes(shape: Shape, dtype: torch.dtype) -> tuple[VAE, diffusers.AutoencoderKL]:
     theirs = diffusers_vae(shape.vae, dtype)
     with torch.device("meta"):
         ours = VAE(shape.vae)
-    return with_weights_of(ours, "diffusers", theirs.state_dict()), theirs
+    return with_weights_of(ours, DIFFUSERS["vae"], theirs.state_dict()), theirs
 
 
 def text_encoders(shape: Shape, dtype: torch.dtype) -> tuple[TextEncoder, transformers.CLIPTextModel]:
     theirs = transformers_text(shape.text, dtype)
     with torch.device("meta"):
         ours = TextEncoder(shape.text)
-    tensors = {respell(name, TEXT_ENCODER_SPELLINGS): tensor for name, tensor in theirs.state_dict().items()}
-    return with_weights_of(ours, "diffusers", tensors), theirs
+    tensors = {canonical_name(name, TEXT_DIFFUSERS_ALIASES): tensor for name, tensor in theirs.state_dict().items()}
+    return with_weights_of(ours, DIFFUSERS["text_encoder"], tensors), theirs
 
 
 def open_clips(shape: Shape, dtype: torch.dtype) -> tuple[TextEncoder, open_clip.transformer.TextTransformer]:
     theirs = open_clip_text(shape.text, dtype)
     with torch.device("meta"):
         ours = TextEncoder(shape.text)
-    return with_weights_of(ours, "ldm", {f"cond_stage_model.model.{name}": tensor for name, tensor in theirs.state_dict().items()}), theirs
+    names = STABLE_DIFFUSION_2.names["ldm"]["text_encoder"]
+    return with_weights_of(ours, names, {names.prefix + name: tensor for name, tensor in theirs.state_dict().items()}), theirs
 
 
 @cache

@@ -133,7 +133,7 @@ def test_the_names_are_those_of_stable_diffusion_1():
 
 def test_every_tensor_of_the_file_is_used():
     report = load_with_report("tiny").report
-    assert not report.carried and not report.ignored
+    assert not report.extra and not report.ignored
     with safetensors.safe_open(FILE, "pt") as file:
         assert sorted([*report.used, *report.converted]) == sorted(file.keys())
 

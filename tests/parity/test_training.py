@@ -33,7 +33,8 @@ from minidiff.vae import VAE
 from tests.small_concepts import FOLDER, picture_folder
 from tests.small_models import small_config, small_model
 from tests.small_task import CPU
-from weights_loader.lora import layer_places
+from weights_loader.adapters.lora import layer_locations
+from weights_loader.adapters.peft import PEFT
 
 SETTINGS = Settings(steps=20, batch=4, learning_rate=1e-2, warmup_steps=3, schedule="cosine")
 FULL = Settings(steps=20, batch=4, learning_rate=1e-3)
@@ -81,7 +82,7 @@ def test_twenty_steps_of_lora_are_pefts(tmp_path, prediction):
 
     unet = reference_unet(sd, tmp_path / "model").requires_grad_(False)
     unet.add_adapter(peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    places, modules, params = layer_places(sd, "diffusers"), dict(unet.named_modules()), []
+    places, modules, params = layer_locations(sd, PEFT), dict(unet.named_modules()), []
     for name, low in method.lora.layers.items():
         theirs = modules[places[name].name.removeprefix("unet.")]
         for half, ours in ((theirs.lora_A["default"], low.down), (theirs.lora_B["default"], low.up)):

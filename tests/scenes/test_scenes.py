@@ -21,7 +21,7 @@ from minidiff.scenes.art import (
     sheet,
     subject_names,
     subjects,
-    tinted,
+    tint_picture,
     visible_backgrounds,
 )
 from minidiff.scenes.scenes import SPLITS, Item, bpe_merges, caption_of, compose, held_out_pairs, is_held_out_pair, prompts, sample_scene
@@ -247,7 +247,7 @@ def test_no_dark_fringe_is_drawn_around_an_object():
 def test_a_tint_keeps_to_its_colour_and_keeps_the_shading(colour):
     for name in ("cat", "panda", "banana", "robot"):
         for style in STYLES:
-            before, after = art(name, style), tinted(art(name, style), colour)
+            before, after = art(name, style), tint_picture(art(name, style), colour)
             solid = before[..., 3] > 200
             mean = after[solid][:, :3].mean(0)
             distance = {other: np.linalg.norm(mean - np.array(rgb)) for other, rgb in COLOURS.items()}

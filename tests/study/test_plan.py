@@ -7,7 +7,7 @@ from minidiff.study import plan
 
 
 def test_every_run_has_a_name_of_its_own_that_is_a_file_name():
-    names = [run.name for run in plan.runs("all")]
+    names = [run.name for run in plan.list_runs("all")]
     assert len(names) == len(set(names)) and all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-") for name in names)
 
 
@@ -27,25 +27,25 @@ def test_all_methods_see_as_many_samples(part):
 
 
 def test_a_variant_of_custom_diffusion_differs_in_one_thing():
-    base = plan.standard("custom-diffusion")
+    base = plan.standard_options("custom-diffusion")
     for name, changed in (
         ("augmentation", "sizes"),
         ("no regularisation", "prior"),
         ("random first token", "start"),
         ("all of cross-attention", "all_of_attention"),
     ):
-        options = plan.custom()[name].options
+        options = plan.custom_variants()[name].options
         assert [field for field in vars(base) if getattr(base, field) != getattr(options, field)] == [changed], name
 
 
 def test_what_was_mended_differs_in_its_numbers_alone():
-    for name, old in plan.before().items():
-        new = plan.methods()[name]
+    for name, old in plan.unmended_variants().items():
+        new = plan.method_variants()[name]
         assert old.method == new.method == name and type(old.options) is type(new.options) and old.options != new.options
 
 
 def test_unknown_parts_are_named():
     with pytest.raises(ValueError, match="part 'all of it' unknown; choose all, methods"):
-        plan.runs("all of it")
+        plan.list_runs("all of it")
     with pytest.raises(ValueError, match="part 'pairs' has no variants"):
         plan.variants("pairs")

@@ -10,15 +10,15 @@ from PIL import Image
 
 from minidiff.evaluation.kid import kid
 from minidiff.study import report
-from minidiff.study.plan import SEEDS, SUBJECTS, UNTOUCHED, runs
-from minidiff.study.report import STUDENT, Interval, Results, decided, findings, interval, read, tables
+from minidiff.study.plan import SEEDS, SUBJECTS, UNTOUCHED, list_runs
+from minidiff.study.report import STUDENT, Interval, Results, decide, interval_over_subjects, judge_claims, make_tables, read_results
 
 SUBJECT_NAMES = list(SUBJECTS)
 
 
 def test_an_interval_of_equal_values_is_a_point_and_one_subject_tells_nothing_of_others():
-    assert interval({(name, seed): 0.25 for name in "ab" for seed in (0, 1)}) == Interval(0.25, 0.25, 0.25)
-    assert interval({("a", seed): float(seed) for seed in range(2)}) == Interval(0.5, -np.inf, np.inf)
+    assert interval_over_subjects({(name, seed): 0.25 for name in "ab" for seed in (0, 1)}) == Interval(0.25, 0.25, 0.25)
+    assert interval_over_subjects({("a", seed): float(seed) for seed in range(2)}) == Interval(0.5, -np.inf, np.inf)
 
 
 def test_quantiles_are_students():
@@ -35,10 +35,10 @@ def test_quantiles_are_students():
 
 def test_an_interval_is_that_of_the_subjects_means_however_many_seeds_they_have():
     values = {(name, seed): float(i + 10 * (seed - 1)) for i, name in enumerate("abcde") for seed in range(3)}
-    found = interval(values)
+    found = interval_over_subjects(values)
     half = 2.776 * 2.5**0.5 / 5**0.5  # 0..4 have the variance 2.5
     assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - half, 2 + half))
-    assert interval({key: value for key, value in values.items() if key[1] == 1}) == found
+    assert interval_over_subjects({key: value for key, value in values.items() if key[1] == 1}) == found
 
 
 @pytest.mark.parametrize("subjects", [2, 3, 5])
@@ -47,16 +47,16 @@ def test_95_of_100_intervals_hold_the_truth(subjects):
     hits = 0
     for _ in range(1000):
         shifts = rng.normal(size=subjects)
-        found = interval({(str(i), seed): shift + 0.5 * rng.normal() for i, shift in enumerate(shifts) for seed in range(2)})
+        found = interval_over_subjects({(str(i), seed): shift + 0.5 * rng.normal() for i, shift in enumerate(shifts) for seed in range(2)})
         hits += found.low <= 0 <= found.high
     assert 922 <= hits <= 978  # 950 +- 4 binomial deviations of 6.9
 
 
 def test_a_mean_of_nothing_or_of_a_crowd_is_refused():
     with pytest.raises(ValueError, match="values of 0 subjects"):
-        interval({})
+        interval_over_subjects({})
     with pytest.raises(ValueError, match="values of 6 subjects; give those of 1 to 5"):
-        interval({(name, 0): 0.0 for name in "abcdef"})
+        interval_over_subjects({(name, 0): 0.0 for name in "abcdef"})
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,11 @@ def test_a_mean_of_nothing_or_of_a_crowd_is_refused():
     ],
 )
 def test_a_claim_is_decided_by_the_whole_interval(low, high, wanted, verdict):
-    assert decided(Interval((low + high) / 2, low, high), wanted) == verdict
+    assert decide(Interval((low + high) / 2, low, high), wanted) == verdict
 
 
 def test_a_claim_without_runs_is_not_decided():
-    assert decided(None, "better") == "is not decided"
+    assert decide(None, "better") == "is not decided"
 
 
 NAMED = {UNTOUCHED: 0.0, "prefix": 0.0}  # the others 0.5
@@ -100,7 +100,7 @@ def made_up(tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "made-by.json").write_text('{"machine": {"processor": "an abacus"}}')
     rng = np.random.default_rng(0)
-    for run in runs("methods"):
+    for run in list_runs("methods"):
         if run.variant not in LIKENESS:
             continue
         shift = 0.1 * SUBJECT_NAMES.index(run.subjects[0]) + 0.01 * run.seed
@@ -134,16 +134,16 @@ class FakeJudge:
 
 
 def test_differences_are_taken_run_by_run(made_up):
-    results = read(made_up)
+    results = read_results(made_up)
     found = results.difference(("methods", "lora"), ("methods", UNTOUCHED), "likeness")
     # the same for every subject and seed, though these differ by half a unit among themselves
     assert (found.mean, found.low, found.high) == pytest.approx((0.2, 0.2, 0.2))
-    assert len(results.of("methods", "lora", "likeness")) == len(SUBJECTS) * len(SEEDS)
+    assert len(results.values("methods", "lora", "likeness")) == len(SUBJECTS) * len(SEEDS)
     assert results.difference(("methods", "lora"), ("methods", "nothing"), "likeness") is None
 
 
 def test_the_tables_say_what_learnt_and_what_it_cost(made_up):
-    found = tables(read(made_up), report.kids(read(made_up), FakeJudge()))
+    found = make_tables(read_results(made_up), report.kid_by_method(read_results(made_up), FakeJudge()))
     assert set(found) == {"Methods", "What they cost"}
     learned = {line.split(" | ")[0].strip("| "): line.rstrip(" |").split(" | ")[-1] for line in found["Methods"].splitlines()[2:]}
     assert learned == {
@@ -160,7 +160,7 @@ def test_the_tables_say_what_learnt_and_what_it_cost(made_up):
 
 
 def test_findings_hold_or_do_not_by_the_results(made_up):
-    found = {one.claim: one for one in findings(read(made_up))}
+    found = {one.claim: one for one in judge_claims(read_results(made_up))}
     assert found["In full fine-tuning the weights of cross-attention move most."].holds == "holds"
     best = found["Of Custom Diffusion, DreamBooth and Textual Inversion the last keeps the class best."]
     assert best.holds == "holds" and "textual-inversion minus dreambooth: kept 0.400 [0.400, 0.400]" in best.figures
@@ -184,7 +184,7 @@ def test_claims_about_custom_diffusion_are_held_against_its_own_runs(claim, part
     for gaps in (scores, worse):
         rows = [row("methods", "custom-diffusion", subject, dict.fromkeys(gaps, 0.5)) for subject in SUBJECTS]
         rows += [row(part, variant, subject, {score: 0.5 + gap for score, gap in gaps.items()}) for subject in SUBJECTS]
-        (one,) = findings(Results(Path("."), tuple(rows)))
+        (one,) = judge_claims(Results(Path("."), tuple(rows)))
         assert one.claim.startswith(claim)
         verdicts.append(one.holds)
     assert verdicts == ["holds", "does not hold"]
@@ -194,12 +194,12 @@ def test_kid_leaves_out_pairs_of_a_prompt_and_sees_other_scenes_for_each_seed(ma
     judge, asked = FakeJudge(), []
     encode = judge.encode_pictures
     judge.encode_pictures = lambda pixels: asked.append(pixels) or encode(pixels)
-    found = read(made_up).kid(judge, "methods", "lora")
+    found = read_results(made_up).kid(judge, "methods", "lora")
     assert len(asked) == len(SUBJECTS) * len(SEEDS) and len({pixels.numpy().tobytes() for pixels in asked}) == len(asked)
     drawn = torch.cat(
         [
             torch.from_numpy(np.load(made_up / "features" / f"{row['name']}.npy")).float()
-            for row in read(made_up).rows
+            for row in read_results(made_up).rows
             if row["run"]["variant"] == "lora"
         ]
     )
@@ -207,7 +207,7 @@ def test_kid_leaves_out_pairs_of_a_prompt_and_sees_other_scenes_for_each_seed(ma
     group = torch.cat(
         [
             torch.arange(36) + 36 * SUBJECT_NAMES.index(row["run"]["subjects"][0])
-            for row in read(made_up).rows
+            for row in read_results(made_up).rows
             if row["run"]["variant"] == "lora"
         ]
     )
@@ -216,7 +216,7 @@ def test_kid_leaves_out_pairs_of_a_prompt_and_sees_other_scenes_for_each_seed(ma
 
 
 def test_the_report_writes_its_files(made_up):
-    text = report.write(read(made_up), FakeJudge())
+    text = report.write_report(read_results(made_up), FakeJudge())
     assert (made_up / "study.md").read_text() == text
     kept = json.loads((made_up / "study.json").read_text())
     assert len(kept["results"]) == len(LIKENESS) * len(SUBJECTS) * len(SEEDS) and kept["findings"]
@@ -229,7 +229,7 @@ def test_the_report_writes_its_files(made_up):
 
 def test_intervals_are_drawn_where_they_are():
     rows = [("a", Interval(0.1, -0.1, 0.3)), ("of one subject", Interval(0.1, -np.inf, np.inf)), ("b", Interval(-0.2, -0.25, -0.15))]
-    picture = np.asarray(report.drawn_intervals(rows))
+    picture = np.asarray(report.draw_intervals(rows))
     assert picture.shape[0] == 3 * report.LINE  # two lines and the axis
     blue = (picture == (65, 105, 225)).all(axis=2)
     for line, one in ((0, rows[0][1]), (1, rows[2][1])):
@@ -240,4 +240,4 @@ def test_intervals_are_drawn_where_they_are():
 
 def test_a_folder_without_results_says_what_to_run(tmp_path):
     with pytest.raises(ValueError, match="no results; run minidiff evaluate study"):
-        read(tmp_path)
+        read_results(tmp_path)

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -12,19 +13,21 @@ from diffusers.loaders.single_file_utils import (
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidiff.config import SD1, SD2
-from minidiff.text_encoder import TextEncoder
 from minidiff.unet import UNet
-from minidiff.vae import VAE
-from tests.checkpoints import family_configs, family_model, public_keys
-from weights_loader import dialects
+from tests.checkpoints import family_configs, family_model, ldm_shapes, part_to_file, public_keys
+from tests.small_models import small_model
+from weights_loader.dialects import CLIP_LDM_ALIASES, TEXT_DIFFUSERS_ALIASES, VAE_DIFFUSERS_ALIASES
+from weights_loader.empty_parts import empty_parts
+from weights_loader.families import family_of_config, part_names
+from weights_loader.name_table import canonical_name, ema_name, file_shapes, from_file, name_table, to_file
 from weights_loader.report import Report
 
 INPAINTING = dataclasses.replace(SD1, unet=dataclasses.replace(SD1.unet, in_channels=9))
 
 
-def parts_of(config):
-    with torch.device("meta"):
-        return TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae)
+def parts_of(config, layout):
+    """The modules on the meta device, and how a layout names them."""
+    return [(part, part_names(config, name, layout)) for name, part in empty_parts(config)._asdict().items()]
 
 
 def shapes(tensors):
@@ -35,28 +38,28 @@ def shapes(tensors):
 def test_every_name_of_a_public_ldm_file_is_known_and_no_other_is_needed(version, config):
     keys = public_keys(version)
     tensors = {name: torch.empty(shape, device="meta") for name, shape in keys.items()}
-    tensors |= {dialects.ema_name(name): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    report = Report(config.text_encoder.layers)
+    tensors |= {ema_name(name): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    report = Report(family_of_config(config), config)
     prefixes = ("cond_stage_model.", "model.diffusion_model.", "first_stage_model.")
-    for part, prefix in zip(parts_of(config), prefixes):
-        report.add_part(part, "ldm", {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+    for (part, names), prefix in zip(parts_of(config, "ldm"), prefixes):
+        report.add_part(part, names, {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)})
     report.add_rest([name for name in tensors if not name.startswith(prefixes)])
     assert report.problem() is None
-    assert len(report.used) + len(report.converted) + len(report.carried) + len(report.ignored) == len(tensors)
-    assert len(report.carried) == (14 if version == 2 else 0)  # resblock 23, text_projection, logit_scale
+    assert len(report.used) + len(report.converted) + len(report.extra) + len(report.ignored) == len(tensors)
+    assert len(report.extra) == (14 if version == 2 else 0)  # resblock 23, text_projection, logit_scale
     assert sum(name.startswith("model_ema.") for name in report.ignored) == 686 + 2
 
 
 @pytest.mark.parametrize("version, config", [(1, SD1), (2, SD2)])
 def test_full_size_names_and_shapes_map_to_ldm_and_back(version, config):
     keys = public_keys(version)
-    for part in parts_of(config):
-        written = dialects.to_file(part, "ldm")
+    for part, names in parts_of(config, "ldm"):
+        written = to_file(part, names)
         assert shapes(written) == {name: keys[name] for name in written}
-        places, ours = dialects.table(part, "ldm"), part.state_dict()
-        back = {name: dialects.from_file(written[place.name], place, ours[name]) for name, place in places.items()}
+        locations, ours = name_table(part, names), part.state_dict()
+        back = {name: from_file(written[there.name], there, ours[name]) for name, there in locations.items()}
         assert shapes(back) == shapes(ours)
-        assert len({(place.name, place.third) for place in places.values()}) == len(ours), "two parameters in one place"
+        assert len({(there.name, there.qkv_index) for there in locations.values()}) == len(ours), "two parameters in one place"
 
 
 @pytest.mark.parametrize("config", [SD1, SD2, INPAINTING], ids=["SD 1.5", "SD 2.1", "SD 1.5 inpainting"])
@@ -84,10 +87,10 @@ def test_full_size_names_and_shapes_are_those_of_diffusers_and_transformers(conf
                 hidden_act=text.activation,
             )
         )
-    ours_text, ours_unet, ours_vae = (dialects.file_shapes(part, "diffusers") for part in parts_of(config))
+    ours_text, ours_unet, ours_vae = (file_shapes(part, names) for part, names in parts_of(config, "diffusers"))
     assert ours_unet == shapes(theirs_unet.state_dict())
     assert ours_vae == shapes(theirs_vae.state_dict())
-    respelled = {dialects.respell(name, dialects.TEXT_ENCODER_SPELLINGS): t for name, t in theirs_text.state_dict().items()}
+    respelled = {canonical_name(name, TEXT_DIFFUSERS_ALIASES): t for name, t in theirs_text.state_dict().items()}
     respelled.pop("text_model.embeddings.position_ids", None)  # a buffer of older transformers
     assert ours_text == shapes(respelled)
 
@@ -101,21 +104,21 @@ def assert_equal_tensors(ours, theirs):
 @pytest.mark.parametrize("name", family_configs())
 def test_ldm_names_become_diffusers_names_by_the_rules_of_diffusers_own_converter(name):
     sd = family_model(name)
-    theirs = convert_ldm_unet_checkpoint(dialects.to_file(sd.unet, "ldm"), {"layers_per_block": sd.config.unet.blocks_per_level})
-    assert_equal_tensors(dialects.to_file(sd.unet, "diffusers"), theirs)
+    theirs = convert_ldm_unet_checkpoint(part_to_file(sd, "unet", "ldm"), {"layers_per_block": sd.config.unet.blocks_per_level})
+    assert_equal_tensors(part_to_file(sd, "unet", "diffusers"), theirs)
 
     levels = [""] * len(sd.config.vae.widths)
-    theirs = convert_ldm_vae_checkpoint(dialects.to_file(sd.vae, "ldm"), {"down_block_types": levels, "up_block_types": levels})
-    assert_equal_tensors(dialects.to_file(sd.vae, "diffusers"), theirs)
+    theirs = convert_ldm_vae_checkpoint(part_to_file(sd, "vae", "ldm"), {"down_block_types": levels, "up_block_types": levels})
+    assert_equal_tensors(part_to_file(sd, "vae", "diffusers"), theirs)
 
-    ldm = dialects.to_file(sd.text_encoder, "ldm")
+    ldm = part_to_file(sd, "text_encoder", "ldm")
     if sd.config.text_encoder.activation == "gelu":
         config = CLIPTextConfig(hidden_size=sd.config.text_encoder.width)
         theirs = convert_open_clip_checkpoint(_WithConfig(config), ldm)
     else:
         theirs = convert_ldm_clip_checkpoint(ldm)
-    theirs = {dialects.respell(name, dialects.TEXT_ENCODER_SPELLINGS): tensor for name, tensor in theirs.items()}
-    assert_equal_tensors(dialects.to_file(sd.text_encoder, "diffusers"), theirs)
+    theirs = {canonical_name(name, TEXT_DIFFUSERS_ALIASES): tensor for name, tensor in theirs.items()}
+    assert_equal_tensors(part_to_file(sd, "text_encoder", "diffusers"), theirs)
 
 
 class _WithConfig:
@@ -129,35 +132,61 @@ class _WithConfig:
 @pytest.mark.parametrize("name", family_configs())
 def test_what_is_written_is_read_back_bit_by_bit(name, layout):
     sd = family_model(name)
-    for part in (sd.text_encoder, sd.unet, sd.vae):
-        written, ours = dialects.to_file(part, layout), part.state_dict()
-        assert shapes(written) == dialects.file_shapes(part, layout)
-        for key, place in dialects.table(part, layout).items():
-            assert torch.equal(dialects.from_file(written[place.name], place, ours[key]), ours[key])
+    for name, part in sd.parts.items():
+        names = part_names(sd.config, name, layout)
+        written, ours = to_file(part, names), part.state_dict()
+        assert shapes(written) == file_shapes(part, names)
+        for key, there in name_table(part, names).items():
+            assert torch.equal(from_file(written[there.name], there, ours[key]), ours[key])
 
 
 def test_reading_gives_views_of_the_files_tensors():
     sd = family_model("SD 2")
-    for part in (sd.text_encoder, sd.vae):
-        written = dialects.to_file(part, "ldm")
-        for key, place in dialects.table(part, "ldm").items():
-            read = dialects.from_file(written[place.name], place, part.state_dict()[key])
-            assert read.untyped_storage().data_ptr() == written[place.name].untyped_storage().data_ptr()
+    for name in ("text_encoder", "vae"):
+        part, names = sd.parts[name], part_names(sd.config, name, "ldm")
+        written = to_file(part, names)
+        for key, there in name_table(part, names).items():
+            read = from_file(written[there.name], there, part.state_dict()[key])
+            assert read.untyped_storage().data_ptr() == written[there.name].untyped_storage().data_ptr()
 
 
 def test_older_spellings_are_known():
-    def spell(name, spellings):
-        return dialects.respell(name, spellings)
-
-    assert spell("encoder.mid_block.attentions.0.query.weight", dialects.VAE_SPELLINGS) == "encoder.mid_block.attentions.0.to_q.weight"
-    assert spell("decoder.mid_block.attentions.0.proj_attn.bias", dialects.VAE_SPELLINGS) == "decoder.mid_block.attentions.0.to_out.0.bias"
+    assert (
+        canonical_name("encoder.mid_block.attentions.0.query.weight", VAE_DIFFUSERS_ALIASES) == "encoder.mid_block.attentions.0.to_q.weight"
+    )
+    assert (
+        canonical_name("decoder.mid_block.attentions.0.proj_attn.bias", VAE_DIFFUSERS_ALIASES)
+        == "decoder.mid_block.attentions.0.to_out.0.bias"
+    )
     expected = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
-    assert spell("cond_stage_model.text_model.final_layer_norm.bias", dialects.LDM_SPELLINGS) == expected
-    assert spell("cond_stage_model.transformer.final_layer_norm.bias", dialects.LDM_SPELLINGS) == expected
-    assert spell(expected, dialects.LDM_SPELLINGS) == expected
-    assert spell("encoder.layers.0.mlp.fc1.bias", dialects.TEXT_ENCODER_SPELLINGS) == "text_model.encoder.layers.0.mlp.fc1.bias"
+    assert canonical_name("cond_stage_model.text_model.final_layer_norm.bias", CLIP_LDM_ALIASES) == expected
+    assert canonical_name("cond_stage_model.transformer.final_layer_norm.bias", CLIP_LDM_ALIASES) == expected
+    assert canonical_name(expected, CLIP_LDM_ALIASES) == expected
+    assert canonical_name("encoder.layers.0.mlp.fc1.bias", TEXT_DIFFUSERS_ALIASES) == "text_model.encoder.layers.0.mlp.fc1.bias"
 
 
 def test_an_unknown_layout_is_refused():
     with pytest.raises(ValueError, match="layout 'comfy' unknown; choose ldm or diffusers"):
-        dialects.table(family_model("SD 1").unet, "comfy")
+        part_names(SD1, "unet", "comfy")
+
+
+@pytest.mark.parametrize("layout", ["ldm", "diffusers"])
+def test_each_block_of_a_transformer_has_its_own_name(layout):
+    config = family_configs()["SD 1"]
+    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, attention=(2, 1, 3)))
+    unet = UNet(config.unet)
+    names, ours = part_names(config, "unet", layout), unet.state_dict()
+    written = to_file(unet, names)
+    assert shapes(written) == file_shapes(unet, names) and len(written) == len(ours)
+    depths = {name.split("transformer_blocks.")[1][0] for name in written if "transformer_blocks." in name}
+    assert depths == {"0", "1", "2"}
+    for key, there in name_table(unet, names).items():
+        assert torch.equal(from_file(written[there.name], there, ours[key]), ours[key])
+        number = re.search(r"transformers?(?:\.\d+)?\.blocks\.(\d+)", key)
+        assert number is None or f"transformer_blocks.{number[1]}." in there.name
+
+
+def test_the_depth_of_transformers_is_read_off_the_names():
+    config = family_configs()["SD 1"]
+    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, attention=(2, 0, 3)))
+    assert family_of_config(config).sizes(ldm_shapes(small_model(config)))["U-Net attention"] == (2, 0, 3)

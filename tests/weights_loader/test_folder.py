@@ -11,8 +11,8 @@ from transformers import CLIPTokenizer
 import weights_loader
 from minidiff.config import SD1, SD2, ModelConfig
 from minidiff.tokenizer import Tokenizer
-from tests.checkpoints import assert_same_model, family_configs, family_model
-from weights_loader import detect, dialects
+from tests.checkpoints import assert_same_model, family_configs, family_model, part_to_file
+from weights_loader import prediction
 from weights_loader.folder import folder_config, write_folder_config
 from weights_loader.write import write_safetensors
 
@@ -51,10 +51,10 @@ def test_diffusers_runs_a_saved_folder_and_gives_the_same_picture(family, tmp_pa
 def test_a_text_encoder_without_its_prefix_and_an_old_vae_are_read(tmp_path):
     sd = family_model("SD 1")
     weights_loader.save(sd, tmp_path / "model", layout="diffusers")
-    text = dialects.to_file(sd.text_encoder, "diffusers")
+    text = part_to_file(sd, "text_encoder", "diffusers")
     write_safetensors(tmp_path / "model/text_encoder/model.safetensors", {k.removeprefix("text_model."): t for k, t in text.items()})
     vae, old = {}, {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    for name, tensor in dialects.to_file(sd.vae, "diffusers").items():
+    for name, tensor in part_to_file(sd, "vae", "diffusers").items():
         for new, spelling in old.items():
             name = name.replace(f"attentions.0.{new}.", f"attentions.0.{spelling}.")
         vae[name] = tensor
@@ -100,7 +100,7 @@ def test_a_damaged_json_file_is_named(tmp_path):
 
 
 def test_an_old_folder_that_does_not_say_the_prediction_is_tested_only_for_sd_2(tmp_path, monkeypatch):
-    monkeypatch.setattr(detect, "noise_correlation", lambda *parts: 0.99)
+    monkeypatch.setattr(prediction, "noise_correlation", lambda *parts: 0.99)
     for family, tested in (("SD 1", False), ("SD 2", True)):
         folder = tmp_path / family
         weights_loader.save(family_model(family), folder, layout="diffusers")

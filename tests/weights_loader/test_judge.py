@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from minidiff.bundled.judge import Judge, JudgeOutput
-from minidiff.bundled.train_judge import judge_config, labels_of
+from minidiff.bundled.train_judge import judge_config, make_labels
 from minidiff.pictures import to_pixels
 from minidiff.scenes.scenes import COLOURS, STYLES, sample_scene, subjects
 from minidiff.trainers.engine.loop import with_seed
@@ -106,7 +106,7 @@ def scores(judge, seed, count):
     asked = {name: [] for name in STATED}
     for _ in range(count // 100):
         scenes = [sample_scene(rng, split="all_subjects") for _ in range(100)]
-        labels, reading = labels_of(scenes, config), judge.read(to_pixels(np.stack([scene.image for scene in scenes])))
+        labels, reading = make_labels(scenes, config), judge.read(to_pixels(np.stack([scene.image for scene in scenes])))
         likeliest = reading.shares().topk(2).indices
         first = labels.subject[:, 0]
         right = {

@@ -7,10 +7,13 @@ import torch
 
 import weights_loader
 from minidiff.config import SD1
-from tests.checkpoints import CONTAINERS, assert_same_model, extras, family_configs, family_model, ldm_tensors, public_keys
+from tests.checkpoints import CONTAINERS, assert_same_model, extras, family_configs, family_model, ldm_tensors, plug_in, public_keys
 from tests.small_models import small_config, small_model
-from weights_loader import detect, dialects, metadata
-from weights_loader.load import _ask_prediction, _choose_dtype
+from weights_loader import metadata, prediction
+from weights_loader.families.shared import UNET_PREFIX
+from weights_loader.families.stable_diffusion_1 import STABLE_DIFFUSION_1
+from weights_loader.families.stable_diffusion_2 import STABLE_DIFFUSION_2
+from weights_loader.load import _choose_dtype
 from weights_loader.write import write_safetensors
 
 FAMILIES = list(family_configs())
@@ -30,7 +33,7 @@ def test_every_family_is_read_bit_by_bit_from_every_container(family, container,
 def test_transformers_stored_as_matrices_or_convolutions_give_the_same_model(tmp_path):
     sd = family_model("SD 1")
     tensors = {name: tensor[:, :, 0, 0] if "proj_in.weight" in name else tensor for name, tensor in ldm_tensors(sd).items()}
-    assert tensors[f"{dialects.UNET_PREFIX}middle_block.1.proj_in.weight"].dim() == 2
+    assert tensors[f"{UNET_PREFIX}middle_block.1.proj_in.weight"].dim() == 2
     write_safetensors(tmp_path / "model.safetensors", tensors)
     assert_same_model(weights_loader.load(tmp_path / "model.safetensors", config=sd.config), sd)
 
@@ -108,12 +111,14 @@ def test_prediction_overrides_the_file_and_is_checked(tmp_path):
 def small_families(monkeypatch):
     """The small models take the places of the public ones, so that they are recognised without a config."""
     configs = family_configs()
-    monkeypatch.setitem(detect.FAMILIES, "Stable Diffusion 1.x", configs["SD 1"])
-    monkeypatch.setattr(detect, "OPEN_CLIP_LAYERS", 3)
     # The small ones are as wide as each other; the real ones are not.
     wider = dataclasses.replace(configs["SD 2"], text_encoder=dataclasses.replace(configs["SD 2"].text_encoder, width=32, heads=4))
     wider = dataclasses.replace(wider, unet=dataclasses.replace(wider.unet, context_width=32))
-    monkeypatch.setitem(detect.FAMILIES, "Stable Diffusion 2.x", wider)
+    plug_in(
+        monkeypatch,
+        dataclasses.replace(STABLE_DIFFUSION_1, config=configs["SD 1"]),
+        dataclasses.replace(STABLE_DIFFUSION_2, config=wider),
+    )
     return {"SD 1": configs["SD 1"], "SD 2": wider}
 
 
@@ -138,11 +143,11 @@ def test_metadata_of_other_programs_says_the_prediction(small_families, stated, 
 def test_an_sd_2_file_that_says_nothing_is_tested_and_the_decision_is_said(small_families, correlation, expected, tmp_path, monkeypatch):
     sd = small_model(small_families["SD 2"])
     write_safetensors(tmp_path / "model.safetensors", ldm_tensors(sd))
-    monkeypatch.setattr(detect, "noise_correlation", lambda *parts: correlation)
+    monkeypatch.setattr(prediction, "noise_correlation", lambda *parts: correlation)
     loaded = weights_loader.load(tmp_path / "model.safetensors")
     assert loaded.config.schedule.prediction == loaded.schedule.config.prediction == expected
     assert loaded.notes[0].startswith(f"predicts {expected}: decided by a numerical test")
-    monkeypatch.setattr(detect, "noise_correlation", None)  # not called again where the caller says it
+    monkeypatch.setattr(prediction, "noise_correlation", None)  # not called again where the caller says it
     assert weights_loader.load(tmp_path / "model.safetensors", prediction="eps").notes == ()
 
 
@@ -172,10 +177,10 @@ def test_a_full_size_sd_1_of_made_up_weights_loads_and_answers(tmp_path):
 
 
 def test_broken_weights_are_not_taken_for_a_prediction(tmp_path, monkeypatch):
-    monkeypatch.setattr(detect, "noise_correlation", lambda *parts: float("nan"))
+    monkeypatch.setattr(prediction, "noise_correlation", lambda *parts: float("nan"))
     sd = family_model("SD 2")
     with pytest.raises(ValueError, match="the U-Net's answer is not finite"):
-        _ask_prediction(sd.config, sd.unet, sd.text_encoder, sd.tokenizer)
+        prediction.ask_prediction(sd.config, sd.unet, sd.text_encoder, sd.tokenizer)
 
 
 def test_whole_numbers_are_refused_as_weights():

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -57,3 +58,10 @@ def test_settings_are_text_that_json_reads():
 def test_settings_that_json_has_no_place_for_are_an_error():
     with pytest.raises(ValueError, match="settings: .*ModelConfig is not JSON serializable; give text, numbers, lists and dicts"):
         settings_to_metadata({"config": ModelConfig()})
+
+
+def test_what_the_first_families_do_not_need_is_written_as_before_it_came():
+    written = json.loads(config_to_json(SD1))["unet"]
+    assert written["attention"] == [True, True, True, False] and "pooled_width" not in written
+    deep = dataclasses.replace(SD1, unet=dataclasses.replace(SD1.unet, attention=(0, 2, 10, 10), pooled_width=1280))
+    assert json.loads(config_to_json(deep))["unet"]["attention"] == [0, 2, 10, 10] and config_from_json(config_to_json(deep)) == deep

@@ -1,17 +1,18 @@
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 
 import weights_loader
 from minidiff.config import SD1
-from tests.checkpoints import extras, family_configs, family_model, ldm_tensors
+from tests.checkpoints import extras, family_configs, family_model, ldm_tensors, plug_in
 from tests.small_models import small_model
-from weights_loader import detect
-from weights_loader.dialects import UNET_PREFIX, ema_name
-from weights_loader.load import load_with_report
+from weights_loader.families.shared import IGNORED, UNET_PREFIX
+from weights_loader.families.stable_diffusion_1 import STABLE_DIFFUSION_1
+from weights_loader.families.stable_diffusion_2 import STABLE_DIFFUSION_2
+from weights_loader.load import LoadOptions, load_with_report
+from weights_loader.name_table import ema_name
 from weights_loader.read import read
-from weights_loader.report import IGNORED
 from weights_loader.write import write_safetensors
 
 CONFIG = family_configs()["SD 1"]
@@ -34,11 +35,11 @@ def test_every_tensor_of_a_file_ends_in_exactly_one_list(tmp_path):
     tensors = ldm_tensors(sd) | extras(sd.config)
     tensors |= {ema_name(name): tensor for name, tensor in tensors.items() if name.startswith(UNET_PREFIX)}
     write_safetensors(tmp_path / "model.safetensors", tensors)
-    report = load_with_report(tmp_path / "model.safetensors", config=sd.config).report
-    named = [*report.used, *report.converted, *report.carried, *report.ignored]
+    report = load_with_report(tmp_path / "model.safetensors", LoadOptions(config=sd.config)).report
+    named = [*report.used, *report.converted, *report.extra, *report.ignored]
     assert sorted(named) == sorted(tensors)
     assert report.problem() is None
-    assert sorted(report.carried) == sorted(sd.carried)
+    assert sorted(report.extra) == sorted(sd.extra_tensors)
     assert set(report.converted.values()) == {"stacked query, key and value, taken apart", "1x1 convolution, taken as a matrix"}
 
 
@@ -52,7 +53,7 @@ def test_each_ignored_tensor_has_its_reason(tensors, tmp_path):
         "first_stage_model.loss.discriminator.main.0.weight": IGNORED[4][1],
     }
     write_safetensors(tmp_path / "model.safetensors", tensors | {name: torch.zeros(1) for name in examples})
-    assert load_with_report(tmp_path / "model.safetensors", config=CONFIG).report.ignored == examples
+    assert load_with_report(tmp_path / "model.safetensors", LoadOptions(config=CONFIG)).report.ignored == examples
 
 
 def test_a_missing_weight_is_named(tensors, tmp_path):
@@ -94,10 +95,8 @@ def test_only_the_first_names_of_many_are_shown(tensors, tmp_path):
 
 def test_sd_2_asked_for_as_sd_1_is_the_likely_cause(tmp_path, monkeypatch):
     sd = family_model("SD 2")
-    narrow = dataclasses.replace(CONFIG, unet=dataclasses.replace(CONFIG.unet, context_width=8))
-    monkeypatch.setitem(detect.FAMILIES, "Stable Diffusion 1.x", narrow)
-    monkeypatch.setitem(detect.FAMILIES, "Stable Diffusion 2.x", sd.config)
-    monkeypatch.setattr(detect, "OPEN_CLIP_LAYERS", 3)
+    narrow = replace(CONFIG, unet=replace(CONFIG.unet, context_width=8))
+    plug_in(monkeypatch, replace(STABLE_DIFFUSION_1, config=narrow), replace(STABLE_DIFFUSION_2, config=sd.config))
     error = error_of(ldm_tensors(sd), tmp_path, narrow)
     assert "not the weights of Stable Diffusion 1.x: 36 keys missing, 28 unexpected, 14 of the wrong shape" in error
     assert "likely cause: the file is a Stable Diffusion 2.x, and another config was asked for; leave config= out" in error

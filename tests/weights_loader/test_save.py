@@ -92,11 +92,11 @@ def test_the_parts_are_whole_each_and_together_the_model(tmp_path):
         checkpoint = read(tmp_path / f"{part}.safetensors")
         assert checkpoint.metadata[KEY] == config_to_json(sd.config)
         assert {tensor.dtype for tensor in checkpoint.tensors.values()} == {torch.float16}
-        assert sum(t.numel() for t in checkpoint.tensors.values()) == sum(p.numel() for p in getattr(sd, part).parameters())
+        assert sum(t.numel() for t in checkpoint.tensors.values()) == sum(p.numel() for p in sd.parts[part].parameters())
     back = weights_loader.load(tmp_path / "parts.safetensors.index.json")
     assert back.config == sd.config
     for part in ("text_encoder", "unet", "vae"):
-        for name, p in getattr(sd, part).state_dict().items():
+        for name, p in sd.parts[part].state_dict().items():
             assert torch.equal(getattr(back, part).state_dict()[name], p.half().float()), name
     weights_loader.save(sd, tmp_path / "model.safetensors")
     other = weights_loader.load(tmp_path / "model.safetensors", vae=tmp_path / "vae.safetensors")
@@ -123,7 +123,7 @@ def test_a_folder_is_complete_for_a_diffusers_pipeline(tmp_path):
         "special_tokens_map.json",
         "tokenizer_config.json",
     }
-    assert read(tmp_path / "model/carried.safetensors").tensors.keys() == family_model("SD 2").carried.keys()
+    assert read(tmp_path / "model/carried.safetensors").tensors.keys() == family_model("SD 2").extra_tensors.keys()
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_name_that_does_not_fit_the_layout_is_refused(name, layout, message, t
 @pytest.mark.parametrize("layout, name", [("ldm", "model.safetensors"), ("diffusers", "model")])
 def test_nothing_is_left_of_a_file_that_could_not_be_written(layout, name, tmp_path):
     sd = family_model("SD 1")
-    sd.carried["cond_stage_model.logit_scale"] = torch.zeros(1, dtype=torch.complex64)  # a dtype that safetensors has not
+    sd.extra_tensors["cond_stage_model.logit_scale"] = torch.zeros(1, dtype=torch.complex64)  # a dtype that safetensors has not
     with pytest.raises(ValueError, match="complex64"):
         weights_loader.save(sd, tmp_path / name, layout)
     assert not list(tmp_path.iterdir())

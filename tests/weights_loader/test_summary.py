@@ -1,34 +1,37 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 import weights_loader
 from minidiff.adapters.tokens import NewTokens
-from tests.checkpoints import extras, family_configs, family_model, ldm_tensors
+from tests.checkpoints import extras, family_configs, family_model, ldm_tensors, part_to_file, plug_in
 from tests.small_files import compressed, random_delta, random_lora
 from tests.small_models import small_model
-from weights_loader import detect
-from weights_loader.custom_diffusion import write_custom_diffusion
-from weights_loader.dialects import UNET_PREFIX, ema_name, to_file
-from weights_loader.embedding import write_embedding
-from weights_loader.lora import write_lora
+from weights_loader import prediction
+from weights_loader.adapters.custom_diffusion import write_custom_diffusion
+from weights_loader.adapters.embedding import write_embedding
+from weights_loader.adapters.lora import write_lora
+from weights_loader.families.shared import UNET_PREFIX
+from weights_loader.families.stable_diffusion_2 import STABLE_DIFFUSION_2
+from weights_loader.name_table import ema_name
 from weights_loader.write import write_safetensors
 
 
 def test_a_file_of_a_public_family_is_summed_up(tmp_path, monkeypatch):
     sd = family_model("SD 2")
-    monkeypatch.setitem(detect.FAMILIES, "Stable Diffusion 2.x", sd.config)
-    monkeypatch.setattr(detect, "OPEN_CLIP_LAYERS", 3)
-    monkeypatch.setattr(detect, "noise_correlation", lambda *parts: 0.02)
+    plug_in(monkeypatch, replace(STABLE_DIFFUSION_2, config=sd.config))
+    monkeypatch.setattr(prediction, "noise_correlation", lambda *parts: 0.02)
     tensors = {name: tensor.half() for name, tensor in ldm_tensors(sd).items()}
     tensors |= {ema_name(name): tensor for name, tensor in tensors.items() if name.startswith(UNET_PREFIX)} | extras(sd.config)
     torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "model.ckpt")
     summary = weights_loader.inspect(tmp_path / "model.ckpt")
     assert summary.family == "Stable Diffusion 2.x" and summary.layout == "ldm, a single file"
-    assert summary.prediction == "v" and summary.ema and summary.carried == 14
+    assert summary.prediction == "v" and summary.ema and summary.extra == 14
     assert summary.size == (tmp_path / "model.ckpt").stat().st_size
     assert summary.dtypes == {"float16": len(tensors) - len(extras(sd.config)), "float32": 5, "int64": 1}
     assert summary.parameters["unet"] == sum(parameter.numel() for parameter in sd.unet.parameters())
-    assert summary.used + sum(summary.converted.values()) + summary.carried + sum(summary.ignored.values()) == len(tensors)
+    assert summary.used + sum(summary.converted.values()) + summary.extra + sum(summary.ignored.values()) == len(tensors)
     text = str(summary)
     assert "family      Stable Diffusion 2.x" in text and "predicts    v" in text and "decided by a numerical test" in text
     assert "324 ignored: moving average" in text and "'epoch' stands" in text
@@ -44,7 +47,7 @@ def test_a_folder_is_summed_up(family, tmp_path):
 
 
 def test_what_cannot_be_loaded_cannot_be_summed_up_either(tmp_path):
-    write_safetensors(tmp_path / "vae.safetensors", to_file(small_model().vae, "ldm"))
+    write_safetensors(tmp_path / "vae.safetensors", part_to_file(small_model(), "vae", "ldm"))
     with pytest.raises(ValueError, match="a VAE alone; load a whole model and give this as vae=FILE"):
         weights_loader.inspect(tmp_path / "vae.safetensors")
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minidiff.adapters.lora import PATTERNS, LoRA, choose, create_lora
+from minidiff.adapters.layers import choose
+from minidiff.adapters.lora import PATTERNS, LoRA, create_lora
 from minidiff.captions import find_caption_sources
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.scenes import with_article

@@ -22,9 +22,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from minidiff.adapters.base import Adapter
 from minidiff.adapters.custom_diffusion import CustomDiffusion
 from minidiff.adapters.lora import LoRA
-from minidiff.adapters.parallel import Adapters
 from minidiff.adapters.tokens import NewTokens
 from minidiff.files import digest, fingerprint
 from minidiff.pipeline import StableDiffusion
@@ -34,8 +34,6 @@ from minidiff.trainers.engine.loop import Training, TrainStep, rng_for
 from minidiff.trainers.engine.optimizer import adamw
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.method import PhaseOptions
-
-Adapter = LoRA | NewTokens | CustomDiffusion | Adapters
 
 
 @dataclass(frozen=True, eq=False)

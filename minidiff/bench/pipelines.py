@@ -1,0 +1,103 @@
+"""Whole models for the benchmarks: random weights in a folder that both libraries read, and each library's model from it.
+
+The weights have the published shapes and are the same for all; every contender reads them with its library's own loader.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minidiff.bench.common import random_model_to_run
+from minidiff.bench.worker_protocol import PeakMemory
+from minidiff.config import ModelConfig
+
+if TYPE_CHECKING:
+    from minidiff.pipeline import StableDiffusion
+
+COMPILED = {"compiled": "reduce-overhead", "max-autotune": "max-autotune"}
+
+
+@contextmanager
+def model_folder(config: ModelConfig) -> Iterator[Path]:
+    """Write a diffusers folder of float32 weights, 4.3 GB for Stable Diffusion 1.x, to the temporary folder for the block's duration."""
+    import weights_loader
+
+    with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
+        weights_loader.save(random_model_to_run(config), Path(folder) / "model", layout="diffusers")
+        yield Path(folder)
+
+
+def make_model_jobs(device: str, against: bool, max_autotune: bool = False, compiled: bool = True) -> dict[str, dict]:
+    """Return the contenders' jobs by name, first the one to compare with: what the rival does by default.
+
+    On a GPU all compute in bfloat16, and float32 serves only to measure errors; on a CPU each has a float32 and a bfloat16 job.
+
+    Args:
+        device: Of all contenders.
+        against: Race diffusers as well.
+        max_autotune: Add diffusers compiled with max-autotune, which takes long to compile.
+        compiled: Add diffusers compiled.
+    """
+
+    def job(library: str, dtype: str, how: str = "eager", untimed: bool = False) -> dict:
+        return {"library": library, "dtype": dtype, "how": how, "untimed": untimed, "device": device}
+
+    half = "bfloat16"
+    if torch.device(device).type == "cpu":
+        theirs = {"diffusers float32": job("diffusers", "float32"), "diffusers bfloat16": job("diffusers", half, "channels-last")}
+        ours = {"minidiff float32": job("minidiff", "float32"), "minidiff bfloat16": job("minidiff", half)}
+        return (theirs if against else {}) | ours
+    theirs = {"diffusers": job("diffusers", half), "diffusers channels-last": job("diffusers", half, "channels-last")}
+    if compiled:
+        theirs["diffusers compiled"] = job("diffusers", half, "compiled")
+    if max_autotune:
+        theirs["diffusers max-autotune"] = job("diffusers", half, "max-autotune")
+    ours = {"minidiff": job("minidiff", half), "minidiff float32": job("minidiff", "float32", untimed=True)}
+    return (theirs if against else {}) | ours
+
+
+def start_worker(job: dict) -> tuple[PeakMemory, torch.device, torch.dtype]:
+    """Begin in the contender's process: import its library, then watch its memory. float32 is IEEE's, not TF32."""
+    device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if job["library"] == "diffusers":
+        # Each class by name: both packages import what they are asked for.
+        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]  # noqa: F401
+        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+    else:
+        import weights_loader  # noqa: F401
+        from minidiff.config import TokenizerConfig
+        from minidiff.tokenizer import Tokenizer
+
+        Tokenizer(TokenizerConfig(merges=()))  # imports open_clip's
+    return PeakMemory(device, converted=dtype != torch.float32), device, dtype
+
+
+def diffusers_pipeline(job: dict, device: torch.device, dtype: torch.dtype) -> Any:
+    """Load diffusers' pipeline.
+
+    job["how"] is "eager" for the defaults, "channels-last" for U-Net and VAE in that layout, "compiled" to compile them as well, as
+    diffusers' page on speed recommends.
+    """
+    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+
+    pipe = StableDiffusionPipeline.from_pretrained(f"{job['folder']}/model", torch_dtype=dtype, local_files_only=True).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    if job["how"] != "eager":
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
+    if job["how"] in COMPILED:
+        pipe.unet = torch.compile(pipe.unet, mode=COMPILED[job["how"]], fullgraph=True)
+        pipe.vae.decode = torch.compile(pipe.vae.decode, mode=COMPILED[job["how"]], fullgraph=True)
+    return pipe
+
+
+def minidiff_model(job: dict, device: torch.device, dtype: torch.dtype) -> "StableDiffusion":
+    """Load our model."""
+    import weights_loader
+
+    return weights_loader.load(f"{job['folder']}/model", dtype=dtype, device=device)

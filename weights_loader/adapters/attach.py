@@ -1,0 +1,77 @@
+"""Attach small files to a model: learned words, Custom Diffusion and LoRA; its own weights stay as they are.
+
+    weights_loader.load("tiny", embeddings=("cat.safetensors",), lora=(("style.safetensors", 0.7),))
+
+Words, then Custom Diffusion, whose weights take the place of the model's, then the LoRAs, which add to either (minidiff/adapters/base.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minidiff.adapters.base import Adapter
+from minidiff.pipeline import StableDiffusion
+from weights_loader.adapters.custom_diffusion import read_custom_diffusion
+from weights_loader.adapters.embedding import read_embedding
+from weights_loader.adapters.lora import read_lora
+
+File = str | Path
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A file that is attached to a model: StableDiffusion.adapters is a list of them. `adapter.detach()` takes it off again."""
+
+    path: Path
+    kind: str
+    adapter: Adapter
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.path}"
+
+
+def attach(
+    sd: StableDiffusion,
+    *,
+    lora: File | Sequence[File | tuple[File, float]] = (),
+    embeddings: File | Sequence[File | tuple[File, str]] = (),
+    custom_diffusion: File | Sequence[File | tuple[File, tuple[str, ...]]] = (),
+) -> None:
+    """Attach files to a model, all of them or none. sd.adapters lists them.
+
+    Args:
+        sd: the model
+        lora: files, each alone or with its weight: ("style.safetensors", 0.7)
+        embeddings: files, each alone or with its word in prompts: ("cat.pt", "<cat>")
+        custom_diffusion: files, each alone or with the words of a file that does not name them: ("delta.ckpt", ("<new1>",))
+
+    All files are read before any is attached. Raises as the readers do, and ValueError for a word that cannot be added.
+    """
+    read: list[Attached] = []
+    for path, token in pairs(embeddings, None):
+        read.append(Attached(Path(path), "embedding", read_embedding(path, sd, token)))
+    for path, words in pairs(custom_diffusion, ()):
+        read.append(Attached(Path(path), "Custom Diffusion", read_custom_diffusion(path, sd, words)))
+    for path, weight in pairs(lora, 1.0):
+        adapter = read_lora(path, sd)
+        adapter.weight = float(weight)
+        read.append(Attached(Path(path), "LoRA" if weight == 1 else f"LoRA at {weight:g}", adapter))
+    for i, file in enumerate(read):
+        try:
+            file.adapter.requires_grad_(False)
+            file.adapter.attach(sd)
+        except ValueError as error:
+            for done in reversed(read[:i]):
+                done.adapter.detach()
+            raise ValueError(f"{file.path}: {error}") from error
+    sd.adapters.extend(read)
+
+
+def pairs(files: File | Sequence[Any], otherwise: Any) -> list[tuple[File, Any]]:
+    """Return a file, or several, with or without a value each, as (file, value). Raises ValueError for anything else."""
+    result = [file if isinstance(file, tuple) else (file, otherwise) for file in ([files] if isinstance(files, File) else files)]
+    for pair in result:
+        if len(pair) != 2 or not isinstance(pair[0], File):
+            raise ValueError(f"{files!r}: expected a file, or a list of files and (file, value) pairs")
+    return result

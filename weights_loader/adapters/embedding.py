@@ -1,0 +1,123 @@
+"""Files of learned words (Textual Inversion embeddings) in and out.
+
+    diffusers   {"<cat>": rows}                                        .safetensors, .bin; a single vector may come as [D]
+    a1111       {"emb_params": rows}                                   .safetensors, kohya's too; the word is the file's name
+                {"string_to_param": {"*": rows}, "name": "<cat>"}      .pt
+
+Rows are [n, D]: one vector per row, as wide as the text encoder's other words. Left out: the pairs of SDXL (clip_l, clip_g), which are
+refused by name.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from minidiff.adapters.tokens import NewTokens
+from minidiff.pipeline import StableDiffusion
+from weights_loader.detect import FEW, describe, kind
+from weights_loader.metadata import FORMAT, settings_to_metadata
+from weights_loader.read import Checkpoint, read
+from weights_loader.write import write_safetensors, write_torch
+
+NAME_KEY = "name"  # of the word, in a1111's .pt and in the metadata of its .safetensors; without it the word is the file's name
+WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "Stable Diffusion XL"}
+LEFT = r"^string_to_token\."  # the number of the word that was split open in training
+A1111_START = 265  # the id of "*", the word that the web interfaces split open
+
+
+def read_embedding(path: str | Path, sd: StableDiffusion, token: str | None = None) -> NewTokens:
+    """Read the words of a file, not attached; float32.
+
+    token: the word in prompts, in place of the file's own name for it; only for a file of one word.
+    Raises FileNotFoundError, and ValueError for what is no embedding or is of another width than the model's words.
+    """
+    checkpoint = read(path)
+    try:
+        rows = parse(checkpoint)
+        if token is not None:
+            if len(rows) > 1:
+                raise ValueError(f"{len(rows)} words in it ({', '.join(rows)}); a name can be given to a single one")
+            rows = {token: next(iter(rows.values()))}
+        check_width(rows, sd)
+        return NewTokens(rows)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return {word: rows [n, D]}, float32. Raises ValueError for what is no embedding, and for a tensor that is no part of one."""
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not re.search(LEFT, name)}
+    names = list(tensors)
+    if not is_embedding(tensors):
+        raise ValueError(f"given as an embedding, but it is {describe(list(checkpoint.tensors))}")
+    if names[0] in ("clip_l", "clip_g"):
+        raise ValueError("an embedding for Stable Diffusion XL (clip_l, clip_g), which is not supported")
+    ours = [name for name in names if name == "emb_params" or name.startswith("string_to_param.")]
+    if ours and names != ours[:1]:
+        unknown = [name for name in names if name not in ours[:1]]
+        raise ValueError(f"beside {ours[0]} it holds {', '.join(unknown)}; expected one word alone")
+    if ours:
+        fields = checkpoint.metadata if ours[0] == "emb_params" else checkpoint.tree
+        stated = fields.get(NAME_KEY) if isinstance(fields, Mapping) else None
+        tensors = {stated if isinstance(stated, str) and stated else checkpoint.path.stem: tensors[ours[0]]}
+    return {word: rows.float().reshape(-1, rows.shape[-1]) for word, rows in tensors.items()}
+
+
+def is_embedding(tensors: dict[str, Tensor]) -> bool:
+    """Return whether the names are an embedding's, or plain words: a few vectors or matrices without a module's dots in their names."""
+    if not tensors or any(not tensor.is_floating_point() or tensor.dim() not in (1, 2) or 0 in tensor.shape for tensor in tensors.values()):
+        return False
+    found = kind(list(tensors))
+    return found == "embedding" or found is None and (len(tensors) <= FEW or not any("." in name for name in tensors))
+
+
+def check_width(rows: Mapping[str, Tensor], sd: StableDiffusion) -> None:
+    """Raise ValueError unless the rows are as wide as the text encoder's words."""
+    width = sd.config.text_encoder.width
+    for word, vectors in rows.items():
+        if vectors.shape[1] != width:
+            made_for = WIDTHS.get(vectors.shape[1], "another model")
+            raise ValueError(
+                f"not an embedding for this model: the vectors of {word!r} are {vectors.shape[1]} wide, made for {made_for}; this text "
+                f"encoder's are {width}"
+            )
+
+
+def write_embedding(path: str | Path, tokens: NewTokens, form: str = "diffusers", settings: dict[str, object] | None = None) -> None:
+    """Write learned words.
+
+    Args:
+        path: the file
+        tokens: the words. The web interfaces call a word by its file's name, and neither they nor diffusers take two words from one file;
+            this project does
+        form: "diffusers" as .safetensors or .bin, "a1111" as .safetensors or .pt
+        settings: what they were made with, kept as JSON in the metadata of a .safetensors file
+
+    Raises ValueError for an unknown form or another suffix, for several words for a1111, and for settings that the file has no place for;
+    FileNotFoundError without the folder.
+    """
+    path = Path(path)
+    suffixes = {"diffusers": (".safetensors", ".bin"), "a1111": (".safetensors", ".pt")}
+    if form not in suffixes:
+        raise ValueError(f"form {form!r} unknown; choose {' or '.join(suffixes)}")
+    if path.suffix not in suffixes[form]:
+        raise ValueError(f"{path}: an embedding for {form} is written as {' or '.join(suffixes[form])}")
+    if settings and path.suffix != ".safetensors":
+        raise ValueError(f"{path}: settings are kept in .safetensors only; leave them out, or change the name")
+    rows = {name: vectors.detach() for name, vectors in tokens.rows.items()}
+    if form == "a1111" and len(rows) > 1:
+        raise ValueError(f"{len(rows)} words ({', '.join(rows)}), and a file of a1111 holds one; write each into its own")
+    word, vectors = next(iter(rows.items()))
+    if path.suffix == ".safetensors":
+        metadata = FORMAT | settings_to_metadata(settings or {})
+        if form == "a1111":
+            rows, metadata = {"emb_params": vectors}, metadata | {NAME_KEY: word}
+        write_safetensors(path, rows, metadata)
+    elif form == "diffusers":
+        write_torch(path, {**rows})
+    else:
+        # The fields that the web interfaces look for; "*" and its id are the word that they split open in training.
+        unknown = dict.fromkeys(("step", "sd_checkpoint", "sd_checkpoint_name"))
+        write_torch(path, {"string_to_token": {"*": A1111_START}, "string_to_param": {"*": vectors}, "name": word, **unknown})

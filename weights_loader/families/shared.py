@@ -1,0 +1,103 @@
+"""What the families of Stable Diffusion 1 and 2 have in common: the U-Net's and VAE's names, what files hold besides, what is refused."""
+
+from weights_loader.dialects import (
+    TEXT_DIFFUSERS_ALIASES,
+    VAE_DIFFUSERS_ALIASES,
+    text_clip,
+    unet_convolutions,
+    unet_diffusers,
+    unet_ldm,
+    vae_convolutions_ldm,
+    vae_diffusers,
+    vae_ldm,
+)
+from weights_loader.name_table import PartNames
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+TEXT_ROOT = "cond_stage_model."
+
+UNET_LDM = PartNames(unet_ldm, UNET_PREFIX, convolutions=unet_convolutions)
+VAE_LDM = PartNames(vae_ldm, VAE_PREFIX, convolutions=vae_convolutions_ldm)
+DIFFUSERS = {
+    "text_encoder": PartNames(text_clip, "text_model.", aliases=TEXT_DIFFUSERS_ALIASES),
+    "unet": PartNames(unet_diffusers, convolutions=unet_convolutions),
+    "vae": PartNames(vae_diffusers, aliases=VAE_DIFFUSERS_ALIASES),
+}
+
+VARIANTS = {4: "", 9: " inpainting"}
+OTHER_VARIANTS = {5: "depth-to-image", 7: "the upscaler", 8: "InstructPix2Pix"}
+
+IGNORED = (
+    (
+        r"^(betas|alphas_cumprod(_prev)?|sqrt_(one_minus_)?alphas_cumprod|log_one_minus_alphas_cumprod|sqrt_recipm?1?_alphas_cumprod"
+        r"|posterior_(variance|log_variance_clipped|mean_coef[12])|logvar|lvlb_weights|denoiser\.sigmas)$",
+        "tables of the noise schedule, which is computed anew",
+    ),
+    (r"embeddings\.position_ids$|^cond_stage_model\.model\.attn_mask$", "the numbers 0, 1, 2, ... or the causal mask, made anew"),
+    (r"^model_ema\.(decay|num_updates)$", "counters of the training"),
+    (r"^model_ema\.", "moving average of the U-Net's weights; ask for it with ema=True (--ema)"),
+    (r"^(first_stage_model\.)?loss\.", "the loss that the VAE was trained with"),
+)
+EXTRA = (
+    # What CLIP compares pictures and texts with, ...
+    r"^cond_stage_model\.(model\.|transformer\.)?(text_model\.)?(text_projection(\.weight)?|logit_scale)$",
+    # ... and OpenCLIP's last block, which Stable Diffusion 2 does not run.
+    r"^cond_stage_model\.model\.transformer\.resblocks\.{n}\.",
+)
+
+# The first that is found decides.
+REFUSED = (
+    (r"^control_model\.|controlnet_cond_embedding\.", "a ControlNet, which steers a model and is none; it is not supported"),
+    (r"^conditioner\.embedders\.|^add_embedding\.linear_", "a Stable Diffusion XL, which is not supported; choose a 1.x or 2.x"),
+    (r"joint_blocks\.|double_blocks\.|single_transformer_blocks\.", "a diffusion transformer (Stable Diffusion 3, Flux), not supported"),
+)
+PARTS_ALONE = (
+    (r"^unet[./]|^text_encoder[./]", "a whole model in diffusers names in one file; save it as a diffusers folder"),
+    (
+        r"^(first_stage_model\.)?(en|de)coder\.(down|up|mid)(_blocks?)?\.",
+        "a VAE alone; load a whole model and give this as vae=FILE (--vae)",
+    ),
+    (r"^(down_blocks|mid_block|up_blocks)\.", "the U-Net of a diffusers model alone; give the folder with model_index.json"),
+    (r"^(text_model\.)?(encoder\.layers|embeddings)\.|^cond_stage_model\.", "a text encoder alone; give the whole model"),
+)
+
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionImg2ImgPipeline")
+# diffusers' classes have more settings than Stable Diffusion uses. What a setting must be, or be absent:
+SETTINGS: dict[str, dict[str, object]] = {
+    "unet": {
+        "act_fn": "silu",
+        "center_input_sample": False,
+        "flip_sin_to_cos": True,  # cosines first
+        "freq_shift": 0,
+        "norm_eps": 1e-5,
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "only_cross_attention": False,
+        "dual_cross_attention": False,
+        "class_embed_type": None,
+        "addition_embed_type": None,
+        "num_class_embeds": None,
+        "encoder_hid_dim": None,
+        "resnet_time_scale_shift": "default",
+        "time_embedding_type": "positional",
+        "transformer_layers_per_block": 1,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "attention_type": "default",
+    },
+    "vae": {
+        "act_fn": "silu",
+        "in_channels": 3,
+        "out_channels": 3,
+        "shift_factor": None,
+        "latents_mean": None,
+        "latents_std": None,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "mid_block_add_attention": True,
+    },
+    "text_encoder": {"layer_norm_eps": 1e-5},
+    "scheduler": {"beta_schedule": "scaled_linear", "trained_betas": None},  # what the original calls linear
+}

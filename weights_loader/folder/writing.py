@@ -1,0 +1,139 @@
+"""Write the JSON files of a diffusers folder from a ModelConfig: the inverse of reading.py."""
+
+import json
+from pathlib import Path
+
+from minidiff.config import ModelConfig, ScheduleConfig
+from minidiff.tokenizer import Tokenizer
+from weights_loader.families import family_of_config
+from weights_loader.folder.reading import PREDICTIONS
+
+PREDICTION_NAMES = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+
+
+def write_folder_config(folder: Path, config: ModelConfig, tokenizer: Tokenizer):
+    """Write all JSON files of a diffusers folder, as diffusers.StableDiffusionPipeline reads them, into an empty folder."""
+    family = family_of_config(config)
+    inpainting = config.unet.in_channels != config.vae.latent_channels
+    for name, values in {
+        "model_index.json": _model_index(family.pipelines[1 if inpainting else 0]),
+        "unet/config.json": {**_unet_json(config), **family.settings["unet"]},
+        "vae/config.json": {**_vae_json(config), **family.settings["vae"]},
+        "text_encoder/config.json": {**_text_json(config, tokenizer), **family.settings["text_encoder"]},
+        "scheduler/scheduler_config.json": {**_scheduler_json(config.schedule), **family.settings["scheduler"]},
+    }.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, values)
+    _write_tokenizer(folder / "tokenizer", tokenizer)
+
+
+def write_json(path: Path, values: dict):
+    """Write a JSON file as diffusers does: indented, ending in a newline."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _model_index(pipeline: str) -> dict:
+    return {
+        "_class_name": pipeline,
+        "_diffusers_version": "0.35.0",  # the oldest that the tests' dependencies allow
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _unet_json(config: ModelConfig) -> dict:
+    unet = config.unet
+    down = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in unet.attention]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": config.image_size // config.vae.factor,
+        "in_channels": unet.in_channels,
+        "out_channels": unet.out_channels,
+        "block_out_channels": unet.widths,
+        "layers_per_block": unet.blocks_per_level,
+        "down_block_types": down,
+        "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+        "cross_attention_dim": unet.context_width,
+        "attention_head_dim": unet.heads,  # their number, see reading.py
+        "use_linear_projection": unet.linear_projection,
+        "norm_num_groups": unet.groups,
+    }
+
+
+def _vae_json(config: ModelConfig) -> dict:
+    vae = config.vae
+    return {
+        "_class_name": "AutoencoderKL",
+        "sample_size": config.image_size,
+        "block_out_channels": vae.widths,
+        "layers_per_block": vae.blocks_per_level,
+        "down_block_types": ["DownEncoderBlock2D"] * len(vae.widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(vae.widths),
+        "latent_channels": vae.latent_channels,
+        "norm_num_groups": vae.groups,
+        "scaling_factor": vae.scaling_factor,
+    }
+
+
+def _text_json(config: ModelConfig, tokenizer: Tokenizer) -> dict:
+    text = config.text_encoder
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": text.vocab_size,
+        "max_position_embeddings": text.context_length,
+        "hidden_size": text.width,
+        "intermediate_size": 4 * text.width,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "hidden_act": text.activation,
+        "projection_dim": text.width,
+        "bos_token_id": tokenizer.start_id,
+        "eos_token_id": tokenizer.end_id,
+        "pad_token_id": 0 if config.tokenizer.padding == "zero" else tokenizer.end_id,
+    }
+
+
+def _scheduler_json(schedule: ScheduleConfig) -> dict:
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": schedule.timesteps,
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "prediction_type": PREDICTION_NAMES[schedule.prediction],
+        "rescale_betas_zero_snr": schedule.zero_terminal_snr,
+        "timestep_spacing": schedule.spacing,
+        "steps_offset": 1,  # the original's DDIM counts 1, 34, 67, ...
+        "set_alpha_to_one": False,  # and ends at alpha_bar_0
+        "clip_sample": False,  # latents are not bounded
+    }
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer):
+    """Write CLIP's files. The padding token stands where transformers looks for it in every version."""
+    folder.mkdir()
+    start, end, pad = "<|startoftext|>", "<|endoftext|>", "!" if tokenizer.config.padding == "zero" else "<|endoftext|>"
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
+    bpe = tokenizer.bpe  # open_clip's, which names the two special tokens otherwise
+    pieces = [piece for piece, i in bpe.encoder.items() if i not in (tokenizer.start_id, tokenizer.end_id)]
+    write_json(folder / "vocab.json", {piece: i for i, piece in enumerate([*pieces, start, end])})
+    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in bpe.bpe_ranks)]) + "\n"
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
+    write_json(folder / "special_tokens_map.json", special)
+    settings: dict[str, object] = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": tokenizer.config.context_length,
+        "do_lower_case": True,
+    }
+    if tokenizer.config.added:
+        kind = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": False}
+        settings["added_tokens_decoder"] = {
+            str(bpe.vocab_size + i): {"content": word} | kind for i, word in enumerate(tokenizer.config.added)
+        }
+    write_json(folder / "tokenizer_config.json", special | settings)
