@@ -180,7 +180,7 @@ def examples() -> list[partial]:
         partial(samplers.heun, denoise, x_t, now, then),
         partial(samplers.dpmpp_2m, denoise, x_t, now, then, (Level(800, 0.05), eps)),
         *(partial(function, schedule, alpha_bar, 5, "linspace") for function in LEVEL_FUNCTIONS),
-        partial(art.tinted, np.full((4, 4, 4), 200, np.uint8), "red"),
+        partial(art.tint_picture, np.full((4, 4, 4), 200, np.uint8), "red"),
         *(partial(method, x_t, t, eps) for method in [schedule.q_sample, schedule.velocity, schedule.target, *conversions]),
         partial(schedule.snr, t),
         partial(schedule.timesteps, 5),

@@ -107,7 +107,7 @@ def _evaluate(
         "prompts": len({prompt for prompt, _ in pairs}),
         "seeds": sorted({seed for _, seed in pairs}),
     }
-    answers = Answers.read(state, asked)
+    answers = _Answers.read(state, asked)
     for start in range(len(answers.verdicts["model"]), len(pairs), batch):
         part = pairs[start : start + batch]
         answers.add(judge_pictures(sd, judge, steps, guidance_scale, part))
@@ -122,14 +122,14 @@ def _evaluate(
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class _Answers:
     """What the judge has said so far, by kind of picture: verdicts on JUDGED, features (a tensor per batch) of these and of "reference"."""
 
     verdicts: dict[str, list[Verdict]]
     features: dict[str, list[Tensor]]
 
     @classmethod
-    def read(cls, state: Path | None, asked: dict[str, object]) -> "Answers":
+    def read(cls, state: Path | None, asked: dict[str, object]) -> "_Answers":
         """Read the answers of an evaluation that was stopped, or begin. Raises ValueError if the file is of another evaluation."""
         if state is None or not state.exists():
             return cls({name: [] for name in JUDGED}, {name: [] for name in (*JUDGED, "reference")})
