@@ -124,7 +124,7 @@ def test_a_run_leaves_its_losses_a_curve_and_sheets_of_pictures(run, tmp_path, m
     monkeypatch.setattr(memory, "estimate_memory", ESTIMATE)
     args = ("train", "lora", "--images", "cat", "--prompt", "a cat", "--out", "run", *QUICK, "--sample-every", "2", "--num-samples", "3")
     code, _, err = run(*args, "--sample-prompt", "a red cat", "--sample-prompt", "a dog")
-    assert code == 0 and re.search(r"minidiff: about \d+ MB of memory: weights .* training adds \d+ MB", err), err
+    assert code == 0 and re.search(r"minidiff: about [\d.]+ MB of memory: weights .* training adds [\d.]+ MB", err), err
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"lora.csv", "lora-loss.png", "lora-000002.png", "lora-000003.png", "lora.state", "run.json"} <= names
     assert Image.open(tmp_path / "run" / "lora-000002.png").size == (96, 64)  # a row for each prompt, a column for each seed

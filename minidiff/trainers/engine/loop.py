@@ -159,7 +159,7 @@ class Training:
             write_state(self.state, self.state_dict())
 
     def state_dict(self) -> dict:
-        """Return all that a run needs to resume: tensors, numbers, lists and dicts only, so that it can be read back without running code."""
+        """Return all that a run needs to resume: tensors, numbers, lists and dicts only, to be read back without running code."""
         return {
             "i": self.done,
             "asked": self._asked(),

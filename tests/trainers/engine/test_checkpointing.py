@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidiff.trainers.engine.checkpointing import thrifty_malloc
+from minidiff.trainers.engine.checkpointing import thrifty_malloc, with_checkpointing
 from tests.small_models import small_model
 
 SD = small_model()
@@ -83,7 +83,7 @@ def test_the_modules_are_as_before_also_after_an_error():
         assert "forward" in vars(SD.unet.middle.block_1)
         raise RuntimeError
     assert not any("forward" in vars(part) for part in SD.unet.modules())
-    with with_checkpointing([SD.unet], on=False):
+    with with_checkpointing([SD.unet], enabled=False):
         assert not any("forward" in vars(part) for part in SD.unet.modules())
 
 
