@@ -280,7 +280,14 @@ class New(Old):
         from minidiff.adapters.merge_concepts import merge_concepts
 
         merged, report = merge_concepts(sd, concepts, targets, regularisation, ridge=1e-3)
-        figures = [report.rows, report.regularisation_rows, report.residual, report.drift, report.condition, report.regularisation_condition]
+        figures = [
+            report.rows,
+            report.regularisation_rows,
+            report.residual,
+            report.drift,
+            report.condition,
+            report.regularisation_condition,
+        ]
         return merged, figures
 
     def extract_lora(self, base, tuned, sets: tuple[str, ...], rank: int, energy: float):
@@ -288,76 +295,6 @@ class New(Old):
         from minidiff.adapters.lora import PATTERNS
 
         return extract_lora(base, tuned, sum((PATTERNS[name] for name in sets), ()), rank=rank, energy=energy, criterion="frobenius")
-
-    # --- training -----------------------------------------------------------------------------------------------------
-
-    def concept(self, images: Path, token: str, class_images: Path):
-        from minidiff.trainers.methods.options import Concept
-
-        return Concept(images=images, token=token, class_word="tiger", class_images=class_images)
-
-    def options(self, method: str):
-        from minidiff.trainers.methods.options import LowRankOptions, Prior
-        from minidiff.trainers.methods.table import preset
-
-        options, folder = preset(method, "bundled"), Prior(kind="folder", weight=0.7)
-
-        def short(options, data=None, **changes):
-            settings = replace(options.settings, **{"steps": 10, "batch": 2, **changes})
-            return replace(options, settings=settings, data=replace(options.data, **data or {}))
-
-        match method:
-            case "lora":
-                data = {"flip": 0.5, "caption_dropout": 0.3, "min_snr": 5.0}
-                options = short(options, data, warmup_steps=3, schedule="cosine", ema_decay=0.9)
-                return replace(options, low_rank=LowRankOptions(rank=4, init="kaiming", dropout=0.1, text_encoder=True, text_scale=0.5))
-            case "dreambooth":
-                return replace(short(options, gradient_accumulation=2), prior=folder, text_encoder=True, text_scale=0.1)
-            case "dreambooth-lora":
-                return replace(short(options, {"crop": "random"}, precision="bfloat16"), prior=folder)
-            case "textual-inversion":
-                return short(options, {"offset_noise": 0.1}, schedule="linear")
-            case "pivotal-tuning":
-                return replace(options, tokens=short(options.tokens), lora=short(options.lora))
-            case "custom-diffusion":
-                return replace(short(options, ema_decay=0.9), prior=Prior(kind="near", count=4), sizes="paper", all_of_attention=True)
-            case "fine-tune":
-                return short(options, checkpointing=True, schedule="linear_after_hold", max_grad_norm=None)
-
-    def train(self, sd, method: str, concept) -> tuple[list[Tensor], dict[str, Tensor]]:
-        from minidiff.trainers.methods.table import METHODS
-
-        run = METHODS[method.removesuffix("-lora")].build(sd, [concept], self.options(method))
-        losses = [step.loss for _, step in run.run(CPU)]
-        adapters = [adapter for adapter in (run.lora, run.tokens, run.custom_diffusion) if adapter is not None]
-        return losses, {name: p for adapter in adapters for name, p in self.parameters(adapter).items()} or self.weights(sd)
-
-    def fill_class_images(self, sd, concept, kind: str, count: int) -> None:
-        from minidiff.trainers.methods.common import fill_class_images
-        from minidiff.trainers.methods.options import DataOptions, Prior
-        from minidiff.trainers.methods.table import preset
-
-        prior = Prior(kind=kind, count=count, steps=4)
-        options = replace(preset("dreambooth", "bundled"), prior=prior, data=DataOptions(), prompt="a photo of a {}")
-        for _ in fill_class_images(sd, concept, options):
-            pass
-
-    def from_scratch(self, folder: Path) -> tuple[Iterable[tuple[str, Tensor]], list]:
-        from minidiff.bundled.recipe import Recipe
-        from minidiff.bundled.run import run_from_scratch
-        from minidiff.bundled.tasks import bundled_config
-
-        recipe, models = Recipe(scenes=100, vae_steps=10, vae_batch=8, steps=10, batch=8), []
-        run = run_from_scratch(bundled_config(), recipe, folder, CPU, models.append)
-        return ((progress.stage, progress.loss) for progress in run if progress.loss is not None), models
-
-    def judge(self) -> tuple[list[Tensor], dict[str, Tensor]]:
-        from minidiff.bundled.train_judge import JUDGE_SETTINGS, JudgeTask, judge_config
-        from minidiff.trainers.engine.loop import train
-
-        task = JudgeTask(judge_config(), 0, CPU)
-        losses = [step.loss for step in train(task, replace(JUDGE_SETTINGS, steps=10, batch=8), CPU)]
-        return losses, {self.name(name): tensor for name, tensor in task.judge.state_dict().items()}
 
     # --- training -----------------------------------------------------------------------------------------------------
 
