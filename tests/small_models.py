@@ -1,25 +1,27 @@
 """A Stable Diffusion of random weights, of the bundled model's shape and smaller, for the tests that need a whole one."""
 
 import dataclasses
+from pathlib import Path
 
 import torch
 
-from minidiff.bundled.tasks import CONTEXT_LENGTH, WITHOUT_MERGES, bundled_config
-from minidiff.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from minidiff.config import ModelConfig, ScheduleConfig, TextEncoderConfig, TokenizerConfig, UNetConfig, VAEConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
+# The bundled model's vocabulary. A copy, since the core's tests need it also where minidiff/scenes/ is not there.
+MERGES = tuple((Path(__file__).parent / "data" / "bpe.txt").read_text(encoding="utf-8").split("\n")[1:])
+CONTEXT_LENGTH = 32
+
 
 def small_config(prediction="v", in_channels=4, image_size=32) -> ModelConfig:
     """Three levels, so that an odd size is rounded on the way down; the last one without attention. 32 pixels are 8 latent cells."""
-    bundled = bundled_config()
-    zero_snr = prediction == "v"
-    return dataclasses.replace(
-        bundled,
-        text_encoder=TextEncoderConfig(WITHOUT_MERGES + len(bundled.tokenizer.merges), CONTEXT_LENGTH, width=16, layers=2, heads=2),
+    return ModelConfig(
+        tokenizer=TokenizerConfig(merges=MERGES, context_length=CONTEXT_LENGTH),
+        text_encoder=TextEncoderConfig(512 + 2 + len(MERGES), CONTEXT_LENGTH, width=16, layers=2, heads=2),
         unet=UNetConfig(
             in_channels=in_channels,
             widths=(16, 16, 32),
@@ -30,8 +32,9 @@ def small_config(prediction="v", in_channels=4, image_size=32) -> ModelConfig:
             groups=8,
         ),
         vae=VAEConfig(widths=(8, 8, 16), blocks_per_level=1, groups=4),
-        schedule=dataclasses.replace(bundled.schedule, prediction=prediction, zero_terminal_snr=zero_snr),
+        schedule=ScheduleConfig(prediction=prediction, zero_terminal_snr=prediction == "v", spacing="trailing"),
         image_size=image_size,
+        guidance_scale=4.0,
     )
 
 

@@ -1,8 +1,14 @@
 """The order of the rooms: what may import what, how large the core is, and that it stands without the rest."""
 
 import ast
+import os
+import shutil
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 import minidiff
 
@@ -71,3 +77,20 @@ def test_the_public_names_are_there_and_come_late():
     for name in minidiff.__all__:
         assert getattr(minidiff, name) is getattr(import_module(getattr(minidiff, name).__module__), name)
     assert minidiff.__version__
+
+
+@pytest.mark.slow
+def test_the_core_stands_without_the_rest(tmp_path):
+    """All rooms but the core, the kernels and the two ways to save time and memory are deleted, and the core's own tests pass."""
+    kept = {"__init__", *ORDER[1], *ORDER[2]}
+    shutil.copytree(
+        ROOT, tmp_path / "minidiff", ignore=lambda folder, names: [n for n in names if Path(folder) == ROOT and Path(n).stem not in kept]
+    )
+    tests = tmp_path / "tests"
+    shutil.copytree(ROOT.parent / "tests", tests, ignore=shutil.ignore_patterns("__pycache__", "benchmarks"))
+    shutil.copy(ROOT.parent / "pyproject.toml", tmp_path)
+    files = [f"tests/test_{name}.py" for name in (*CORE, "tiled_decode")]
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files], cwd=tmp_path, check=True, env=environment
+    )

@@ -25,6 +25,7 @@ from minidiff.scenes.art import (
     visible_backgrounds,
 )
 from minidiff.scenes.scenes import SPLITS, Item, bpe_merges, caption_of, compose, held_out_pairs, is_held_out_pair, prompts, sample_scene
+from tests import small_models
 
 
 def scenes(split: str, count: int = 400, seed: int = 0):
@@ -346,3 +347,7 @@ def test_merges_are_made_from_the_most_frequent_pair_on():
     # Sennrich et al.'s own kind of example: "lo" is in both words, so it is first; then the alphabet decides.
     assert train_bpe.train(["low", "lot"]) == [("l", "o"), ("lo", "t</w>"), ("lo", "w</w>")]
     assert train_bpe.join_pair(("a", "a", "a"), ("a", "a")) == ("aa", "a")
+
+
+def test_the_small_models_of_the_tests_speak_the_same_language():
+    assert small_models.MERGES == bpe_merges()

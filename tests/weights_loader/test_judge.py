@@ -33,7 +33,7 @@ def file(small, tmp_path):
 
 def rewrite(file, change=lambda tensors: tensors, metadata=None):
     with safe_open(file, framework="pt") as opened:
-        tensors, found = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+        tensors, found = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()
     save_file(change(tensors), file, metadata=found if metadata is None else metadata)
 
 
