@@ -93,13 +93,20 @@ def pixels(sd) -> torch.Tensor:
     return sd.decode(last.x_t)
 
 
-def test_the_folder_and_the_file_made_of_it_give_the_same_picture_bit_for_bit(sd, folder, tmp_path):
+def same_weights(a, b) -> bool:
+    states = [{f"{part}.{name}": p for part, module in sd.parts.items() for name, p in module.state_dict().items()} for sd in (a, b)]
+    return states[0].keys() == states[1].keys() and all(torch.equal(p, states[1][name]) for name, p in states[0].items())
+
+
+def test_the_folder_and_the_file_made_of_it_hold_the_same_bits_and_give_the_same_picture(sd, folder, tmp_path):
     expected = pixels(sd)
     loaded = weights_loader.load(folder)
-    assert torch.equal(pixels(loaded), expected)
-    assert loaded.config == sd.config
     weights_loader.save(loaded, tmp_path / "again.safetensors")
-    assert torch.equal(pixels(weights_loader.load(tmp_path / "again.safetensors")), expected)
+    again = weights_loader.load(tmp_path / "again.safetensors")
+    assert loaded.config == sd.config and same_weights(sd, loaded) and same_weights(sd, again)
+    # Weights are windows onto the files. Where one begins at another address, some processors add in another order: 1e-6 per call of the U-Net.
+    for other in (loaded, again):
+        torch.testing.assert_close(pixels(other), expected, rtol=0, atol=1e-4)
 
 
 def test_through_a_folder_in_its_own_dtype_the_file_comes_back_byte_for_byte(tmp_path):
