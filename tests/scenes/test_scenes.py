@@ -350,4 +350,4 @@ def test_merges_are_made_from_the_most_frequent_pair_on():
 
 
 def test_the_small_models_of_the_tests_speak_the_same_language():
-    assert small_models.MERGES == bpe_merges()
+    assert bpe_merges() == small_models.MERGES
