@@ -50,8 +50,8 @@ from minidiff.scenes.scenes import sample_scene
 # %%
 from minidiff.text_encoder import TextEncoder
 from minidiff.trainers.engine.diffusion_loss import NoiseSample, squared_error
+from minidiff.trainers.engine.ema import EMA
 from minidiff.trainers.engine.loop import Training
-from minidiff.trainers.engine.optimizer import EMA
 from minidiff.trainers.engine.settings import Settings
 from minidiff.unet import UNet
 

@@ -48,8 +48,8 @@ from minidiff.config import SD1
 from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
-from minidiff.trainers.methods.common import fill_class_images
 from minidiff.trainers.methods.options import Concept, Prior
+from minidiff.trainers.methods.prior_preservation import fill_class_images
 from minidiff.trainers.methods.table import METHODS, preset
 from minidiff.unet import UNet
 from weights_loader import load_judge

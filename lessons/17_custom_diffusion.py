@@ -40,8 +40,8 @@ from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
 from minidiff.scenes.pictures import subject_scenes
 from minidiff.scenes.scenes import sample_scene
-from minidiff.trainers.methods.common import fill_class_images
 from minidiff.trainers.methods.options import Concept
+from minidiff.trainers.methods.prior_preservation import fill_class_images
 from minidiff.trainers.methods.table import METHODS, preset
 from minidiff.unet import UNet
 from weights_loader import load_judge

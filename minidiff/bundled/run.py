@@ -30,9 +30,9 @@ from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.scenes.scenes import SIZE, prompts
 from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine import distributed
+from minidiff.trainers.engine.ema import EMA
 from minidiff.trainers.engine.log import Log
 from minidiff.trainers.engine.loop import Task, Training, train
-from minidiff.trainers.engine.optimizer import EMA
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.engine.state import read_state, write_state
 from minidiff.vae import VAE

@@ -138,6 +138,7 @@ def write_pictures(
         settings: of all, under the names that web interfaces use; None and False are left out
     """
     from minidiff.pictures import grid, save_png
+    from minidiff.png_settings import picture_settings
 
     save_png(grid(images), out, picture_settings(" | ".join(prompts), negative_prompt, settings))
     if len(pairs) > 1:
@@ -145,13 +146,6 @@ def write_pictures(
             name = f"{out.stem}-{seed}.png" if len(prompts) == 1 else f"{out.stem}-{number}-{slug(prompt)}-{seed}.png"
             own = settings | {"Seed": seed, "Batch": 1}
             save_png(image, out.with_name(name), picture_settings(prompt, negative_prompt, own))
-
-
-def picture_settings(prompt: str, negative_prompt: str, settings: dict[str, object]) -> str:
-    """Format the settings of a picture as web interfaces do: prompt, negative prompt, then names and values that were set."""
-    lines = [prompt, f"Negative prompt: {negative_prompt}"] if negative_prompt else [prompt]
-    values = [f"{name}: {value}" for name, value in settings.items() if value is not None and value is not False]
-    return "\n".join([*lines, ", ".join(values)])
 
 
 def free_name(stem: str) -> Path:

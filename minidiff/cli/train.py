@@ -215,7 +215,7 @@ def prepare(job: Job, sd: "StableDiffusion") -> "TrainingRun":
     Making class pictures may take long, so what can be wrong is found before: the run is put together without them first.
     """
     from minidiff.trainers.engine.distributed import barrier, rank
-    from minidiff.trainers.methods.common import class_caption
+    from minidiff.trainers.methods.prior_preservation import class_caption
 
     is_made = job.options.prior.is_made
     with warnings.catch_warnings():
@@ -257,7 +257,7 @@ def fill_class_folders(job: Job, sd: "StableDiffusion") -> None:
     """Fill the folders of class pictures, if the prior's are made, with a bar for each."""
     from tqdm import tqdm
 
-    from minidiff.trainers.methods.common import fill_class_images
+    from minidiff.trainers.methods.prior_preservation import fill_class_images
 
     seed = job.options.phases()[-1].settings.seed
     for concept in job.concepts if job.options.prior.is_made else ():

@@ -4,17 +4,13 @@ Captions are written as for training (captions.py). Without captions, the prompt
 web interfaces, which hold their settings. A grid of several pictures states the size of a single one; it is skipped.
 """
 
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from minidiff.captions import check_caption, find_caption_sources, read_captions
-from minidiff.pictures import UNREADABLE, list_pictures
-
-SETTINGS = re.compile(r"(?P<prompt>.*?)\n(?:Negative prompt: .*?\n)?Steps: [^\n]*\bSize: (?P<width>\d+)x(?P<height>\d+)", re.DOTALL)
+from minidiff.pictures import list_pictures
+from minidiff.png_settings import is_grid, read_settings
 
 
 def find_drawn_pictures(folder: Path) -> list[Path]:
@@ -45,32 +41,3 @@ def read_prompts(folder: Path, pictures: Sequence[Path]) -> list[str]:
             f"{folder}: {len(pictures) - len(prompts)} of {len(pictures)} pictures do not say their prompt, so none is read", stacklevel=2
         )
     return prompts if len(prompts) == len(pictures) else []
-
-
-def read_settings(path: Path) -> tuple[str, tuple[int, int]] | None:
-    """Return the prompt and the (width, height) in a PNG's text chunk "parameters", None without one."""
-    return parse_parameters(read_parameters(path)[0])
-
-
-def is_grid(path: Path) -> bool:
-    """Return True for a picture several times as wide or high as its settings state, unless these mention upscaling."""
-    text, size = read_parameters(path)
-    settings = parse_parameters(text)
-    if settings is None or size == settings[1] or "upscale" in text.lower():
-        return False
-    return not any(side % one for side, one in zip(size, settings[1]))
-
-
-def read_parameters(path: Path) -> tuple[str, tuple[int, int]]:
-    """Return the text chunk "parameters" of a picture, and its (width, height)."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("parameters", ""), image.size
-    except UNREADABLE:
-        return "", (0, 0)  # whoever reads its pixels says what is wrong with it
-
-
-def parse_parameters(text: str) -> tuple[str, tuple[int, int]] | None:
-    """Return the prompt and the (width, height) that the text states, None without them."""
-    found = SETTINGS.match(text)
-    return (found["prompt"], (int(found["width"]), int(found["height"]))) if found else None

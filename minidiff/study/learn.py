@@ -28,13 +28,14 @@ from minidiff.scenes.scenes import sample_scene, with_article
 from minidiff.study.plan import PICTURES, STEPS, SUBJECTS, UNTOUCHED, StudyRun, Variant, standard_options, variants
 from minidiff.trainers.engine.memory import estimate_memory
 from minidiff.trainers.methods import table
-from minidiff.trainers.methods.common import fill_class_images, make_subjects
+from minidiff.trainers.methods.common import make_subjects
 from minidiff.trainers.methods.custom_diffusion import CustomDiffusionOptions
 from minidiff.trainers.methods.finetuning import FinetuneTask, Group, TrainingRun
 from minidiff.trainers.methods.lora import LoRAOptions
 from minidiff.trainers.methods.method import MethodOptions
 from minidiff.trainers.methods.options import Concept
 from minidiff.trainers.methods.override import override
+from minidiff.trainers.methods.prior_preservation import fill_class_images
 
 RANK = 8  # of the adapters of adapters/parallel.py
 RIDGE = 0.1  # of a merge: the bundled model's text has few directions

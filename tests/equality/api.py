@@ -344,8 +344,8 @@ class New(Old):
 
     def fill_class_images(self, sd, concept, kind: str, count: int) -> None:
         """Fill a concept's folder of class pictures: "generated" by the model, or the nearest "scenes"."""
-        from minidiff.trainers.methods.common import fill_class_images
         from minidiff.trainers.methods.options import Prior
+        from minidiff.trainers.methods.prior_preservation import fill_class_images
         from minidiff.trainers.methods.table import preset
 
         options = replace(preset("lora", "bundled"), prior=Prior(kind=kind, count=count, steps=4), prompt="a photo of a {}")

@@ -3,8 +3,9 @@
 import pytest
 from PIL import Image
 
-from minidiff.evaluation.folder import find_drawn_pictures, is_grid, read_prompts, read_settings
+from minidiff.evaluation.folder import find_drawn_pictures, read_prompts
 from minidiff.pictures import save_png
+from minidiff.png_settings import is_grid, read_settings
 
 
 def picture(path, parameters=None, size=(64, 48)):

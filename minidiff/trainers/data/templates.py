@@ -4,6 +4,8 @@ Gal et al. 2023, "An image is worth one word", section 4.1 and appendix D; the o
 tried with on ImageNet (Radford et al. 2021). The bundled model knows few of these words: it has prompts of its own.
 """
 
+import re
+
 from minidiff.scenes.art import COLOURS, known
 from minidiff.scenes.scenes import MEDIA, with_article
 
@@ -71,3 +73,8 @@ def scene_templates(*, background: str | None = None, size: str | None = None) -
     if background is not None:
         noun += f" on {with_article(known('background', background, COLOURS))} background"
     return (noun, *(f"{with_article(medium)} of {noun}" for medium in MEDIA))
+
+
+def fill_in(template: str, phrase: str) -> str:
+    """Put a phrase into the template's hole: "a {}" and "apple" give "an apple"."""
+    return re.sub(r"\ba \{\}", lambda _: with_article(phrase), template).replace("{}", phrase)

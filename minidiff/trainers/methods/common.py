@@ -7,26 +7,22 @@
 All that is wrong with what was asked for is found here, before training: ValueError. Several concepts are learned jointly.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from minidiff.adapters.layers import choose
 from minidiff.adapters.lora import PATTERNS, LoRA, create_lora
-from minidiff.captions import find_caption_sources
 from minidiff.pipeline import StableDiffusion
-from minidiff.scenes.scenes import with_article
 from minidiff.trainers.data.augment import SizeAugmentation
 from minidiff.trainers.data.cache import Cache, Pictures
 from minidiff.trainers.data.folder import Example, check_distinct, read_folder
-from minidiff.trainers.data.regularisation import Filled, class_pictures, near_examples, pooled_text, scene_pictures
+from minidiff.trainers.data.templates import fill_in
 from minidiff.trainers.methods.finetuning import Group, Subject
-from minidiff.trainers.methods.method import MethodOptions, PhaseOptions
+from minidiff.trainers.methods.method import PhaseOptions
 from minidiff.trainers.methods.options import Concept, LowRankOptions
+from minidiff.trainers.methods.prior_preservation import prior_examples
 
 # --- what is trained --------------------------------------------------------------------------------------------------
 
@@ -90,11 +86,6 @@ def check_concepts(concepts: Sequence[Concept]) -> None:
     check_distinct([folder for concept in concepts for folder in (concept.images, concept.class_images) if folder is not None])
 
 
-def fill_in(template: str, phrase: str) -> str:
-    """Put a phrase into the template's hole: "a {}" and "apple" give "an apple"."""
-    return re.sub(r"\ba \{\}", lambda _: with_article(phrase), template).replace("{}", phrase)
-
-
 def make_subjects(
     sd: StableDiffusion, concepts: Sequence[Concept], options: PhaseOptions, cache: Cache | None, *, templates: Sequence[str] = ()
 ) -> list[Subject]:
@@ -149,54 +140,3 @@ def captioned_examples(concept: Concept, prompt: str, phrase: str, size: int) ->
 
 
 # --- class pictures ---------------------------------------------------------------------------------------------------
-
-
-def class_caption(concept: Concept, prompt: str) -> str:
-    """Return the caption of class pictures, as "a photo of a dog". Raises ValueError without a class word where one is needed."""
-    template = concept.class_prompt or prompt
-    if "{}" in template and not concept.class_word:
-        raise ValueError(f"{concept.images}: class pictures need a class word, such as dog, for {template!r}; give one, or a class prompt")
-    return fill_in(template, concept.class_word)
-
-
-def class_folder(concept: Concept, missing: str) -> Path:
-    """Return the folder of the concept's class pictures. Raises ValueError, which says what is missing, if there is none."""
-    if concept.class_images is None:
-        raise ValueError(f"{concept.images}: {missing}")
-    return concept.class_images
-
-
-def fill_class_images(sd: StableDiffusion, concept: Concept, options: MethodOptions, seed: int = 0) -> Iterator[Filled]:
-    """Fill the concept's folder of class pictures, some pictures an iteration, if the options' prior is one that is made."""
-    prior = options.prior
-    if not prior.is_made:
-        return
-    folder = class_folder(concept, "no folder for its class pictures; give class_images")
-    caption = class_caption(concept, options.prompt)
-    if prior.kind == "scenes":
-        yield from scene_pictures(sd, caption, folder, count=prior.count, seed=seed)
-    else:
-        yield from class_pictures(
-            sd,
-            caption,
-            folder,
-            count=prior.count,
-            seed=seed,
-            steps=prior.steps,
-            guidance_scale=prior.guidance_scale,
-            size=options.data.size,
-        )
-
-
-def prior_examples(sd: StableDiffusion, concept: Concept, options: PhaseOptions, size: int) -> list[Example]:
-    """Read the concept's class pictures as the prior asks for them; none of kind "none". Folders must be filled before."""
-    prior = options.prior
-    if prior.kind == "none":
-        return []
-    folder = class_folder(concept, f"the prior {prior.kind!r} needs class pictures; give their folder, class_images, or the prior none")
-    caption = class_caption(concept, options.prompt)
-    if prior.kind == "near":
-        features = partial(pooled_text, sd)
-        return near_examples(read_folder(folder, size=size), caption, features, min_similarity=prior.min_similarity, max_count=prior.count)
-    has_captions = prior.kind == "scenes" or (concept.class_prompt is None and bool(find_caption_sources(folder)))
-    return read_folder(folder, size=size, caption=None if has_captions else caption)

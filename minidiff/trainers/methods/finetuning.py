@@ -34,6 +34,7 @@ from minidiff.trainers.engine.loop import Training, TrainStep, rng_for
 from minidiff.trainers.engine.optimizer import adamw
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.method import PhaseOptions
+from minidiff.trainers.methods.prior_preservation import prior_preservation_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +171,7 @@ class FinetuneTask:
         batch, rngs = self._draw([rng_for(self.settings.seed, step, sample) for sample in sample_ids])
         noise = sample_noise(rngs, batch.latents.shape[1:], sd.config.schedule.timesteps, sd.device, self.data.offset_noise)
         context = self._context(batch.captions).to(sd.dtype)
-        loss = diffusion_loss(
+        losses = diffusion_loss(
             lambda x_t, t, context: sd.unet(x_t.to(sd.dtype), t, context),
             sd.schedule,
             batch.latents,
@@ -179,7 +180,7 @@ class FinetuneTask:
             mask=batch.mask,
             min_snr=self.data.min_snr,
         )
-        return loss[:B].mean() + self.prior_weight * loss[B:].sum() / B
+        return prior_preservation_loss(losses, B, self.prior_weight)
 
     def _draw(self, rngs: Sequence[np.random.Generator]) -> tuple[Batch, list[np.random.Generator]]:
         """Draw the samples of all subjects, then their class pictures if there are any, and return the generator of each row.

@@ -13,14 +13,15 @@ import weights_loader
 from minidiff.config import SD1
 from minidiff.trainers.data.augment import PAPER_SIZES
 from minidiff.trainers.data.folder import read_folder
+from minidiff.trainers.data.templates import fill_in
 from minidiff.trainers.methods import custom_diffusion, dreambooth, fine_tune, lora, pivotal, textual_inversion
-from minidiff.trainers.methods.common import class_caption, fill_class_images, fill_in
 from minidiff.trainers.methods.custom_diffusion import CustomDiffusionOptions, make_rare_tokens, size_augmentation
 from minidiff.trainers.methods.dreambooth import DreamBoothOptions
 from minidiff.trainers.methods.fine_tune import FineTuneOptions
 from minidiff.trainers.methods.lora import LoRAOptions
 from minidiff.trainers.methods.options import Concept, DataOptions, LowRankOptions, Prior
 from minidiff.trainers.methods.pivotal import PivotalOptions
+from minidiff.trainers.methods.prior_preservation import class_caption, fill_class_images
 from minidiff.trainers.methods.textual_inversion import TextualInversionOptions
 from minidiff.unet import UNet
 from tests.small_concepts import FOLDER, picture_folder, quick, small_concept, small_methods
