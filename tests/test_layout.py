@@ -29,7 +29,7 @@ CORE = (
 )
 # Each line may import the lines above it and itself.
 ORDER = (
-    ("files", "markdown", "machine", "pictures", "captions"),
+    ("files", "markdown", "machine", "pictures", "captions", "png_settings"),
     ("kernels",),
     (*CORE, "tiled_decode", "cuda_graph"),
     ("attention_maps", "compare"),
