@@ -7,6 +7,7 @@
 The page needs no JavaScript and fetches nothing from outside; its folder can be opened from the disk or put on any server.
 """
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -69,7 +70,7 @@ def run(entry: Entry, figures: Path, options: str = "") -> NotebookNode:
 
 def body(notebook: NotebookNode, chosen: Sequence[Entry]) -> str:
     """The notebook as HTML for the inside of a page, its links leading to the pages of the chosen lessons."""
-    notebook = nbformat.from_dict(notebook)
+    notebook = copy.deepcopy(notebook)
     notebook.cells[0].source = re.sub(r"\n- Picture: .+", "", notebook.cells[0].source)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
