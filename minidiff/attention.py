@@ -23,7 +23,10 @@ from minidiff.kernels.dispatch import fused_attention, select_backend
 def attention_weights(q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], heads: int, causal: bool = False) -> Float[Tensor, "B h N L"]:
     """Return how much each of N queries looks at each of L keys; every row sums to 1.
 
-    The D channels hold `heads` heads of d = D / heads side by side. `causal` lets query n see keys 0..n only.
+    Args:
+        q, k: queries and keys, with heads side by side, each of d = D / heads channels.
+        heads: number of heads; divides D.
+        causal: let query n see keys 0..n only.
     """
     q, k = (rearrange(x, "B N (h d) -> B h N d", h=heads) for x in (q, k))
     logits = q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)  # scaled first: half precision ends at 65504
@@ -36,7 +39,13 @@ def attention_weights(q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], head
 def naive_attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
 ) -> Float[Tensor, "B N D"]:
-    """Compute softmax(q k^T / sqrt(d)) v, head by head, in plain steps: memory grows as N x L."""
+    """Compute softmax(q k^T / sqrt(d)) v, head by head, in plain steps: memory grows as N x L.
+
+    Args:
+        q, k, v: queries, keys and values, with heads side by side, each of d = D / heads channels.
+        heads: number of heads; divides D.
+        causal: let query n see keys 0..n only.
+    """
     weights = attention_weights(q, k, heads, causal)
     v = rearrange(v, "B L (h d) -> B h L d", h=heads)
     return rearrange(weights @ v, "B h N d -> B N (h d)")
@@ -45,7 +54,11 @@ def naive_attention(
 def attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
 ) -> Float[Tensor, "B N D"]:
-    """Compute what `naive_attention` computes, by the backend selected for the tensors; fused, memory grows as N + L."""
+    """Compute what `naive_attention` computes, by the backend selected for the tensors; fused, memory grows as N + L.
+
+    Args:
+        q, k, v, heads, causal: as in `naive_attention`.
+    """
     backend = select_backend(q, k, v, heads, causal)
     if backend == "naive":
         return naive_attention(q, k, v, heads, causal)

@@ -31,9 +31,16 @@ class Difference:
 
 @torch.no_grad()
 def compare_models(a: StableDiffusion, b: StableDiffusion, prompt: str, t: int, seed: int) -> list[Difference]:
-    """Run text encoder, U-Net at timestep t and VAE of both on the same inputs; one Difference per module, in the order they run.
+    """Run text encoder, U-Net and VAE of both on the same inputs; return one Difference per module, in the order they run.
 
     The U-Nets are both given a's context, the decoders the same latent, so that each part is judged by itself.
+
+    Args:
+        a, b: two models of one shape.
+        prompt: the text encoders' input, in the tokens of a.
+        t: the U-Nets' timestep, 0..T-1.
+        seed: of the random latent and pixels.
+
     Raises ValueError where the weights of the two are not of one shape, and for t outside the schedule.
     """
     for name in dict.fromkeys([*a.parts, *b.parts]):

@@ -103,7 +103,14 @@ def differences(found: Mapping[str, object], asked: Mapping[str, object]) -> lis
 
 
 def check_same(place: Path, found: Mapping[str, object], asked: Mapping[str, object], holds: str = "another run") -> None:
-    """Raise ValueError unless `found`, the settings of what is in `place`, are those `asked` for. The message names each that differs."""
+    """Raise ValueError unless `found` and `asked` are the same settings. The message names each that differs.
+
+    Args:
+        place: The file or folder, for the message.
+        found: The settings of what is there.
+        asked: The settings of the present run.
+        holds: What the place holds if they differ, for the message.
+    """
     if different := differences(found, asked):
         raise ValueError(f"{place} holds {holds} ({'; '.join(different)}); choose another place, or ask for the same")
 

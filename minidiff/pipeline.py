@@ -237,7 +237,14 @@ class StableDiffusion:
         spacing: str | None = None,
         eta: float = 0.0,
     ) -> list[Image.Image]:
-        """Make `batch` pictures of each prompt, on the seeds seed, seed + 1, ...; the other arguments are those of `denoise`."""
+        """Make pictures of each prompt, on the seeds seed, seed + 1, ...
+
+        Args:
+            prompts: one or several.
+            steps, sampler, guidance_scale, negative_prompt, size, spacing, eta: as in `denoise`.
+            seed: of each prompt's first picture, 0..2^64-1.
+            batch: pictures per prompt.
+        """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         *_, last = self.denoise(
             [prompt for prompt in prompts for _ in range(batch)],

@@ -7,6 +7,10 @@ Each sampler is one pure step function, from a noise level to the next lower one
 x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps; papers that write x = x_0 + sigma eps instead (Karras et al. 2022) mean
 x_t / sqrt(alpha_bar), with sigma = sqrt((1 - alpha_bar) / alpha_bar).
 
+The step functions share their first arguments: denoise, the model with its answer turned into x0_hat and eps_hat; x_t, the latent, in
+float32 at least; level, where x_t is; and next_level, a lower one. They return the latent at next_level and x0_hat; multistep samplers also
+return the history that their next step takes.
+
 Papers: Ho et al. 2020 (ddpm), Song et al. 2021 (ddim), Liu et al. 2022, "Pseudo numerical methods" (plms), Karras et al. 2022 (euler,
 heun, and the levels of dpmpp_2m_karras), Lu et al. 2022, "DPM-Solver++" (dpmpp_2m).
 Every trajectory equals diffusers' scheduler of that name (plms: PNDMScheduler with skip_prk_steps; the rest: final sigma 0,
@@ -58,14 +62,17 @@ class Level:
 
     @property
     def sqrt_alpha_bar(self) -> float:
+        """Return the factor of x_0 in x_t."""
         return sqrt(self.alpha_bar)
 
     @property
     def sqrt_one_minus_alpha_bar(self) -> float:
+        """Return the factor of eps in x_t."""
         return sqrt(1 - self.alpha_bar)
 
     @property
     def sigma(self) -> float:
+        """Return the noise level sigma of x = x_0 + sigma eps (Karras et al. 2022)."""
         return self.sqrt_one_minus_alpha_bar / self.sqrt_alpha_bar
 
 
@@ -119,6 +126,7 @@ def sample(
         model: model(x_t, t) -> prediction, eps or v as schedule.config.prediction says; t has shape (B,), int64, or float32 where a sampler
             visits timesteps between two of the model's own. It is called SAMPLERS[sampler].model_calls(steps) times.
         x: unit normal, whatever the sampler; with `start`, the latent at that level.
+        schedule: of the model: alpha_bar by timestep, and what the model predicts.
         sampler: a name in SAMPLERS.
         steps: 1..T, the number of levels from pure noise on.
         spacing: leading, linspace or trailing; None is the schedule's own. A sampler with a spacing of its own ignores it.
@@ -192,7 +200,12 @@ def _check(
 def ddpm(
     denoise: Denoiser, x_t: Float[Tensor, "B *dims"], level: Level, next_level: Level, noise: Callable[[], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Draw from q(x_next | x_t, x0_hat) (DDPM eq. 6 and 7, with the betas of the jump from next_level to level)."""
+    """Draw from q(x_next | x_t, x0_hat) (DDPM eq. 6 and 7, with the betas of the jump from next_level to level).
+
+    Args:
+        denoise, x_t, level, next_level: shared by all steps, see the head of this file.
+        noise: returns a fresh unit normal of x_t's shape.
+    """
     x0_hat, _ = denoise(x_t, level)
     alpha = level.alpha_bar / next_level.alpha_bar
     to_x0 = next_level.sqrt_alpha_bar * (1 - alpha) / (1 - level.alpha_bar)
@@ -207,7 +220,13 @@ def ddpm(
 def ddim(
     denoise: Denoiser, x_t: Float[Tensor, "B *dims"], level: Level, next_level: Level, eta: float, noise: Callable[[], Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Take a step of DDIM eq. 12, with sigma of eq. 16 written as sigma^2 = fresh (1 - alpha_bar_next); alpha there is alpha_bar here."""
+    """Take a step of DDIM eq. 12, with sigma of eq. 16 written as sigma^2 = fresh (1 - alpha_bar_next); alpha there is alpha_bar here.
+
+    Args:
+        denoise, x_t, level, next_level: shared by all steps, see the head of this file.
+        eta: 0..1, how much of the noise is drawn afresh; 1 is the variance of ddpm.
+        noise: returns a fresh unit normal of x_t's shape; may be None at eta 0.
+    """
     x0_hat, eps_hat = denoise(x_t, level)
     fresh = eta**2 * (1 - level.alpha_bar / next_level.alpha_bar) / (1 - level.alpha_bar)  # the share of the noise that is drawn anew
     x_t = next_level.sqrt_alpha_bar * x0_hat + sqrt(1 - fresh) * next_level.sqrt_one_minus_alpha_bar * eps_hat
@@ -220,10 +239,14 @@ def ddim(
 def plms(
     denoise: Denoiser, x_t: Float[Tensor, "B *dims"], level: Level, next_level: Level, history: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Take a ddim step with the model's output extrapolated from this and up to three earlier ones (history, newest first).
+    """Take a ddim step with the model's output extrapolated from this and up to three earlier ones.
 
     A v-model's outputs are extrapolated as they are and then turned into eps with the present x_t, as diffusers does;
     that is only of first order (with eps-models plms is of second).
+
+    Args:
+        denoise, x_t, level, next_level: shared by all steps, see the head of this file.
+        history: the model's outputs at up to three earlier steps, newest first; () at the first step.
     """
     output = denoise.model_output(x_t, level)
 
@@ -242,7 +265,11 @@ def plms(
 
 
 def euler(denoise: Denoiser, x_t: Float[Tensor, "B *dims"], level: Level, next_level: Level) -> tuple[Tensor, Tensor]:
-    """Add (sigma_next - sigma) dx/dsigma to x, with dx/dsigma = eps_hat (Karras et al. 2022, eq. 3 and 4)."""
+    """Add (sigma_next - sigma) dx/dsigma to x, with dx/dsigma = eps_hat (Karras et al. 2022, eq. 3 and 4).
+
+    Args:
+        denoise, x_t, level, next_level: shared by all steps, see the head of this file.
+    """
     x0_hat, eps_hat = denoise(x_t, level)
     x = x0_hat + next_level.sigma * eps_hat  # x is x0_hat + sigma eps_hat; sigma may be 4096, so it is not added and taken off
     return next_level.sqrt_alpha_bar * x, x0_hat
@@ -254,6 +281,10 @@ def euler_ancestral(
     """Take an Euler step to sigma_down, then add noise of sigma_up, with sigma_down^2 + sigma_up^2 = sigma_next^2 (k-diffusion).
 
     Worked out, this is ddpm; they differ only in the levels that they visit over "linspace" and at zero terminal SNR.
+
+    Args:
+        denoise, x_t, level, next_level: shared by all steps, see the head of this file.
+        noise: returns a fresh unit normal of x_t's shape.
     """
     x0_hat, eps_hat = denoise(x_t, level)
     sigma_down = next_level.sigma**2 / level.sigma
@@ -269,6 +300,9 @@ def heun(denoise: Denoiser, x_t: Float[Tensor, "B *dims"], level: Level, next_le
 
     From the start of zero terminal SNR the slopes' mean would be multiplied by sigma = 4096. There the mean is taken of the x0_hat at
     the two ends, the slope of the same curve x / sigma over 1 / sigma: of second order too, and within bounds.
+
+    Args:
+        denoise, x_t, level, next_level: shared by all steps, see the head of this file.
     """
     x0_hat, slope = denoise(x_t, level)
     x = x0_hat + next_level.sigma * slope
@@ -286,7 +320,11 @@ def dpmpp_2m(
 ) -> tuple[Tensor, Tensor, tuple[Level, Tensor]]:
     """Take a step of DPM-Solver++(2M), algorithm 2: x0_hat is extrapolated to the middle of the step in lambda = -log(sigma).
 
-    history: the level of the last step and its x0_hat; () at the first. h is the step in lambda, exp(-h) the ratio of sigmas.
+    h is the step in lambda, exp(-h) the ratio of sigmas.
+
+    Args:
+        denoise, x_t, level, next_level: shared by all steps, see the head of this file.
+        history: the level of the last step and its x0_hat; () at the first step.
     """
     x0_hat, _ = denoise(x_t, level)
     extrapolated = x0_hat
@@ -303,7 +341,14 @@ def dpmpp_2m(
 
 
 def levels(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str) -> list[Level]:
-    """Return the steps + 1 noise levels from start to end that diffusers' scheduler of this name visits."""
+    """Return the steps + 1 noise levels from start to end that diffusers' scheduler of this name visits.
+
+    Args:
+        schedule: of the model.
+        sampler: a name in SAMPLERS.
+        steps: 1..T.
+        spacing: leading, linspace or trailing.
+    """
     row = SAMPLERS[sampler]
     alpha_bar = schedule.alpha_bar.numpy().copy()
     if schedule.config.zero_terminal_snr and row.divides_by_signal:
@@ -314,12 +359,23 @@ def levels(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str) -> l
 
 
 def timestep_levels(schedule: NoiseSchedule, alpha_bar: Float[np.ndarray, "T"], steps: int, spacing: str) -> list[Level]:
-    """Return the levels of the timesteps that the spacing chooses."""
+    """Return the levels of the timesteps that the spacing chooses.
+
+    Args:
+        schedule: of the model.
+        alpha_bar: by timestep, in place of the schedule's: at zero terminal SNR `levels` changes the last one.
+        steps: the number of levels, 1..T.
+        spacing: leading, linspace or trailing.
+    """
     return [Level(t, float(alpha_bar[t])) for t in schedule.timesteps(steps, spacing).tolist()]
 
 
 def fractional_levels(schedule: NoiseSchedule, alpha_bar: Float[np.ndarray, "T"], steps: int, spacing: str) -> list[Level]:
-    """Return the same, but for "linspace", where timesteps lie between two of the model's own and sigma between theirs."""
+    """Return the levels of `timestep_levels`, except for "linspace": there t lies between the model's timesteps, and sigma between theirs.
+
+    Args:
+        schedule, alpha_bar, steps, spacing: as in `timestep_levels`.
+    """
     if spacing != "linspace":
         return timestep_levels(schedule, alpha_bar, steps, spacing)
     sigma = np.sqrt((1 - alpha_bar) / alpha_bar)
@@ -329,7 +385,12 @@ def fractional_levels(schedule: NoiseSchedule, alpha_bar: Float[np.ndarray, "T"]
 
 
 def karras_levels(schedule: NoiseSchedule, alpha_bar: Float[np.ndarray, "T"], steps: int, spacing: str) -> list[Level]:
-    """Return the levels of `karras_sigmas`, each with the nearest timestep."""
+    """Return the levels of `karras_sigmas`, each with the nearest timestep.
+
+    Args:
+        alpha_bar, steps: as in `timestep_levels`.
+        schedule, spacing: not used; the sigmas follow from the first and last alpha_bar alone.
+    """
     sigma = np.sqrt((1 - alpha_bar) / alpha_bar)
     sigmas = karras_sigmas(sigma[0], sigma[-1], steps)
     t = np.interp(np.log(sigmas), np.log(sigma), np.arange(len(sigma))).round()

@@ -66,7 +66,14 @@ class UpLevel(nn.Module):
     def forward(
         self, x: Float[Tensor, "R C H W"], skips: list[Tensor], time: Float[Tensor, "B_t D_time"], context: Float[Tensor, "R L D_context"]
     ) -> Float[Tensor, "R C_out H_out W_out"]:
-        """Take this level's skips, its first block's last, off the end of the list that is left (which stays as it is)."""
+        """Run the level with a skip concatenated to each block's input, then double the resolution, except at the last level.
+
+        Args:
+            x: the output of the level below.
+            skips: all that are left, in the order of the way down; block j takes skips[-1 - j], and the list stays as it is.
+            time: the vector for every ResBlock.
+            context: the text encoder's output.
+        """
         for j, block in enumerate(self.blocks):
             x = block(torch.cat([x, tile_rows(skips[-1 - j], len(x))], dim=1), time)
             if self.transformers:
@@ -154,7 +161,15 @@ class UNet(nn.Module):
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Go down and through the middle: return the skips, first to last, the middle's output, and the time vector.
 
-        A ControlNet is a copy of this half. hint: what it adds behind conv_in. Before the first cross-attention skips have B rows, then R.
+        A ControlNet is a copy of this half. Before the first cross-attention skips have B rows, then R.
+
+        Args:
+            x_t: noisy latents.
+            t: timesteps, 0..T-1.
+            context: the text encoder's output, or a Conditioning; its R = B, 2 B, ... rows may be several times those of x_t.
+            hint: what a ControlNet adds after conv_in.
+
+        Raises ValueError if the number of rows of context is not a multiple of B.
         """
         conditioning = as_conditioning(context)
         if len(conditioning) % len(x_t):
