@@ -54,6 +54,9 @@ def select_backend(
 ) -> str:
     """Return how `attention` is to compute this: "naive", "pytorch", or by our kernel for "self"- or "cross"-attention.
 
+    Args:
+        q, k, v, heads, causal: as in `attention`; of the tensors only shape, strides, dtype and device count.
+
     Raises ValueError where our kernels were asked for by name and none takes these tensors, with the reason.
     """
     if _active in ("naive", "pytorch"):
@@ -74,7 +77,12 @@ def select_backend(
 def fused_attention(
     backend: str, q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
 ) -> Float[Tensor, "B N D"]:
-    """Compute softmax(q k^T / sqrt(d)) v by a fused kernel: PyTorch's, or one of ours. backend: what `select_backend` returned."""
+    """Compute softmax(q k^T / sqrt(d)) v by a fused kernel: PyTorch's, or one of ours.
+
+    Args:
+        backend: what `select_backend` returned, except "naive".
+        q, k, v, heads, causal: as in `attention`.
+    """
     if backend == "self":
         return self_attention.fused_self_attention(q, k, v, heads, causal)
     if backend == "cross":

@@ -290,15 +290,28 @@ def gradient_kernel(
 def fused_group_norm_silu(
     x: Float[Tensor, "B C H W"], groups: int, weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], eps: float, silu: bool = True
 ) -> Float[Tensor, "B C H W"]:
-    """SiLU(GroupNorm(x)), or without `silu` GroupNorm(x); x and the answer are channels-last. float16, bfloat16 or float32.
+    """Compute SiLU(GroupNorm(x)), or without `silu` GroupNorm(x), in one kernel.
 
-    Twice the same inputs, twice the same bits, forward and backward. Raises ValueError for what `unsupported` names.
+    The same inputs give the same bits, forward and backward.
+
+    Args:
+        x: channels-last, as the answer is; float16, bfloat16 or float32.
+        groups: of channels; divides C.
+        weight, bias: of the GroupNorm, one number per channel, on x's device.
+        eps: added to the variance.
+        silu: apply SiLU.
+
+    Raises ValueError for what `unsupported` names.
     """
     return torch.ops.minidiff.group_norm_silu(x, groups, weight, bias, eps, silu)[0]
 
 
 def unsupported(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> str | None:
-    """Why `fused_group_norm_silu` does not take these tensors, as the end of a sentence; None if it does."""
+    """Return why `fused_group_norm_silu` does not take these tensors, as the end of a sentence; None if it does.
+
+    Args:
+        x, groups, weight, bias: as in `fused_group_norm_silu`, but of any shape, layout, dtype and device; None is refused.
+    """
     if reason := no_kernel_for(x):
         return reason
     if x.ndim != 4 or x.numel() == 0 or groups < 1 or x.shape[1] % groups:

@@ -283,7 +283,14 @@ class Blocks:
 
 
 def blocks_of(kernel: str, N: int, d: int, dtype: torch.dtype) -> Blocks:
-    """Return how "forward", "dk_dv" or "dq" is divided for N tokens on the side that a program keeps."""
+    """Return how a kernel is divided for a number of tokens.
+
+    Args:
+        kernel: "forward", "dk_dv" or "dq".
+        N: tokens on the side that a program keeps.
+        d: channels of a head.
+        dtype: of q, k and v.
+    """
     short = N < 1024
     if dtype == torch.float32:  # without tensor cores: a thread needs whole rows of q and k in registers
         return Blocks(32, 32, 4, 1) if d < 64 else Blocks(32, 16, 8, 1) if kernel == "dq" else Blocks(16, 32, 8, 1)
@@ -297,16 +304,27 @@ def blocks_of(kernel: str, N: int, d: int, dtype: torch.dtype) -> Blocks:
 def fused_self_attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
 ) -> Float[Tensor, "B N D"]:
-    """softmax(q k^T / sqrt(d)) v in one kernel; `heads` heads of d = D / heads side by side, as in `naive_attention`.
+    """Compute softmax(q k^T / sqrt(d)) v in one kernel.
 
-    q, k and v may be views of one fused projection: the strides of batch and tokens are free. The answer is contiguous. float16, bfloat16
-    or float32. Twice the same inputs, twice the same bits, forward and backward. Raises ValueError for what `unsupported` names.
+    The same inputs give the same bits, forward and backward. The answer is contiguous.
+
+    Args:
+        q, k, v: as in `naive_attention`, in float16, bfloat16 or float32. They may be views of one fused projection: the strides of batch
+            and tokens are free.
+        heads: number of heads; divides D.
+        causal: let query n see keys 0..n only.
+
+    Raises ValueError for what `unsupported` names.
     """
     return torch.ops.minidiff.self_attention(q, k, v, heads, causal)[0]
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> str | None:
-    """Why `fused_self_attention` does not take these tensors, as the end of a sentence; None if it does."""
+    """Return why `fused_self_attention` does not take these tensors, as the end of a sentence; None if it does.
+
+    Args:
+        q, k, v, heads, causal: as in `fused_self_attention`.
+    """
     return refusal(q, k, v, heads)
 
 
