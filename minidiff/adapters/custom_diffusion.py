@@ -191,9 +191,13 @@ def compress(deltas: Mapping[str, Tensor], share: float = 0.6, rank: int | None 
 def from_deltas(
     sd: StableDiffusion, deltas: Mapping[str, Tensor], tokens: NewTokens | None = None, biases: Mapping[str, Tensor] | None = None
 ) -> CustomDiffusion:
-    """Return a Custom Diffusion with W0 + delta for each layer, the other way of `deltas` and of Compressed.deltas.
+    """Return a Custom Diffusion with W0 + delta for each layer: the inverse of `deltas` and of Compressed.deltas.
 
-    tokens, biases: those of the Custom Diffusion that the changes came from.
+    Args:
+        sd: the model whose weights are W0
+        deltas: W - W0 by layer, [out, in]
+        tokens, biases: those of the Custom Diffusion that the changes came from
+
     Raises ValueError for layers that the model lacks or has in another shape.
     """
     bases = CustomDiffusion(deltas).model_layers(sd)

@@ -114,7 +114,14 @@ def sized_view(
 
 
 def valid_cells(top: int, left: int, side: int, size: int, factor: int) -> Float[Tensor, "1 h w"]:
-    """Return 1 in the latent cells inside the pasted box, less one cell around where the encoder mixes in the grey, as the authors do."""
+    """Return 1 in the latent cells inside the pasted box, less one cell around where the encoder mixes in the grey, as the authors do.
+
+    Args:
+        top, left: the corner of the box, in pixels
+        side: of the box, in pixels
+        size: side of the canvas, in pixels
+        factor: pixels a latent cell is wide
+    """
     mask = torch.zeros(1, size // factor, size // factor)
     rows, columns = (slice(start // factor + 1, (start + side) // factor - 1) for start in (top, left))
     mask[:, rows, columns] = 1

@@ -53,10 +53,18 @@ def class_pictures(
     guidance_scale: float | None = None,
     size: int | None = None,
 ) -> Iterator[Filled]:
-    """Fill the folder up to `count` pictures of the prompt, `batch` an iteration; picture i has the seed `seed` + i.
+    """Fill the folder with pictures of the prompt, a batch per iteration.
 
-    The other arguments are those of sd.generate. Raises ValueError for a folder that holds another prompt's pictures or another model's, as
-    soon as it is iterated.
+    Args:
+        sd: draws the pictures
+        prompt: of all of them
+        folder: pictures that are in it already count
+        count: pictures in the folder at the end
+        seed: picture i has the seed `seed` + i
+        batch: pictures per iteration
+        steps, sampler, guidance_scale, size: as in sd.generate
+
+    Raises ValueError for a folder that holds another prompt's pictures or another model's, as soon as it is iterated.
     """
     parts = {name: fingerprint(module) for name, module in (("text_encoder", sd.text_encoder), ("unet", sd.unet), ("vae", sd.vae))}
     choices = {"prompt": prompt, "seed": seed, "steps": steps, "sampler": sampler, "guidance_scale": guidance_scale, "size": size}
@@ -90,9 +98,15 @@ def claim(folder: Path, count: int, choices: dict) -> None:
 def pooled_text(sd: StableDiffusion, texts: Sequence[str], *, pool: str = "end", batch: int = 100) -> Float[Tensor, "N D"]:
     """Return one feature per text from the text encoder's output, at length 1; float32, on the CPU.
 
-    pool: "end" takes the end token, which has read the whole caption: what CLIP compares with pictures but for the projection, which
-    Stable Diffusion's files leave out, so that cosines of the two differ. "mean" averages words and end token, for an encoder that
-    was never trained to gather a caption in its end token, as the bundled one. Raises ValueError for another.
+    Args:
+        sd: its tokenizer and text encoder are used
+        texts: the captions
+        pool: "end" takes the end token, which has read the whole caption: what CLIP compares with pictures but for the projection, which
+            Stable Diffusion's files leave out, so that cosines of the two differ. "mean" averages words and end token, for an encoder that
+            was never trained to gather a caption in its end token, as the bundled one
+        batch: texts encoded at once
+
+    Raises ValueError for another pool.
     """
     if pool not in ("end", "mean"):
         raise ValueError(f"pool {pool!r} unknown; choose end, mean")
@@ -135,7 +149,16 @@ def nearest(
 def near_examples(
     examples: Sequence[Example], target: str, features: TextFeatures, *, min_similarity: float | None = None, max_count: int | None = 200
 ) -> list[Example]:
-    """Return the pictures whose captions are near the target, by features such as partial(pooled_text, sd) or CLIP's; as `nearest`."""
+    """Return the pictures whose captions are near the target.
+
+    Args:
+        examples: those to choose from
+        target: a caption
+        features: such as partial(pooled_text, sd), or CLIP's
+        min_similarity, max_count: as in `nearest`
+
+    Raises ValueError where none is left.
+    """
     chosen = nearest(
         features([target])[0], features([example.caption for example in examples]), min_similarity=min_similarity, max_count=max_count
     )
@@ -147,8 +170,15 @@ def scene_pictures(
 ) -> Iterator[Filled]:
     """Fill the folder with the bundled scenes nearest to the target, and NAME.txt beside each.
 
-    Nearest by the mean of `pooled_text`, of `candidates` scenes as training shows them. Raises ValueError for too few of them, and as
-    `class_pictures` does.
+    Args:
+        sd: its text encoder says what is near, by the mean of `pooled_text`
+        target: a caption
+        folder: scenes that are in it already are kept
+        count: scenes in the folder at the end
+        candidates: scenes to choose from, as training shows them
+        seed: of the candidates
+
+    Raises ValueError for fewer candidates than `count`, and as `class_pictures` does.
     """
     if candidates < count:
         raise ValueError(f"candidates {candidates}: the nearest {count} need at least as many")

@@ -76,7 +76,14 @@ class TrainStep:
 
 
 def train(task: Task, settings: Settings, device: torch.device, state: Path | None = None) -> Iterator[TrainStep]:
-    """Take the steps of a run that are left, one an iteration; see Training."""
+    """Take the steps of a run that are left, one an iteration; see Training.
+
+    Args:
+        task: what is trained
+        settings: of the loop
+        device: where the task is
+        state: file to save to and resume from; None saves nothing
+    """
     return Training(task, settings, device, state).run()
 
 

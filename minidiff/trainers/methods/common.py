@@ -89,7 +89,12 @@ def check_concepts(concepts: Sequence[Concept]) -> None:
 def make_subjects(
     sd: StableDiffusion, concepts: Sequence[Concept], options: PhaseOptions, cache: Cache | None, *, templates: Sequence[str] = ()
 ) -> list[Subject]:
-    """Check the concepts and make a subject of each; see make_subject."""
+    """Check the concepts and make a subject of each.
+
+    Args:
+        concepts: one subject each
+        sd, options, cache, templates: as in `make_subject`
+    """
     check_concepts(concepts)
     return [make_subject(sd, concept, options, cache, templates=templates) for concept in concepts]
 
@@ -129,7 +134,16 @@ def make_subject(
 
 
 def captioned_examples(concept: Concept, prompt: str, phrase: str, size: int) -> list[Example]:
-    """Read the concept's pictures with their own captions, or with the prompt for all; the phrase goes into the holes of either."""
+    """Read the concept's pictures with their captions.
+
+    Args:
+        concept: its folder; with `captions`, each picture has its own
+        prompt: the caption of all pictures otherwise
+        phrase: goes into the holes of either
+        size: of the model, in pixels
+
+    Raises ValueError for a prompt with a hole and an empty phrase.
+    """
     if concept.captions:
         return [Example(example.path, fill_in(example.caption, phrase)) for example in read_folder(concept.images, size=size)]
     if "{}" in prompt and not phrase:

@@ -84,8 +84,13 @@ def build(
 ) -> "TrainingRun":
     """Put together Custom Diffusion; the result is .custom_diffusion.
 
-    start_from: one that was learned before, to which these concepts are added (the paper's sequential training); it is not changed, and
-    its words stay as they are.
+    Args:
+        sd: the model; its own weights stay as they are
+        concepts: what is learned
+        options: numbers of the method
+        cache: of latents and contexts; None keeps them in memory
+        start_from: one that was learned before, to which these concepts are added (the paper's sequential training); it is not changed,
+            and its words stay as they are
     """
     import torch
 

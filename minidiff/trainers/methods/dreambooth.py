@@ -80,6 +80,12 @@ def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: DreamBoot
     """Put together DreamBooth; the result is sd's own weights, or .lora with options.low_rank.
 
     Warns of a name that splits into several tokens, which the model knows too well to forget.
+
+    Args:
+        sd: the model; its own weights are trained, or a LoRA on them
+        concepts: what is learned
+        options: numbers of the method
+        cache: of latents and contexts; None keeps them in memory
     """
     from minidiff.trainers.methods.common import base_weights, make_lora, make_subjects
     from minidiff.trainers.methods.finetuning import FinetuneTask, TrainingRun

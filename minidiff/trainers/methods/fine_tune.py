@@ -49,7 +49,14 @@ PRESETS: dict[Family, FineTuneOptions] = {
 
 
 def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: FineTuneOptions, cache: "Cache | None" = None) -> "TrainingRun":
-    """Put together fine-tuning; the result is sd's own weights."""
+    """Put together fine-tuning; the result is sd's own weights.
+
+    Args:
+        sd: the model; its own weights are trained
+        concepts: what is learned
+        options: numbers of the method
+        cache: of latents and contexts; None keeps them in memory
+    """
     from minidiff.trainers.methods.common import base_weights, make_subjects
     from minidiff.trainers.methods.finetuning import FinetuneTask, TrainingRun
 

@@ -51,7 +51,14 @@ PRESETS: dict[Family, LoRAOptions] = {
 
 
 def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: LoRAOptions, cache: "Cache | None" = None) -> "TrainingRun":
-    """Put together the training of a LoRA; the result is .lora."""
+    """Put together the training of a LoRA; the result is .lora.
+
+    Args:
+        sd: the model; its own weights stay as they are
+        concepts: what is learned
+        options: numbers of the method
+        cache: of latents and contexts; None keeps them in memory
+    """
     from minidiff.trainers.methods.common import make_lora, make_subjects
     from minidiff.trainers.methods.finetuning import FinetuneTask, TrainingRun
 

@@ -81,7 +81,14 @@ PRESETS: dict[Family, PivotalOptions] = {
 
 
 def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: PivotalOptions, cache: "Cache | None" = None) -> "TrainingRun":
-    """Put together both phases; the result is .tokens and .lora, to be used together."""
+    """Put together both phases; the result is .tokens and .lora, to be used together.
+
+    Args:
+        sd: the model; its own weights stay as they are
+        concepts: what is learned
+        options: numbers of the method
+        cache: of latents and contexts; None keeps them in memory
+    """
     from minidiff.trainers.methods.common import make_lora, make_subjects
     from minidiff.trainers.methods.finetuning import FinetuneTask, TrainingRun
 

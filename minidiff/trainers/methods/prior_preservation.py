@@ -46,7 +46,16 @@ def class_folder(concept: Concept, missing: str) -> Path:
 
 
 def fill_class_images(sd: StableDiffusion, concept: Concept, options: MethodOptions, seed: int = 0) -> Iterator[Filled]:
-    """Fill the concept's folder of class pictures, some pictures an iteration, if the options' prior is one that is made."""
+    """Fill the concept's folder of class pictures, some pictures an iteration, if the options' prior is one that is made.
+
+    Args:
+        sd: the model before training
+        concept: its class_images is the folder
+        options: prior, prompt and size are read
+        seed: of the first picture, or of the candidate scenes
+
+    Raises ValueError for a concept without a folder.
+    """
     prior = options.prior
     if not prior.is_made:
         return
@@ -68,7 +77,16 @@ def fill_class_images(sd: StableDiffusion, concept: Concept, options: MethodOpti
 
 
 def prior_examples(sd: StableDiffusion, concept: Concept, options: PhaseOptions, size: int) -> list[Example]:
-    """Read the concept's class pictures as the prior asks for them; none of kind "none". Folders must be filled before."""
+    """Read the concept's class pictures as the prior asks for them; none of kind "none". Folders must be filled before.
+
+    Args:
+        sd: its text encoder finds near captions, for the kind "near"
+        concept: its class_images is the folder
+        options: prior and prompt are read
+        size: of the model, in pixels
+
+    Raises ValueError for a concept without a folder.
+    """
     prior = options.prior
     if prior.kind == "none":
         return []

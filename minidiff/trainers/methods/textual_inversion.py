@@ -68,7 +68,14 @@ PRESETS: dict[Family, TextualInversionOptions] = {
 def build(
     sd: "StableDiffusion", concepts: Sequence[Concept], options: TextualInversionOptions, cache: "Cache | None" = None
 ) -> "TrainingRun":
-    """Put together the training of new words; the result is .tokens."""
+    """Put together the training of new words; the result is .tokens.
+
+    Args:
+        sd: the model; its own weights stay as they are
+        concepts: what is learned
+        options: numbers of the method
+        cache: of latents and contexts; None keeps them in memory
+    """
     from minidiff.trainers.methods.common import make_subjects
     from minidiff.trainers.methods.finetuning import TrainingRun
 
@@ -104,7 +111,15 @@ def templates_of(options: TextualInversionOptions) -> tuple[str, ...]:
 def token_phase(
     sd: "StableDiffusion", tokens: "NewTokens", subjects: "Sequence[Subject]", options: TextualInversionOptions, cache: "Cache | None"
 ) -> "FinetuneTask":
-    """Put together the phase that trains new words."""
+    """Put together the phase that trains new words.
+
+    Args:
+        sd: the model
+        tokens: the new words
+        subjects: what they stand for
+        options: numbers of the method
+        cache: of latents; None keeps them in memory
+    """
     from minidiff.trainers.methods.finetuning import FinetuneTask, Group
 
     groups = [Group(tuple(tokens.vectors))]
