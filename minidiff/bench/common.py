@@ -68,6 +68,7 @@ class BenchRecord:
 
     @property
     def results(self) -> dict[str, dict]:
+        """Return the results by name."""
         return self.values["results"]
 
     def keep(self, name: str, result: dict) -> None:

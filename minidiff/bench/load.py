@@ -148,7 +148,14 @@ def case_row(case: FileCase, summary: dict) -> str:
 
 
 def measure_case(case: FileCase, config: ModelConfig, contenders: Sequence[str], rounds: int) -> dict[str, list[Measurement]]:
-    """Write the file, put it into the page cache, and measure the contenders in turn. They have to agree on its contents."""
+    """Write the file, put it into the page cache, and measure the contenders in turn. They have to agree on its contents.
+
+    Args:
+        case: The kind of file and its dtypes.
+        config: Of the model, whose weights are random.
+        contenders: Some of CONTENDERS.
+        rounds: How often each contender loads the file.
+    """
     found = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
         path = write_case(random_model(config, getattr(torch, case.stored)), case, Path(folder))

@@ -59,7 +59,11 @@ def measure(contender: str, path: str, settings: str, asked: str, config: str | 
 
 
 def prepare_minidiff(path: str, settings: str, asked: str, config: str | None):
-    """Import our library, and return the function that loads; arguments as of `measure`."""
+    """Import our library, and return the function that loads.
+
+    Args:
+        path, settings, asked, config: As in `measure`.
+    """
     import torch
 
     import weights_loader
@@ -78,7 +82,11 @@ def prepare_minidiff(path: str, settings: str, asked: str, config: str | None):
 
 
 def prepare_diffusers(path: str, settings: str, asked: str, config: str | None):
-    """Import diffusers, and return the function that loads; arguments as of `measure`."""
+    """Import diffusers, and return the function that loads.
+
+    Args:
+        path, settings, asked, config: As in `measure`.
+    """
     import torch
 
     # Each class by name: both packages import what they are asked for.

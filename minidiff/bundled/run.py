@@ -161,7 +161,14 @@ def make_latents(
 
 
 def load_vae(config: ModelConfig, folder: Path, device: torch.device, given: VAE | None) -> VAE:
-    """Return the given VAE, or the EMA weights of the trained one."""
+    """Return the given VAE, or the EMA weights of the trained one.
+
+    Args:
+        config: Of the model.
+        folder: Of the run, with vae.pt.
+        device: Where the VAE goes.
+        given: A VAE to copy instead; None reads the trained one.
+    """
     if given is not None:
         return copy.deepcopy(given).to(device).float()
     vae = VAE(config.vae)

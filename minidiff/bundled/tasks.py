@@ -105,9 +105,11 @@ class AutoencoderTask:
         self.draws = prefetch(partial(autoencoder_draws, recipe.seed, len(images), (config.vae.latent_channels, *cells)), device)
 
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
+        """Create the optimizers of the VAE's weights."""
         return optimizers([self.vae], settings.learning_rate)
 
     def loss(self, step: int, sample_ids: range) -> Float[Tensor, ""]:
+        """Return the reconstruction loss plus kl_weight times the KL divergence, every other step with resized latents (EQ-VAE)."""
         chosen, noise = (to_device(self.device, part) for part in self.draws(step, sample_ids))
         pixels = to_pixels(self.images[chosen])
         posterior = self.vae.encode(pixels)
@@ -156,7 +158,14 @@ class Latents:
 def encode_scenes(
     images: UInt8[np.ndarray, "N H W 3"], vae: VAE, device: torch.device, chunk: int = 100
 ) -> Iterator[Float[Tensor, "n C h w"]]:
-    """Encode pictures to unscaled means of latents, `chunk` per iteration, on the CPU, in float32 whatever precision the training used."""
+    """Yield unscaled means of latents, on the CPU, in float32 whatever precision the training used.
+
+    Args:
+        images: RGB pictures, 0..255.
+        vae: The encoder is used.
+        device: Where the VAE is.
+        chunk: Pictures per iteration.
+    """
     for start in range(0, len(images), chunk):
         with torch.no_grad():
             mean = vae.encode(to_pixels(torch.from_numpy(images[start : start + chunk]).to(device))).mean.cpu()
@@ -184,9 +193,11 @@ class DiffusionTask:
         self.draws = prefetch(partial(diffusion_draws, recipe, config.schedule.timesteps, tuple(self.x_0.shape)), device)
 
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
+        """Create the optimizers of the text encoder's and the U-Net's weights."""
         return optimizers(self.modules.values(), settings.learning_rate)
 
     def loss(self, step: int, sample_ids: range) -> Float[Tensor, ""]:
+        """Return the mean squared error of the prediction; an object's cells count more than the background's."""
         chosen, dropped, t, eps = (to_device(self.device, part) for part in self.draws(step, sample_ids))
         context = self.text_encoder(torch.where(dropped[:, None], self.empty, self.tokens[chosen]))
         error = squared_error(self.unet, self.schedule, self.x_0[chosen], context, NoiseSample(t, eps))

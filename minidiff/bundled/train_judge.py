@@ -147,9 +147,11 @@ class JudgeTask:
         self.draws = prefetch(partial(judge_draws, config, seed), device)
 
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
+        """Create the optimizers of the judge's weights."""
         return optimizers([self.judge], settings.learning_rate)
 
     def loss(self, step: int, sample_ids: range) -> Float[Tensor, ""]:
+        """Return the classification losses plus the contrastive loss of pictures and captions."""
         pixels, tokens, labels = self.draws(step, sample_ids)
         reading = self.judge.read(to_device(self.device, pixels))
         texts = self.judge.encode_tokens(to_device(self.device, tokens))

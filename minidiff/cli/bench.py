@@ -149,6 +149,7 @@ def train(
 
 
 def show(lines: Iterator[str]) -> None:
+    """Print the lines as they come."""
     for line in lines:
         print(line, flush=True)
 

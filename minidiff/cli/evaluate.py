@@ -108,6 +108,7 @@ def same_names(paths: list[Path], others: list[Path], folder: Path) -> list[Path
 
 
 def choose_encoder(clip: Path | None, name: str | None, device) -> "Encoder":
+    """Load the bundled judge, or the CLIP model whose weights are given. Raises ValueError for a CLIP model without its weights."""
     import weights_loader
     from minidiff.evaluation.open_clip import OpenClip
 
@@ -117,6 +118,7 @@ def choose_encoder(clip: Path | None, name: str | None, device) -> "Encoder":
 
 
 def features_of(encoder: "Encoder", paths: list[Path]):
+    """Return one row of features per picture, float32, on the CPU."""
     import torch
 
     from minidiff.pictures import fit, load_picture

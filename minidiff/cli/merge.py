@@ -193,6 +193,7 @@ def targets_of(files: tuple[str, ...], words: list[tuple[str, ...]], given: tupl
 
 
 def learned_captions(file: str, words: tuple[str, ...]) -> list[str]:
+    """Return one caption per word: the one it was trained with, if the file records it. Raises ValueError without a word."""
     if not words:
         raise ValueError(f"{file}: no word in it; a merge tells concepts apart by their words")
     path = Path(file)

@@ -12,7 +12,14 @@ if TYPE_CHECKING:
 
 
 def load(model: str, dtype: str, device: "str | torch.device", **options):
-    """Load a model onto the device asked for, and print what the loader decided."""
+    """Load a model onto the device asked for, and print what the loader decided.
+
+    Args:
+        model: a file, a folder, or the name of a bundled model
+        dtype: of the weights, as float16; "auto" leaves it to the loader
+        device: a device, or its name as `choose_device` takes it
+        options: more arguments of weights_loader.load
+    """
     import torch
 
     import weights_loader

@@ -32,7 +32,11 @@ def write_results(training: "TrainingRun", sd: "StableDiffusion", out: Path, nam
 
 
 def write_tokens(training: "TrainingRun", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:
-    """Write new words: in one file, or for the web interfaces in a file each."""
+    """Write new words: in one file, or for the web interfaces in a file each.
+
+    Args:
+        training, sd, out, names, settings: as in `write_results`
+    """
     import weights_loader
     from minidiff.adapters.tokens import NewTokens
 
@@ -48,7 +52,11 @@ def write_tokens(training: "TrainingRun", sd: "StableDiffusion", out: Path, name
 
 
 def write_lora(training: "TrainingRun", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:
-    """Write a LoRA."""
+    """Write a LoRA.
+
+    Args:
+        training, sd, out, names, settings: as in `write_results`
+    """
     import weights_loader
 
     assert training.lora is not None
@@ -57,7 +65,11 @@ def write_lora(training: "TrainingRun", sd: "StableDiffusion", out: Path, names:
 
 
 def write_custom_diffusion(training: "TrainingRun", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:
-    """Write a Custom Diffusion: a safe file, diffusers' folder, or the original's file, which has no room for settings."""
+    """Write a Custom Diffusion: a safe file, diffusers' folder, or the original's file, which has no room for settings.
+
+    Args:
+        training, sd, out, names, settings: as in `write_results`
+    """
     import weights_loader
 
     assert training.custom_diffusion is not None
@@ -70,7 +82,11 @@ def write_custom_diffusion(training: "TrainingRun", sd: "StableDiffusion", out: 
 
 
 def write_model(training: "TrainingRun", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:
-    """Write the whole model, whose own weights were trained."""
+    """Write the whole model, whose own weights were trained.
+
+    Args:
+        training, sd, out, names, settings: as in `write_results`
+    """
     import weights_loader
 
     weights_loader.save(sd, out / "model.safetensors", settings=settings)

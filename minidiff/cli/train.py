@@ -203,7 +203,14 @@ def parse_concept(text: str) -> Concept:
 
 
 def with_class_folder(concept: Concept, number: int, out: Path, options: MethodOptions) -> Concept:
-    """Give class pictures that are made a folder in the run's, unless there is another."""
+    """Give the concept a folder for class pictures within the run's folder, if they are to be made and it has none.
+
+    Args:
+        concept: what is learned
+        number: of the concept, for the folder's name
+        out: the run's folder
+        options: the prior is read
+    """
     if concept.class_images is None and options.prior.is_made:
         return replace(concept, class_images=out / f"class-{number}")
     return concept
@@ -299,7 +306,14 @@ def first_caption(subject: "Subject") -> str:
 
 
 def take_steps(training: "TrainingRun", run: RunFlags, prompts: list[str], device: "torch.device") -> None:
-    """Take the steps that are left, phase by phase."""
+    """Take the steps that are left, phase by phase.
+
+    Args:
+        training: the run
+        run: the flags of the run: its folder, and when to draw a sheet of pictures
+        prompts: of the sheets, one per row
+        device: where the model is trained
+    """
     phases = 0
     with closing(training.run(device, run.out)) as steps:
         for phase, own in groupby(steps, key=lambda pair: pair[0]):
@@ -310,7 +324,13 @@ def take_steps(training: "TrainingRun", run: RunFlags, prompts: list[str], devic
 
 
 def show_phase(phase: "FinetuneTask", steps: "Iterator[TrainStep]", run: RunFlags, prompts: list[str], device: "torch.device") -> None:
-    """Take the steps of one phase, with a bar, a log and sheets of pictures."""
+    """Take the steps of one phase, with a bar, a log and sheets of pictures.
+
+    Args:
+        phase: the phase's task
+        steps: those that are left of it, at least one
+        run, prompts, device: as in `take_steps`
+    """
     from tqdm import tqdm
 
     from minidiff.trainers.engine.distributed import rank
@@ -332,7 +352,14 @@ def show_phase(phase: "FinetuneTask", steps: "Iterator[TrainStep]", run: RunFlag
 
 
 def save_sheet(phase: "FinetuneTask", prompts: list[str], count: int, path: Path) -> None:
-    """Write one row per prompt, the same seeds every time."""
+    """Write one row per prompt, the same seeds every time.
+
+    Args:
+        phase: draws the pictures
+        prompts: one per row
+        count: pictures in a row, on the seeds 0..count-1
+        path: of the PNG
+    """
     from minidiff.pictures import grid, save_png
 
     columns = [phase.pictures(prompts, seed=seed, steps=SAMPLE_STEPS) for seed in range(count)]

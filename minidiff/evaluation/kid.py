@@ -91,6 +91,13 @@ def kid(
 
 
 def block_sums(pairs: Float64[Tensor, "M N"], rows: Tensor, columns: Tensor, blocks: int) -> Float64[Tensor, "{blocks} {blocks}"]:
-    """Sum a matrix over pairs of blocks. rows, columns: the block of each row and column."""
+    """Sum a matrix over pairs of blocks.
+
+    Args:
+        pairs: One number per pair of a row and a column.
+        rows: The block of each row, 0..blocks-1, (M,).
+        columns: The block of each column, (N,).
+        blocks: How many there are.
+    """
     by_row = torch.zeros(blocks, pairs.shape[1], dtype=pairs.dtype, device=pairs.device).index_add(0, rows, pairs)
     return torch.zeros(blocks, blocks, dtype=pairs.dtype, device=pairs.device).index_add(1, columns, by_row)

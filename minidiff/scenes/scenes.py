@@ -166,8 +166,17 @@ def compose(
 ) -> Scene:
     """Paint one or two items on a background; later items cover earlier ones.
 
-    `relation` ('and', 'left of', 'above') joins two items in the caption and does not move them: see sample_scene.
-    `shade` is added to the background's RGB (0 to 255); `gradient` is the share by which it is darker at the top.
+    Args:
+        items: One or two.
+        background: A name in COLOURS.
+        style: A name in STYLES, for all items.
+        relation: 'and', 'left of' or 'above' joins two items in the caption and does not move them (see sample_scene); None for one item.
+        name_background: Whether the caption names the background.
+        name_style: Whether the caption names the style.
+        medium: What the caption calls the picture, as "photo"; None leaves it out.
+        shade: Added to the background's RGB (0 to 255).
+        gradient: 0..1, the share by which the background is darker at the top.
+
     Raises ValueError for an unknown subject, colour, style or relation, and for an item that leaves the picture.
     """
     known("style", style, STYLES)
@@ -249,7 +258,14 @@ def place_one(rng: np.random.Generator, subject: str, style: str) -> tuple[int, 
 
 
 def place_two(rng: np.random.Generator, names: Sequence[str], style: str, upright: bool) -> tuple[list[int], list[tuple[float, float]]]:
-    """Choose sizes and centres of two objects that do not overlap: side by side, or one above the other if `upright`."""
+    """Choose sizes and centres, in pixels, of two objects that do not overlap: side by side, or one above the other.
+
+    Args:
+        rng: The source of randomness.
+        names: The two subjects; the first one is on the left, or above.
+        style: In which they are drawn.
+        upright: Place one above the other.
+    """
     along, across = (1, 0) if upright else (0, 1)
     first = int(rng.integers(28, 35))
     px = [first, int(rng.integers(28, min(34, SIZE - first) + 1))]

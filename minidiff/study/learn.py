@@ -182,7 +182,14 @@ def train_method(
 def make_adapter_run(
     sd: StableDiffusion, name: str, concepts: Sequence[Concept], options: LoRAOptions
 ) -> tuple[TrainingRun, tuple[Adapter, ...]]:
-    """Put a method of adapters/parallel.py on the attention layers, to be trained like a LoRA."""
+    """Put a method of adapters/parallel.py on the attention layers, to be trained like a LoRA.
+
+    Args:
+        sd: The untouched model.
+        name: Of the method.
+        concepts: The subjects.
+        options: Those of LoRA.
+    """
     generator = torch.Generator().manual_seed(options.settings.seed)
     adapters = create_adapters(sd, LAYER_PATTERNS["attention"], method=name, rank=RANK, generator=generator)
     subjects, groups = make_subjects(sd, concepts, options, None), [Group(tuple(adapters.parameters()))]
@@ -227,7 +234,12 @@ def train_pair(sd: StableDiffusion, run: StudyRun, folder: Path) -> Outcome:
 def train_custom_diffusion(sd: StableDiffusion, subject: str, seed: int, folder: Path, second: bool = False) -> Outcome:
     """Return Custom Diffusion of one subject with the standard options: trained by the first run that asks for it, read by the others.
 
-    second: start from a different rare word and use another name, so that two subjects stay distinct.
+    Args:
+        sd: The untouched model.
+        subject: A key of SUBJECTS.
+        seed: Of the training.
+        folder: Of the study.
+        second: Start from a different rare word and use another name, so that two subjects stay distinct.
     """
     path = folder / "learned" / f"{subject}-{seed}{'-second' if second else ''}.pt"
     one = make_concept("custom-diffusion", subject, seed, folder, second=second)

@@ -204,7 +204,11 @@ def chroma(pixels: Float[Tensor, "B 3 H W"]) -> float:
 def measure_style(sd: StableDiffusion, judge: Judge, style: str, shown: Sequence[str]) -> Measurements:
     """Draw subjects that the style's pictures do not show in that style: their chroma, and the share that are still recognised.
 
-    shown: the subjects of the training pictures.
+    Args:
+        sd: The trained model.
+        judge: Recognises the subjects.
+        style: Its name in prompts.
+        shown: The subjects of the training pictures.
     """
     prompts = [p for p in fixed_prompts() if p.group == "one" and p.subjects[0] not in shown]
     prompts = list(spread_prompts(prompts, 2 * OF_OTHERS))

@@ -150,7 +150,14 @@ def kid_by_method(results: Results, judge: Encoder) -> dict[str, KID]:
 
 
 def format_scores(results: Results, part: str, name: str, scores: Sequence[str]) -> list[str]:
-    """Format the means of several scores of one variant."""
+    """Format the means of several scores of one variant.
+
+    Args:
+        results: Of the folder.
+        part: Of the study.
+        name: Of the variant.
+        scores: Names of scores.
+    """
     return [format_interval(interval_over_subjects(results.values(part, name, score)), score in SHARES_OF_PICTURES) for score in scores]
 
 
@@ -384,7 +391,14 @@ FIRST_ROWS = {
 
 
 def make_sheet(results: Results, part: str, subjects: Sequence[str], seed: int) -> Image.Image:
-    """Draw the training pictures, and one row for each variant of a part with its name."""
+    """Draw the training pictures, and one row for each variant of a part with its name.
+
+    Args:
+        results: Of the folder, which has the rows as files.
+        part: Of the study.
+        subjects: Of the runs that are shown.
+        seed: Of the runs that are shown.
+    """
     images = [(f"pictures: {subject}", grid(draw_training_pictures(subject, seed), columns=PICTURES)) for subject in subjects]
     first = [FIRST_ROWS[part]] if part in FIRST_ROWS else []
     for place, variant in (*first, *dict.fromkeys((part, run.variant) for run in list_runs(part))):

@@ -96,7 +96,14 @@ def read_first_machine(folder: Path) -> dict[str, object]:
 
 
 def run_one(folder: Path, run: StudyRun, load: Callable[[], StableDiffusion], load_judge: Callable[[], Judge]) -> None:
-    """Train, measure and write one run's files, the result last."""
+    """Train, measure and write one run's files, the result last.
+
+    Args:
+        folder: Of the study.
+        run: The training to make and measure.
+        load: Returns the untouched model.
+        load_judge: Returns the judge.
+    """
     sd, judge = load(), load_judge()
     before = load_untouched_features(folder, run, sd, judge)
     outcome = train_run(sd, run, folder)
@@ -113,7 +120,14 @@ def run_one(folder: Path, run: StudyRun, load: Callable[[], StableDiffusion], lo
 
 
 def measure_run(sd: StableDiffusion, judge: Judge, run: StudyRun, outcome: Outcome) -> measure.Measurements:
-    """Measure the pictures of the model as the run left it."""
+    """Measure the pictures of the model as the run left it.
+
+    Args:
+        sd: The model with what was learned attached.
+        judge: Recognises and compares pictures.
+        run: The training that was made.
+        outcome: Of the training; its prompt names are read.
+    """
     if run.part == "style":
         given = draw_style_pictures(run.seed)
         found = measure.measure_style(sd, judge, outcome.prompt_names[0], [name for _, name in given])
@@ -127,7 +141,14 @@ def measure_run(sd: StableDiffusion, judge: Judge, run: StudyRun, outcome: Outco
 
 
 def load_untouched_features(folder: Path, run: StudyRun, sd: StableDiffusion, judge: Judge) -> torch.Tensor:
-    """Return the features of the other prompts' pictures before training, from a file once a run of these subjects has made them."""
+    """Return the features of the other prompts' pictures before training, from a file once a run of these subjects has made them.
+
+    Args:
+        folder: Of the study.
+        run: Its subjects are read.
+        sd: The untouched model.
+        judge: Computes the features.
+    """
     classes = [SUBJECTS[name] for name in run.subjects]
     path = folder / "features" / f"{UNTOUCHED}-{'-'.join(classes) or 'style'}.npy"
     if not path.exists():

@@ -73,7 +73,16 @@ def unpickle(
 
 
 def rebuild_tensor(storage: Tensor, offset: int, shape: tuple, stride: tuple, *_unused) -> Tensor:
-    """Make a view of a flat storage, as torch._utils._rebuild_tensor_v2. What follows the stride concerns autograd."""
+    """Make a view of a flat storage, as torch._utils._rebuild_tensor_v2.
+
+    Args:
+        storage: flat.
+        offset: the first element's place in the storage.
+        shape, stride: one integer per axis, in elements.
+        _unused: what follows the stride, which concerns autograd.
+
+    Raises Refused for a tensor that does not fit its storage.
+    """
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, Tensor) or storage.dim() != 1:
         raise Refused(f"damaged: a tensor is built from {type(storage).__name__}; expected a storage")
