@@ -98,13 +98,13 @@ def backward_kernel(
         if NEED_DQ or NEED_DK:
             dp = dot_heads(*v, *dout_n, D_2)
             ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q_n[0].dtype)
-            # dQ = dS k / sqrt(d)
-            if NEED_DQ:
-                dq_n = dot_add(tl.trans(ds), *k, *zeros_head(BLOCK_N, D_1, D_2), D_2)
-                store_head(dq, dq_n[0] * to_e, dq_n[1] * to_e, rows, N, width, d, D_1, D_2)
             # dK = dS^T q, still without its 1 / sqrt(d)
             if NEED_DK:
                 dk = dot_add(ds, *q_n, *dk, D_2)
+            # dQ = dS k / sqrt(d): last, as it takes the most registers and then q and dO are done with
+            if NEED_DQ:
+                dq_n = dot_add(tl.trans(ds), *k, *zeros_head(BLOCK_N, D_1, D_2), D_2)
+                store_head(dq, dq_n[0] * to_e, dq_n[1] * to_e, rows, N, width, d, D_1, D_2)
 
     strip = tl.program_id(0).to(tl.int64) * tl.num_programs(2) * L * width
     if NEED_DK:
@@ -167,7 +167,7 @@ def backward_blocks(L: int, d: int, dtype: torch.dtype) -> Blocks:
         return Blocks(32, 4, 2)
     if size <= 128 * 64:
         return Blocks(32, 8, 2)
-    return Blocks(32, 8, 1) if size <= 128 * 80 else Blocks(16, 8, 1, False)
+    return Blocks(16, 8, 1, size <= 128 * 80)  # of 32 queries the 255 registers were a few too few, or just enough, by Triton's version
 
 
 def fused_cross_attention(
