@@ -53,7 +53,8 @@ class AttentionBlock(nn.Module):
         H = x.shape[2]
         # "triton" does not insist here: Stable Diffusion's one head, 512 wide, is wider than our kernels take.
         with attention_backend("auto" if active_backend() == "triton" else active_backend()):
-            h = self.attention(rearrange(self.norm(x), "B C H W -> B (H W) C"))
+            # Contiguous, for queries, keys and values to share: of rows that lie apart each projection makes and keeps a copy of its own.
+            h = self.attention(rearrange(self.norm(x), "B C H W -> B (H W) C").contiguous())
         return x + rearrange(h, "B (H W) C -> B C H W", H=H)
 
 

@@ -149,13 +149,13 @@ def backward_kernel(
         if NEED_DQ or NEED_DK:
             dp = dot_heads(*v, *dout_n, D_2)
             ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q_n[0].dtype)
-            # dQ = dS k / sqrt(d)
-            if NEED_DQ:
-                dq_n = dot_add(tl.trans(ds), *k, *zeros_head(BLOCK_N, D_1, D_2), D_2)
-                store_head(dq, dq_n[0] * to_e, dq_n[1] * to_e, rows, N, width, d, D_1, D_2)
             # dK = dS^T q, still without its 1 / sqrt(d)
             if NEED_DK:
                 dk = dot_add(ds, *q_n, *dk, D_2)
+            # dQ = dS k / sqrt(d): last, as it takes the most registers and then q and dO are done with
+            if NEED_DQ:
+                dq_n = dot_add(tl.trans(ds), *k, *zeros_head(BLOCK_N, D_1, D_2), D_2)
+                store_head(dq, dq_n[0] * to_e, dq_n[1] * to_e, rows, N, width, d, D_1, D_2)
 
     strip = tl.program_id(0).to(tl.int64) * tl.num_programs(2) * L * width
     if NEED_DK:
@@ -175,7 +175,7 @@ def add_strips_kernel(strips, total, size, STRIPS: tl.constexpr, ADDED: tl.const
 
 
 def key_tiles(L: int) -> tuple[int, int]:
-    """A number of keys as two powers of two, each at least 16, with the smallest sum that holds it: 77 -> (64, 16), not 128.
+    """Split a number of keys into two powers of two, each at least 16, with the smallest sum that holds it: 77 -> (64, 16), not 128.
 
     In the forward pass keys are columns of S, of which any multiple of 8 is as good; the work is that of 80 keys. In the backward pass
     they are the rows of dK and dV: 16 a warp, which is why there a last 16 rows would cost all warps as much as 128 do.
@@ -185,7 +185,7 @@ def key_tiles(L: int) -> tuple[int, int]:
 
 
 def padded_keys(L: int) -> int:
-    """The power of two, at least 16, that holds so many keys: 77 -> 128."""
+    """Return the power of two, at least 16, that holds that many keys: 77 -> 128."""
     return max(16, 1 << (L - 1).bit_length())
 
 
@@ -218,7 +218,7 @@ def backward_blocks(L: int, d: int, dtype: torch.dtype) -> Blocks:
         return Blocks(32, 4, 2)
     if size <= 128 * 64:
         return Blocks(32, 8, 2)
-    return Blocks(32, 8, 1) if size <= 128 * 80 else Blocks(16, 8, 1, False)
+    return Blocks(16, 8, 1, size <= 128 * 80)  # of 32 queries the 255 registers were a few too few, or just enough, by Triton's version
 
 
 def fused_cross_attention(

@@ -82,7 +82,8 @@ def store_head(x, x_1, x_2, rows, end, stride, d: tl.constexpr, D_1: tl.constexp
 
 @jit
 def zeros_head(rows: tl.constexpr, D_1: tl.constexpr, D_2: tl.constexpr):
-    return tl.zeros([rows, D_1], tl.float32), tl.zeros([rows, max(D_2, 16)], tl.float32)
+    rest: tl.constexpr = D_2 if D_2 > 0 else 16  # as many as a block may be narrow; never used if there is no second tile
+    return tl.zeros([rows, D_1], tl.float32), tl.zeros([rows, rest], tl.float32)
 
 
 @jit

@@ -179,13 +179,15 @@ CASES = {name: partial(call, 2, *shape, HALF) for name, shape in SHAPES.items()}
 CASES |= {f"float32, {d} wide": partial(call, 2, 1024, 77, d, 8, FLOAT) for d in (40, 64, 80)}
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, *(pytest.param(capability, marks=pytest.mark.slow) for capability in (86, 89))])
 @pytest.mark.parametrize("part", ["at 512", "bundled", *(pytest.param(part, marks=pytest.mark.slow) for part in ("at 768", "float32"))])
 def test_it_compiles_to_tensor_cores_and_wide_loads_without_spills(capability, part):
     kernels = built("tests.kernels.test_cross_attention", capability, part)
     assert {kernel.kernel for kernel in kernels} == {"forward_kernel", "backward_kernel", "add_strips_kernel"}
     for kernel in kernels:
-        assert_compiled_well(kernel, capability)
+        # Of 16 queries and a head 80 wide the second tile, 16 by 16, is one number for each of 256 threads; q and dO have one each.
+        single = kernel.kernel == "backward_kernel" and "'d': 80," in kernel.arguments and part != "float32"
+        assert_compiled_well(kernel, capability, narrow_loads=2 if single else 0)
         assert (kernel.tensor_core > 0) == (part != "float32" and kernel.kernel != "add_strips_kernel"), kernel
 
 

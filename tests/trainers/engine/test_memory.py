@@ -15,6 +15,7 @@ from minidiff.trainers.engine import loop
 from minidiff.trainers.engine.checkpointing import with_checkpointing
 from minidiff.trainers.engine.memory import RESERVE, LiveBytes, Memory, estimate_memory
 from minidiff.trainers.engine.optimizer import Muon
+from minidiff.vae import AttentionBlock
 from tests.small_models import training_config
 from tests.small_task import CPU, SmallTask, small_settings
 
@@ -55,6 +56,18 @@ def test_the_estimate_is_what_a_step_really_holds(stage, precision, checkpointin
     # alike to the byte in float32; tables of the schedule are copied to bfloat16 in another order
     expected = RESERVE["cpu", checkpointing] * live.peak
     assert estimate.activations + estimate.gradients == pytest.approx(expected, rel=1e-6 if precision == "float32" else 0.01)
+
+
+def test_attention_keeps_as_much_of_a_picture_in_either_layout():
+    """What PyTorch supposes of a tensor without contents and what it then makes may differ in layout; bytes may not (GroupNorm, PyTorch 2.14)."""
+    kept = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 16, 8, 8).to(memory_format=layout)
+        with LiveBytes() as live:
+            y = AttentionBlock(16, groups=4)(x)
+            kept.append(live.live)
+        del y
+    assert kept[0] == kept[1]
 
 
 def test_the_parts_are_counted():
