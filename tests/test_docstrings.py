@@ -9,8 +9,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MOST_WITHOUT_ARGS = 3
-# The arguments of cross-attention and of the checks that both kernels share are those of self_attention.py, which explains them.
-SAME_AS_SELF_ATTENTION = ("minidiff/kernels/cross_attention.py", "minidiff/kernels/tiles.py")
 Definition = ast.FunctionDef | ast.ClassDef
 
 
@@ -55,7 +53,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file not in SAME_AS_SELF_ATTENTION])
+@pytest.mark.parametrize("file", FILES)
 def test_every_public_function_says_what_it_does_and_explains_its_arguments(file):
     assert without_docstring(FILES[file]) == []
     assert badly_explained(FILES[file]) == []

@@ -205,12 +205,14 @@ class Blocks:
 
 
 def forward_blocks(d: int, dtype: torch.dtype) -> Blocks:
+    """Return how the forward pass is divided for heads d wide."""
     if dtype == torch.float32:  # without tensor cores: a thread needs whole rows of q and k in registers
         return Blocks(32, 8 if d > 64 else 4, 1)
     return Blocks(64, 8 if d > 96 else 4, 1)
 
 
 def backward_blocks(L: int, d: int, dtype: torch.dtype) -> Blocks:
+    """Return how the backward pass is divided for L keys of heads d wide."""
     size = padded_keys(L) * sum(head_tiles(d))  # numbers of dK, and of dV
     if dtype == torch.float32:
         return Blocks(16, 8, 1, size <= 64 * 64)
@@ -224,16 +226,26 @@ def backward_blocks(L: int, d: int, dtype: torch.dtype) -> Blocks:
 def fused_cross_attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int
 ) -> Float[Tensor, "B N D"]:
-    """softmax(q k^T / sqrt(d)) v in one kernel; `heads` heads of d = D / heads side by side, as in `naive_attention`. L <= 256.
+    """Compute softmax(q k^T / sqrt(d)) v in one kernel.
 
-    q, k and v may be views of a fused projection: the strides of batch and tokens are free. The answer is contiguous. float16, bfloat16
-    or float32. Twice the same inputs, twice the same bits, forward and backward. Raises ValueError for what `unsupported` names.
+    The same inputs give the same bits, forward and backward. The answer is contiguous.
+
+    Args:
+        q, k, v: as in `naive_attention`, L at most 256, in float16, bfloat16 or float32. They may be views of one fused projection: the
+            strides of batch and tokens are free.
+        heads: number of heads; divides D.
+
+    Raises ValueError for what `unsupported` names.
     """
     return torch.ops.minidiff.cross_attention(q, k, v, heads)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> str | None:
-    """Why `fused_cross_attention` does not take these tensors, as the end of a sentence; None if it does."""
+    """Return why `fused_cross_attention` does not take these tensors, as the end of a sentence; None if it does.
+
+    Args:
+        q, k, v, heads, causal: as in `fused_self_attention`.
+    """
     if causal:
         return "causal; a prompt has no order among latent cells, use self-attention"
     if reason := refusal(q, k, v, heads):

@@ -124,9 +124,11 @@ def no_kernel_for(x: Tensor) -> str | None:
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
-    """Why no attention kernel takes these tensors, as the end of a sentence; None if they are fine.
+    """Return why no attention kernel takes these tensors, as the end of a sentence; None if they are fine.
 
-    q [B, N, h d], k and v [B, L, h d]; strides of batch and tokens are free, as in a view of a fused projection.
+    Args:
+        q, k, v: [B, N, h d], [B, L, h d] and [B, L, h d]; strides of batch and tokens are free, as in a view of a fused projection.
+        heads: h.
     """
     if not (q.device == k.device == v.device and q.dtype == k.dtype == v.dtype):
         return f"q, k and v differ: {q.dtype} on {q.device}, {k.dtype} on {k.device}, {v.dtype} on {v.device}"
