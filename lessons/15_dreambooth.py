@@ -4,7 +4,7 @@
 # **How does a model learn one new animal from five pictures, and what does it forget meanwhile?**
 #
 # - Explains: [minidiff/trainers/methods/dreambooth.py](../minidiff/trainers/methods/dreambooth.py),
-#   [minidiff/trainers/methods/finetuning.py](../minidiff/trainers/methods/finetuning.py)
+#   [minidiff/trainers/methods/finetune_task.py](../minidiff/trainers/methods/finetuning.py)
 # - You change: `with_prior`, the loss that keeps the class
 # - Minutes: 35
 # - Picture: [figures/15-forgotten.png](figures/15-forgotten.png)
@@ -258,7 +258,7 @@ print(f"{weights / 1e6:.0f} million, {4 * 4 * weights / 1e9:.1f} GB before any p
 # %% [markdown]
 # ## Read next
 #
-# - `minidiff/trainers/methods/dreambooth.py`: `build` puts the pieces together; `minidiff/trainers/methods/finetuning.py`: the last line of
+# - `minidiff/trainers/methods/dreambooth.py`: `build` puts the pieces together; `minidiff/trainers/methods/finetune_task.py`: the last line of
 #   `FinetuneTask.loss` is yours.
 # - Ruiz et al. 2023, "DreamBooth: fine tuning text-to-image diffusion models for subject-driven generation", section 3.3 and eq. 2.
 # - Lesson 16: nothing of the model moves, and one word is learned.

@@ -9,7 +9,7 @@ from minidiff.cli.model import print_notes, slug
 
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion
-    from minidiff.trainers.methods.finetuning import TrainingRun
+    from minidiff.trainers.methods.finetune_task import TrainingRun
 
 Settings = dict[str, object]
 Written = Iterator[tuple[str, Path]]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from minidiff.pipeline import StableDiffusion
     from minidiff.trainers.engine.loop import TrainStep
-    from minidiff.trainers.methods.finetuning import FinetuneTask, Subject, TrainingRun
+    from minidiff.trainers.methods.finetune_task import FinetuneTask, Subject, TrainingRun
 
 SAMPLE_STEPS = 20
 CONCEPT_NAMES = {"class" if name == "class_word" else name.replace("_", "-"): name for name in documented(Concept)}

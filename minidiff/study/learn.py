@@ -30,7 +30,7 @@ from minidiff.trainers.engine.memory import estimate_memory
 from minidiff.trainers.methods import table
 from minidiff.trainers.methods.common import make_subjects
 from minidiff.trainers.methods.custom_diffusion import CustomDiffusionOptions
-from minidiff.trainers.methods.finetuning import FinetuneTask, Group, TrainingRun
+from minidiff.trainers.methods.finetune_task import FinetuneTask, Group, TrainingRun
 from minidiff.trainers.methods.lora import LoRAOptions
 from minidiff.trainers.methods.method import MethodOptions
 from minidiff.trainers.methods.options import Concept

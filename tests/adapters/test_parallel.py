@@ -9,7 +9,7 @@ from minidiff.adapters.parallel import ADAPTER_METHODS, LAYER_PATTERNS, AdapterS
 from minidiff.attention import Attention, attention_weights, naive_attention
 from minidiff.attention_maps import with_attention_maps, word_map
 from minidiff.blocks import FeedForward
-from minidiff.trainers.engine.checkpointing import with_checkpointing
+from minidiff.trainers.engine.gradient_checkpointing import with_checkpointing
 from tests.small_models import small_model
 
 BOTH = LAYER_PATTERNS["attention"] + LAYER_PATTERNS["feed_forward"]

@@ -458,7 +458,7 @@ class ToyOptions:
 def build_toy(sd, concepts, options, cache=None):
     """A LoRA on one layer, larger the more it glows."""
     from minidiff.trainers.methods.common import make_lora, make_subjects
-    from minidiff.trainers.methods.finetuning import FinetuneTask, TrainingRun
+    from minidiff.trainers.methods.finetune_task import FinetuneTask, TrainingRun
 
     adapter, groups = make_lora(sd, LowRankOptions(rank=1, alpha=options.glow, layers=("unet.middle.*to_q",)), options.settings.seed)
     subjects = make_subjects(sd, concepts, options, cache)

@@ -24,7 +24,7 @@ from minidiff.blocks import TransformerBlock
 from minidiff.cli.flags import Attentions
 from minidiff.kernels import dispatch, self_attention, tiles
 from minidiff.kernels.dispatch import ATTENTION, active_backend, attention_backend, select_backend, triton_works
-from minidiff.trainers.engine.checkpointing import with_checkpointing
+from minidiff.trainers.engine.gradient_checkpointing import with_checkpointing
 from minidiff.vae import AttentionBlock
 from tests.small_models import small_model, training_config
 

@@ -27,8 +27,8 @@ from torch._guards import detect_fake_mode
 
 from minidiff.files import check_same
 from minidiff.trainers.engine import distributed
-from minidiff.trainers.engine.checkpointing import thrifty_malloc, with_checkpointing
 from minidiff.trainers.engine.ema import EMA
+from minidiff.trainers.engine.gradient_checkpointing import thrifty_malloc, with_checkpointing
 from minidiff.trainers.engine.optimizer import learning_rate
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.engine.state import read_state, write_state

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from minidiff.markdown import format_bytes
 from minidiff.trainers.engine import loop
-from minidiff.trainers.engine.checkpointing import with_checkpointing
+from minidiff.trainers.engine.gradient_checkpointing import with_checkpointing
 from minidiff.trainers.engine.optimizer import Muon
 from minidiff.trainers.engine.settings import Settings
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion
     from minidiff.trainers.data.augment import SizeAugmentation
     from minidiff.trainers.data.cache import Cache
-    from minidiff.trainers.methods.finetuning import TrainingRun
+    from minidiff.trainers.methods.finetune_task import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def build(
 
     from minidiff.adapters.custom_diffusion import CustomDiffusion, create_custom_diffusion
     from minidiff.trainers.methods.common import check_concepts, make_subject
-    from minidiff.trainers.methods.finetuning import FinetuneTask, Group, TrainingRun
+    from minidiff.trainers.methods.finetune_task import FinetuneTask, Group, TrainingRun
 
     generator = torch.Generator().manual_seed(options.settings.seed)
     before = {} if start_from is None or start_from.tokens is None else start_from.tokens.rows

@@ -20,7 +20,7 @@ from minidiff.trainers.methods.options import Concept, DataOptions, Family, LowR
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion
     from minidiff.trainers.data.cache import Cache
-    from minidiff.trainers.methods.finetuning import TrainingRun
+    from minidiff.trainers.methods.finetune_task import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: DreamBoot
         cache: of latents and contexts; None keeps them in memory
     """
     from minidiff.trainers.methods.common import base_weights, make_lora, make_subjects
-    from minidiff.trainers.methods.finetuning import FinetuneTask, TrainingRun
+    from minidiff.trainers.methods.finetune_task import FinetuneTask, TrainingRun
 
     for concept in concepts:
         check_token(sd, concept)

@@ -11,7 +11,7 @@ from minidiff.trainers.methods.options import Concept, DataOptions, Family, Prio
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion
     from minidiff.trainers.data.cache import Cache
-    from minidiff.trainers.methods.finetuning import TrainingRun
+    from minidiff.trainers.methods.finetune_task import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: FineTuneO
         cache: of latents and contexts; None keeps them in memory
     """
     from minidiff.trainers.methods.common import base_weights, make_subjects
-    from minidiff.trainers.methods.finetuning import FinetuneTask, TrainingRun
+    from minidiff.trainers.methods.finetune_task import FinetuneTask, TrainingRun
 
     modules, groups = base_weights(sd, options.weights, options.text_scale)
     subjects = make_subjects(sd, concepts, options, cache)

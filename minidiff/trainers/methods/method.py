@@ -18,7 +18,7 @@ from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.options import DataOptions, Family, Prior
 
 if TYPE_CHECKING:
-    from minidiff.trainers.methods.finetuning import TrainingRun
+    from minidiff.trainers.methods.finetune_task import TrainingRun
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from minidiff.trainers.methods.textual_inversion import TextualInversionOptions,
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion
     from minidiff.trainers.data.cache import Cache
-    from minidiff.trainers.methods.finetuning import TrainingRun
+    from minidiff.trainers.methods.finetune_task import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: PivotalOp
         cache: of latents and contexts; None keeps them in memory
     """
     from minidiff.trainers.methods.common import make_lora, make_subjects
-    from minidiff.trainers.methods.finetuning import FinetuneTask, TrainingRun
+    from minidiff.trainers.methods.finetune_task import FinetuneTask, TrainingRun
 
     tokens = make_tokens(sd, concepts, options.tokens)
     adapter, groups = make_lora(sd, options.lora.low_rank, options.lora.settings.seed)

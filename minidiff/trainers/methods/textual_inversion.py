@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from minidiff.adapters.tokens import NewTokens
     from minidiff.pipeline import StableDiffusion
     from minidiff.trainers.data.cache import Cache
-    from minidiff.trainers.methods.finetuning import FinetuneTask, Subject, TrainingRun
+    from minidiff.trainers.methods.finetune_task import FinetuneTask, Subject, TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def build(
         cache: of latents and contexts; None keeps them in memory
     """
     from minidiff.trainers.methods.common import make_subjects
-    from minidiff.trainers.methods.finetuning import TrainingRun
+    from minidiff.trainers.methods.finetune_task import TrainingRun
 
     tokens = make_tokens(sd, concepts, options)
     subjects = make_subjects(sd, concepts, options, cache, templates=templates_of(options))
@@ -120,7 +120,7 @@ def token_phase(
         options: numbers of the method
         cache: of latents; None keeps them in memory
     """
-    from minidiff.trainers.methods.finetuning import FinetuneTask, Group
+    from minidiff.trainers.methods.finetune_task import FinetuneTask, Group
 
     groups = [Group(tuple(tokens.vectors))]
     return FinetuneTask(sd, "tokens", subjects, options, modules={"tokens": tokens}, adapters=[tokens], groups=groups, cache=cache)

@@ -12,7 +12,7 @@ from torch import nn
 from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents
 from minidiff.trainers.engine import loop
-from minidiff.trainers.engine.checkpointing import with_checkpointing
+from minidiff.trainers.engine.gradient_checkpointing import with_checkpointing
 from minidiff.trainers.engine.memory import RESERVE, LiveBytes, Memory, estimate_memory
 from minidiff.trainers.engine.optimizer import Muon
 from minidiff.vae import AttentionBlock

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidiff.trainers.engine.checkpointing import thrifty_malloc, with_checkpointing
+from minidiff.trainers.engine.gradient_checkpointing import thrifty_malloc, with_checkpointing
 from tests.small_models import small_model
 
 SD = small_model()

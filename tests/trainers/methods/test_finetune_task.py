@@ -13,7 +13,7 @@ from minidiff.trainers.engine.loop import Training, randn_per_sample, rng_for, t
 from minidiff.trainers.engine.memory import estimate_memory
 from minidiff.trainers.methods import custom_diffusion
 from minidiff.trainers.methods.custom_diffusion import CustomDiffusionOptions
-from minidiff.trainers.methods.finetuning import FinetuneTask, Group, Subject, possible_captions
+from minidiff.trainers.methods.finetune_task import FinetuneTask, Group, Subject, possible_captions
 from minidiff.trainers.methods.lora import LoRAOptions
 from minidiff.trainers.methods.options import DataOptions, Prior
 from tests.small_concepts import FOLDER, picture_folder, quick, small_concept, small_methods
