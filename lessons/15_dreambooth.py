@@ -4,7 +4,7 @@
 # **How does a model learn one new animal from five pictures, and what does it forget meanwhile?**
 #
 # - Explains: [minidiff/trainers/methods/dreambooth.py](../minidiff/trainers/methods/dreambooth.py),
-#   [minidiff/trainers/methods/finetune_task.py](../minidiff/trainers/methods/finetuning.py)
+#   [minidiff/trainers/methods/finetune_task.py](../minidiff/trainers/methods/finetune_task.py)
 # - You change: `with_prior`, the loss that keeps the class
 # - Minutes: 35
 # - Picture: [figures/15-forgotten.png](figures/15-forgotten.png)

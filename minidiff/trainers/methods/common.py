@@ -1,7 +1,7 @@
 """What the training methods share: their subjects (which words go with which pictures), class pictures, and what is trained.
 
     concept's pictures -> captions, or templates around its token -.
-                                                                    >- Subject (finetuning.py)
+                                                                    >- Subject (finetune_task.py)
     prior's pictures -> class caption, or their own captions -------'
 
 All that is wrong with what was asked for is found here, before training: ValueError. Several concepts are learned jointly.

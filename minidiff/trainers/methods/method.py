@@ -4,7 +4,7 @@ A new method is a file with four things, and a line in table.py; the command lin
 
     @dataclass ... class MyOptions      its numbers; each field is a flag, each line under `Args:` the flag's help
     PRESETS                             numbers that work, for each family of models
-    build(sd, concepts, options, cache) -> TrainingRun of FinetuneTasks (finetuning.py)
+    build(sd, concepts, options, cache) -> TrainingRun of FinetuneTasks (finetune_task.py)
     METHOD = Method(...)
 
 Importing a method costs nothing: `build` imports torch and the rest when it is called, so that --help appears at once.
