@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ def test_two_commands_do_everything_on_a_fresh_machine():
     assert picture.startswith("python3 -m venv") and "pip install" in picture and "minidiff generate" in picture
     assert tests.startswith("python3 -m venv") and "pip install" in tests and "pytest" in tests
     assert "\n" not in picture + tests  # each is one line, to be pasted
+
+
+def test_every_dependency_has_a_lower_bound_and_the_oldest_pytorch_is_told():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    assert [one for one in needed if ">=" not in one and not one.startswith("minidiff[")] == []
+    (torch,) = [one for one in needed if one.startswith("torch>=")]
+    assert torch.replace(">=", " ") in README
 
 
 def test_the_first_command_makes_its_picture(tmp_path):
