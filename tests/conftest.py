@@ -30,6 +30,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)  # the others keep their order
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -35,6 +35,7 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     assert path.read_text() == "first" and os.listdir(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.forks
 def test_what_a_killed_writer_left_can_be_removed(tmp_path):
     path = tmp_path / "a[1].txt"
 

@@ -121,6 +121,7 @@ def test_how_long_it_will_take_is_told_from_the_first_steps(monkeypatch, given):
     assert list(seconds)[-2:] == ["latents", "diffusion"]
 
 
+@pytest.mark.forks
 def test_a_run_that_is_killed_goes_on_from_its_last_states(whole, tmp_path):
     def run_to_death():
         for progress in start(tmp_path)[0]:
@@ -133,6 +134,7 @@ def test_a_run_that_is_killed_goes_on_from_its_last_states(whole, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == (whole[0] / "model.safetensors").read_bytes()
 
 
+@pytest.mark.forks
 def test_two_processes_make_one_model_with_half_the_batch_each(tmp_path):
     """One trains alone on twice the batch: both end with the same model within rounding."""
     init = small_model(CONFIG)

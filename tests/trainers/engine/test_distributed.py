@@ -24,6 +24,7 @@ def test_one_process_alone_does_nothing(monkeypatch):
     distributed.destroy_distributed()
 
 
+@pytest.mark.forks
 def test_gradients_and_losses_become_their_means(tmp_path):
     def run():
         mine = distributed.rank() + 1.0
@@ -44,6 +45,7 @@ def test_gradients_and_losses_become_their_means(tmp_path):
         assert loss.item() == 1.5 and both.tolist() == [1.5, 15.0] and one.tolist() == [2.0, 3.0] and none is None
 
 
+@pytest.mark.forks
 def test_processes_that_begin_at_different_steps_are_refused(tmp_path):
     walk = Training(SmallTask(), small_settings(gradient_accumulation=2), CPU, tmp_path / "0.pt").run()
     next(walk)

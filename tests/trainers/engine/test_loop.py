@@ -92,6 +92,7 @@ def test_ctrl_c_while_weights_move_waits_until_they_have_moved(tmp_path, monkeyp
     assert_same_state(finished(settings, path).state_dict(), finished(settings).state_dict())
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize("where", ["in a step", "while it writes its state"])
 def test_a_run_that_is_killed_goes_on_from_its_last_save(tmp_path, monkeypatch, where):
     settings, path = small_settings(), tmp_path / "state.pt"
@@ -139,6 +140,7 @@ def test_accumulation_is_one_batch(batch, gradient_accumulation):
     torch.testing.assert_close(weights(parts), weights(finished(small_settings(batch=8))), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.forks
 def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
     settings, path = small_settings(batch=2, gradient_accumulation=2), tmp_path / "state.pt"
 

@@ -52,6 +52,7 @@ def test_a_run_stops_cleanly_on_a_full_disk_and_goes_on_later(tmp_path, disk_of)
     assert [step.done for step in train(SmallTask(), small_settings(), CPU, path)] == list(range(4, 11))
 
 
+@pytest.mark.forks
 def test_a_process_killed_while_it_writes_leaves_the_last_state(tmp_path):
     path = tmp_path / "state.pt"
     write_state(path, {"i": 1})
