@@ -51,6 +51,7 @@ from minidiff.schedule import NoiseSchedule, zero_terminal_snr
 from minidiff.study import measure
 from minidiff.trainers.data import cache, regularisation
 from minidiff.trainers.engine import diffusion_loss, distributed, loop, memory, optimizer
+from minidiff.trainers.methods import prior_preservation
 from tests.small_models import small_model
 
 SOURCES = ("model", "real", "reconstructed")  # of the evaluation's figures
@@ -196,6 +197,7 @@ def examples() -> list[partial]:
         partial(tasks.Latents(x_t, t[:, None], x_t[:, :1]).scaling_factor),
         partial(diffusion_loss.squared_error, answer, schedule, x_t, context, draws),
         partial(diffusion_loss.diffusion_loss, answer, schedule, x_t, context, draws, mask=x_t[:, :1], min_snr=5.0),
+        partial(prior_preservation.prior_preservation_loss, features[:, 0], 4, 1.0),
         partial(diffusion_loss.min_snr_weight, schedule, t, 5.0),
         partial(loop.to_device, torch.device("cpu"), x_t),
         partial(memory.bytes_of, [x_t]),

@@ -138,7 +138,7 @@ def test_large_pictures_are_worth_it():
 
 def test_the_pipeline_decodes_large_pictures_in_strips_unless_told_otherwise(monkeypatch):
     sd, z, calls = small_model(), latents(2, 8, 8), []
-    monkeypatch.setattr("minidiff.pipeline.decode_tiled", lambda vae, z: calls.append(len(z)) or decode_tiled(vae, z, 5))
+    monkeypatch.setattr("minidiff.tiled_decode.decode_tiled", lambda vae, z: calls.append(len(z)) or decode_tiled(vae, z, 5))
     whole = sd.decode(z)
     assert not calls
     monkeypatch.setitem(tiled_decode.VALUES_WORTH_IT, "cpu", 2**14)  # two pictures of 32 x 32 pixels, 8 channels

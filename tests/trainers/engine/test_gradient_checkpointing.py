@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidiff.trainers.engine.gradient_checkpointing import thrifty_malloc, with_checkpointing
+from minidiff.trainers.engine.gradient_checkpointing import with_checkpointing
 from tests.small_models import small_model
 
 SD = small_model()
@@ -98,7 +98,7 @@ def test_thrifty_malloc_gives_memory_back_at_once():
     script = """
 from pathlib import Path
 import torch
-from minidiff.trainers.checkpointing import thrifty_malloc
+from minidiff.trainers.engine.gradient_checkpointing import thrifty_malloc
 
 def pages():
     return int(Path("/proc/self/statm").read_text().split()[1])
@@ -109,5 +109,5 @@ with thrifty_malloc():
     del blocks[::2]
     print(held - pages())
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[3], check=True, capture_output=True, text=True)
     assert int(done.stdout) > 0.9 * 20 * 2_000_000 / 4096
