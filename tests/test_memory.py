@@ -5,13 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from minidiff.trainers import loop
 from minidiff.trainers.checkpointing import checkpointed
-from minidiff.trainers.from_scratch import AutoencoderTask, DiffusionTask, Latents
+from minidiff.trainers.from_scratch import AutoencoderTask, DiffusionTask, Latents, Scenes
 from minidiff.trainers.memory import RESERVE, LiveBytes, Memory, estimate_memory, readable
 from minidiff.trainers.optimizer import Muon
 from minidiff.trainers.recipe import Recipe
@@ -22,10 +23,10 @@ CONFIG, RECIPE = training_config(), Recipe(scenes=8)
 
 
 def task_of(stage):
+    tokens, mask = torch.ones(8, CONFIG.tokenizer.context_length, dtype=torch.int64), torch.rand(8, 1, 16, 16)
     if stage == "autoencoder":
-        return AutoencoderTask(CONFIG, RECIPE, torch.zeros(8, 64, 64, 3, dtype=torch.uint8).numpy(), CPU)
-    tokens = torch.ones(8, CONFIG.tokenizer.context_length, dtype=torch.int64)
-    return DiffusionTask(CONFIG, RECIPE, Latents(torch.randn(8, 4, 16, 16), tokens, torch.rand(8, 1, 16, 16)), CPU)
+        return AutoencoderTask(CONFIG, RECIPE, Scenes(np.zeros((8, 128, 128, 3), np.uint8), tokens, mask), CPU)
+    return DiffusionTask(CONFIG, RECIPE, Latents(torch.randn(8, 4, 16, 16), tokens, mask), CPU)
 
 
 def test_live_bytes_of_a_chain_are_counted_by_hand():

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from minidiff.scenes.scenes import SIZE
 from minidiff.trainers import run
 from minidiff.trainers.log import read_rows
 from minidiff.trainers.recipe import Recipe
@@ -80,7 +81,7 @@ def test_a_run_tells_each_step_and_leaves_its_files(whole):
         "recipe.json", "samples-000004.png", "samples-000007.png", "vae.pt",
     ]  # fmt: skip
     with Image.open(folder / "samples-000004.png") as picture:
-        assert picture.size == (4 * 64, 2 * 64)
+        assert picture.size == (4 * SIZE, 2 * SIZE)
     latents = run.Latents(**torch.load(folder / "latents.pt", weights_only=True))
     assert sd.config.vae.scaling_factor == latents.scaling_factor()
     # float64 of float32 values
@@ -245,7 +246,7 @@ def test_a_run_begun_from_one_model_is_not_continued_from_another(tmp_path):
 
 
 def test_init_of_another_configuration_is_refused_before_the_folder_is_made(tmp_path):
-    walk, _ = start(tmp_path / "new", init=small_model(small_config("eps", image_size=64)))
+    walk, _ = start(tmp_path / "new", init=small_model(small_config("eps", image_size=SIZE)))
     with pytest.raises(ValueError, match="another configuration"):
         next(walk)
     assert not (tmp_path / "new").exists()

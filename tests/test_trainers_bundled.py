@@ -12,6 +12,7 @@ from PIL import Image
 import weights_loader
 from minidiff.evaluation.bundled import evaluate
 from minidiff.evaluation.figures import from_json, table
+from minidiff.scenes.scenes import SIZE
 from minidiff.trainers import bundled, run
 from minidiff.trainers.bundled import clocked, device_name, foretold_bundled, run_bundled
 from minidiff.trainers.judge import JUDGE_SETTINGS, judge_config
@@ -68,7 +69,7 @@ def test_every_stage_is_told_and_leaves_its_files(whole):
     assert sd.config.unet == CONFIG.unet and judge.config == JUDGE
     mean = torch.load(folder / "judge.pt", weights_only=True)["averages"]["judge"]["mean"]
     assert torch.equal(judge.subjects.weight, mean["subjects.weight"].half().float())  # of the averaged weights
-    assert Image.open(folder / "pictures.png").size == (8 * 64, 5 * 64)
+    assert Image.open(folder / "pictures.png").size == (8 * SIZE, 5 * SIZE)
     assert {"judge.csv", "judge-loss.png", "times.json", *RESULTS} <= {path.name for path in folder.iterdir()}
 
 

@@ -91,7 +91,7 @@ def tinted(picture: UInt8[np.ndarray, "H W 4"], colour: str) -> UInt8[np.ndarray
     light = picture[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32) / 255
     mean = np.average(light, weights=picture[..., 3])
     shade = np.clip(light - mean, -0.35, 0.35)[..., None]
-    rgb = np.where(shade < 0, base * (1 + 1.2 * shade), base + (1 - base) * 1.1 * shade)
+    rgb = base + np.where(shade < 0, base, 1 - base) * shade
     return np.concatenate([(rgb * 255 + 0.5).astype(np.uint8), picture[..., 3:]], -1)
 
 

@@ -37,7 +37,7 @@ def judge_config() -> JudgeConfig:
     """The numbers of the judge that ships."""
     bundled = bundled_config()  # the words are the bundled model's, the network is smaller
     text_encoder = replace(bundled.text_encoder, width=64, layers=2, heads=4)
-    return JudgeConfig(bundled.tokenizer, text_encoder, tuple(subjects()), tuple(COLOURS), STYLES)
+    return JudgeConfig(bundled.tokenizer, text_encoder, tuple(subjects()), tuple(COLOURS), STYLES, image_size=bundled.image_size)
 
 
 @dataclass(frozen=True, eq=False)

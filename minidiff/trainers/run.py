@@ -89,7 +89,7 @@ def foretold(
 ) -> dict[str, float]:
     """Seconds that each stage will take on this device, from the time of its first steps; itself it takes a few."""
     scenes, composing = timed(make_scenes(dataclasses.replace(recipe, scenes=100), config))
-    vae_task = AutoencoderTask(config, recipe, scenes.images, device)
+    vae_task = AutoencoderTask(config, recipe, scenes, device)
     mean, encoding = timed(encoded(scenes.images, vae_task.vae, device))
     seconds = {"scenes": composing * recipe.scenes / 100}
     if init is None and vae is None:
@@ -122,7 +122,7 @@ def vae_and_latents(
     if not path.exists():
         scenes = yield from compose_scenes(config, recipe)
         if given is None:
-            task = AutoencoderTask(config, recipe, scenes.images, device)
+            task = AutoencoderTask(config, recipe, scenes, device)
             yield from logged("autoencoder", Training(task, recipe.autoencoder(), device, folder / "vae.pt"), folder)
         if processes.number() == 0:
             parts = []
