@@ -186,7 +186,8 @@ class RecipeFlags:
         object_weight: what a latent cell of an object counts, beyond the 0.4 of the background
         caption_dropout: share of captions that are left empty, for guidance
         average: decay of the running mean of the weights, which is the result
-        compile: run the networks through torch.compile; on a CUDA device alone by default
+        slow_average: decay of a second, slower mean of the text encoder's and the U-Net's
+        compile: run the networks through torch.compile; by default where it gains, on CUDA devices and CPUs with AMX
     """
 
     seed: Whole = None
@@ -203,6 +204,7 @@ class RecipeFlags:
     object_weight: Number = None
     caption_dropout: Number = None
     average: Number = None
+    slow_average: Number = None
     compile: choices(Literal["yes", "no"]) = None
 
     def over(self, recipe: Recipe) -> Recipe:

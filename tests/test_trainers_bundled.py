@@ -22,9 +22,9 @@ from tests.small_models import training_config
 
 CPU = torch.device("cpu")
 CONFIG = training_config()
-RECIPE = Recipe(seed=5, vae_steps=3, vae_batch=2, scenes=20, steps=3, batch=2, learning_rate=0.002)
+RECIPE = Recipe(seed=5, vae_steps=3, vae_batch=2, scenes=20, steps=3, batch=2, learning_rate=0.002, compile=False)
 JUDGE = dataclasses.replace(
-    judge_config(), widths=(8, 16, 16), heads=2, text_encoder=dataclasses.replace(judge_config().text_encoder, width=16, layers=1, heads=2)
+    judge_config(), widths=(8, 8, 16, 16), heads=2, text_encoder=dataclasses.replace(judge_config().text_encoder, width=16, layers=1, heads=2)
 )
 RESULTS = ("model.safetensors", "judge.safetensors", "figures.json", "pictures.png", "unet.safetensors", "vae.safetensors", "text_encoder.safetensors")
 
@@ -46,8 +46,8 @@ def few(sd, judge, **options):
 
 
 def start(folder, recipe=RECIPE):
-    def save(sd):
-        weights_loader.save(sd, folder / "model.safetensors")
+    def save(sd, name):
+        weights_loader.save(sd, folder / f"{name}.safetensors")
         weights_loader.save_parts(sd, folder)
 
     return run_bundled(CONFIG, recipe, folder, CPU, save, lambda judge: weights_loader.save_judge(judge, folder / "judge.safetensors"))

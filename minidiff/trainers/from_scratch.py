@@ -41,7 +41,7 @@ CONTEXT_LENGTH = 32  # the longest caption of a scene has 22 tokens
 def bundled_config(widths: tuple[int, ...] | None = None) -> ModelConfig:
     """The bundled model's numbers: Stable Diffusion's shape for 128 x 128 pictures, 16 x 16 latents; widths: of the U-Net, if others."""
     merges, widths = bpe_merges(), widths or (64, 128, 160)
-    vae = VAEConfig(widths=(16, 32, 64, 96), blocks_per_level=1, latent_channels=16, groups=8)
+    vae = VAEConfig(widths=(16, 32, 64, 96), blocks_per_level=1, latent_channels=8, groups=8)
     return ModelConfig(
         tokenizer=TokenizerConfig(merges=merges, context_length=CONTEXT_LENGTH),
         text_encoder=TextEncoderConfig(WITHOUT_MERGES + len(merges), CONTEXT_LENGTH, width=128, layers=3, heads=4),

@@ -29,7 +29,7 @@ from minidiff.trainers.recipe import Settings
 
 # 40 minutes on one core that does nothing else.
 JUDGE_SETTINGS = Settings(
-    steps=3000, batch=128, learning_rate=4e-3, warm_up=60, schedule="flat_then_linear", clip=None, average=0.998, precision="bfloat16"
+    steps=3000, batch=64, learning_rate=4e-3, warm_up=60, schedule="flat_then_linear", clip=None, average=0.998, precision="bfloat16"
 )
 
 

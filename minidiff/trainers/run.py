@@ -54,11 +54,12 @@ def run_from_scratch(
     recipe: Recipe,
     folder: Path,
     device: torch.device,
-    save: Callable[[StableDiffusion], None],
+    save: Callable[[StableDiffusion, str], None],
     init: StableDiffusion | None = None,
     vae: VAE | None = None,
 ) -> Iterator[Progress]:
-    """Trains a model in `folder`, or goes on with what stands there; at the end calls `save` with it.
+    """Trains a model in `folder`, or goes on with what stands there; at the end calls `save` with it, as "model", and with the one of the
+    slower average, if there is one, as "model-slow".
 
     init: a model to train on from: its VAE is kept, its text encoder and U-Net go on learning. It must have `config`'s shape.
     vae: one to take as it is, of `config`'s shape and scaling factor, for a text encoder and a U-Net from nothing.
@@ -76,12 +77,25 @@ def run_from_scratch(
         if (progress.i % SAMPLES_EVERY == 0 or progress.i == progress.steps) and processes.number() == 0:
             save_samples(assembled(config, training, vae), folder / f"samples-{progress.i:06d}.png")
     if processes.number() == 0:
-        save(assembled(config, training, vae))
+        save(assembled(config, training, vae), "model")
+        if training.slow_averages:
+            save(assembled(config, training, vae, slow=True), "model-slow")
 
 
 def compiling_on(device: torch.device, recipe: Recipe) -> Recipe:
     """The recipe, with what it leaves to the device decided."""
-    return recipe if recipe.compile is not None else dataclasses.replace(recipe, compile=device.type == "cuda")
+    return recipe if recipe.compile is not None else dataclasses.replace(recipe, compile=device.type == "cuda" or has_amx(device))
+
+
+def has_amx(device: torch.device) -> bool:
+    """Whether this is a CPU that multiplies matrices of bfloat16 in tiles."""
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # there is no public way to ask
+
+
+def autoencoder_settings(recipe: Recipe, device: torch.device) -> Settings:
+    """The loop's settings for the VAE, which compiling makes no faster on a CPU; it would be done for each size that is decoded."""
+    settings = recipe.autoencoder()
+    return dataclasses.replace(settings, compile=settings.compile and device.type != "cpu")
 
 
 def foretold(
@@ -93,7 +107,7 @@ def foretold(
     mean, encoding = timed(encoded(scenes.images, vae_task.vae, device))
     seconds = {"scenes": composing * recipe.scenes / 100}
     if init is None and vae is None:
-        seconds["autoencoder"] = recipe.vae_steps * seconds_a_step(vae_task, recipe.autoencoder(), device)
+        seconds["autoencoder"] = recipe.vae_steps * seconds_a_step(vae_task, autoencoder_settings(recipe, device), device)
     seconds["latents"] = encoding * recipe.scenes / 100
     task = DiffusionTask(config, recipe, Latents(mean, scenes.tokens, scenes.mask), device, init)
     return seconds | {"diffusion": recipe.steps * seconds_a_step(task, recipe.diffusion(), device)}
@@ -123,7 +137,7 @@ def vae_and_latents(
         scenes = yield from compose_scenes(config, recipe)
         if given is None:
             task = AutoencoderTask(config, recipe, scenes, device)
-            yield from logged("autoencoder", Training(task, recipe.autoencoder(), device, folder / "vae.pt"), folder)
+            yield from logged("autoencoder", Training(task, autoencoder_settings(recipe, device), device, folder / "vae.pt"), folder)
         if processes.number() == 0:
             parts = []
             for part in encoded(scenes.images, finished_vae(config, folder, device, given), device):
@@ -160,15 +174,16 @@ def logged(stage: str, training: Training, folder: Path) -> Iterator[Progress]:
             yield Progress(stage, step.i, step.steps, step.loss, log.text())
 
 
-def averaged(training: Training, name: str) -> nn.Module:
-    """A copy of a module, with the averaged weights."""
-    module = training.task.modules[name]
-    with training.averages[name].put_in(module):
+def averaged(training: Training, name: str, slow: bool = False) -> nn.Module:
+    """A copy of a module, with the averaged weights, or those of the slower average."""
+    module, averages = training.task.modules[name], training.slow_averages if slow else training.averages
+    with averages[name].put_in(module):
         return copy.deepcopy(module).requires_grad_(False).eval()
 
 
-def assembled(config: ModelConfig, training: Training, vae: VAE) -> StableDiffusion:
-    return StableDiffusion(config, averaged(training, "text_encoder"), averaged(training, "unet"), vae, Tokenizer(config.tokenizer))
+def assembled(config: ModelConfig, training: Training, vae: VAE, slow: bool = False) -> StableDiffusion:
+    text_encoder, unet = (averaged(training, name, slow) for name in ("text_encoder", "unet"))
+    return StableDiffusion(config, text_encoder, unet, vae, Tokenizer(config.tokenizer))
 
 
 def save_samples(sd: StableDiffusion, path: Path) -> None:
