@@ -185,6 +185,7 @@ class RecipeFlags:
         schedule: of that rate, after it has risen
         object_weight: what a latent cell of an object counts, beyond the 0.4 of the background
         caption_dropout: share of captions that are left empty, for guidance
+        min_snr: gamma of the min-SNR weights, as 5
         average: decay of the running mean of the weights, which is the result
         slow_average: decay of a second, slower mean of the text encoder's and the U-Net's
         compile: run the networks through torch.compile; by default where it gains, on CUDA devices and CPUs with AMX
@@ -203,6 +204,7 @@ class RecipeFlags:
     schedule: choices(Schedule) = None
     object_weight: Number = None
     caption_dropout: Number = None
+    min_snr: Number = None
     average: Number = None
     slow_average: Number = None
     compile: choices(Literal["yes", "no"]) = None

@@ -205,6 +205,16 @@ def test_the_loss_is_the_weighted_error_of_eps_or_v(prediction):
     assert loss.item() == pytest.approx(expected, rel=1e-4)  # fp32, and eps divided by the noise's share again
 
 
+def test_min_snr_weighs_each_sample_by_its_timestep():
+    """The U-Net of spied_loss answers 0, so that the errors are v squared."""
+    schedule = NoiseSchedule(CONFIG.schedule)
+    recipe, latents = dataclasses.replace(RECIPE, batch=1), latents_of(1, mask=0.0)
+    plain, given = spied_loss(latents, recipe)
+    weighed, _ = spied_loss(latents, dataclasses.replace(recipe, min_snr=5.0))
+    snr = schedule.snr(given["t"]).item()
+    assert weighed.item() == pytest.approx(plain.item() * min(snr, 5.0) / (snr + 1), rel=1e-5)  # fp32
+
+
 def test_a_cell_full_of_object_counts_five_times_an_empty_one():
     empty, full = (spied_loss(latents_of(mask=mask), RECIPE)[0].item() for mask in (0.0, 1.0))
     assert full / empty == pytest.approx((0.4 + 1.6) / 0.4, rel=1e-5)  # fp32

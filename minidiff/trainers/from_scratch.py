@@ -27,7 +27,7 @@ from minidiff.schedule import NoiseSchedule
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.ahead import ahead
-from minidiff.trainers.diffusion_loss import Draws, squared_error
+from minidiff.trainers.diffusion_loss import Draws, min_snr_weight, squared_error
 from minidiff.trainers.loop import normals, on, rng_for, seeded
 from minidiff.trainers.optimizer import optimizers
 from minidiff.trainers.recipe import Recipe, Settings
@@ -184,7 +184,10 @@ class DiffusionTask:
         chosen, dropped, t, eps = (on(self.device, part) for part in self.draws(step, samples))
         context = self.text_encoder(torch.where(dropped[:, None], self.empty, self.tokens[chosen]))
         error = squared_error(self.unet, self.schedule, self.x_0[chosen], context, Draws(t, eps))
-        return (self.weight[chosen] * error).mean()
+        weight = self.weight[chosen]
+        if self.recipe.min_snr is not None:
+            weight = weight * min_snr_weight(self.schedule, t, self.recipe.min_snr)[:, None, None, None]
+        return (weight * error).mean()
 
 
 def diffusion_draws(

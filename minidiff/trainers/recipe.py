@@ -65,6 +65,7 @@ class Recipe:
     widths: of the U-Net's levels, multiples of 32; None is (64, 128, 160), or those of the model to train on from.
     scenes: how many are composed ahead, for the VAE and for the U-Net to learn from.
     schedule: of the text encoder's and the U-Net's learning rate; the VAE's falls in any case.
+    min_snr: gamma of the min-SNR weights of the U-Net's loss (diffusion_loss.py); None leaves all timesteps their own.
     slow_average: decay of a second running mean of the text encoder's and the U-Net's weights; which of the two draws better, pictures say.
     compile: changes the result by rounding only; None compiles where it gains: on a CUDA device, and on CPUs with AMX the text encoder and
         the U-Net. There one step of 64 took 0.63 s instead of 1.1, on two cores; CPUs with AVX512-BF16 alone, and the VAE, gain nothing.
@@ -83,6 +84,7 @@ class Recipe:
     schedule: Schedule = "flat_then_linear"
     object_weight: float = 1.6  # the loss of a latent cell is weighted 0.4 + object_weight * (its share of object)
     caption_dropout: float = 0.1  # captions left empty, for classifier-free guidance (Ho and Salimans 2022)
+    min_snr: float | None = None
     average: float = 0.9995
     slow_average: float | None = 0.9999
     compile: bool | None = None
@@ -97,6 +99,8 @@ class Recipe:
                 raise ValueError(f"{name} {getattr(self, name)}: a recipe needs a finite number, not below 0")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout {self.caption_dropout} is outside 0..1")
+        if self.min_snr is not None and not 0 < self.min_snr < math.inf:
+            raise ValueError(f"min_snr {self.min_snr}: gamma must be a finite number above 0; None leaves the timesteps as they are")
         self.autoencoder()
         self.diffusion()
 
