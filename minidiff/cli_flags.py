@@ -178,6 +178,7 @@ class RecipeFlags:
         vae_batch: pictures at once
         vae_learning_rate: of the VAE
         kl_weight: what the latents' distance from unit normals counts in the VAE's loss
+        train_vae: train the VAE of --vae or --init on, instead of taking it as it is
         scenes: how many are composed ahead
         steps: of the text encoder and the U-Net
         batch: latents at once
@@ -197,6 +198,7 @@ class RecipeFlags:
     vae_batch: Whole = None
     vae_learning_rate: Number = None
     kl_weight: Number = None
+    train_vae: bool = False
     scenes: Whole = None
     steps: Whole = None
     batch: Whole = None
@@ -210,7 +212,9 @@ class RecipeFlags:
     compile: choices(Literal["yes", "no"]) = None
 
     def over(self, recipe: Recipe) -> Recipe:
-        return changed(recipe, **asdict(self) | {"compile": None if self.compile is None else self.compile == "yes"})
+        return changed(recipe, **asdict(self) | {
+            "compile": None if self.compile is None else self.compile == "yes", "train_vae": self.train_vae or None,
+        })  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -210,8 +210,8 @@ def from_scratch(
         out: folder of the run; the model ends there as model.safetensors, and its parts, in half precision, beside it; model-slow.safetensors
             has the weights of the slower average
         recipe: bundled makes a judge, its figures and a card as well; half is a smaller, half-trained model; without it the model alone
-        init: a checkpoint of the bundled model's kind to train on from; its VAE is kept
-        vae: a checkpoint whose VAE is taken as it is; text encoder and U-Net begin from nothing
+        init: a checkpoint of the bundled model's kind to train on from; its VAE is kept, unless --train-vae
+        vae: a checkpoint whose VAE is taken as it is, unless --train-vae; text encoder and U-Net begin from nothing
         device: auto, cpu, cuda, cuda:1, mps
         attention: how it is worked out: auto takes what is fastest; triton is this package's kernels, on a GPU
         threads: CPU threads to use; all cores by default

@@ -207,6 +207,16 @@ def test_a_vae_that_is_given_is_kept_and_the_rest_begins_from_nothing(tmp_path):
         next(walk)
 
 
+def test_a_vae_that_is_given_can_be_trained_on(tmp_path):
+    base = small_model(CONFIG)
+    recipe = dataclasses.replace(RECIPE, train_vae=True, vae_steps=1, vae_learning_rate=1e-6, steps=1)
+    progress, sd = finished(tmp_path, vae=base.vae, recipe=recipe)
+    assert [p.stage for p in progress if p.loss is not None] == ["autoencoder", "diffusion"]
+    moved = max((p - base.vae.state_dict()[name]).abs().max().item() for name, p in sd.vae.state_dict().items())
+    assert 0 < moved < 1e-4  # one step at a learning rate of 1e-6: from the weights given
+    assert sd.config.vae.scaling_factor != CONFIG.vae.scaling_factor
+
+
 def test_widths_that_are_not_the_models_are_refused(tmp_path):
     walk, _ = start(tmp_path / "new", dataclasses.replace(RECIPE, widths=(32, 64, 96)))
     with pytest.raises(ValueError, match=r"widths \(32, 64, 96\) asked for a U-Net of \(16, 16\)"):

@@ -96,12 +96,14 @@ class AutoencoderTask:
     In every second step latents and target are both made smaller before the latents are decoded (EQ-VAE), to 1/2 and 3/4 in turn.
     """
 
-    def __init__(self, config: ModelConfig, recipe: Recipe, scenes: Scenes, device: torch.device):
+    def __init__(self, config: ModelConfig, recipe: Recipe, scenes: Scenes, device: torch.device, init: VAE | None = None):
         self.recipe, self.device = recipe, device
         self.images = torch.from_numpy(scenes.images).to(device)  # as bytes: on a GPU no step waits for pictures
         self.weight = (0.4 + recipe.object_weight * scenes.mask).to(device)
         with seeded(recipe.seed):
             self.vae = VAE(config.vae).to(device)
+        if init is not None:
+            self.vae.load_state_dict(init.state_dict())
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
         self.networks = (self.vae.encoder, self.vae.decoder)
         shape = config.vae.latent_channels, *scenes.mask.shape[2:]

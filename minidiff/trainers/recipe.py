@@ -63,6 +63,7 @@ class Recipe:
     """How a model of the scenes is made. Raises ValueError for what cannot be followed.
 
     widths: of the U-Net's levels, multiples of 32; None is (64, 128, 160), or those of the model to train on from.
+    train_vae: a VAE that is given is trained on, instead of taken as it is.
     scenes: how many are composed ahead, for the VAE and for the U-Net to learn from.
     schedule: of the text encoder's and the U-Net's learning rate; the VAE's falls in any case.
     min_snr: gamma of the min-SNR weights of the U-Net's loss (diffusion_loss.py); None leaves all timesteps their own.
@@ -77,6 +78,7 @@ class Recipe:
     vae_batch: int = 32
     vae_learning_rate: float = 4e-3
     kl_weight: float = 4e-3
+    train_vae: bool = False
     scenes: int = 40_000
     steps: int = 8000
     batch: int = 64

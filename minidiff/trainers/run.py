@@ -63,13 +63,14 @@ def run_from_scratch(
 
     init: a model to train on from: its VAE is kept, its text encoder and U-Net go on learning. It must have `config`'s shape.
     vae: one to take as it is, of `config`'s shape and scaling factor, for a text encoder and a U-Net from nothing.
+    With the recipe's train_vae the VAE of either is trained on first, and has a scaling factor of its own in the end.
     Of several processes all train, and the first alone writes and calls `save`. Raises ValueError if the folder holds a run of another
     recipe.
     """
     claim(folder, config, recipe, init, vae)
     recipe, given = compiling_on(device, recipe), init.vae if init is not None else vae
     vae, latents = yield from vae_and_latents(config, recipe, folder, device, given)
-    if given is None:
+    if given is None or recipe.train_vae:
         config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling_factor=latents.scaling_factor()))
     training = Training(DiffusionTask(config, recipe, latents, device, init), recipe.diffusion(), device, folder / "diffusion.pt")
     for progress in logged("diffusion", training, folder):
@@ -106,7 +107,7 @@ def foretold(
     vae_task = AutoencoderTask(config, recipe, scenes, device)
     mean, encoding = timed(encoded(scenes.images, vae_task.vae, device))
     seconds = {"scenes": composing * recipe.scenes / 100}
-    if init is None and vae is None:
+    if recipe.train_vae or (init is None and vae is None):
         seconds["autoencoder"] = recipe.vae_steps * seconds_a_step(vae_task, autoencoder_settings(recipe, device), device)
     seconds["latents"] = encoding * recipe.scenes / 100
     task = DiffusionTask(config, recipe, Latents(mean, scenes.tokens, scenes.mask), device, init)
@@ -132,26 +133,26 @@ def vae_and_latents(
     config: ModelConfig, recipe: Recipe, folder: Path, device: torch.device, given: VAE | None
 ) -> Iterator[Progress]:
     """The VAE, trained or the one given, and the scenes through it."""
-    path = folder / "latents.pt"
+    path, kept = folder / "latents.pt", None if recipe.train_vae else given
     if not path.exists():
         scenes = yield from compose_scenes(config, recipe)
-        if given is None:
-            task = AutoencoderTask(config, recipe, scenes, device)
+        if kept is None:
+            task = AutoencoderTask(config, recipe, scenes, device, given)
             yield from logged("autoencoder", Training(task, autoencoder_settings(recipe, device), device, folder / "vae.pt"), folder)
         if processes.number() == 0:
             parts = []
-            for part in encoded(scenes.images, finished_vae(config, folder, device, given), device):
+            for part in encoded(scenes.images, finished_vae(config, folder, device, kept), device):
                 parts.append(part)
                 yield Progress("latents", sum(map(len, parts)), recipe.scenes)
             write_state(path, dataclasses.asdict(Latents(torch.cat(parts), scenes.tokens, scenes.mask)))
     processes.wait_for_all()
-    return finished_vae(config, folder, device, given), Latents(**read_state(path))
+    return finished_vae(config, folder, device, kept), Latents(**read_state(path))
 
 
-def finished_vae(config: ModelConfig, folder: Path, device: torch.device, given: VAE | None) -> VAE:
-    """The one given, or the averaged weights of the one that was trained."""
-    if given is not None:
-        return copy.deepcopy(given).to(device).float()
+def finished_vae(config: ModelConfig, folder: Path, device: torch.device, kept: VAE | None) -> VAE:
+    """The one kept, or the averaged weights of the one that was trained."""
+    if kept is not None:
+        return copy.deepcopy(kept).to(device).float()
     vae = VAE(config.vae)
     vae.load_state_dict(read_state(folder / "vae.pt")["averages"]["vae"]["mean"])
     return vae.to(device).requires_grad_(False).eval()
