@@ -32,12 +32,12 @@ QUALITY = 92  # of the WebP: 1.9 MB, where lossless takes 4.1 MB
 
 
 def emoji_code(name: str) -> str:
-    """The hexadecimal code without FE0F, which the families use differently."""
+    """Return the hexadecimal code without FE0F, which the families use differently."""
     return "-".join(part for part in name.lower().split("-") if part != "fe0f")
 
 
 def read_vectors(archive: Path, codes: Iterable[str]) -> dict[str, Image.Image]:
-    """The RGBA pictures of `codes` in an npm archive of Iconify. Raises ValueError naming those that are missing."""
+    """Draw the RGBA pictures of `codes` from an npm archive of Iconify. Raises ValueError naming those that are missing."""
     with tarfile.open(archive) as tar:
         icons, chars = (json.load(tar.extractfile(f"package/{name}.json")) for name in ("icons", "chars"))
     names = {emoji_code(code): name for code, name in chars.items()}
@@ -46,7 +46,7 @@ def read_vectors(archive: Path, codes: Iterable[str]) -> dict[str, Image.Image]:
 
 
 def draw(icons: dict, icon: dict) -> Image.Image:
-    """One icon of an Iconify collection, DRAWN pixels wide; left, top, width and height are the collection's where it has none of its own."""
+    """Draw one icon of an Iconify collection, DRAWN pixels wide; its box is the collection's where it has none of its own."""
     import resvg_py  # needed here only, and by nobody who does not make the sheet
 
     box = {"left": 0, "top": 0, "width": 16, "height": 16}  # Iconify's defaults
@@ -58,7 +58,7 @@ def draw(icons: dict, icon: dict) -> Image.Image:
 
 
 def read_pictures(archive: Path, codes: Iterable[str]) -> dict[str, Image.Image]:
-    """The RGBA pictures of `codes` in an npm archive of pictures. Raises ValueError naming those that are missing."""
+    """Read the RGBA pictures of `codes` from an npm archive of pictures. Raises ValueError naming those that are missing."""
     found, wanted = {}, set(codes)
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -70,6 +70,7 @@ def read_pictures(archive: Path, codes: Iterable[str]) -> dict[str, Image.Image]
 
 
 def check_all(archive: Path, codes: Iterable[str], found: Iterable[str]) -> None:
+    """Raise ValueError naming the codes that are not among those found."""
     if missing := sorted(set(codes) - set(found)):
         raise ValueError(f"{archive} has no picture for {missing}; see the docstring for what to give")
 
@@ -88,7 +89,7 @@ def fit_cell(picture: Image.Image) -> Image.Image:
 
 
 def make_sheet(noto: Path, twemoji: Path, fluent: Path) -> Image.Image:
-    """The whole sheet, RGBA, from the three archives."""
+    """Make the whole sheet, RGBA, from the three archives."""
     codes = [subject["code"] for subject in json.loads((HERE / "subjects.json").read_text())]
     families = [read_vectors(noto, codes), read_vectors(twemoji, codes), read_pictures(fluent, codes)]
     cells = [fit_cell(pictures[code]) for code in codes for pictures in families]

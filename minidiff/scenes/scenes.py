@@ -28,7 +28,8 @@ from minidiff.scenes.art import subject_names, subjects, visible_backgrounds
 
 RELATIONS = ("and", "left of", "above")
 MEDIA = ("photo", "picture", "image", "icon")  # "a photo of ...", as people and the templates of personalisation write; it means nothing here
-# Lengths are shares of SIZE: of an object that has the scene to itself, by the word for its size; of one of two; how far two stand off the middle.
+# Lengths are shares of SIZE: of an object that has the scene to itself, by the word for its size; of each of two objects; and how far
+# off the middle line two objects may stand.
 LENGTHS = {None: (0.69, 0.875), "small": (0.44, 0.56), "large": (0.875, 0.97)}
 LENGTHS_OF_TWO, OFF_MIDDLE = (0.44, 0.53), 0.11
 SPLITS = ("train", "held_out_subjects", "held_out_pairs", "all_subjects")
@@ -220,7 +221,7 @@ def choose_subjects(rng: np.random.Generator, split: str, count: int) -> tuple[l
 
 
 def in_pixels(shares: tuple[float, float]) -> tuple[int, int]:
-    """Shares of a scene's side as whole pixels."""
+    """Return shares of a scene's side as whole pixels."""
     low, high = shares
     return round(low * SIZE), round(high * SIZE)
 

@@ -190,7 +190,7 @@ def trained_weights(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
 
 
 def averages_of(modules: dict[str, nn.Module], decay: float | None) -> dict[str, ExponentialAverage]:
-    """An average of each module's weights, or none."""
+    """Return an average of each module's weights, or none."""
     return {} if decay is None else {name: ExponentialAverage(module, decay) for name, module in modules.items()}
 
 

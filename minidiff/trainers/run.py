@@ -89,12 +89,12 @@ def compiling_on(device: torch.device, recipe: Recipe) -> Recipe:
 
 
 def has_amx(device: torch.device) -> bool:
-    """Whether this is a CPU that multiplies matrices of bfloat16 in tiles."""
+    """Return whether this is a CPU that multiplies matrices of bfloat16 in tiles."""
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # there is no public way to ask
 
 
 def autoencoder_settings(recipe: Recipe, device: torch.device) -> Settings:
-    """The loop's settings for the VAE, which compiling makes no faster on a CPU; it would be done for each size that is decoded."""
+    """Return the loop's settings for the VAE, which compiling makes no faster on a CPU; it would be done for each size that is decoded."""
     settings = recipe.autoencoder()
     return dataclasses.replace(settings, compile=settings.compile and device.type != "cpu")
 
