@@ -5,6 +5,8 @@ The weights go from the reference into ours by the name map of weights_loader, s
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -118,6 +120,16 @@ def diffusers_vae(config: VAEConfig, dtype: torch.dtype) -> diffusers.Autoencode
     return randomise(vae.to(dtype))
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @cache
 def transformers_text(config: TextEncoderConfig, dtype: torch.dtype) -> transformers.CLIPTextModel:
     text = transformers.CLIPTextModel(
@@ -133,6 +145,8 @@ def transformers_text(config: TextEncoderConfig, dtype: torch.dtype) -> transfor
             eos_token_id=1,
         )
     )
+    # Before version 5 transformers makes the causal mask in PyTorch's default dtype, where float64's least number does not fit into float32.
+    text.forward = default_dtype(dtype)(text.forward)
     return randomise(text.to(dtype))
 
 
