@@ -89,7 +89,7 @@ def test_the_core_stands_without_the_rest(tmp_path):
     tests = tmp_path / "tests"
     shutil.copytree(ROOT.parent / "tests", tests, ignore=shutil.ignore_patterns("__pycache__", "benchmarks"))
     shutil.copy(ROOT.parent / "pyproject.toml", tmp_path)
-    files = [f"tests/test_{name}.py" for name in (*CORE, "tiled_decode")]
+    files = [f"tests/test_{name}.py" for name in CORE]
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files], cwd=tmp_path, check=True, env=environment

@@ -41,6 +41,7 @@ from tests.equality import api, probe
 # {pattern of an item: the reason why it may differ}
 EXPECTED: dict[str, str] = {
     "draw/default savings": "keys and values and the table of times are gone: the table moved x_t by 5e-6 of rounding",
+    "draw/vae bfloat16": "the VAE's attention shares one contiguous copy of its input: in bfloat16 the product adds in another order",
     "train/class images, generated": "drawn without the table of times, whose rounding moved one of 12,288 8-bit values in two pictures",
 }
 
