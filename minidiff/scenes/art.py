@@ -6,7 +6,7 @@ made it, LICENSES.md says whose art it is. Everything here is plain RGB from 0 t
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,3 +121,9 @@ def visible_backgrounds(subject: str, style: str, colour: str | None) -> tuple[s
     pixels = picture[picture[..., 3] > 127][:, :3].astype(np.float32)
     near = {name: np.linalg.norm(pixels - np.array(rgb), axis=1) < NEAR for name, rgb in COLOURS.items()}
     return tuple(name for name in COLOURS if near[name].mean() <= MOST_NEAR)
+
+
+def common_backgrounds(things: Iterable[tuple[str, str | None]], styles: Sequence[str] = STYLES) -> list[str]:
+    """Return the backgrounds from which all of the things, each a subject and its tint or None, stand out in all of the styles."""
+    seen = [visible_backgrounds(subject, style, tint) for subject, tint in things for style in styles]
+    return [colour for colour in COLOURS if all(colour in one for one in seen)]
