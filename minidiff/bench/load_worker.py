@@ -73,12 +73,7 @@ def prepare_minidiff(path: str, settings: str, asked: str, config: str | None):
 
     Tokenizer(TokenizerConfig(merges=()))  # imports open_clip's tokenizer
     known = config_from_json(config) if config else None
-
-    def load():
-        sd = weights_loader.load(path, dtype=getattr(torch, asked), config=known)
-        return sd.text_encoder, sd.unet, sd.vae
-
-    return load
+    return lambda: tuple(weights_loader.load(path, dtype=getattr(torch, asked), config=known).parts.values())
 
 
 def prepare_diffusers(path: str, settings: str, asked: str, config: str | None):
