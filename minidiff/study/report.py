@@ -81,16 +81,15 @@ class Results:
     folder: Path
     rows: tuple[dict, ...]
 
+    def runs(self, part: str, variant: str) -> dict[tuple[str, int], dict]:
+        """Return the rows of a variant by subject (or subjects) and seed."""
+        rows = [row for row in self.rows if (row["run"]["part"], row["run"]["variant"]) == (part, variant)]
+        return {("+".join(row["run"]["subjects"]), row["run"]["seed"]): row for row in rows}
+
     def values(self, part: str, variant: str, number: str) -> dict[tuple[str, int], float]:
         """Return a score or a cost by subject and seed, empty without such runs."""
-        found = {}
-        for row in self.rows:
-            run = row["run"]
-            if (run["part"], run["variant"]) == (part, variant):
-                value = row["scores"].get(number, row.get(number))
-                if value is not None:
-                    found["+".join(run["subjects"]), run["seed"]] = value
-        return found
+        found = {key: row["scores"].get(number, row.get(number)) for key, row in self.runs(part, variant).items()}
+        return {key: value for key, value in found.items() if value is not None}
 
     def difference(self, one: tuple[str, str], other: tuple[str, str], number: str) -> Interval | None:
         """Return one - other on the subjects and seeds that both have, None without any."""
@@ -101,21 +100,14 @@ class Results:
     def kid(self, judge: Encoder, part: str, variant: str) -> KID | None:
         """Return the KID between all runs' class pictures and real scenes of the same prompts, None without such runs."""
         drawn, real, groups = [], [], []
-        for row in self.rows:
-            run = row["run"]
-            if (run["part"], run["variant"]) != (part, variant):
-                continue
-            path = self.folder / "features" / f"{row['name']}.npy"
-            (subject,) = run["subjects"]
-            drawn.append(torch.from_numpy(np.load(path).astype(np.float32)))
-            with torch.no_grad():
-                real.append(encode_class_scenes(judge, SUBJECTS[subject], run["seed"]))
+        for (subject, seed), row in self.runs(part, variant).items():
+            drawn.append(torch.from_numpy(np.load(self.folder / "features" / f"{row['name']}.npy").astype(np.float32)))
+            real.append(encode_class_scenes(judge, SUBJECTS[subject], seed))
             # Pictures of one prompt resemble each other across runs too, and so does what they are compared with.
             groups.append(torch.full((len(drawn[-1]),), list(SUBJECTS).index(subject)) * 1000 + torch.arange(len(drawn[-1])))
         if not drawn:
             return None
-        both = torch.cat(groups)
-        _, group = both.unique(return_inverse=True)
+        _, group = torch.cat(groups).unique(return_inverse=True)
         return kid(torch.cat(drawn), torch.cat(real), groups=(group, group), blocks=10)
 
 
@@ -166,34 +158,29 @@ def make_methods_table(results: Results, distances: Mapping[str, KID]) -> str:
 
     gain: in likeness over the untouched model. learned: "yes" if the interval of `named` excludes 0, the untouched model's value.
     """
-    rows = []
-    for name in (UNTOUCHED, *method_variants()):
-        if not results.values("methods", name, "likeness"):
-            continue
+
+    def row(name: str) -> list[str]:
         gain, named = (results.difference(("methods", name), ("methods", UNTOUCHED), score) for score in ("likeness", "named"))
         likeness, *others = format_scores(results, "methods", name, SCORES)
-        untouched = name == UNTOUCHED
-        rows.append(
-            [
-                name,
-                likeness,
-                "" if untouched else format_interval(gain),
-                *others,
-                f"{1000 * distances[name].value:.0f} ± {1000 * distances[name].error:.0f}",
-                "" if untouched else "yes" if named and named.low > 0 else "no",
-            ]
-        )
+        distance = f"{1000 * distances[name].value:.0f} ± {1000 * distances[name].error:.0f}"
+        if name == UNTOUCHED:
+            return [name, likeness, "", *others, distance, ""]
+        return [name, likeness, format_interval(gain), *others, distance, "yes" if named and named.low > 0 else "no"]
+
+    rows = [row(name) for name in (UNTOUCHED, *method_variants()) if results.runs("methods", name)]
     return markdown_table(("method", "likeness", "gain", *SCORES[1:], "KID x 1000", "learned"), rows)
 
 
 def make_costs_table(results: Results) -> str:
     """Format what each method costs, and what two subjects cost."""
-    rows = []
+
+    def row(part: str, name: str, label: str) -> list[str]:
+        numbers = ("trained", "bytes", "seconds", "memory")
+        trained, kept, seconds, memory = (mean_over_runs(results.values(part, name, number)) for number in numbers)
+        return [label, f"{trained:,.0f}", format_bytes(kept), f"{seconds:.0f} s", format_bytes(memory)]
+
     places = [("methods", name, name) for name in method_variants()] + [("pairs", name, f"two subjects: {name}") for name in PAIR_VARIANTS]
-    for part, name, label in places:
-        if seconds := results.values(part, name, "seconds"):
-            trained, kept, memory = (mean_over_runs(results.values(part, name, number)) for number in ("trained", "bytes", "memory"))
-            rows.append([label, f"{trained:,.0f}", format_bytes(kept), f"{mean_over_runs(seconds):.0f} s", format_bytes(memory)])
+    rows = [row(part, name, label) for part, name, label in places if results.runs(part, name)]
     return markdown_table(("method", "numbers trained", "file, float32", "training", "memory, computed"), rows)
 
 
@@ -207,7 +194,7 @@ def make_changes_table(results: Results, part: str, names: Sequence[str], standa
         standard: The (part, variant) that is subtracted.
         scores: One column each.
     """
-    present = [name for name in names if results.values(part, name, "bytes")]
+    present = [name for name in names if results.runs(part, name)]
     sizes = {name: format_bytes(mean_over_runs(results.values(part, name, "bytes"))) for name in present}
     differ = len(set(sizes.values())) > 1
     rows = [
@@ -223,12 +210,10 @@ def make_changes_table(results: Results, part: str, names: Sequence[str], standa
 
 def make_pairs_table(results: Results) -> str:
     """Format the scores of two subjects learned together."""
-    rows = [
-        [name, *format_scores(results, "pairs", name, ("both", *SCORES))]
-        for name in (UNTOUCHED, *PAIR_VARIANTS)
-        if results.values("pairs", name, "both")
-    ]
-    return markdown_table(("two subjects", "both", *SCORES), rows)
+    present = [name for name in (UNTOUCHED, *PAIR_VARIANTS) if results.runs("pairs", name)]
+    return markdown_table(
+        ("two subjects", "both", *SCORES), [[name, *format_scores(results, "pairs", name, ("both", *SCORES))] for name in present]
+    )
 
 
 def make_before_table(results: Results) -> str:
@@ -251,11 +236,9 @@ def make_before_table(results: Results) -> str:
 def make_style_table(results: Results) -> str:
     """Format the scores of a style learned from ten pictures."""
     scores = ("chroma", "chroma_given", "named", "others", "drift")
-    rows = []
-    for name in (UNTOUCHED, "custom-diffusion", "lora"):
-        if results.values("style", name, "chroma"):
-            rows.append([name, *(format_fixed(mean_over_runs(results.values("style", name, score)), 3) for score in scores)])
-    return markdown_table(("style", *scores), rows)
+    present = [name for name in (UNTOUCHED, "custom-diffusion", "lora") if results.runs("style", name)]
+    means = {name: [mean_over_runs(results.values("style", name, score)) for score in scores] for name in present}
+    return markdown_table(("style", *scores), [[name, *(format_fixed(mean, 3) for mean in means[name])] for name in present])
 
 
 def make_tables(results: Results, distances: Mapping[str, KID]) -> dict[str, str]:
@@ -362,21 +345,16 @@ def judge_claim(results: Results, claim: str, gaps: Sequence[Gap]) -> Finding | 
 
 def judge_weight_changes(results: Results) -> Finding | None:
     """Judge by |W' - W| / |W| whether full fine-tuning moves cross-attention most, None without runs of it."""
-    runs = [row for row in results.rows if (row["run"]["part"], row["run"]["variant"]) == ("methods", "dreambooth")]
+    runs = results.runs("methods", "dreambooth")
     if not runs:
         return None
-    kinds = {kind: {run_key(row): row["changes"][kind] for row in runs} for kind in KINDS}
+    kinds = {kind: {key: row["changes"][kind] for key, row in runs.items()} for kind in KINDS}
     cross, *rest = kinds.values()
     gap = interval_over_subjects({key: cross[key] - max(kind[key] for kind in rest) for key in cross})
     figures = "; ".join(f"{kind} {100 * mean_over_runs(values):.2f} %" for kind, values in kinds.items())
     figures += f"; cross-attention minus the larger of the others {100 * gap.mean:.2f} [{100 * gap.low:.2f}, {100 * gap.high:.2f}] %"
     claim = "In full fine-tuning the weights of cross-attention move most."
     return Finding(claim, decide(gap, "better"), f"mean of |W' - W| / |W|: {figures}")
-
-
-def run_key(row: dict) -> tuple[str, int]:
-    """Return the subjects and the seed of a run."""
-    return "+".join(row["run"]["subjects"]), row["run"]["seed"]
 
 
 # --- sheets -----------------------------------------------------------------------------------------------------------
