@@ -73,18 +73,12 @@ def bench_attention(
     check_arguments(rounds, out)
     if unknown := [name for name in contenders if name not in CONTENDERS]:
         raise ValueError(f"contender {unknown[0]!r} unknown; choose {', '.join(CONTENDERS)}")
-    if cases is None:
-        cases = [
-            case
-            for dtype in dtypes
-            for name in models
-            for size in sizes
-            for case in list_cases(name, model_config(name), size, batch, dtype)
-        ]
-    cases = list(dict.fromkeys(cases))
+    listed = (
+        case for dtype in dtypes for name in models for size in sizes for case in list_cases(name, model_config(name), size, batch, dtype)
+    )
+    cases = list(dict.fromkeys(listed if cases is None else cases))
     settings = {"bench": "attention", "rounds": rounds, "device": device, "contenders": list(contenders), "kinds": list(kinds)}
-    settings["cases"] = [asdict(case) for case in cases]
-    record = BenchRecord(out, settings)
+    record = BenchRecord(out, settings | {"cases": [asdict(case) for case in cases]})
     yield format_machine(record.values["machine"])
     yield table_header(["attention", "calls", "way", *contenders, "best of PyTorch / minidiff", "error / best"])
     began = perf_counter()

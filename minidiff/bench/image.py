@@ -69,8 +69,7 @@ def bench_image(
 def prepare(job: dict) -> Callable[[dict], dict]:
     """Load the pipeline in the contender's process."""
     peak, device, dtype = start_worker(job)
-    make = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]]
-    return answer_with(make(job, device, dtype), peak)
+    return answer_with({"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]](job, device, dtype), peak)
 
 
 def _diffusers(job: dict, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -68,14 +68,9 @@ def prepare(job: dict) -> Callable[[dict], dict]:
     """Load the model and its inputs in the contender's process."""
     peak, device, dtype = start_worker(job)
     given = {name: x.to(device, dtype) for name, x in torch.load(f"{job['folder']}/inputs.pt").items()}
-    make = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]]
-    run = make(job, device, dtype, given)
-
-    def without_gradients() -> Tensor:
-        with torch.inference_mode() if job["library"] == "diffusers" else torch.no_grad():
-            return run()
-
-    return answer_with(without_gradients, peak)
+    run = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]](job, device, dtype, given)
+    without_gradients = torch.inference_mode() if job["library"] == "diffusers" else torch.no_grad()
+    return answer_with(without_gradients(run), peak)
 
 
 def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> Callable[[], Tensor]:

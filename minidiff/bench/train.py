@@ -127,8 +127,7 @@ def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[s
         options = replace(options, sizes="none", prior=Prior(kind="folder"))
         concept = Concept(images=folder / "subject", class_images=folder / "class", token="<new1>", class_word="dog")
         method = METHODS["custom-diffusion"].build(sd, [concept], options)
-    phase = method.phases[0].__enter__()
-    walk = Training(phase, settings, device).run()
+    walk = Training(method.phases[0].__enter__(), settings, device).run()
 
     def loss() -> Tensor:
         draws = NoiseSample(given["t"], given["eps"])
@@ -192,8 +191,7 @@ def _diffusers_lora(
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    targets = ["to_k", "to_q", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets))
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
     cast_training_params(unet, torch.float32)
     with torch.no_grad():
         context = text_encoder(_tokens(tokenizer, text_encoder, "a photo of a dog").to(device))[0]
@@ -214,8 +212,7 @@ def _diffusers_custom_diffusion(
     for name in unet.attn_processors:
         module = unet.get_submodule(name.removesuffix(".processor"))
         of_text = name.endswith("attn2.processor")
-        width, context_width = module.to_q.out_features, module.to_k.in_features if of_text else None
-        sizes = {"hidden_size": width, "cross_attention_dim": context_width}
+        sizes = {"hidden_size": module.to_q.out_features, "cross_attention_dim": module.to_k.in_features if of_text else None}
         processor = CustomDiffusionAttnProcessor2_0(of_text, train_q_out=False, **sizes).to(device)
         if of_text:
             with torch.no_grad():

@@ -123,12 +123,10 @@ def features_of(encoder: "Encoder", paths: list[Path]):
 
     from minidiff.pictures import fit, load_picture
 
-    parts = []
-    for start in range(0, len(paths), 32):
-        pixels = torch.stack([fit(load_picture(path), encoder.image_size) for path in paths[start : start + 32]])
-        with torch.no_grad():
-            parts.append(encoder.encode_pictures(pixels).float().cpu())
-    return torch.cat(parts)
+    batches = (paths[start : start + 32] for start in range(0, len(paths), 32))
+    pixels = (torch.stack([fit(load_picture(path), encoder.image_size) for path in batch]) for batch in batches)
+    with torch.no_grad():
+        return torch.cat([encoder.encode_pictures(batch).float().cpu() for batch in pixels])
 
 
 def weights(base: tyro.conf.Positional[str], tuned: tyro.conf.Positional[str], /, top: int = 10) -> None:

@@ -26,9 +26,9 @@ def write_results(training: "TrainingRun", sd: "StableDiffusion", out: Path, nam
         settings: for the metadata
     """
     (out / "settings.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
-    kinds = [kind for kind in WRITERS if getattr(training, kind) is not None] or ["model"]
-    for kind in kinds:
-        yield from {**WRITERS, "model": write_model}[kind](training, sd, out, names, settings)
+    writers = [write for kind, write in WRITERS.items() if getattr(training, kind) is not None]
+    for write in writers or [write_model]:
+        yield from write(training, sd, out, names, settings)
 
 
 def write_tokens(training: "TrainingRun", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:

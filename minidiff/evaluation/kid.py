@@ -70,14 +70,14 @@ def kid(
             "give 2 blocks or more, and two pictures a block or more"
         )
 
-    def sums(a: Tensor, b: Tensor, group_a: Tensor, group_b: Tensor, block_a: Tensor, block_b: Tensor) -> Tensor:
-        """Sum the kernel, and count pairs, for each pair of blocks."""
+    def sums(one: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Sum the kernel, and count pairs, for each pair of blocks of two sides, each its features, groups and blocks."""
+        (a, group_a, block_a), (b, group_b, block_b) = one, other
         counted = (group_a[:, None] != group_b).double()
         return torch.stack([block_sums(values, block_a % blocks, block_b % blocks, blocks) for values in (kernel(a, b) * counted, counted)])
 
-    xx = sums(x, x, group_x, group_x, block_x, block_x)
-    yy = sums(y, y, group_y, group_y, block_y, block_y)
-    xy = sums(x, y, group_x, group_y, block_x, block_y)
+    first, second = (x, group_x, block_x), (y, group_y, block_y)
+    xx, yy, xy = sums(first, first), sums(second, second), sums(first, second)
 
     def estimate(kept: Tensor) -> float:
         total = (pairs[:, kept][:, :, kept].sum(dim=(1, 2)) for pairs in (xx, yy, xy))

@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff.kernels.tiles import device_of, jit, no_kernel_for, tl, triton
+from minidiff.kernels.tiles import device_of, jit, no_kernel_for, register_operation, tl, triton
 
 MOST_CHANNELS = 256  # in a chunk, unless one group has more: 512 bytes of 16-bit numbers side by side, 16 for each thread of a warp
 TILE = 8192  # bytes that a program has at a time: with 4 warps 4 loads of 16 bytes a thread, the widest there are
@@ -388,14 +388,6 @@ def _backward_shapes(
     return torch.empty_like(x), weight.new_empty(shape), bias.new_empty(shape)
 
 
-# As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs.
-# The gradient of the gradient is not defined.
-_operation = torch.library.custom_op("minidiff::group_norm_silu", _forward, mutates_args=())
-_operation.register_fake(_forward_shapes)
-_gradients = torch.library.custom_op("minidiff::group_norm_silu_backward", _backward, mutates_args=())
-_gradients.register_fake(_backward_shapes)
-
-
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]):
     x, ctx.groups, weight, bias, _, ctx.silu = inputs
     ctx.save_for_backward(x, weight, bias, *output[1:])
@@ -410,4 +402,12 @@ def _differentiate(ctx, dy: Tensor, dmean: Tensor | None, drstd: Tensor | None):
     return dx, None, dweight if need_weight else None, dbias if need_bias else None, None, None
 
 
-_operation.register_autograd(_differentiate, setup_context=_save)
+_operations = register_operation(
+    "group_norm_silu",
+    _forward,
+    _backward,
+    shapes=_forward_shapes,
+    backward_shapes=_backward_shapes,
+    save=_save,
+    differentiate=_differentiate,
+)

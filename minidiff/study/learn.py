@@ -119,8 +119,8 @@ def with_class_pictures(sd: StableDiffusion, one: Concept, options: MethodOption
     prior = options.prior
     if prior.kind == "none":
         return one
-    words = one.class_word or "style"
-    one = replace(one, class_images=one.images.parent.parent / "class" / f"{words}-{prior.kind}-{prior.count}")
+    name = f"{one.class_word or 'style'}-{prior.kind}-{prior.count}"
+    one = replace(one, class_images=one.images.parent.parent / "class" / name)
     for _ in fill_class_images(sd, one, options):
         pass
     return one

@@ -13,7 +13,7 @@ the model's own guidance scale. A prompt's seed never changes, so that models ar
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -114,19 +114,17 @@ def find_likeliest(judge: Judge, output: JudgeOutput, count: int = 1) -> list[li
     return [[judge.config.subjects[i] for i in row] for row in output.shares().topk(count).indices.tolist()]
 
 
-def make_class_prompts(class_word: str) -> list[tuple[str, int]]:
-    """Write prompts for the class alone, each with its seed."""
+def make_class_prompts(class_word: str) -> list[FixedPrompt]:
+    """Write prompts for the class alone; the seed of each is its place in the list."""
     backgrounds = cycle(common_backgrounds([(class_word, None)]))
-    return [(on_background(with_article(class_word), background), i) for i, background in zip(range(OF_THE_CLASS), backgrounds)]
+    texts = [(on_background(with_article(class_word), background), background) for background in islice(backgrounds, OF_THE_CLASS)]
+    return [FixedPrompt(text, "one", (class_word,), background) for text, background in texts]
 
 
 @torch.no_grad()
 def encode_class_scenes(judge: Encoder, class_word: str, seed: int) -> Float[Tensor, "N D"]:
     """Encode real scenes of the class's prompts, for KID; different ones for each seed of the study."""
-    scenes = []
-    for text, i in make_class_prompts(class_word):
-        background = text.removesuffix(" background").rsplit(" ", 1)[1]
-        scenes.append(real_scene(FixedPrompt(text, "one", (class_word,), background), np.random.default_rng([77, seed, i])))
+    scenes = [real_scene(prompt, np.random.default_rng([77, seed, i])) for i, prompt in enumerate(make_class_prompts(class_word))]
     return judge.encode_pictures(to_pixels(np.stack([scene.image for scene in scenes])))
 
 
@@ -152,15 +150,15 @@ def measure_subjects(sd: StableDiffusion, judge: Judge, things: Sequence[TaughtS
     class_features, row = [], []
     for thing in things:
         backgrounds = cycle(common_backgrounds([(thing.subject, None)]))
-        texts = [on_background(with_article(thing.called), background) for _, background in zip(range(OF_THE_SUBJECT), backgrounds)]
+        texts = [on_background(with_article(thing.called), background) for background in islice(backgrounds, OF_THE_SUBJECT)]
         pictures = generate_pixels(sd, texts, range(OF_THE_SUBJECT))
         output = judge.read(pictures)
         likeness += image_alignment(output.features, judge.encode_pictures(thing.pictures)).tolist()
         named += [names[0] == thing.subject for names in find_likeliest(judge, output)]
         row.append(pictures[:2])
 
-        texts, seeds = zip(*make_class_prompts(thing.class_word)[: OF_THE_CLASS // len(things)])
-        pictures = generate_pixels(sd, texts, seeds)
+        texts = [prompt.text for prompt in make_class_prompts(thing.class_word)[: OF_THE_CLASS // len(things)]]
+        pictures = generate_pixels(sd, texts, range(len(texts)))
         output = judge.read(pictures)
         kept += [names[0] == thing.class_word for names in find_likeliest(judge, output)]
         class_features.append(output.features)

@@ -97,16 +97,14 @@ class Results:
         both = {key: a[key] - b[key] for key in a if key in b}
         return interval_over_subjects(both) if both else None
 
-    def kid(self, judge: Encoder, part: str, variant: str) -> KID | None:
-        """Return the KID between all runs' class pictures and real scenes of the same prompts, None without such runs."""
+    def kid(self, judge: Encoder, part: str, variant: str) -> KID:
+        """Return the KID between the class pictures of all runs of a variant and real scenes of the same prompts."""
         drawn, real, groups = [], [], []
         for (subject, seed), row in self.runs(part, variant).items():
             drawn.append(torch.from_numpy(np.load(self.folder / "features" / f"{row['name']}.npy").astype(np.float32)))
             real.append(encode_class_scenes(judge, SUBJECTS[subject], seed))
             # Pictures of one prompt resemble each other across runs too, and so does what they are compared with.
             groups.append(torch.full((len(drawn[-1]),), list(SUBJECTS).index(subject)) * 1000 + torch.arange(len(drawn[-1])))
-        if not drawn:
-            return None
         _, group = torch.cat(groups).unique(return_inverse=True)
         return kid(torch.cat(drawn), torch.cat(real), groups=(group, group), blocks=10)
 
@@ -137,8 +135,7 @@ def mean_over_runs(values: Values) -> float:
 
 def kid_by_method(results: Results, judge: Encoder) -> dict[str, KID]:
     """Return the KID of each method that has runs."""
-    found = {name: results.kid(judge, "methods", name) for name in (UNTOUCHED, *method_variants())}
-    return {name: distance for name, distance in found.items() if distance}
+    return {name: results.kid(judge, "methods", name) for name in (UNTOUCHED, *method_variants()) if results.runs("methods", name)}
 
 
 def format_scores(results: Results, part: str, name: str, scores: Sequence[str]) -> list[str]:
@@ -353,18 +350,18 @@ def judge_weight_changes(results: Results) -> Finding | None:
     gap = interval_over_subjects({key: cross[key] - max(kind[key] for kind in rest) for key in cross})
     figures = "; ".join(f"{kind} {100 * mean_over_runs(values):.2f} %" for kind, values in kinds.items())
     figures += f"; cross-attention minus the larger of the others {100 * gap.mean:.2f} [{100 * gap.low:.2f}, {100 * gap.high:.2f}] %"
-    claim = "In full fine-tuning the weights of cross-attention move most."
-    return Finding(claim, decide(gap, "better"), f"mean of |W' - W| / |W|: {figures}")
+    figures = f"mean of |W' - W| / |W|: {figures}"
+    return Finding("In full fine-tuning the weights of cross-attention move most.", decide(gap, "better"), figures)
 
 
 # --- sheets -----------------------------------------------------------------------------------------------------------
 
 
 FIRST_ROWS = {
-    "custom": STANDARD,
-    "compression": STANDARD,
-    "pictures": STANDARD,
-    "lora": ("methods", "lora"),
+    "custom": [STANDARD],
+    "compression": [STANDARD],
+    "pictures": [STANDARD],
+    "lora": [("methods", "lora")],
 }  # what a part's variants differ from
 
 
@@ -378,8 +375,7 @@ def make_sheet(results: Results, part: str, subjects: Sequence[str], seed: int) 
         seed: Of the runs that are shown.
     """
     images = [(f"pictures: {subject}", grid(draw_training_pictures(subject, seed), columns=PICTURES)) for subject in subjects]
-    first = [FIRST_ROWS[part]] if part in FIRST_ROWS else []
-    for place, variant in (*first, *dict.fromkeys((part, run.variant) for run in list_runs(part))):
+    for place, variant in (*FIRST_ROWS.get(part, ()), *dict.fromkeys((part, run.variant) for run in list_runs(part))):
         path = results.folder / "rows" / f"{StudyRun(place, variant, tuple(subjects), seed).name}.png"
         if path.exists():
             images.append((variant, Image.open(path).convert("RGB")))

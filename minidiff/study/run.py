@@ -118,8 +118,7 @@ def run_one(folder: Path, run: StudyRun, load: Callable[[], StableDiffusion], lo
     save_png(grid(to_images(found.pictures), columns=len(found.pictures)), folder / "rows" / f"{run.name}.png")
     np.save(folder / "features" / f"{run.name}.npy", found.of_class.numpy().astype(np.float16))
     costs = {name: getattr(outcome, name) for name in ("trained", "bytes", "seconds", "memory", "changes")}
-    path = folder / "results" / f"{run.name}.json"
-    write_text(path, json.dumps({"run": asdict(run), "scores": scores, **costs}, indent=1))
+    write_text(folder / "results" / f"{run.name}.json", json.dumps({"run": asdict(run), "scores": scores, **costs}, indent=1))
 
 
 def measure_run(sd: StableDiffusion, judge: Judge, run: StudyRun, outcome: Outcome) -> measure.Measurements:
