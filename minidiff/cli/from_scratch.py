@@ -56,8 +56,8 @@ def from_scratch(args: list[str]) -> None:
     from minidiff.bundled.tasks import bundled_config
 
     command = command_class({"run": (ScratchFlags,)} | flag_groups(Recipe))
-    description = f"{summary(ScratchFlags)}\n\n{recipe_numbers()}"
-    asked = vars(tyro.cli(command, prog="minidiff train from-scratch", description=description, args=args, config=CONFIG))
+    about = f"{summary(ScratchFlags)}\n\n{recipe_numbers()}"
+    asked = vars(tyro.cli(command, prog="minidiff train from-scratch", description=about, args=args, config=CONFIG))
     flags: ScratchFlags = asked["run"]
     out, recipe = flags.out, override(RECIPES[flags.recipe or "bundled"], given(asked.values(), Recipe))
     with training_on(flags.device, flags.threads, flags.attention) as device:

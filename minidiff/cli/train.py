@@ -100,8 +100,8 @@ class Job:
 def train(name: str, args: list[str]) -> None:
     """Parse the flags of a method, train, and write what was learned."""
     method = METHODS[name]
-    numbers = f"Presets of the bundled model: {describe(method.presets['bundled'])}.\n\nPresets of Stable Diffusion: "
-    description = f"{method.summary}\n\n{numbers}{describe(method.presets['sd1'])}."
+    bundled, sd1 = describe(method.presets["bundled"]), describe(method.presets["sd1"])
+    description = f"{method.summary}\n\nPresets of the bundled model: {bundled}.\n\nPresets of Stable Diffusion: {sd1}."
     asked = vars(tyro.cli(flag_class(method), prog=f"minidiff train {name}", description=description, args=args, config=CONFIG))
     run: RunFlags = asked["run"]
     run.check()

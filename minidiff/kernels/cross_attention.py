@@ -258,8 +258,10 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = Fals
         return f"{L} keys; this kernel has all keys of a head at once, at most {MOST_KEYS}"
     size = padded_keys(L) * sum(head_tiles(d)) * k.element_size()
     if size > MOST_BYTES:
-        kept = f"this kernel has all keys of a head at once, in {MOST_BYTES // 1024} KiB"
-        return f"{L} keys of heads {d} wide take {size // 1024} KiB in {k.dtype}, padded; {kept}"
+        return (
+            f"{L} keys of heads {d} wide take {size // 1024} KiB in {k.dtype}, padded; "
+            f"this kernel has all keys of a head at once, in {MOST_BYTES // 1024} KiB"
+        )
     return None
 
 

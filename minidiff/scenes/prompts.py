@@ -74,16 +74,14 @@ def draw_prompts(seed: int = 0) -> list[FixedPrompt]:
     pairs = [pair for pair in itertools.permutations(names, 2) if common_backgrounds([(name, None) for name in pair])]
     known = iter(shuffled([pair for pair in pairs if not is_held_out_pair(*pair)]))
     new = iter(shuffled([pair for pair in pairs if is_held_out_pair(*pair)]))
-    two = []
-    for relation in RELATIONS:
-        for i in range(20):
-            held_out = i % HELD_OUT_EVERY == 0
-            two.append(draw_prompt(rng, "two", next(new if held_out else known), relation=relation, held_out=held_out))
+    two = [
+        draw_prompt(rng, "two", next(new if held_out else known), relation=relation, held_out=held_out)
+        for relation in RELATIONS
+        for held_out in (i % HELD_OUT_EVERY == 0 for i in range(20))
+    ]
 
-    styled = []
-    for i in rng.permutation(len(names))[:12]:
-        plain = draw_prompt(rng, "style", [names[i]])
-        styled += [dataclasses.replace(plain, text=f"{plain.text} in {style} style", style=style) for style in STYLES]
+    plain = [draw_prompt(rng, "style", [names[i]]) for i in rng.permutation(len(names))[:12]]
+    styled = [dataclasses.replace(one, text=f"{one.text} in {style} style", style=style) for one in plain for style in STYLES]
 
     tinted = dict(shuffled(held_out_pairs()[1]))  # one tint a subject
     coloured = [draw_prompt(rng, "colour", [name], tint=tint, held_out=True) for name, tint in itertools.islice(tinted.items(), 40)]

@@ -85,8 +85,8 @@ def train_run(sd: StableDiffusion, run: StudyRun, folder: Path) -> Outcome:
 
 def draw_training_pictures(subject: str, seed: int, count: int = PICTURES) -> list[Image.Image]:
     """Draw pictures of the subject as a person would take them. The first ones do not depend on how many there are."""
-    rng = np.random.default_rng([seed, list(SUBJECTS).index(subject)])
-    return [Image.fromarray(scene.image) for scene in subject_scenes(subject, "fluent", count, rng)]
+    scenes = subject_scenes(subject, "fluent", count, np.random.default_rng([seed, list(SUBJECTS).index(subject)]))
+    return [Image.fromarray(scene.image) for scene in scenes]
 
 
 def make_concept(method: str, subject: str, seed: int, folder: Path, count: int = PICTURES, second: bool = False) -> Concept:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -215,27 +216,29 @@ def make_pairs_table(results: Results) -> str:
 
 def make_before_table(results: Results) -> str:
     """Format methods before and after they were mended, on the same runs."""
-    rows = []
-    for name in unmended_variants():
-        cells = []
-        for score in ("likeness", "named", "text"):
-            old, new = results.values("before", name, score), results.values("methods", name, score)
-            if same := [key for key in old if key in new]:
-                gain = results.difference(("methods", name), ("before", name), score)
-                cells += [f"{mean_over_runs({key: values[key] for key in same}):.2f}" for values in (old, new)] + [format_interval(gain)]
-        if cells:
-            rows.append([name, *cells])
+    scores = ("likeness", "named", "text")
+
+    def cells(name: str, score: str) -> tuple[str, str, str]:
+        old, new = (results.values(part, name, score) for part in ("before", "methods"))
+        before, after = (mean_over_runs({key: values[key] for key in old if key in new}) for values in (old, new))
+        return f"{before:.2f}", f"{after:.2f}", format_interval(results.difference(("methods", name), ("before", name), score))
+
+    compared = [name for name in unmended_variants() if results.difference(("methods", name), ("before", name), "likeness")]
     return markdown_table(
-        ("mended", *(f"{score}{part}" for score in ("likeness", "named", "text") for part in (" before", " after", " gain"))), rows
+        ("mended", *(f"{score}{part}" for score in scores for part in (" before", " after", " gain"))),
+        [[name, *chain.from_iterable(cells(name, score) for score in scores)] for name in compared],
     )
 
 
 def make_style_table(results: Results) -> str:
     """Format the scores of a style learned from ten pictures."""
     scores = ("chroma", "chroma_given", "named", "others", "drift")
-    present = [name for name in (UNTOUCHED, "custom-diffusion", "lora") if results.runs("style", name)]
-    means = {name: [mean_over_runs(results.values("style", name, score)) for score in scores] for name in present}
-    return markdown_table(("style", *scores), [[name, *(format_fixed(mean, 3) for mean in means[name])] for name in present])
+    rows = [
+        [name, *(format_fixed(mean_over_runs(results.values("style", name, score)), 3) for score in scores)]
+        for name in (UNTOUCHED, "custom-diffusion", "lora")
+        if results.runs("style", name)
+    ]
+    return markdown_table(("style", *scores), rows)
 
 
 def make_tables(results: Results, distances: Mapping[str, KID]) -> dict[str, str]:
