@@ -64,11 +64,8 @@ def inputs(case: AttentionCase, kind: str) -> dict[str, Tensor]:
     """Draw q, k, v and the gradient of the output, float32 on the CPU. A comment says what is hard about each kind."""
     generator = torch.Generator().manual_seed(0)
     B, h, d = case.batch, case.heads, case.head_dim
-
-    def normal(tokens: int) -> Tensor:
-        return torch.randn(B, tokens, h * d, generator=generator)
-
-    q, k, v, grad = normal(case.tokens), normal(case.keys), normal(case.keys), normal(case.tokens)
+    lengths = (case.tokens, case.keys, case.keys, case.tokens)
+    q, k, v, grad = (torch.randn(B, tokens, h * d, generator=generator) for tokens in lengths)
     if kind == "logits near 60":  # a common part of q and k: all exponentials are e^60 times what they would be
         common = (60 / d**0.5) ** 0.5
         q, k = q / d**0.25 + common, k / d**0.25 + common

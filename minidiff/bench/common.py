@@ -63,11 +63,7 @@ class BenchRecord:
         earlier = _read(out)
         if not earlier.get("finished", True) and all(earlier.get(name) == self.values[name] for name in ("machine", "settings")):
             self.values["results"] = earlier["results"]
-
-    @property
-    def results(self) -> dict[str, dict]:
-        """Return the results by name."""
-        return self.values["results"]
+        self.results: dict[str, dict] = self.values["results"]  # by name
 
     def keep(self, name: str, result: dict) -> None:
         """Keep a result, and write the file."""

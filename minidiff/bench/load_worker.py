@@ -52,8 +52,7 @@ def measure(contender: str, path: str, settings: str, asked: str, config: str | 
         total = sum(weight.detach().sum().item() for weight in weights)
         seconds, cpu_seconds = perf_counter() - start, process_time() - cpu_start
     assert all(str(weight.dtype) == f"torch.{asked}" for weight in weights)
-    count = sum(weight.numel() for weight in weights)
-    return Measurement(import_seconds, seconds, cpu_seconds, *memory.above(), total, count)
+    return Measurement(import_seconds, seconds, cpu_seconds, *memory.above(), total, sum(weight.numel() for weight in weights))
 
 
 def prepare_minidiff(path: str, settings: str, asked: str, config: str | None):

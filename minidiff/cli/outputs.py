@@ -41,14 +41,13 @@ def write_tokens(training: "TrainingRun", sd: "StableDiffusion", out: Path, name
     from minidiff.adapters.tokens import NewTokens
 
     assert training.tokens is not None
-    if names in ("a1111", "kohya"):
-        files = {out / f"{slug(word)}.safetensors": NewTokens({word: rows}) for word, rows in training.tokens.rows.items()}
-        form = "a1111"
-    else:
-        files, form = {out / "embedding.safetensors": training.tokens}, "diffusers"
-    for path, tokens in files.items():
-        weights_loader.write_embedding(path, tokens, form, settings)
-        yield "--embedding", path
+    one_each = names in ("a1111", "kohya")
+    tokens = (
+        {slug(word): NewTokens({word: rows}) for word, rows in training.tokens.rows.items()} if one_each else {"embedding": training.tokens}
+    )
+    for name, words in tokens.items():
+        weights_loader.write_embedding(out / f"{name}.safetensors", words, "a1111" if one_each else "diffusers", settings)
+        yield "--embedding", out / f"{name}.safetensors"
 
 
 def write_lora(training: "TrainingRun", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:

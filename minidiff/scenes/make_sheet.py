@@ -34,8 +34,7 @@ FOLDERS = {
 
 def emoji_code(file_name: str) -> str:
     """Return the hexadecimal code of a picture's file name without FE0F, which the families use differently."""
-    parts = Path(file_name).stem.lower().split("-")
-    return "-".join(part for part in parts if part != "fe0f")
+    return "-".join(part for part in Path(file_name).stem.lower().split("-") if part != "fe0f")
 
 
 def read_pictures(archive: Path, folder: str, codes: set[str]) -> dict[str, Image.Image]:

@@ -293,11 +293,6 @@ def decide(difference: Interval | None, wanted: str) -> str:
     return HOLDS if low > least else FAILS if high < least else NOT_DECIDED
 
 
-def combine_verdicts(*verdicts: str) -> str:
-    """Combine the verdicts on the parts of a claim: it holds if all of them do."""
-    return next((word for word in (FAILS, NOT_DECIDED) if word in verdicts), HOLDS)
-
-
 @dataclass(frozen=True)
 class Gap:
     """What a claim expects of one difference: the score of `one` minus that of `other`, each a (part, variant), is as `wanted` says."""
@@ -340,7 +335,8 @@ def judge_claim(results: Results, claim: str, gaps: Sequence[Gap]) -> Finding | 
     if len(known) < len(gaps):
         return None
     verdicts = [decide(difference, gap.wanted) for (_, difference), gap in zip(known, gaps)]
-    return Finding(claim, combine_verdicts(*verdicts), "; ".join(f"{name} {difference}" for name, difference in known), known)
+    verdict = next((word for word in (FAILS, NOT_DECIDED) if word in verdicts), HOLDS)  # a claim holds if all of its parts do
+    return Finding(claim, verdict, "; ".join(f"{name} {difference}" for name, difference in known), known)
 
 
 def judge_weight_changes(results: Results) -> Finding | None:
@@ -444,8 +440,12 @@ def write_report(results: Results, judge: Encoder) -> str:
     distances, claims = kid_by_method(results, judge), judge_claims(results)
     text = format_report(make_tables(results, distances), claims)
     (results.folder / "study.md").write_text(text, encoding="utf-8")
-    head = {"commands": ["minidiff evaluate study OUT", "minidiff evaluate report OUT"], "machine": read_first_machine(results.folder)}
-    head |= {"findings": [asdict(one) for one in claims], "kid": {name: asdict(one) for name, one in distances.items()}}
+    head = {
+        "commands": ["minidiff evaluate study OUT", "minidiff evaluate report OUT"],
+        "machine": read_first_machine(results.folder),
+        "findings": [asdict(one) for one in claims],
+        "kid": {name: asdict(one) for name, one in distances.items()},
+    }
     rows = ",\n".join(json.dumps(row) for row in results.rows)  # a line each
     (results.folder / "study.json").write_text(json.dumps(head, indent=1)[:-2] + f',\n "results": [\n{rows}\n]}}\n', encoding="utf-8")
     save_png(draw_intervals([gap for one in claims for gap in one.gaps]), results.folder / "findings.png")
