@@ -174,6 +174,7 @@ def case_rows(case: AttentionCase, result: dict, contenders: Sequence[str]) -> I
         compared = f"{ratio(theirs, ours)} ({best})" if theirs and ours else ""
         picks = result["ways"].get("minidiff", {}).get("picks")
         wrong = worst_error(case, result)
+        unequal = " differs from run to run !" if result["ways"].get("minidiff", {}).get("bit_equal") is False else ""
         yield table_row(
             [
                 f"{case} ({picks})" if picks else case,
@@ -181,14 +182,9 @@ def case_rows(case: AttentionCase, result: dict, contenders: Sequence[str]) -> I
                 direction,
                 *(format_seconds(median(one)) if one else "refused" for one in found),
                 compared,
-                "" if wrong is None else f"{wrong:.2f}" + (" !" if wrong > ERROR_TOLERANCE else "") + format_unequal(result),
+                "" if wrong is None else f"{wrong:.2f}" + (" !" if wrong > ERROR_TOLERANCE else "") + unequal,
             ]
         )
-
-
-def format_unequal(result: dict) -> str:
-    """Return a remark if our results differed from run to run."""
-    return " differs from run to run !" if result["ways"].get("minidiff", {}).get("bit_equal") is False else ""
 
 
 def worst_error(case: AttentionCase, result: dict) -> float | None:

@@ -146,11 +146,8 @@ class AttentionWorker:
 
     def make(self, case: AttentionCase, request: dict) -> dict:
         """Write the inputs of every kind and their exact results: the reference's task."""
-        tensors = {}
-        for kind in request["kinds"]:
-            given = inputs(case, kind)
-            tensors[kind] = given | exact(case, given, self.device)
-        torch.save(tensors, request["path"])
+        given = {kind: inputs(case, kind) for kind in request["kinds"]}
+        torch.save({kind: tensors | exact(case, tensors, self.device) for kind, tensors in given.items()}, request["path"])
         return {}
 
     def check(self, case: AttentionCase, request: dict) -> dict:

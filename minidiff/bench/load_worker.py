@@ -88,10 +88,11 @@ def prepare_diffusers(path: str, settings: str, asked: str, config: str | None):
     options = {"torch_dtype": getattr(torch, asked), "local_files_only": True}
 
     def load():
-        if path == settings:
-            pipe = StableDiffusionPipeline.from_pretrained(path, **options)
-        else:
-            pipe = StableDiffusionPipeline.from_single_file(path, config=settings, **options)
+        pipe = (
+            StableDiffusionPipeline.from_pretrained(path, **options)
+            if path == settings
+            else StableDiffusionPipeline.from_single_file(path, config=settings, **options)
+        )
         return pipe.text_encoder, pipe.unet, pipe.vae
 
     return load

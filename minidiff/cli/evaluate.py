@@ -251,9 +251,8 @@ def study(
     where = choose_device(device)
     chosen = [run for run in list_runs(part) if not (out / "results" / f"{run.name}.json").exists()][:limit]
     load_tiny = partial(weights_loader.load, "tiny", dtype=torch.float32, device=where)
-    load_judge = partial(weights_loader.load_judge, device=where)
     with tqdm(total=len(chosen), unit="run", file=sys.stderr) as bar:
-        for progress in run_study(out, chosen, load_tiny, load_judge, jobs=jobs, threads=threads):
+        for progress in run_study(out, chosen, load_tiny, partial(weights_loader.load_judge, device=where), jobs=jobs, threads=threads):
             bar.set_postfix_str(f"{progress.name}, {progress.left / 3600:.1f} h left", refresh=False)
             bar.update()
 

@@ -80,7 +80,6 @@ class Job:
 
     Args:
         name: of the method
-        method: its row of the table
         options: the preset with the flags that were given
         concepts: what is learned, with the folders of class pictures
         run: where it is learned
@@ -89,7 +88,6 @@ class Job:
     """
 
     name: str
-    method: Method[Any]
     options: MethodOptions
     concepts: list[Concept]
     run: RunFlags
@@ -111,7 +109,7 @@ def train(name: str, args: list[str]) -> None:
         presets = method.low_rank_presets if asked.get("as_lora") else method.presets
         options = apply_flags(presets[family_of(sd.config)], method, asked)
         concepts = [with_class_folder(concept, i, run.out, options) for i, concept in enumerate(concepts, start=1)]
-        learn(Job(name, method, options, concepts, run, asked.get("names", "diffusers"), asked.get("start_from")), sd, device)
+        learn(Job(name, options, concepts, run, asked.get("names", "diffusers"), asked.get("start_from")), sd, device)
 
 
 def learn(job: Job, sd: "StableDiffusion", device: "torch.device") -> None:
@@ -240,8 +238,9 @@ def build(job: Job, sd: "StableDiffusion") -> "TrainingRun":
     import weights_loader
     from minidiff.trainers.data.cache import Cache
 
-    more = {"start_from": getattr(weights_loader, f"read_{job.method.start_from}")(job.start_from, sd)} if job.start_from else {}
-    return job.method.build(sd, job.concepts, job.options, Cache(job.run.out / "cache"), **more)
+    method = METHODS[job.name]
+    more = {"start_from": getattr(weights_loader, f"read_{method.start_from}")(job.start_from, sd)} if job.start_from else {}
+    return method.build(sd, job.concepts, job.options, Cache(job.run.out / "cache"), **more)
 
 
 def claim(out: Path, asked: dict[str, str]) -> None:

@@ -109,11 +109,6 @@ def make_concept(method: str, subject: str, seed: int, folder: Path, count: int 
     return Concept(images=images, token=token, class_word=SUBJECTS[subject])
 
 
-def prompt_name(method: str, one: Concept) -> str:
-    """Return the words for the subject in a prompt, as the method taught them."""
-    return one.token if method in ("textual-inversion", "pivotal-tuning") else one.subject_phrase
-
-
 def with_class_pictures(sd: StableDiffusion, one: Concept, options: MethodOptions) -> Concept:
     """Return the concept with a folder of class pictures, filled first if necessary; all runs of the class share it."""
     prior = options.prior
@@ -159,7 +154,10 @@ def train_method(
     count = sum(p.numel() for phase in method.phases for group in phase.groups for p in group.params)
     kept = count if start_from is None else sum(p.numel() for adapter in adapters for p in adapter.parameters())
     changes = relative_changes(before, dict(sd.unet.named_parameters())) if before else None
-    return Outcome(adapters, tuple(prompt_name(variant.method, one) for one in concepts), count, 4 * kept, seconds, memory, changes)
+    by_token = variant.method in ("textual-inversion", "pivotal-tuning")  # which teach what the token alone stands for
+    return Outcome(
+        adapters, tuple(one.token if by_token else one.subject_phrase for one in concepts), count, 4 * kept, seconds, memory, changes
+    )
 
 
 def make_adapter_run(

@@ -37,7 +37,6 @@ from minidiff.study.plan import (
     picture_variants,
     unmended_variants,
 )
-from minidiff.study.run import read_first_machine
 
 STUDENT = (12.706, 4.303, 3.182, 2.776)  # 97.5 % quantiles of Student's t with 1, 2, 3 and 4 degrees of freedom
 SCORES = ("likeness", "named", "text", "kept", "others", "drift")
@@ -56,9 +55,6 @@ class Interval:
     mean: float
     low: float
     high: float
-
-    def __str__(self) -> str:
-        return f"{format_fixed(self.mean, 3)} [{format_fixed(self.low, 3)}, {format_fixed(self.high, 3)}]"
 
 
 def interval_over_subjects(values: Values) -> Interval:
@@ -121,12 +117,12 @@ def read_results(folder: Path) -> Results:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def format_interval(value: Interval | None, share: bool = False) -> str:
+def format_interval(value: Interval | None, share: bool = False, digits: int = 2) -> str:
     """Format a mean and its interval for a table. share: the value lies in 0..1, so its interval is clipped to that."""
     if value is None:
         return ""
     low, high = (max(0.0, value.low), min(1.0, value.high)) if share else (value.low, value.high)
-    return f"{format_fixed(value.mean, 2)} [{format_fixed(low, 2)}, {format_fixed(high, 2)}]"
+    return f"{format_fixed(value.mean, digits)} [{format_fixed(low, digits)}, {format_fixed(high, digits)}]"
 
 
 def mean_over_runs(values: Values) -> float:
@@ -208,9 +204,10 @@ def make_changes_table(results: Results, part: str, names: Sequence[str], standa
 
 def make_pairs_table(results: Results) -> str:
     """Format the scores of two subjects learned together."""
-    present = [name for name in (UNTOUCHED, *PAIR_VARIANTS) if results.runs("pairs", name)]
+    scores = ("both", *SCORES)
+    names = (UNTOUCHED, *PAIR_VARIANTS)
     return markdown_table(
-        ("two subjects", "both", *SCORES), [[name, *format_scores(results, "pairs", name, ("both", *SCORES))] for name in present]
+        ("two subjects", *scores), [[name, *format_scores(results, "pairs", name, scores)] for name in names if results.runs("pairs", name)]
     )
 
 
@@ -302,9 +299,6 @@ class Gap:
     score: str
     wanted: str
 
-    def __str__(self) -> str:
-        return f"{self.one[1]} minus {self.other[1]}: {self.score}"
-
 
 EVERYTHING, UNREGULARISED, SMALLER_FILE = ("custom", "all weights"), ("custom", "no regularisation"), ("compression", "share 0.6")
 JOINT, MERGED, SEQUENTIAL = ("pairs", "joint"), ("pairs", "merged"), ("pairs", "sequential")
@@ -330,13 +324,13 @@ def judge_claims(results: Results) -> list[Finding]:
 
 def judge_claim(results: Results, claim: str, gaps: Sequence[Gap]) -> Finding | None:
     """Judge a claim by the differences that it speaks of, None if the runs of one are missing."""
-    differences = {str(gap): results.difference(gap.one, gap.other, gap.score) for gap in gaps}
+    differences = {f"{gap.one[1]} minus {gap.other[1]}: {gap.score}": results.difference(gap.one, gap.other, gap.score) for gap in gaps}
     known = tuple((name, difference) for name, difference in differences.items() if difference is not None)
     if len(known) < len(gaps):
         return None
     verdicts = [decide(difference, gap.wanted) for (_, difference), gap in zip(known, gaps)]
     verdict = next((word for word in (FAILS, NOT_DECIDED) if word in verdicts), HOLDS)  # a claim holds if all of its parts do
-    return Finding(claim, verdict, "; ".join(f"{name} {difference}" for name, difference in known), known)
+    return Finding(claim, verdict, "; ".join(f"{name} {format_interval(gap, digits=3)}" for name, gap in known), known)
 
 
 def judge_weight_changes(results: Results) -> Finding | None:
@@ -347,9 +341,9 @@ def judge_weight_changes(results: Results) -> Finding | None:
     kinds = {kind: {key: row["changes"][kind] for key, row in runs.items()} for kind in KINDS}
     cross, *rest = kinds.values()
     gap = interval_over_subjects({key: cross[key] - max(kind[key] for kind in rest) for key in cross})
-    figures = "; ".join(f"{kind} {100 * mean_over_runs(values):.2f} %" for kind, values in kinds.items())
-    figures += f"; cross-attention minus the larger of the others {100 * gap.mean:.2f} [{100 * gap.low:.2f}, {100 * gap.high:.2f}] %"
-    figures = f"mean of |W' - W| / |W|: {figures}"
+    changes = "; ".join(f"{kind} {100 * mean_over_runs(values):.2f} %" for kind, values in kinds.items())
+    lead = f"{100 * gap.mean:.2f} [{100 * gap.low:.2f}, {100 * gap.high:.2f}] %"
+    figures = f"mean of |W' - W| / |W|: {changes}; cross-attention minus the larger of the others {lead}"
     return Finding("In full fine-tuning the weights of cross-attention move most.", decide(gap, "better"), figures)
 
 
@@ -442,7 +436,7 @@ def write_report(results: Results, judge: Encoder) -> str:
     (results.folder / "study.md").write_text(text, encoding="utf-8")
     head = {
         "commands": ["minidiff evaluate study OUT", "minidiff evaluate report OUT"],
-        "machine": read_first_machine(results.folder),
+        "machine": json.loads((results.folder / "made-by.json").read_text(encoding="utf-8"))["machine"],  # that began the runs
         "findings": [asdict(one) for one in claims],
         "kid": {name: asdict(one) for name, one in distances.items()},
     }

@@ -92,11 +92,6 @@ def claim_folder(folder: Path, sd: StableDiffusion) -> None:
     ensure_same_run(folder / "made-by.json", made_by, holds="runs of another kind", ignore=("machine",))
 
 
-def read_first_machine(folder: Path) -> dict[str, object]:
-    """Return the machine on which the runs of a folder were begun."""
-    return json.loads((folder / "made-by.json").read_text(encoding="utf-8"))["machine"]
-
-
 def run_one(folder: Path, run: StudyRun, load: Callable[[], StableDiffusion], load_judge: Callable[[], Judge]) -> None:
     """Train, measure and write one run's files, the result last.
 
