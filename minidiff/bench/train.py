@@ -148,8 +148,10 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
     from transformers import CLIPTextModel, CLIPTokenizer
 
     folder = f"{job['folder']}/model"
-    unet: Any = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False).to(device, dtype)
-    text_encoder: Any = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").requires_grad_(False).to(device)
+    unet: Any = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    unet.requires_grad_(False).to(device, dtype)
+    text_encoder: Any = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+    text_encoder.requires_grad_(False).to(device)
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
     scheduler: Any = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
