@@ -65,7 +65,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- the calls
 
 
-def make_call(attend: Attend, case: AttentionCase, given: dict[str, Tensor], direction: str) -> Callable[[], tuple[Tensor, ...]]:
+def _make_call(attend: Attend, case: AttentionCase, given: dict[str, Tensor], direction: str) -> Callable[[], tuple[Tensor, ...]]:
     """Return a call that computes the output and, with direction "both", the gradients of q, k and v.
 
     Args:
@@ -159,7 +159,7 @@ class AttentionWorker:
         told = {"errors": {}, "scales": {}, "picks": None}
         for kind, known in tensors.items():
             given = self._on_device(case, known)
-            run = make_call(self.attend, case, given, directions(case)[-1])
+            run = _make_call(self.attend, case, given, directions(case)[-1])
             found = dict(zip(("out", "dq", "dk", "dv"), run()))
             exactly = {name: known[name].to(self.device).double() for name in found}
             told["errors"][kind] = {name: _rms(found[name].double() - exactly[name]) for name in found}
@@ -172,7 +172,7 @@ class AttentionWorker:
         normal = self._on_device(case, tensors["normal"])
         for direction in directions(case):
             self.ready[direction] = self._prepare(case, direction, normal)
-            told[f"memory_{direction}"] = self.memory(make_call(self.attend, case, normal, direction))
+            told[f"memory_{direction}"] = self.memory(_make_call(self.attend, case, normal, direction))
         return told
 
     def _on_device(self, case: AttentionCase, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -187,14 +187,14 @@ class AttentionWorker:
 
     def _prepare(self, case: AttentionCase, direction: str, given: dict[str, Tensor]) -> tuple:
         """Prepare the timing: a call; on a GPU also graphs of many calls, on one set of inputs and on more sets than the cache holds."""
-        run = make_call(self.attend, case, given, direction)
+        run = _make_call(self.attend, case, given, direction)
         run()
         if self.device.type != "cuda":
             return (run,)
         launches = max(1, min(MAX_LAUNCHES, int(GRAPH_SECONDS / time_eager(run, self.device, 1e-3))))
         size = sum(x.nbytes for x in given.values())
         sets = min(MAX_SETS, 1 + 2 * torch.cuda.get_device_properties(self.device).L2_cache_size // size)
-        runs = [make_call(self.attend, case, {name: x.clone() for name, x in given.items()}, direction) for _ in range(sets)]
+        runs = [_make_call(self.attend, case, {name: x.clone() for name, x in given.items()}, direction) for _ in range(sets)]
         many = max(launches, sets)
         return run, (capture_graph([run], launches), launches), (capture_graph(runs, many), many), runs
 
