@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minidiff.config import check_choice
 from minidiff.schedule import SPACINGS, NoiseSchedule
 
 # Where sigma would be infinite: the smallest positive half-precision number, as diffusers has it.
@@ -175,10 +176,8 @@ def _check(
     sampler: str, steps: int, spacing: str, eta: float, noise: Callable[[], Tensor] | None, start: int, schedule: NoiseSchedule
 ) -> None:
     T = schedule.config.timesteps
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} unknown; choose {', '.join(SAMPLERS)}")
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing {spacing!r} unknown; choose {', '.join(SPACINGS)}")
+    check_choice("sampler", sampler, SAMPLERS)
+    check_choice("spacing", spacing, SPACINGS)
     row = SAMPLERS[sampler]
     most = T - 1 if row.counts_end and spacing != "trailing" else T
     if not 1 <= steps <= most:

@@ -48,7 +48,7 @@ class Hook:
 
 
 class Adapter(nn.Module):
-    """A module that is put on a model and taken off again. A subclass defines `fit`, and `title` for errors.
+    """A module that is put on a model and taken off again. A subclass defines `fit`, and `title` for messages.
 
     version: a number that grows whenever the adapter may compute something else than before, except by a change of its parameters in place:
     when it is attached or detached, moved or cast by `to`, switched between training and evaluation, and when any public attribute is set.
@@ -123,17 +123,12 @@ class Adapter(nn.Module):
 
     def _check_order(self, hooks: Sequence[Hook], sd: StableDiffusion) -> None:
         for hook in hooks:
-            for other in attached_to(sd):
+            for other in sd.attached:
                 if hook.effect == "add" and other.changes(hook.layer, "extend"):
                     raise ValueError(
                         f"{self.title} adds to the output of a layer that {other.title} has made longer, as prefix tuning does; "
                         f"attach {self.title} before it"
                     )
-
-
-def attached_to(sd: StableDiffusion) -> list[Adapter]:
-    """Return the adapters that are on a model, in the order in which they came."""
-    return [adapter for adapter in sd.attached if isinstance(adapter, Adapter)]
 
 
 def module_dict(layers: Mapping[str, nn.Module]) -> nn.ModuleDict:

@@ -18,10 +18,11 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from minidiff.adapters.base import Adapter, Hook, attached_to, by_layer, module_dict
+from minidiff.adapters.base import Adapter, Hook, by_layer, module_dict
 from minidiff.adapters.layer_change import LayerChange
 from minidiff.adapters.layers import Layer, choose, layers_of, nearest
 from minidiff.adapters.low_rank import LowRank
+from minidiff.config import check_choice
 from minidiff.pipeline import StableDiffusion
 
 # Sets of layers that the public trainers choose, to be added up: PATTERNS["attention"] + PATTERNS["text_encoder"].
@@ -116,8 +117,7 @@ def create_lora(
         raise ValueError(f"alpha {alpha}: expected a number above 0, such as the rank")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout}: expected a probability from 0 to below 1")
-    if init not in INITS:
-        raise ValueError(f"init {init!r} unknown; choose {' or '.join(INITS)}")
+    check_choice("init", init, INITS)
     layers = layers_of(sd)
     changes = {}
     for name in choose(list(layers), patterns):
@@ -145,7 +145,7 @@ def merge_lora(sd: StableDiffusion, lora: LoRA) -> Callable[[], None]:
     if lora.attached:
         raise ValueError("this LoRA is attached, so merging would apply it twice; detach() it first")
     pairs = lora.pairs(sd)
-    hidden = [name for name, (_, layer) in zip(lora.layers, pairs) if any(other.changes(layer, "replace") for other in attached_to(sd))]
+    hidden = [name for name, (_, layer) in zip(lora.layers, pairs) if any(other.changes(layer, "replace") for other in sd.attached)]
     if hidden:
         raise ValueError(
             f"a Custom Diffusion stands in the place of {len(hidden)} of the weights to be changed, {hidden[0]} for one; "

@@ -25,6 +25,7 @@ from minidiff.adapters.base import Adapter, Hook, by_layer, module_dict
 from minidiff.adapters.layers import choose, modules_of
 from minidiff.attention import Attention
 from minidiff.blocks import FeedForward
+from minidiff.config import check_choice
 from minidiff.pipeline import StableDiffusion
 
 LAYER_PATTERNS = {
@@ -185,8 +186,7 @@ def create_adapters(
     Raises ValueError for numbers out of range, a method that only attentions can have on a feed-forward layer, a layer of the text encoder,
     and as `choose` does.
     """
-    if method not in ADAPTER_METHODS:
-        raise ValueError(f"method {method!r} unknown; choose {', '.join(ADAPTER_METHODS)}")
+    check_choice("method", method, ADAPTER_METHODS)
     if rank < 1:
         raise ValueError(f"rank {rank}: expected a whole number from 1, such as 8")
     if scale is not None and method != "scaled_parallel":

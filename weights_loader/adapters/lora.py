@@ -42,16 +42,17 @@ CONTEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 204
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_lora(path: str | Path, sd: StableDiffusion) -> LoRA:
+def read_lora(path: str | Path, sd: StableDiffusion, weight: float = 1.0) -> LoRA:
     """Read a LoRA from a file in any of the dialects, or from a folder that diffusers or peft wrote; float32, not attached.
 
+    weight: the factor that it is used with (LoRA.weight).
     Raises FileNotFoundError, and ValueError for what is no LoRA and for one that does not fit the model, with the layers and widths
     that disagree. A tensor that is not understood is an error too: half a LoRA silently draws another picture.
     """
     path = find_lora(path)
     checkpoint = read(path)
     try:
-        return LoRA(fit(parse(checkpoint), sd))
+        return LoRA(fit(parse(checkpoint), sd), weight)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from minidiff.adapters.layers import PARTS
+from minidiff.files import parse_json
 from weights_loader.adapters.kohya import commonest
 from weights_loader.adapters.lora_file import Dialect, Factors, PlacedChanges, finite, parse_factors
 from weights_loader.detect import kind
@@ -53,10 +54,7 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
         where, text = CONFIG, beside.read_text(encoding="utf-8")
     else:
         return {}
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: no JSON ({error})") from error
+    config = parse_json(text, where)
     if not isinstance(config, dict):
         raise ValueError(f"{where}: {config!r}; expected an object")
     return config

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minidiff.config import check_choice
 from minidiff.files import atomic_write, digest, fingerprint, tensor_bytes
 from minidiff.pictures import fit, load_picture
 from minidiff.pipeline import StableDiffusion
@@ -146,10 +147,8 @@ class Pictures:
             raise ValueError("no pictures to learn from; give at least one")
         if size < factor or size % factor:
             raise ValueError(f"size {size}: must be a multiple of {factor} pixels")
-        if crop not in ("centre", "random"):
-            raise ValueError(f"crop {crop!r} unknown; choose centre, random")
-        if posterior not in ("sample", "mean"):
-            raise ValueError(f"posterior {posterior!r} unknown; choose sample, mean")
+        check_choice("crop", crop, ("centre", "random"))
+        check_choice("posterior", posterior, ("sample", "mean"))
         if not 0 <= flip <= 1:
             raise ValueError(f"flip {flip}: a share of the samples, 0..1")
         if sizes is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from minidiff.config import ModelConfig
+from minidiff.config import ModelConfig, check_choice
 
 Family = Literal["sd1", "sd2", "bundled"]
 TemplateSet = Literal["photo", "scenes"]
@@ -128,8 +128,7 @@ class Prior:
     min_similarity: float | None = None
 
     def __post_init__(self):
-        if self.kind not in ("none", "folder", "generated", "scenes", "near"):
-            raise ValueError(f"prior {self.kind!r} unknown; choose none, folder, generated, scenes, near")
+        check_choice("prior", self.kind, ("none", "folder", "generated", "scenes", "near"))
         if not self.weight > 0:
             raise ValueError(f"prior weight {self.weight}: it must be above 0; kind none leaves the prior out")
         if self.count < 1:
