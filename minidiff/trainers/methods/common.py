@@ -20,8 +20,7 @@ from minidiff.trainers.data.cache import Cache, Pictures
 from minidiff.trainers.data.folder import Example, check_distinct, read_folder
 from minidiff.trainers.data.templates import fill_in
 from minidiff.trainers.methods.finetune_task import Group, Subject
-from minidiff.trainers.methods.method import PhaseOptions
-from minidiff.trainers.methods.options import Concept, LowRankOptions
+from minidiff.trainers.methods.options import Concept, LowRankOptions, PhaseOptions
 from minidiff.trainers.methods.prior_preservation import prior_examples
 
 # --- what is trained --------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from minidiff.trainers.engine.diffusion_loss import diffusion_loss, sample_noise
 from minidiff.trainers.engine.loop import Training, TrainStep, rng_for
 from minidiff.trainers.engine.optimizer import adamw
 from minidiff.trainers.engine.settings import Settings
-from minidiff.trainers.methods.method import PhaseOptions
+from minidiff.trainers.methods.options import PhaseOptions
 from minidiff.trainers.methods.prior_preservation import prior_preservation_loss
 
 
@@ -91,6 +91,7 @@ class FinetuneTask:
             )
         self.sd, self.name, self.subjects = sd, name, tuple(subjects)
         self.modules, self.adapters, self.groups = dict(modules), tuple(adapters), tuple(groups)
+        self.trained = [p for group in self.groups for p in group.params]
         self.settings, self.data, self.prior_weight = options.settings, options.data, options.prior.weight
         self.has_prior = any(subject.prior is not None for subject in subjects)
         self.cache = cache or Cache()
@@ -102,11 +103,9 @@ class FinetuneTask:
 
     def prepare(self) -> Iterator[int]:
         """Make the latents that can be precomputed, one picture an iteration; `with task:` does it too, without saying how far it is."""
-        done = 0
-        for pictures in self._all_pictures():
-            for _ in pictures.precompute_latents():
-                done += 1
-                yield done
+        pictures_done = (pictures.precompute_latents() for pictures in self._all_pictures())
+        for done, _ in enumerate(chain.from_iterable(pictures_done), start=1):
+            yield done
 
     def __enter__(self) -> "FinetuneTask":
         for _ in self.prepare():
@@ -117,9 +116,8 @@ class FinetuneTask:
             for adapter in self.adapters:
                 adapter.attach(self.sd)
                 adapter.train()  # dropout
-            for group in self.groups:
-                for p in group.params:
-                    p.requires_grad_(True)
+            for p in self.trained:
+                p.requires_grad_(True)
             self._precompute_contexts()
         except BaseException:
             self.__exit__()
@@ -130,10 +128,9 @@ class FinetuneTask:
         for adapter in reversed(self.adapters):
             adapter.detach()
             adapter.eval()
-        for group in self.groups:
-            for p in group.params:
-                p.requires_grad_(False)
-                p.grad = None
+        for p in self.trained:
+            p.requires_grad_(False)
+            p.grad = None
         self.contexts = None
 
     def _precompute_contexts(self) -> None:

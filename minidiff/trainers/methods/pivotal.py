@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.lora import FORMATS, LoRAOptions
-from minidiff.trainers.methods.method import Method, PhaseOptions
-from minidiff.trainers.methods.options import Concept, DataOptions, Family, LowRankOptions, Prior
+from minidiff.trainers.methods.method import Method
+from minidiff.trainers.methods.options import Concept, DataOptions, Family, LowRankOptions, PhaseOptions, Prior
 from minidiff.trainers.methods.textual_inversion import TextualInversionOptions, make_tokens, templates_of, token_phase
 
 if TYPE_CHECKING:

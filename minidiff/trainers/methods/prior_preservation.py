@@ -18,8 +18,8 @@ from minidiff.pipeline import StableDiffusion
 from minidiff.trainers.data.folder import Example, read_folder
 from minidiff.trainers.data.regularisation import Filled, class_pictures, near_examples, pooled_text, scene_pictures
 from minidiff.trainers.data.templates import fill_in
-from minidiff.trainers.methods.method import MethodOptions, PhaseOptions
-from minidiff.trainers.methods.options import Concept
+from minidiff.trainers.methods.method import MethodOptions
+from minidiff.trainers.methods.options import Concept, PhaseOptions
 
 
 def prior_preservation_loss(losses: Float[Tensor, " N"], count: int, weight: float) -> Float[Tensor, ""]:
