@@ -69,15 +69,13 @@ def merge_concepts(
     began = time.perf_counter()
     _check_concepts(concepts, targets, regularisation, ridge)
     words = {name: rows for concept in concepts if concept.tokens for name, rows in concept.tokens.rows.items()}
-    tokens = NewTokens(words) if words else None
-    if tokens:
-        tokens.to(sd.device).attach(sd)
+    tokens = NewTokens(words)
+    tokens.to(sd.device).attach(sd)
     try:
         rows = [_target_rows(sd, concept, captions) for concept, captions in zip(concepts, targets)]
         C_reg = torch.unique(torch.cat(_features(sd, regularisation)), dim=0)
     finally:
-        if tokens:
-            tokens.detach()
+        tokens.detach()
     _check_captions(rows)
     C = torch.cat([features for features, _ in rows])
     directions, condition, condition_reg = merge_directions(C, C_reg, ridge, [caption for _, captions in rows for caption in captions])
@@ -92,7 +90,9 @@ def merge_concepts(
         drift += _squares(C_reg @ change.T, C_reg @ W0.T)
     ratios = [float((part / whole).sqrt()) for part, whole in (residual, drift)]
     seconds = time.perf_counter() - began
-    return CustomDiffusion(layers, tokens), MergeReport(len(C), len(C_reg), ratios[0], ratios[1], condition, condition_reg, seconds)
+    return CustomDiffusion(layers, tokens if words else None), MergeReport(
+        len(C), len(C_reg), ratios[0], ratios[1], condition, condition_reg, seconds
+    )
 
 
 def merge_directions(
