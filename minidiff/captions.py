@@ -28,12 +28,8 @@ def read_captions(folder: Path, paths: Sequence[Path]) -> dict[str, str]:
         raise ValueError(f"{folder}: no captions; give one for all pictures, or write {', '.join(CAPTION_SOURCES)}")
     if len(found) > 1:
         raise ValueError(f"{folder}: captions in {' and in '.join(found)}; keep one of them")
-    if found == ["NAME.txt"]:
-        captions = read_text_captions(paths, find_text_files(folder))
-    elif found == ["metadata.jsonl"]:
-        captions = read_jsonl_captions(folder / "metadata.jsonl")
-    else:
-        captions = read_json_captions(folder / "captions.json")
+    readers = {"metadata.jsonl": read_jsonl_captions, "captions.json": read_json_captions}
+    captions = readers[found[0]](folder / found[0]) if found[0] in readers else read_text_captions(paths, find_text_files(folder))
     names = {path.name for path in paths}
     if strangers := [name for name in captions if name not in names]:
         raise ValueError(f"{folder / found[0]}: a caption for {strangers[0]!r}, which is no picture of the folder")

@@ -147,11 +147,8 @@ def sample(
             "but noise to divide by; use a v-model, another sampler or spacing 'leading'"
         )
     row = SAMPLERS[sampler]
-    step = partial(row.step, Denoiser(model, schedule.config.prediction, x.dtype))
-    if row.takes_eta:
-        step = partial(step, eta=eta, noise=noise)
-    elif row.draws_noise:
-        step = partial(step, noise=noise)
+    own = ({"eta": eta} if row.takes_eta else {}) | ({"noise": noise} if row.takes_eta or row.draws_noise else {})
+    step = partial(row.step, Denoiser(model, schedule.config.prediction, x.dtype), **own)
     return _denoising_loop(step, row.multistep, x, visited, start)
 
 

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from minidiff.pipeline import StableDiffusion
 
 Effect = Literal["input", "replace", "add", "extend"]  # see above
-_changes = count(1)  # of all adapters, so that no two ever have the same version
+_changes = count(1)  # numbered over all adapters, so that no two ever have the same version
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Adapter(nn.Module):
     """
 
     title = "this adapter"
-    _version = 0
+    version = 0
 
     def __init__(self):
         super().__init__()
@@ -64,19 +64,14 @@ class Adapter(nn.Module):
         self._hooks: tuple[Hook, ...] = ()
         self._handles: list[RemovableHandle] = []
 
-    @property
-    def version(self) -> int:
-        """Return the number of the last change, counted over all adapters."""
-        return self._version
-
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if not name.startswith("_"):
-            self._version = next(_changes)
+        if name != "version" and not name.startswith("_"):
+            self.version = next(_changes)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Adapter":
         """Count a move or a cast: `to`, `half`, `cuda` and the like all end here."""
-        self._version = next(_changes)
+        self.version = next(_changes)
         return super()._apply(fn, recurse)
 
     @property
@@ -105,7 +100,7 @@ class Adapter(nn.Module):
         self._handles = [hook.register() for hook in hooks]
         self._hooks, self._sd = hooks, sd
         sd.attached.append(self)
-        self._version = next(_changes)
+        self.version = next(_changes)
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`. Does nothing if this is not attached."""
@@ -115,7 +110,7 @@ class Adapter(nn.Module):
             handle.remove()
         self._sd.attached.remove(self)
         self._hooks, self._handles, self._sd = (), [], None
-        self._version = next(_changes)
+        self.version = next(_changes)
 
     def changes(self, layer: nn.Module, effect: Effect) -> bool:
         """Return whether this adapter is attached with a hook of this effect on the layer."""

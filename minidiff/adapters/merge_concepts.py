@@ -90,9 +90,7 @@ def merge_concepts(
         drift += _squares(C_reg @ change.T, C_reg @ W0.T)
     ratios = [float((part / whole).sqrt()) for part, whole in (residual, drift)]
     seconds = time.perf_counter() - began
-    return CustomDiffusion(layers, tokens if words else None), MergeReport(
-        len(C), len(C_reg), ratios[0], ratios[1], condition, condition_reg, seconds
-    )
+    return CustomDiffusion(layers, tokens if words else None), MergeReport(len(C), len(C_reg), *ratios, condition, condition_reg, seconds)
 
 
 def merge_directions(
@@ -172,13 +170,9 @@ def _target_rows(sd: StableDiffusion, concept: CustomDiffusion, captions: Sequen
         features.append(rows)
         sources += [caption] * len(rows)
     features = torch.cat(features)
-    keep = _first_of_equals(features)
+    near = _near(features, features)
+    keep = [i for i in range(len(features)) if not near[i, :i].any()]  # the first of equal rows
     return features[keep], [sources[i] for i in keep]
-
-
-def _first_of_equals(rows: Tensor) -> list[int]:
-    near = _near(rows, rows)
-    return [i for i in range(len(rows)) if not near[i, :i].any()]
 
 
 def _near(a: Tensor, b: Tensor) -> Tensor:

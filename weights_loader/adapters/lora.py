@@ -25,7 +25,7 @@ from minidiff.adapters.low_rank import LowRank
 from minidiff.pipeline import StableDiffusion
 from weights_loader.adapters.common import misfit, weights_file
 from weights_loader.adapters.kohya import KOHYA
-from weights_loader.adapters.lora_file import Dialect, Factors, PlacedChanges, StoredChange
+from weights_loader.adapters.lora_file import Dialect, Factors, StoredChange
 from weights_loader.adapters.peft import PEFT
 from weights_loader.detect import describe
 from weights_loader.families import part_names
@@ -152,12 +152,12 @@ def pack(lora: LoRA, sd: StableDiffusion, names: str) -> tuple[dict[str, Tensor]
     written = {dialect.name: dialect for dialect in DIALECTS if dialect.pack and dialect.layer_name}
     if names not in written or (write := written[names].pack) is None:
         raise ValueError(f"names {names!r} unknown; choose {' or '.join(sorted(written))}")
-    layers = {}
+    locations, changes = layer_locations(sd, written[names]), {}
     for name, change in lora.layers.items():
         if not isinstance(change, LowRank):
             raise ValueError(f"{name} has a {type(change).__name__}, and files of {names} hold low-rank changes only")
-        layers[name] = change
-    return write(PlacedChanges(layers, layer_locations(sd, written[names]), sd))
+        changes[locations[name]] = change
+    return write(changes, sd)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

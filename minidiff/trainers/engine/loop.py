@@ -53,9 +53,11 @@ class Task(Protocol):
 
     modules: dict[str, nn.Module]
 
-    def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]: ...
+    def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
+        """Create the optimizers of the weights."""
 
-    def loss(self, step: int, sample_ids: range) -> Float[Tensor, ""]: ...
+    def loss(self, step: int, sample_ids: range) -> Float[Tensor, ""]:
+        """Return the loss of a step's samples of these numbers."""
 
 
 @dataclass(frozen=True)

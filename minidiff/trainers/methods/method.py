@@ -25,15 +25,19 @@ class MethodOptions(Protocol):
     """The options of a method: a dataclass, whose phases are trained one after the other. data, prior, prompt: of its class pictures."""
 
     @property
-    def data(self) -> DataOptions: ...
+    def data(self) -> DataOptions:
+        """Return how pictures are shown."""
 
     @property
-    def prior(self) -> Prior: ...
+    def prior(self) -> Prior:
+        """Return which class pictures there are."""
 
     @property
-    def prompt(self) -> str: ...
+    def prompt(self) -> str:
+        """Return the caption of class pictures."""
 
-    def phases(self) -> tuple[PhaseOptions, ...]: ...
+    def phases(self) -> tuple[PhaseOptions, ...]:
+        """Return the options of each phase."""
 
 
 Numbers = TypeVar("Numbers")  # a class of MethodOptions
