@@ -83,7 +83,9 @@ def merge_concepts(
     layers, residual, drift = {}, torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for name in dict.fromkeys(name for concept in concepts for name in concept.names):
         W0 = next(c for c in concepts if name in c.names).model_layers(sd)[name].weight.double()
-        asked = torch.cat([features @ (_weight(concept, name, W0) - W0).T for concept, (features, _) in zip(concepts, rows)])
+        # A concept that does not change the layer asks for W0.
+        wanted = [concept.layers[name].to(W0) if name in concept.names else W0 for concept in concepts]
+        asked = torch.cat([features @ (W - W0).T for W, (features, _) in zip(wanted, rows)])
         change = asked.T @ directions
         layers[name] = W0 + change
         residual += _squares(C @ change.T - asked, asked + C @ W0.T)
@@ -195,8 +197,3 @@ def _check_captions(rows: Sequence[tuple[Tensor, list[str]]]):
 
 def _squares(*tensors: Tensor) -> Tensor:
     return torch.stack([tensor.square().sum().cpu() for tensor in tensors])
-
-
-def _weight(concept: CustomDiffusion, name: str, W0: Tensor) -> Tensor:
-    """Return the concept's weight of a layer: W0 if it does not change the layer."""
-    return concept.layers[name].to(W0) if name in concept.names else W0

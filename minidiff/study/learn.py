@@ -131,12 +131,13 @@ def prompt_name(method: str, one: Concept) -> str:
 
 def with_class_pictures(sd: StableDiffusion, one: Concept, options: MethodOptions) -> Concept:
     """Return the concept with a folder of class pictures, filled first if necessary; all runs of the class share it."""
-    prior = options.prior
+    last = options.phases()[-1]
+    prior = last.prior
     if prior.kind == "none":
         return one
     words = one.class_word or "style"
     one = replace(one, class_images=one.images.parent.parent / "class" / f"{words}-{prior.kind}-{prior.count}")
-    for _ in fill_class_images(sd, one, options):
+    for _ in fill_class_images(sd, one, last):
         pass
     return one
 

@@ -196,7 +196,8 @@ class Training:
         """Identify a run by its settings, its task and the shapes of its weights."""
         settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in ONLY_HOW}
         weights = {name: "x".join(map(str, p.shape)) for name, p in self.weights.items()}
-        return settings | {"samples a step": samples_per_step(self.settings)} | getattr(self.task, "about", {}) | weights
+        samples = self.settings.batch * self.settings.gradient_accumulation * distributed.world_size()
+        return settings | {"samples a step": samples} | getattr(self.task, "about", {}) | weights
 
 
 def trainable_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -213,11 +214,6 @@ def trainable_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Paramete
 def networks_of(task: Task) -> tuple[nn.Module, ...]:
     """Return the modules that the task's loss runs through."""
     return getattr(task, "networks", None) or tuple(task.modules.values())
-
-
-def samples_per_step(settings: Settings) -> int:
-    """Return the size of a step's whole batch."""
-    return settings.batch * settings.gradient_accumulation * distributed.world_size()
 
 
 def microbatches(settings: Settings) -> Iterator[range]:

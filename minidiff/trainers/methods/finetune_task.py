@@ -28,7 +28,7 @@ from minidiff.adapters.lora import LoRA
 from minidiff.adapters.tokens import NewTokens
 from minidiff.files import digest, fingerprint
 from minidiff.pipeline import StableDiffusion
-from minidiff.trainers.data.cache import Batch, Cache, Contexts, Pictures
+from minidiff.trainers.data.cache import Batch, Cache, Pictures, cached_contexts
 from minidiff.trainers.engine.diffusion_loss import diffusion_loss, sample_noise
 from minidiff.trainers.engine.loop import Training, TrainStep, rng_for
 from minidiff.trainers.engine.optimizer import adamw
@@ -139,8 +139,7 @@ class FinetuneTask:
         parts = list(self.sd.text_encoder.modules())
         moving = any(p.requires_grad for p in self.sd.text_encoder.parameters()) or any(part._forward_hooks for part in parts)
         if not moving and rows.max() < self.sd.text_encoder.config.vocab_size:
-            encode = Contexts(self.sd, self.cache)
-            self.contexts = {caption: encode([caption])[0] for caption in captions}
+            self.contexts = dict(zip(captions, cached_contexts(self.sd, self.cache, captions)))
 
     def _all_pictures(self) -> list[Pictures]:
         return [pictures for subject in self.subjects for pictures in (subject.pictures, subject.prior) if pictures is not None]

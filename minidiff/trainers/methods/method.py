@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, runtime_checkable
 
-from minidiff.trainers.methods.options import DataOptions, Family, PhaseOptions, Prior
+from minidiff.trainers.methods.options import Family, PhaseOptions
 
 if TYPE_CHECKING:
     from minidiff.trainers.methods.finetune_task import TrainingRun
@@ -22,25 +22,13 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class MethodOptions(Protocol):
-    """The options of a method: a dataclass, whose phases are trained one after the other. data, prior, prompt: of its class pictures."""
-
-    @property
-    def data(self) -> DataOptions:
-        """Return how pictures are shown."""
-
-    @property
-    def prior(self) -> Prior:
-        """Return which class pictures there are."""
-
-    @property
-    def prompt(self) -> str:
-        """Return the caption of class pictures."""
+    """The options of a method: a dataclass, whose phases are trained one after the other. Class pictures are the last one's."""
 
     def phases(self) -> tuple[PhaseOptions, ...]:
         """Return the options of each phase."""
 
 
-Numbers = TypeVar("Numbers")  # a class of MethodOptions
+Numbers = TypeVar("Numbers", bound=MethodOptions)
 
 
 @dataclass(frozen=True)
