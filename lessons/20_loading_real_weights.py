@@ -52,13 +52,13 @@ from minidiff.config import SD1, SD2
 from minidiff.text_encoder import quick_gelu
 from weights_loader.empty_parts import empty_parts
 from weights_loader.families import family_of_shapes, part_names
-from weights_loader.load import load_with_report
+from weights_loader.load import LoadOptions, load_with_report
 from weights_loader.name_table import LAYOUTS, file_shapes, name_table
 
 lesson = start("20_loading_real_weights")
 
 # %%
-loaded = load_with_report(lesson.model, dtype=torch.float32, device=lesson.device)
+loaded = load_with_report(lesson.model, LoadOptions(dtype=torch.float32, device=lesson.device))
 sd, contents, report = loaded.sd, loaded.contents, loaded.report
 for part, tensors in contents.parts.items():
     name = next(iter(tensors))

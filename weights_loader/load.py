@@ -32,6 +32,24 @@ from weights_loader.report import Report
 
 
 @dataclass(frozen=True)
+class LoadOptions:
+    """How a checkpoint is loaded: the arguments of `load` that concern the model itself, explained there."""
+
+    dtype: torch.dtype | str | None = None
+    device: torch.device | str = "cpu"
+    ema: bool = False
+    vae: str | Path | None = None
+    config: ModelConfig | None = None
+    prediction: str | None = None
+
+    def __post_init__(self):
+        if self.prediction not in (None, "eps", "v"):
+            raise ValueError(f"prediction {self.prediction!r} unknown; choose eps or v")
+        if isinstance(self.dtype, str) and self.dtype != "file":
+            raise ValueError(f"dtype {self.dtype!r} unknown; give a torch.dtype, or 'file' for the file's own")
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A model, and how it came to be."""
 
@@ -73,36 +91,19 @@ def load(
     Raises FileNotFoundError for what is not there, and ValueError, naming the likely cause, for everything that is not a whole model: a
     model is never loaded in part.
     """
-    sd = load_with_report(path_or_name, dtype=dtype, device=device, ema=ema, vae=vae, config=config, prediction=prediction).sd
+    sd = load_with_report(path_or_name, LoadOptions(dtype, device, ema, vae, config, prediction)).sd
     attach(sd, lora=lora, embeddings=embeddings, custom_diffusion=custom_diffusion)
     return sd
 
 
-def load_with_report(
-    path_or_name: str | Path,
-    *,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str = "cpu",
-    ema: bool = False,
-    vae: str | Path | None = None,
-    config: ModelConfig | None = None,
-    prediction: str | None = None,
-) -> Loaded:
-    """Load as `load` does, and return the account of the file's tensors with the model.
-
-    Args:
-        path_or_name, dtype, device, ema, vae, config, prediction: as in `load`.
-    """
-    if prediction not in (None, "eps", "v"):
-        raise ValueError(f"prediction {prediction!r} unknown; choose eps or v")
-    if isinstance(dtype, str) and dtype != "file":
-        raise ValueError(f"dtype {dtype!r} unknown; give a torch.dtype, or 'file' for the file's own")
-    contents = _open(find(path_or_name), ema, vae)
-    config, decided = _choose_config(contents, config, prediction)
+def load_with_report(path_or_name: str | Path, options: LoadOptions = LoadOptions()) -> Loaded:
+    """Load as `load` does, and return the account of the file's tensors with the model."""
+    contents = _open(find(path_or_name), options)
+    config, decided = _choose_config(contents, options)
     parts = empty_parts(config)
     report, states = match(contents, parts._asdict(), config)
-    device = torch.device(device)
-    dtype = _choose_dtype(dtype, device, states)
+    device = torch.device(options.device)
+    dtype = _choose_dtype(options.dtype, device, states)
     for name, part in parts._asdict().items():
         part.load_state_dict({ours: tensor.to(device, dtype) for ours, tensor in states[name].items()}, assign=True)
         part.eval().requires_grad_(False)
@@ -121,19 +122,19 @@ def load_with_report(
     return Loaded(sd, contents, report)
 
 
-def _open(path: Path, ema: bool, vae: str | Path | None) -> Contents:
+def _open(path: Path, options: LoadOptions) -> Contents:
     contents = open_checkpoint(path)
-    if ema:
+    if options.ema:
         contents = take_averages(contents)
-    if vae is not None:
-        contents = take_vae(contents, Path(vae))
+    if options.vae is not None:
+        contents = take_vae(contents, Path(options.vae))
     check_parts(contents)
     return contents
 
 
-def _choose_config(contents: Contents, config: ModelConfig | None, prediction: str | None) -> tuple[ModelConfig, bool]:
+def _choose_config(contents: Contents, options: LoadOptions) -> tuple[ModelConfig, bool]:
     """Return the config, and whether the prediction in it is certain."""
-    decided = True
+    config, decided = options.config, True
     if config is None and contents.layout == "diffusers":
         config, decided = folder_config(contents.path)
         config = _fill_from_metadata(config, contents.metadata)
@@ -143,8 +144,8 @@ def _choose_config(contents: Contents, config: ModelConfig | None, prediction: s
             config, decided = _file_config(contents)
         except ValueError as error:
             raise ValueError(f"{contents.path}: {error}") from error
-    if prediction is not None:
-        return with_prediction(config, "v" if prediction == "v" else "eps"), True
+    if options.prediction is not None:
+        return with_prediction(config, "v" if options.prediction == "v" else "eps"), True
     return config, decided
 
 

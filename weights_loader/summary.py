@@ -7,7 +7,7 @@ from pathlib import Path
 from weights_loader.adapters.summary import SmallSummary, count_dtypes, inspect_small
 from weights_loader.contents import find
 from weights_loader.families import family_of_config
-from weights_loader.load import load_with_report
+from weights_loader.load import LoadOptions, load_with_report
 from weights_loader.name_table import EMA_PREFIX
 
 
@@ -74,7 +74,7 @@ def inspect(path: str | Path) -> Summary | SmallSummary:
     """
     if small := inspect_small(find(path)):
         return small
-    loaded = load_with_report(path, dtype="file")
+    loaded = load_with_report(path, LoadOptions(dtype="file"))
     sd, contents, report = loaded.sd, loaded.contents, loaded.report
     where = contents.path
     return Summary(

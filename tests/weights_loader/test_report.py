@@ -10,7 +10,7 @@ from tests.small_models import small_model
 from weights_loader.families.shared import IGNORED, UNET_PREFIX
 from weights_loader.families.stable_diffusion_1 import STABLE_DIFFUSION_1
 from weights_loader.families.stable_diffusion_2 import STABLE_DIFFUSION_2
-from weights_loader.load import load_with_report
+from weights_loader.load import LoadOptions, load_with_report
 from weights_loader.name_table import ema_name
 from weights_loader.read import read
 from weights_loader.write import write_safetensors
@@ -35,7 +35,7 @@ def test_every_tensor_of_a_file_ends_in_exactly_one_list(tmp_path):
     tensors = ldm_tensors(sd) | extras(sd.config)
     tensors |= {ema_name(name): tensor for name, tensor in tensors.items() if name.startswith(UNET_PREFIX)}
     write_safetensors(tmp_path / "model.safetensors", tensors)
-    report = load_with_report(tmp_path / "model.safetensors", config=sd.config).report
+    report = load_with_report(tmp_path / "model.safetensors", LoadOptions(config=sd.config)).report
     named = [*report.used, *report.converted, *report.extra, *report.ignored]
     assert sorted(named) == sorted(tensors)
     assert report.problem() is None
@@ -53,7 +53,7 @@ def test_each_ignored_tensor_has_its_reason(tensors, tmp_path):
         "first_stage_model.loss.discriminator.main.0.weight": IGNORED[4][1],
     }
     write_safetensors(tmp_path / "model.safetensors", tensors | {name: torch.zeros(1) for name in examples})
-    assert load_with_report(tmp_path / "model.safetensors", config=CONFIG).report.ignored == examples
+    assert load_with_report(tmp_path / "model.safetensors", LoadOptions(config=CONFIG)).report.ignored == examples
 
 
 def test_a_missing_weight_is_named(tensors, tmp_path):

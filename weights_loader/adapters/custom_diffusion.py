@@ -54,11 +54,8 @@ def read_custom_diffusion(path: str | Path, sd: StableDiffusion, names: tuple[st
         changes, rows = parse(checkpoint.tensors, names)
         rows |= words_beside(Path(path))
         embedding.check_width(rows, sd)
-        by_kind = {"weight": {}, "bias": {}}
-        for name, value in fit(changes, sd).items():
-            layer, kind = name.rsplit(".", 1)
-            by_kind[kind][layer] = value
-        return CustomDiffusion(by_kind["weight"], NewTokens(rows) if rows else None, by_kind["bias"])
+        weights, biases = fit(changes, sd)
+        return CustomDiffusion(weights, NewTokens(rows) if rows else None, biases)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -121,8 +118,8 @@ def _refuse(name: str) -> NoReturn:
     raise ValueError(f"tensor {name!r} is no part of a Custom Diffusion; expected cross-attention (attn2) and modifier_token")
 
 
-def fit(changes: Mapping[str, Change], sd: StableDiffusion) -> dict[str, Tensor]:
-    """Return {our parameter: its whole new value}, such as "unet.down.0....cross_attention.to_k.weight".
+def fit(changes: Mapping[str, Change], sd: StableDiffusion) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the whole new weights and biases by our layers, such as "unet.down.0....cross_attention.to_k".
 
     Raises ValueError with all layers that the model lacks or has in another shape.
     """
@@ -132,7 +129,7 @@ def fit(changes: Mapping[str, Change], sd: StableDiffusion) -> dict[str, Tensor]
         for layout in ("ldm", "diffusers")
         for ours, place in name_table(sd.unet, part_names(sd.config, "unet", layout)).items()
     }
-    result, unknown, wrong = {}, [], []
+    result, unknown, wrong = {"weight": {}, "bias": {}}, [], []
     for name, change in changes.items():
         if name not in places:
             unknown.append(name)
@@ -143,12 +140,13 @@ def fit(changes: Mapping[str, Change], sd: StableDiffusion) -> dict[str, Tensor]
             shapes = tuple(change.shape) if isinstance(change, Tensor) else tuple(tuple(half.shape) for half in change)
             wrong.append(f"{name} has shape {shapes}; this layer's is {tuple(base.shape)}")
         else:
-            result[f"unet.{places[name]}"] = value
+            layer, kind = places[name].rsplit(".", 1)
+            result[kind][f"unet.{layer}"] = value
     if unknown or wrong:
         counts = f"{len(unknown)} of its {len(changes)} layers are not there, {len(wrong)} have other shapes"
         attention = [name for name in places if ".attn2." in name]
         raise ValueError(misfit(f"not a Custom Diffusion for this model: {counts}", unknown, attention, wrong))
-    return result
+    return result["weight"], result["bias"]
 
 
 def _whole(change: Change, base: Tensor) -> Tensor | None:

@@ -93,8 +93,7 @@ def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: DreamBoot
         lora, groups = make_lora(sd, options.low_rank, options.settings.seed)
         modules = {"lora": lora}
     subjects = make_subjects(sd, concepts, options, cache)
-    adapters = [] if lora is None else [lora]
-    phase = FinetuneTask(sd, "dreambooth", subjects, options, modules=modules, adapters=adapters, groups=groups, cache=cache)
+    phase = FinetuneTask(sd, "dreambooth", subjects, options, modules=modules, adapters=[lora] if lora else [], groups=groups, cache=cache)
     return TrainingRun((phase,), lora=lora)
 
 
