@@ -50,6 +50,7 @@ class Hook:
 class Adapter(nn.Module):
     """A module that is put on a model and taken off again. A subclass defines `fit`, and `title` for messages.
 
+    layers: modules by the names of the layers they belong to, for an adapter that has one per layer.
     version: a number that grows whenever the adapter may compute something else than before, except by a change of its parameters in place:
     when it is attached or detached, moved or cast by `to`, switched between training and evaluation, and when any public attribute is set.
     What was captured from the model (a CUDA graph) holds as long as the versions in sd.attached stay the same.
@@ -58,8 +59,10 @@ class Adapter(nn.Module):
     title = "this adapter"
     version = 0
 
-    def __init__(self):
+    def __init__(self, layers: Mapping[str, nn.Module] | None = None):
         super().__init__()
+        # The name of a submodule must not have a dot in it.
+        self.by_name = nn.ModuleDict({name.replace(".", "/"): module for name, module in (layers or {}).items()})
         self._sd: StableDiffusion | None = None
         self._hooks: tuple[Hook, ...] = ()
         self._handles: list[RemovableHandle] = []
@@ -73,6 +76,11 @@ class Adapter(nn.Module):
         """Count a move or a cast: `to`, `half`, `cuda` and the like all end here."""
         self.version = next(_changes)
         return super()._apply(fn, recurse)
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """Return the modules by layer."""
+        return {name.replace("/", "."): module for name, module in self.by_name.items()}
 
     @property
     def attached(self) -> bool:
@@ -124,13 +132,3 @@ class Adapter(nn.Module):
                         f"{self.title} adds to the output of a layer that {other.title} has made longer, as prefix tuning does; "
                         f"attach {self.title} before it"
                     )
-
-
-def module_dict(layers: Mapping[str, nn.Module]) -> nn.ModuleDict:
-    """Return the modules under the names of their layers, with "/" for ".", which the name of a submodule must not have."""
-    return nn.ModuleDict({name.replace(".", "/"): module for name, module in layers.items()})
-
-
-def by_layer(modules: nn.ModuleDict) -> dict[str, Any]:
-    """Return the modules of a `module_dict` by the names of their layers, with dots."""
-    return {name.replace("/", "."): module for name, module in modules.items()}

@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from minidiff.adapters.base import Adapter, Hook, by_layer, module_dict
+from minidiff.adapters.base import Adapter, Hook
 from minidiff.adapters.layer_change import LayerChange
 from minidiff.adapters.layers import Layer, choose, layers_of, nearest
 from minidiff.adapters.low_rank import LowRank
@@ -46,14 +46,8 @@ class LoRA(Adapter, Generic[Change]):
     title = "this LoRA"
 
     def __init__(self, layers: Mapping[str, Change], weight: float = 1.0):
-        super().__init__()
-        self.by_name = module_dict(layers)
+        super().__init__(layers)
         self.weight = weight
-
-    @property
-    def layers(self) -> dict[str, Change]:
-        """Return the changes by layer."""
-        return by_layer(self.by_name)
 
     def pairs(self, sd: StableDiffusion) -> list[tuple[Change, Layer]]:
         """Return each change with the model's layer that it belongs to.

@@ -141,14 +141,12 @@ def _check_concepts(concepts: Sequence[CustomDiffusion], targets: Sequence[Seque
         raise ValueError(f"{len(concepts)} concepts and {len(targets)} lists of target captions; give each concept a list of at least one")
     if not regularisation or not ridge >= 0:
         raise ValueError(f"{len(regularisation)} regularisation captions, ridge {ridge}; expected at least one, and a ridge of 0 or more")
-    seen = []
     for i, concept in enumerate(concepts):
         if others := [name for name in concept.names if not name.endswith((".to_k", ".to_v"))]:
             raise ValueError(f"concept {i + 1} has {some_layers(others)}; only keys and values are maps of the text, and can be merged")
-        for word in concept.tokens.names if concept.tokens else ():
-            if word in seen:
-                raise ValueError(f"two concepts have a word {word!r}; rename one of them")
-            seen.append(word)
+    words = [word for concept in concepts if concept.tokens for word in concept.tokens.names]
+    if twice := [word for word in words if words.count(word) > 1]:
+        raise ValueError(f"two concepts have a word {twice[0]!r}; rename one of them")
 
 
 def _features(sd: StableDiffusion, captions: Sequence[str]) -> list[Tensor]:

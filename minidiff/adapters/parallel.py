@@ -14,14 +14,14 @@ Left out: the network that computes prefix tuning's vectors during training, and
 its own and whose causal attention would hide a prefix.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minidiff.adapters.base import Adapter, Hook, by_layer, module_dict
+from minidiff.adapters.base import Adapter, Hook
 from minidiff.adapters.layers import choose, modules_of
 from minidiff.attention import Attention
 from minidiff.blocks import FeedForward
@@ -130,15 +130,6 @@ class AdapterSet(Adapter):
     """Modules by the names of the layers they belong to, such as "unet.middle.transformer.blocks.0.cross_attention"."""
 
     title = "these adapters"
-
-    def __init__(self, layers: Mapping[str, AdapterModule]):
-        super().__init__()
-        self.by_name = module_dict(layers)
-
-    @property
-    def layers(self) -> dict[str, AdapterModule]:
-        """Return the modules by layer."""
-        return by_layer(self.by_name)
 
     def fit(self, sd: StableDiffusion) -> Sequence[Hook]:
         """Return the hooks of all modules. Raises ValueError with the layers that are absent."""

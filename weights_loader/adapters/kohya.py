@@ -7,7 +7,7 @@ names that the model really has. Each layer has its alpha; without one it is the
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -52,9 +52,8 @@ def pack(changes: Placed, sd: StableDiffusion) -> tuple[dict[str, Tensor], dict[
     return tensors, metadata | ({"ss_base_model_version": version} if version else {})
 
 
-def commonest(changes: Iterable[LowRank]) -> tuple[int, float]:
+def commonest(changes: Collection[LowRank]) -> tuple[int, float]:
     """Return the rank and the alpha that most layers have."""
-    changes = list(changes)
     ranks, alphas = Counter(one.rank for one in changes), Counter(float(one.alpha) for one in changes)
     return ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
 

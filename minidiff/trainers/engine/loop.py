@@ -162,8 +162,9 @@ class Training:
             return
         for name, p in self.weights.items():
             if not p.isfinite().all():
-                kept = f"the state of step {self.saved} is kept"
-                raise ValueError(f"{name} is not finite after step {self.done}, {kept}: lower the learning rate")
+                raise ValueError(
+                    f"{name} is not finite after step {self.done}, the state of step {self.saved} is kept: lower the learning rate"
+                )
         with uninterrupted():
             self.saved = self.done  # also if writing fails: it is not tried again on the way out
             write_state(self.state, self.state_dict())

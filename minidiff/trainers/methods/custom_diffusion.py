@@ -89,7 +89,7 @@ def build(
     import torch
 
     from minidiff.adapters.custom_diffusion import CustomDiffusion, create_custom_diffusion
-    from minidiff.trainers.methods.common import check_concepts, make_subject
+    from minidiff.trainers.methods.common import make_subjects
     from minidiff.trainers.methods.finetune_task import FinetuneTask, Group, TrainingRun
 
     generator = torch.Generator().manual_seed(options.settings.seed)
@@ -101,8 +101,7 @@ def build(
         adapter = CustomDiffusion(start_from.layers, tokens, start_from.biases).to(sd.device)
     learned = () if tokens is None else tuple(tokens.rows[concept.token] for concept in concepts if concept.token)
     groups = [Group((*adapter.weights, *adapter.bias_vectors)), *([Group(learned, options.token_scale)] if learned else [])]
-    check_concepts(concepts)
-    subjects = [make_subject(sd, concept, options, cache, sizes=size_augmentation(concept, options)) for concept in concepts]
+    subjects = make_subjects(sd, concepts, options, cache, sizes=[size_augmentation(concept, options) for concept in concepts])
     modules = {"custom_diffusion": adapter}
     phase = FinetuneTask(sd, "custom-diffusion", subjects, options, modules=modules, adapters=[adapter], groups=groups, cache=cache)
     return TrainingRun((phase,), custom_diffusion=adapter)
