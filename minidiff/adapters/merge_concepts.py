@@ -92,7 +92,9 @@ def merge_concepts(
         drift += _squares(C_reg @ change.T, C_reg @ W0.T)
     ratios = [float((part / whole).sqrt()) for part, whole in (residual, drift)]
     seconds = time.perf_counter() - began
-    return CustomDiffusion(layers, tokens if words else None), MergeReport(len(C), len(C_reg), *ratios, condition, condition_reg, seconds)
+    return CustomDiffusion(layers, tokens if words else None), MergeReport(
+        len(C), len(C_reg), ratios[0], ratios[1], condition, condition_reg, seconds
+    )
 
 
 def merge_directions(

@@ -26,6 +26,7 @@ class StoredChange(Protocol):
 
     def to_change(self, weight: Tensor) -> LayerChange:
         """Return the change for a layer of this weight. Raises ValueError with both shapes if they disagree."""
+        ...
 
 
 Placed = Mapping[TensorLocation, LowRank]  # changes, by where a file has their layers

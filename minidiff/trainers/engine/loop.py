@@ -53,11 +53,9 @@ class Task(Protocol):
 
     modules: dict[str, nn.Module]
 
-    def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
-        """Create the optimizers of the weights."""
+    def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]: ...
 
-    def loss(self, step: int, sample_ids: range) -> Float[Tensor, ""]:
-        """Return the loss of a step's samples of these numbers."""
+    def loss(self, step: int, sample_ids: range) -> Float[Tensor, ""]: ...
 
 
 @dataclass(frozen=True)

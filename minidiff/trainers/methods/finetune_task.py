@@ -223,8 +223,7 @@ class FinetuneTask:
 
 def possible_captions(subject: Subject) -> Iterable[str]:
     """Yield every caption that a sample may have, with the phrases of the size augmentation."""
-    own = subject.templates or tuple(example.caption for example in subject.pictures.examples)
-    for pictures, captions in ((subject.pictures, own), (subject.prior, ())):
+    for pictures, captions in ((subject.pictures, subject.templates), (subject.prior, ())):
         if pictures is not None:
             captions = captions or tuple(example.caption for example in pictures.examples)
             sizes = pictures.sizes

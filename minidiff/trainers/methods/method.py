@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 class MethodOptions(Protocol):
     """The options of a method: a dataclass, whose phases are trained one after the other. Class pictures are the last one's."""
 
-    def phases(self) -> tuple[PhaseOptions, ...]:
-        """Return the options of each phase."""
+    def phases(self) -> tuple[PhaseOptions, ...]: ...
 
 
 Numbers = TypeVar("Numbers", bound=MethodOptions)
