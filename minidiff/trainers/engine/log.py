@@ -112,7 +112,7 @@ class Pace:
     def forecast(self) -> str | None:
         """Return a line to be printed once, after the first steps."""
         seconds, left = self.seconds(), self.left()
-        return left and f"{self.steps - self.last[0]} steps of {seconds:.2g} s: about {format_duration(left)}"
+        return None if left is None else f"{self.steps - self.last[0]} steps of {seconds:.2g} s: about {format_duration(left)}"
 
 
 def memory_taken(device: torch.device) -> int:
