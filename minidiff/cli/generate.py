@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from minidiff.cli.flags import Attentions, DTypes, Several
-from minidiff.cli.model import load, slug, weighted
+from minidiff.cli.model import load, weighted
+from minidiff.cli.names import slug
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -128,7 +128,7 @@ def extract(
     of: Literal["sum", "frobenius", "ratio"] = "sum",
     clamp: float = 1.0,
     layers: Several = (),
-    names: Literal["diffusers", "kohya"] = "diffusers",
+    names: Literal["kohya", "diffusers"] = "kohya",
 ) -> None:
     """Make a LoRA of what a tuned checkpoint has and its base has not, by singular values.
 

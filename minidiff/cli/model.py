@@ -79,9 +79,3 @@ def training_on(device: str, threads: int | None, attention: str = "auto"):
             yield joined
     finally:
         distributed.destroy_distributed()
-
-
-def slug(prompt: str) -> str:
-    """Turn a prompt into a file name."""
-    words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
-    return "-".join(words)[:60] or "picture"

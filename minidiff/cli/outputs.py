@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minidiff.cli.model import print_notes, slug
+from minidiff.cli.model import print_notes
+from minidiff.cli.names import slug
 
 if TYPE_CHECKING:
     from minidiff.adapters.custom_diffusion import CustomDiffusion
@@ -47,7 +48,7 @@ def write_tokens(learned: "NewTokens", sd: "StableDiffusion", out: Path, names: 
     one_each = names in ("a1111", "kohya")
     tokens = {slug(word): NewTokens({word: rows}) for word, rows in learned.rows.items()} if one_each else {"embedding": learned}
     for name, words in tokens.items():
-        weights_loader.write_embedding(out / f"{name}.safetensors", words, "a1111" if one_each else "diffusers", settings)
+        weights_loader.write_embedding(out / f"{name}.safetensors", words, "a1111" if one_each else "diffusers", settings, sd)
         yield "--embedding", out / f"{name}.safetensors"
 
 

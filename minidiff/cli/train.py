@@ -109,7 +109,7 @@ def train(name: str, args: list[str]) -> None:
         presets = method.low_rank_presets if asked.get("as_lora") else method.presets
         options = apply_flags(presets[family_of(sd.config)], method, asked)
         concepts = [with_class_folder(concept, i, run.out, options.phases()[-1]) for i, concept in enumerate(concepts, start=1)]
-        learn(Job(name, options, concepts, run, asked.get("names", "diffusers"), asked.get("start_from")), sd, device)
+        learn(Job(name, options, concepts, run, asked.get("names", ""), asked.get("start_from")), sd, device)
 
 
 def learn(job: Job, sd: "StableDiffusion", device: "torch.device") -> None:
@@ -216,6 +216,7 @@ def prepare(job: Job, sd: "StableDiffusion") -> "TrainingRun":
 
     Making class pictures may take long, so what can be wrong is found before: the run is put together without them first.
     """
+    import weights_loader
     from minidiff.trainers.engine.distributed import barrier, rank
     from minidiff.trainers.methods.prior_preservation import class_caption
 
@@ -227,6 +228,8 @@ def prepare(job: Job, sd: "StableDiffusion") -> "TrainingRun":
             for concept in job.concepts:
                 class_caption(concept, last.prompt)
         training = build(replace(job, options=override(job.options, {"prior": "none"})) if is_made else job, sd)
+    if training.lora is not None:
+        weights_loader.check_lora_names(training.lora, job.names)
     if rank() == 0:
         claim(job.run.out, {"method": job.name, "model": job.run.model, "names": job.names})
         fill_class_folders(job, sd)

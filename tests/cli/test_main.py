@@ -11,7 +11,8 @@ from PIL import Image
 import minidiff.attention
 from minidiff import samplers
 from minidiff.cli.generate import parse_size
-from minidiff.cli.model import choose_device, slug
+from minidiff.cli.model import choose_device
+from minidiff.cli.names import slug
 from minidiff.kernels import tiles
 from tests.command import runner
 from tests.small_models import small_model

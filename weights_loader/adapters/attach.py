@@ -5,7 +5,7 @@
 Words, then Custom Diffusion, whose weights take the place of the model's, then the LoRAs, which add to either (minidiff/adapters/base.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from minidiff.pipeline import StableDiffusion
 from weights_loader.adapters.custom_diffusion import read_custom_diffusion
 from weights_loader.adapters.embedding import read_embedding
 from weights_loader.adapters.lora import read_lora
+from weights_loader.adapters.origin import base_note
+from weights_loader.read import read
 
 File = str | Path
 
@@ -26,6 +28,8 @@ def attach(
     custom_diffusion: File | Sequence[File | tuple[File, tuple[str, ...]]] = (),
 ) -> None:
     """Attach files to a model, all of them or none. sd.attached lists them, each with its file as title; `detach()` takes one off again.
+
+    sd.notes gets a line on each that was learned on another model.
 
     Args:
         sd: the model
@@ -49,6 +53,14 @@ def attach(
                 done.detach()
             raise ValueError(f"{path}: {error}") from error
         adapter.title = f"{kind} {path}"
+    sd.notes += tuple(note for _, path, _ in read if (note := base_note(path, metadata_of(path), sd)))
+
+
+def metadata_of(path: File) -> Mapping[str, str]:
+    """Return the metadata of a small file, or of the safetensors files of a folder; nothing for pickles, which have none."""
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.suffix == ".safetensors" else []
+    return {key: text for file in files for key, text in read(file).metadata.items()}
 
 
 def pairs(files: File | Sequence[Any], otherwise: Any) -> list[tuple[File, Any]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from minidiff.adapters.tokens import NewTokens
 from minidiff.config import check_choice
 from minidiff.pipeline import StableDiffusion
+from weights_loader.adapters.origin import describe_origin
 from weights_loader.detect import FEW, describe, kind
 from weights_loader.metadata import FORMAT, settings_to_metadata
 from weights_loader.read import Checkpoint, read
@@ -86,7 +87,13 @@ def check_width(rows: Mapping[str, Tensor], sd: StableDiffusion) -> None:
             )
 
 
-def write_embedding(path: str | Path, tokens: NewTokens, form: str = "diffusers", settings: dict[str, object] | None = None) -> None:
+def write_embedding(
+    path: str | Path,
+    tokens: NewTokens,
+    form: str = "diffusers",
+    settings: dict[str, object] | None = None,
+    sd: StableDiffusion | None = None,
+) -> None:
     """Write learned words.
 
     Args:
@@ -95,6 +102,7 @@ def write_embedding(path: str | Path, tokens: NewTokens, form: str = "diffusers"
             this project does
         form: "diffusers" as .safetensors or .bin, "a1111" as .safetensors or .pt
         settings: what they were made with, kept as JSON in the metadata of a .safetensors file
+        sd: the model that they were learned on, for the metadata (origin.py)
 
     Raises ValueError for an unknown form or another suffix, for several words for a1111, and for settings that the file has no place for;
     FileNotFoundError without the folder.
@@ -112,6 +120,8 @@ def write_embedding(path: str | Path, tokens: NewTokens, form: str = "diffusers"
     word, vectors = next(iter(rows.items()))
     if path.suffix == ".safetensors":
         metadata = FORMAT | settings_to_metadata(settings or {})
+        if sd is not None:
+            metadata |= describe_origin("textual-inversion", path, sd, settings)
         if form == "a1111":
             rows, metadata = {"emb_params": vectors}, metadata | {NAME_KEY: word}
         write_safetensors(path, rows, metadata)
