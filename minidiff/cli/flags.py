@@ -104,3 +104,8 @@ def command_class(parts: dict[str, Any]) -> type:
 def summary(described: object) -> str:
     """Return a docstring up to its Args."""
     return (inspect.getdoc(described) or "").partition("Args:\n")[0].strip()
+
+
+def flag_name(text: str) -> str:
+    """Return the name of a flag without its dashes and its value: "--guidance_scale=3" and "Guidance scale" are guidance-scale."""
+    return text.removeprefix("--").partition("=")[0].lower().replace("_", "-").replace(" ", "-")

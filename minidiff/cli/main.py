@@ -16,6 +16,7 @@ import tyro
 
 from minidiff import __version__
 from minidiff.cli import bench, evaluate, merge
+from minidiff.cli.again import call_with_settings
 from minidiff.cli.checkpoints import compare, convert, inspect
 from minidiff.cli.flags import CONFIG, summary
 from minidiff.cli.from_scratch import ScratchFlags, from_scratch
@@ -35,7 +36,6 @@ class Command:
 def commands() -> dict[str, Command]:
     """Return all commands, by their names of one word, or two as "train lora"."""
     functions: dict[str, Callable[..., None]] = {
-        "generate": generate,
         "inspect": inspect,
         "convert": convert,
         "compare": compare,
@@ -47,6 +47,7 @@ def commands() -> dict[str, Command]:
         **{f"bench {name}": function for name, function in bench.COMMANDS.items()},
     }
     return {
+        "generate": Command(summary(generate), partial(call_with_settings, generate, "generate")),
         **{name: Command(summary(function), partial(parse, name, function)) for name, function in functions.items()},
         **{f"train {name}": Command(method.summary, partial(train, name)) for name, method in METHODS.items()},
         "train from-scratch": Command(summary(ScratchFlags), from_scratch),

@@ -37,3 +37,10 @@ def check_writable(path: Path) -> None:
         trial.unlink()
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+
+
+def is_model(name: str) -> bool:
+    """Say whether something of this name can be loaded: a file, a folder, or a model that ships with minidiff."""
+    from weights_loader.contents import BUNDLED
+
+    return name in BUNDLED or Path(name).exists()
