@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Settings = dict[str, object]
 Written = Iterator[tuple[str, Path]]
+Write = Callable[[Any, "StableDiffusion", Path, str, Settings], Written]
+ONE_EACH = ("a1111", "kohya")  # names of programs that call a word by its file's name
 
 
 def write_results(training: "TrainingRun", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:
@@ -29,10 +31,25 @@ def write_results(training: "TrainingRun", sd: "StableDiffusion", out: Path, nam
         names: spelling of the files, as in Method.formats
         settings: for the metadata
     """
-    (out / "settings.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
-    learned = [(write, getattr(training, kind)) for kind, write in WRITERS.items() if getattr(training, kind) is not None]
-    for write, result in learned or [(write_model, sd)]:
+    from minidiff.files import write_text
+
+    write_text(out / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False))
+    for write, result in results_of(training) or [(write_model, sd)]:
         yield from write(result, sd, out, names, settings)
+
+
+def results_of(training: "TrainingRun") -> "list[tuple[Write, Any]]":
+    """Return what a run has learned beside the model's own weights, each with the function that writes it."""
+    return [(write, getattr(training, kind)) for kind, write in WRITERS.items() if getattr(training, kind) is not None]
+
+
+def result_names(training: "TrainingRun", names: str) -> list[str]:
+    """Return the names of files that are made of what the user called things, with the longest number that a sheet's file has."""
+    words = training.tokens.names if training.tokens and names in ONE_EACH else ()
+    files = [f"{slug(word)}-000000.safetensors" for word in words]
+    if len(set(files)) < len(files):
+        raise ValueError(f"the words {', '.join(words)} would have one file name; choose words that differ in letters or digits")
+    return files
 
 
 def write_tokens(learned: "NewTokens", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:
@@ -45,7 +62,7 @@ def write_tokens(learned: "NewTokens", sd: "StableDiffusion", out: Path, names: 
     import weights_loader
     from minidiff.adapters.tokens import NewTokens
 
-    one_each = names in ("a1111", "kohya")
+    one_each = names in ONE_EACH
     tokens = {slug(word): NewTokens({word: rows}) for word, rows in learned.rows.items()} if one_each else {"embedding": learned}
     for name, words in tokens.items():
         weights_loader.write_embedding(out / f"{name}.safetensors", words, "a1111" if one_each else "diffusers", settings, sd)
@@ -96,7 +113,7 @@ def write_model(learned: "StableDiffusion", sd: "StableDiffusion", out: Path, na
 
 
 # By the field of TrainingRun that holds the result; a run without any has trained the model itself.
-WRITERS: "dict[str, Callable[[Any, StableDiffusion, Path, str, Settings], Written]]" = {
+WRITERS: dict[str, Write] = {
     "tokens": write_tokens,
     "lora": write_lora,
     "custom_diffusion": write_custom_diffusion,
