@@ -152,7 +152,7 @@ def ensure_same_run(
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(asked, indent=1))
-    found = json.loads(json.dumps(defaults or {})) | parse_json(read_text(path), str(path), "; choose an empty folder")
+    found = parse_json(read_text(path), str(path), "; choose an empty folder")
     if not isinstance(found, dict):
         raise ValueError(f"{path}: no settings of a run; choose an empty folder")
     same = {name: asked.get(name) for name in ignore}

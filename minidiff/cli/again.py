@@ -7,14 +7,11 @@ A value belongs to the flag that RENAMED names, or else to the flag of its own n
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
-from functools import wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from minidiff.cli.flags import CONFIG, flag_name, summary
+from minidiff.cli.flags import collect, flag_name
 from minidiff.cli.model import print_notes
 from minidiff.cli.names import is_model
 
@@ -33,7 +30,7 @@ def call_with_settings(function: Callable[..., None], name: str, args: list[str]
 
     Raises ValueError for a picture without settings, and for a model or sampler in them that is not here.
     """
-    prompts, given = collect(function, name, args)
+    (prompts,), given = collect(function, name, args)
     picture: Path | None = given["settings"]
     if picture is not None:
         chosen = {flag_name(arg) for arg in args if arg.startswith("--")}
@@ -42,18 +39,6 @@ def call_with_settings(function: Callable[..., None], name: str, args: list[str]
         prompts = prompts or found_prompts
         given = {key: _merged(key, value, made[key], chosen) for key, value in given.items()}
     function(prompts, **given)
-
-
-def collect(function: Callable[..., None], name: str, args: list[str]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Parse arguments as the function takes them: the prompts, and all others by name."""
-
-    @wraps(function)
-    def record(*positional: Any, **named: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return positional, named
-
-    found: Any = tyro.cli(record, prog=f"minidiff {name}", description=summary(function), args=args, config=CONFIG)
-    (prompts,), named = found
-    return prompts, named
 
 
 def _merged(key: str, given: Any, made: Any, chosen: set[str]) -> Any:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from minidiff.cli.flags import CONFIG, Attentions, DTypes, File, Several, Whole, command_class, flag_groups, given
+from minidiff.cli.effects import without_effect
+from minidiff.cli.flags import Attentions, DTypes, File, Several, Whole, command_class, flag_groups, given, parse_flags
 from minidiff.cli.model import load, print_notes, training_on
 from minidiff.cli.names import check_writable
 from minidiff.trainers.methods.method import Method, MethodOptions, describe
@@ -52,8 +53,8 @@ class RunFlags:
         device: auto, cpu, cuda, cuda:1, mps
         attention: how it is computed: auto takes what is fastest; triton is this package's kernels, on a GPU
         threads: CPU threads to use; all cores by default
-        sample_every: steps between two sheets of validation pictures, always on the same seeds, each with the file of what is learned so far
-            beside it, if that is small; 0 for none but at the end
+        sample_every: steps between two sheets of validation pictures, always on the same seeds; beside each the small file of what is
+            learned so far; 0 for none but at the end
         sample_prompt: what they show; the first caption of each concept by default
         num_samples: how many pictures of each prompt
     """
@@ -103,7 +104,7 @@ def train(name: str, args: list[str]) -> None:
     method = METHODS[name]
     bundled, sd1 = describe(method.presets["bundled"]), describe(method.presets["sd1"])
     description = f"{method.summary}\n\nPresets of the bundled model: {bundled}.\n\nPresets of Stable Diffusion: {sd1}."
-    asked = vars(tyro.cli(flag_class(method), prog=f"minidiff train {name}", description=description, args=args, config=CONFIG))
+    asked = vars(parse_flags(flag_class(method), f"train {name}", description, args))
     run: RunFlags = asked["run"]
     run.check()
     concepts = read_concepts(given([asked["concept"]], Concept), asked["more"])
@@ -111,6 +112,8 @@ def train(name: str, args: list[str]) -> None:
         sd = load(run.model, "float32" if run.dtype == "auto" else run.dtype, device, prediction=run.prediction)
         presets = method.low_rank_presets if asked.get("as_lora") else method.presets
         options = apply_flags(presets[family_of(sd.config)], method, asked)
+        given_flags = {*given(option_flags(asked, method), method.options), *given([asked["concept"]], Concept)}
+        print_notes(without_effect(given_flags, options, concepts))
         concepts = [with_class_folder(concept, i, run.out, options.phases()[-1]) for i, concept in enumerate(concepts, start=1)]
         learn(Job(name, options, concepts, run, asked.get("names", ""), asked.get("start_from")), sd, device)
 
@@ -160,7 +163,7 @@ def flag_class(method: Method[Any]) -> type:
 
 def apply_flags(preset: MethodOptions, method: Method[Any], asked: dict[str, Any]) -> MethodOptions:
     """Return the preset with the flags that were given. Raises ValueError for one that these options have no place for."""
-    changes = given([part for name, part in asked.items() if name in flag_groups(method.options)], method.options)
+    changes = given(option_flags(asked, method), method.options)
     known = {flat.name for flat in places(preset)}
     lost = [name for name in changes if name not in known]
     if method.low_rank_presets and not asked["as_lora"] and asked.get("names") != next(iter(method.formats)):
@@ -168,6 +171,11 @@ def apply_flags(preset: MethodOptions, method: Method[Any], asked: dict[str, Any
     if lost:
         raise ValueError(f"--{lost[0].replace('_', '-')} is of a LoRA; give --low-rank too, or leave it out")
     return override(preset, changes)
+
+
+def option_flags(asked: dict[str, Any], method: Method[Any]) -> list[Any]:
+    """Return those of the parsed parts that are flags of the method's options."""
+    return [part for name, part in asked.items() if name in flag_groups(method.options)]
 
 
 def read_concepts(values: dict[str, Any], more: tuple[str, ...]) -> list[Concept]:

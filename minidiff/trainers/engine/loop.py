@@ -188,8 +188,9 @@ class Training:
     def load_state_dict(self, state: dict) -> None:
         """Resume from a state; a finished run may be given more steps. Raises ValueError if it belongs to another run."""
         asked, found = self._asked(), dict(state["asked"])
-        if found.get("steps") == state["i"] < asked["steps"]:
-            found["steps"], self.extended = asked["steps"], True
+        longer = found | {"steps": asked["steps"]}
+        if found.get("steps") == state["i"] < asked["steps"] and longer == asked:
+            found, self.extended = longer, True
             if self.settings.schedule != "constant":
                 warnings.warn(f"the learning rate goes on as in a run of {asked['steps']} steps, not from where it ended", stacklevel=2)
         check_same(self.state or Path("the state"), found, asked)
@@ -212,7 +213,7 @@ class Training:
 
 
 class LossWatch:
-    """Stop at the first loss that is not finite: from there on nothing is learned. On a GPU it is found a few steps later, without waiting."""
+    """Stop at the first loss that is not finite, from which on nothing is learned; on a GPU a few steps later, without waiting."""
 
     def __init__(self):
         self.waiting: deque[tuple[int, float, Tensor, torch.cuda.Event | None]] = deque()
@@ -235,9 +236,8 @@ class LossWatch:
                 event.synchronize()
             if not math.isfinite(value := float(loss)):
                 self.waiting.clear()
-                raise ValueError(
-                    f"the loss is {value} at step {step}, and nothing is learned from there on: lower the learning rate ({lr:g})"
-                )
+                lost = f"the loss is {value} at step {step}: nothing is learned from there on"
+                raise ValueError(f"{lost}; what was saved before is kept; lower the learning rate ({lr:g})")
 
 
 def trainable_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from minidiff.adapters.base import Adapter
 from minidiff.adapters.custom_diffusion import CustomDiffusion
+from minidiff.adapters.dropout import set_row_seeds
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.tokens import NewTokens
 from minidiff.files import digest, fingerprint
@@ -131,6 +132,7 @@ class FinetuneTask:
         for adapter in reversed(self.adapters):
             adapter.detach()
             adapter.eval()
+            set_row_seeds(adapter, None)
         for p in self.trained:
             p.requires_grad_(False)
             p.grad = None
@@ -169,6 +171,9 @@ class FinetuneTask:
         sd, B = self.sd, len(sample_ids)
         batch, rngs = self._draw([rng_for(self.settings.seed, step, sample) for sample in sample_ids])
         noise = sample_noise(rngs, batch.latents.shape[1:], sd.config.schedule.timesteps, sd.device, self.data.offset_noise)
+        seeds = torch.tensor([int(rng.spawn(1)[0].integers(2**62)) for rng in rngs])  # beside the stream of the noise
+        for adapter in self.adapters:
+            set_row_seeds(adapter, seeds.to(sd.device))
         context = self._context(batch.captions).to(sd.dtype)
         losses = diffusion_loss(
             lambda x_t, t, context: sd.unet(x_t.to(sd.dtype), t, context),
