@@ -114,7 +114,8 @@ def summary(described: object) -> str:
 WORDS = {"fp16": "float16", "half": "float16", "fp32": "float32", "full": "float32", "bf16": "bfloat16", "gpu": "cuda"}
 MISTAKES = (  # of tyro's messages: (pattern, what is said in its place)
     (r"Unrecognized options: (?P<given>--[^ ,=]+)", "{given} is no flag of this command{near}"),
-    (r"Unrecognized options: (?P<given>.+)", "{given}: no flag before it takes it"),
+    (r"Unrecognized options: (?P<given>[^|]*\S)", "{given}: no flag before it takes it"),
+    (r"Missing from [^:]*: (?P<given>(?:--[\w-]+|[A-Z]+)) (?:[A-Z]+ )?(?P<help>.*?) \(required\)", "{given} is needed: {help}"),
     (r"Missing value for argument '(?P<given>-[^']+)'", "{given} needs a value behind it"),
     (
         r"invalid choice '(?P<value>.*?)' for argument '(?P<given>.*?)'\. Expected one of \((?P<choices>.*?)\)",
@@ -156,9 +157,7 @@ def collect(function: Callable[..., None], name: str, args: list[str]) -> tuple[
 
 def mistake(text: str) -> str:
     """Return what tyro says of wrong arguments, without its box, in one line."""
-    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in text.splitlines()]
-    sections = [section.strip() for section in re.split("─{9,}", " ".join(line for line in lines if not line.startswith("─ ")))]
-    said, *rest = [section for section in sections if section] or [" ".join(lines)]
+    said = " ".join(re.sub("[─-]{9,}", " | ", re.sub("[│╭╮╰╯]", " ", text)).split())
     for pattern, words in MISTAKES:
         if found := re.search(pattern, said):
             values = found.groupdict()
@@ -166,7 +165,7 @@ def mistake(text: str) -> str:
             if choices:
                 near = WORDS.get(values["value"]) or next(iter(get_close_matches(values["value"], choices, 1)), "")
             else:
-                near = next(iter(re.findall(r"Perhaps you meant:?\s+(--[\w-]+)", " ".join(rest))), "")
+                near = next(iter(re.findall(r"Perhaps you meant:?\s+(--[\w-]+)", said)), "")
             return words.format_map(values | {"choices": ", ".join(choices), "near": f" (did you mean {near}?)" if near else ""})
     return said
 

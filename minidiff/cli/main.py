@@ -2,8 +2,8 @@
 `bench WHAT`.
 
 A command is a function, whose arguments and docstring are what `--help` shows, or a training method, whose flags are made from its
-options. What a user can get wrong ends in one line and exit code 2 (failures.py). This room and bench/ are the only ones here that know weights_loader.
-Imports that take long are inside the commands that need them.
+options. What a user can get wrong ends in one line and exit code 2 (failures.py). This room and bench/ are the only ones here that know
+weights_loader. Imports that take long are inside the commands that need them.
 """
 
 import sys
