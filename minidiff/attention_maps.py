@@ -5,6 +5,7 @@ A map is softmax(q k^T / sqrt(d)) of one cross-attention layer, averaged over it
 so that recording cannot change the picture.
 """
 
+import threading
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -35,10 +36,11 @@ def record_cross_attention(unet: UNet) -> Iterator[dict[str, Float[Tensor, "B H 
         rows = []
 
         def note_size(module, args):
-            rows[:] = [args[0].shape[2]]
+            if threading.get_ident() == thread:
+                rows[:] = [args[0].shape[2]]
 
         def note_map(name: str, module: Attention, args, output):
-            if name not in maps:
+            if name not in maps and threading.get_ident() == thread:
                 x, context = args
                 with torch.no_grad():
                     weights = attention_weights(module.to_q(x), module.to_k(context), module.heads).mean(dim=1)

@@ -114,7 +114,7 @@ def summary(described: object) -> str:
 WORDS = {"fp16": "float16", "half": "float16", "fp32": "float32", "full": "float32", "bf16": "bfloat16", "gpu": "cuda"}
 MISTAKES = (  # of tyro's messages: (pattern, what is said in its place)
     (r"Unrecognized options: (?P<given>--[^ ,=]+)", "{given} is no flag of this command{near}"),
-    (r"Unrecognized options: (?P<given>[^|]*\S)", "{given}: no flag before it takes it"),
+    (r"Unrecognized options: (?P<given>[^|]*[^| ])", "{given}: no flag before it takes it"),
     (r"Missing from [^:]*: (?P<given>(?:--[\w-]+|[A-Z]+)) (?:[A-Z]+ )?(?P<help>.*?) \(required\)", "{given} is needed: {help}"),
     (r"Missing value for argument '(?P<given>-[^']+)'", "{given} needs a value behind it"),
     (

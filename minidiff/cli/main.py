@@ -1,5 +1,5 @@
-"""The command line: `minidiff generate`, `inspect`, `convert`, `compare`, `train METHOD`, `merge`, `compress`, `extract`, `evaluate WHAT`,
-`bench WHAT`.
+"""The command line: `minidiff generate`, `inspect`, `convert`, `compare`, `verify`, `train METHOD`, `merge`, `compress`, `extract`,
+`evaluate WHAT`, `bench WHAT`.
 
 A command is a function, whose arguments and docstring are what `--help` shows, or a training method, whose flags are made from its
 options. What a user can get wrong ends in one line and exit code 2 (failures.py). This room and bench/ are the only ones here that know
@@ -23,6 +23,7 @@ from minidiff.cli.flags import collect, summary
 from minidiff.cli.from_scratch import ScratchFlags, from_scratch
 from minidiff.cli.generate import generate
 from minidiff.cli.train import train
+from minidiff.cli.verify import verify
 from minidiff.trainers.methods.table import METHODS
 
 TRACEBACK = "--traceback"  # of every command: where it ends with an error, show where that was raised
@@ -42,6 +43,7 @@ def commands() -> dict[str, Command]:
         "inspect": inspect,
         "convert": convert,
         "compare": compare,
+        "verify": verify,
         "compress": merge.compress,
         "extract": merge.extract,
         "merge lora": merge.merge_lora,
