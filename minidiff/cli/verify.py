@@ -8,6 +8,7 @@ diffusers reads the tensors by its own conversion; of this project it gets the J
 diffusers the page has what the file holds and what was decided about it.
 """
 
+import importlib
 import importlib.util
 import platform
 import sys
@@ -98,12 +99,12 @@ def quiet() -> ExitStack:
 
 def their_pipeline(file: str, sd: "StableDiffusion") -> Any:
     """Return diffusers' pipeline of the same file, in float32, without a download. Raises ValueError with what diffusers says."""
-    import diffusers
     import torch
 
     from weights_loader.contents import find
     from weights_loader.folder import write_folder_config
 
+    diffusers: Any = importlib.import_module("diffusers")
     path = find(file)
     with tempfile.TemporaryDirectory() as settings:
         write_folder_config(Path(settings), sd.config, sd.tokenizer)
