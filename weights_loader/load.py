@@ -9,6 +9,7 @@ path -> tensors, by part        one LDM-named file, or a diffusers folder (conte
      -> small files             learned words, Custom Diffusion and LoRA, attached beside the weights (attach.py)
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -23,12 +24,21 @@ from minidiff.tokenizer import Tokenizer
 from weights_loader.adapters.attach import File, attach
 from weights_loader.contents import Contents, check_parts, find, open_checkpoint, take_averages, take_vae
 from weights_loader.empty_parts import empty_parts
-from weights_loader.families import family_config, family_of_config
+from weights_loader.families import family_config
 from weights_loader.folder import folder_config
 from weights_loader.match import match
-from weights_loader.metadata import KEY, config_from_json, prediction_from_metadata
-from weights_loader.prediction import ask_prediction, with_prediction
+from weights_loader.metadata import KEY, config_from_json
+from weights_loader.prediction import (
+    apply_statements,
+    ask_prediction,
+    with_prediction,
+    with_zero_snr,
+)
 from weights_loader.report import Report
+from weights_loader.stated import MARKERS, refuse_edm
+
+CALLER, SCHEDULER = "the caller", "scheduler_config.json"
+SILENT = (CALLER, SCHEDULER, KEY)  # what decides without a note: nobody would expect otherwise
 
 
 @dataclass(frozen=True)
@@ -51,11 +61,12 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, and how it came to be."""
+    """A model, and how it came to be. decided: what says that it predicts eps or v."""
 
     sd: StableDiffusion
     contents: Contents
     report: Report
+    decided: str
 
 
 def load(
@@ -115,11 +126,18 @@ def load_with_report(path_or_name: str | Path, options: LoadOptions = LoadOption
             "the two do not belong together"
         )
     notes, tensors = contents.notes, contents.tensors
-    if not decided:
-        config, note = ask_prediction(config, parts.unet, parts.text_encoder, tokenizer)
-        notes += (note,)
-    sd = StableDiffusion(config, *parts, tokenizer, {name: tensors[name] for name in report.extra}, notes)
-    return Loaded(sd, contents, report)
+    if decided is None:
+        config, decided = ask_prediction(config, parts.unet, parts.text_encoder, tokenizer)
+        config = with_zero_snr(config, config.schedule.zero_terminal_snr)
+        if said := [one.where for one in contents.stated if one.prediction]:
+            decided += f"; the file contradicts itself: {', '.join(said)}"
+    if decided not in SILENT:
+        zero = " with zero terminal SNR" * config.schedule.zero_terminal_snr
+        notes += (f"predicts {config.schedule.prediction}{zero}: decided by {decided}; prediction= (--prediction) overrides it",)
+    # Markers of another prediction than the one that was decided would mislead whoever reads the file after it is saved.
+    extra = [name for name in report.extra if config.schedule.prediction == "v" or not re.search(MARKERS, name)]
+    sd = StableDiffusion(config, *parts, tokenizer, {name: tensors[name] for name in extra}, notes)
+    return Loaded(sd, contents, report, decided)
 
 
 def _open(path: Path, options: LoadOptions) -> Contents:
@@ -132,31 +150,35 @@ def _open(path: Path, options: LoadOptions) -> Contents:
     return contents
 
 
-def _choose_config(contents: Contents, options: LoadOptions) -> tuple[ModelConfig, bool]:
-    """Return the config, and whether the prediction in it is certain."""
-    config, decided = options.config, True
-    if config is None and contents.layout == "diffusers":
-        config, decided = folder_config(contents.path)
-        config = _fill_from_metadata(config, contents.metadata)
-        decided = decided or len(family_of_config(config).predictions) == 1
-    elif config is None:
-        try:
-            config, decided = _file_config(contents)
-        except ValueError as error:
-            raise ValueError(f"{contents.path}: {error}") from error
+def _choose_config(contents: Contents, options: LoadOptions) -> tuple[ModelConfig, str | None]:
+    """Return the config, and what says the prediction in it; None if the model has to be asked."""
+    try:
+        config, decided = _stated_config(contents, options)
+        if contents.vae_config is not None:
+            config = replace(config, vae=contents.vae_config)
+    except ValueError as error:
+        raise ValueError(error if str(error).startswith(str(contents.path)) else f"{contents.path}: {error}") from error
     if options.prediction is not None:
-        return with_prediction(config, "v" if options.prediction == "v" else "eps"), True
+        config = with_prediction(config, "v" if options.prediction == "v" else "eps")
+        return with_zero_snr(config, config.schedule.zero_terminal_snr and options.prediction == "v"), CALLER
     return config, decided
 
 
-def _file_config(contents: Contents) -> tuple[ModelConfig, bool]:
-    """Return the config of an LDM file, and whether its prediction is certain: by the file's metadata, or by its family."""
+def _stated_config(contents: Contents, options: LoadOptions) -> tuple[ModelConfig, str | None]:
+    stated = contents.stated
+    if options.prediction is None:
+        refuse_edm(contents.rest)
+    else:
+        stated = tuple(replace(one, prediction=options.prediction) for one in stated)
+    if options.config is not None:
+        return options.config, CALLER
+    if contents.layout == "diffusers":
+        config, decided = folder_config(contents.path)
+        config = _fill_from_metadata(config, contents.metadata)
+        return (config, SCHEDULER) if decided else apply_statements(config, stated)
     if KEY in contents.metadata:
-        return config_from_json(contents.metadata[KEY]), True
-    config = family_config(contents.shapes)
-    if stated := prediction_from_metadata(contents.metadata):
-        return with_prediction(config, stated), True
-    return config, len(family_of_config(config).predictions) == 1
+        return config_from_json(contents.metadata[KEY]), KEY
+    return apply_statements(family_config(contents.shapes), stated)
 
 
 def _fill_from_metadata(config: ModelConfig, found: Mapping[str, str]) -> ModelConfig:

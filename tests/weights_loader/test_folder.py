@@ -100,9 +100,9 @@ def test_a_damaged_json_file_is_named(tmp_path):
         weights_loader.load(tmp_path / "model")
 
 
-def test_an_old_folder_that_does_not_say_the_prediction_is_tested_only_for_sd_2(tmp_path, monkeypatch):
+def test_an_old_folder_that_does_not_say_the_prediction_is_tested(tmp_path, monkeypatch):
     monkeypatch.setattr(prediction, "noise_correlation", lambda *parts: 0.99)
-    for family, tested in (("SD 1", False), ("SD 2", True)):
+    for family in ("SD 1", "SD 2"):
         folder = tmp_path / family
         weights_loader.save(family_model(family), folder, layout="diffusers")
         scheduler = folder / "scheduler/scheduler_config.json"
@@ -111,7 +111,7 @@ def test_an_old_folder_that_does_not_say_the_prediction_is_tested_only_for_sd_2(
         scheduler.write_text(json.dumps(settings))
         loaded = weights_loader.load(folder)
         assert loaded.config.schedule.prediction == "eps"
-        assert bool(loaded.notes) == tested
+        assert loaded.notes[0].startswith("predicts eps: decided by a numerical test")
 
 
 @pytest.mark.parametrize("family", family_configs())

@@ -25,7 +25,6 @@ class Family:
         names: how files name each part of a model: {layout: {part: names}}.
         marker: a pattern of one tensor that every whole file in LDM names has, and no other family's file; None if only metadata tell.
         any_size: the models differ in their numbers, and each file states its own in its metadata.
-        predictions: what the U-Nets of this family predict; if there are several and a file does not say which, the model is asked.
         image_sizes: pixels of the models with each prediction, where they differ from config.image_size.
         variants: {input channels of the U-Net: what is added to the name}.
         other_variants: the same for models that are refused, by what they are made for.
@@ -44,7 +43,6 @@ class Family:
     names: Mapping[str, Mapping[str, PartNames]] = field(repr=False)
     marker: str | None
     any_size: bool = False
-    predictions: tuple[str, ...] = ("eps", "v")
     image_sizes: Mapping[str, int] = field(default_factory=dict)
     variants: Mapping[int, str] = field(default_factory=dict)
     other_variants: Mapping[int, str] = field(default_factory=dict)

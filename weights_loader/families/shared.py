@@ -12,6 +12,7 @@ from weights_loader.dialects import (
     vae_ldm,
 )
 from weights_loader.name_table import PartNames
+from weights_loader.stated import MARKERS
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -42,6 +43,8 @@ IGNORED = (
 EXTRA = (
     # What CLIP compares pictures and texts with, ...
     r"^cond_stage_model\.(model\.|transformer\.)?(text_model\.)?(text_projection(\.weight)?|logit_scale)$",
+    # the tensors that say what the model predicts (stated.py), ...
+    MARKERS,
     # ... and OpenCLIP's last block, which Stable Diffusion 2 does not run.
     r"^cond_stage_model\.model\.transformer\.resblocks\.{n}\.",
 )

@@ -38,7 +38,7 @@ def folder_config(folder: Path) -> tuple[ModelConfig, bool]:
     only = folder_family(folder).settings
     text_encoder = _text_config(folder / "text_encoder" / "config.json", only["text_encoder"])
     unet, latent_size = _unet_config(folder / "unet" / "config.json", only["unet"])
-    vae = _vae_config(folder / "vae" / "config.json", only["vae"])
+    vae = vae_config(folder / "vae" / "config.json", only["vae"])
     schedule, says_prediction = _schedule_config(folder / "scheduler" / "scheduler_config.json", only["scheduler"])
     tokenizer = _tokenizer_config(folder / "tokenizer", text_encoder.context_length)
     config = ModelConfig(tokenizer, text_encoder, unet, vae, schedule, image_size=latent_size * vae.factor)
@@ -108,7 +108,7 @@ def _unet_config(path: Path, only: Settings) -> tuple[UNetConfig, int]:
     ), size if isinstance(size, int) else size[0]
 
 
-def _vae_config(path: Path, only: Settings) -> VAEConfig:
+def vae_config(path: Path, only: Settings) -> VAEConfig:
     """Return the VAE's config. scaling_factor is missing in folders from before it was a setting."""
     values = _settings(path, ("block_out_channels", "layers_per_block", "latent_channels"), only)
     return VAEConfig(

@@ -32,6 +32,7 @@ class Checkpoint:
         are joined by dots.
     metadata: the text that a safetensors file carries; empty for the other formats.
     notes: a sentence for each thing in the file that is not among the tensors.
+    numbers: by name, what stands among the tensors of a torch file as a plain number.
     tree: the file's own nesting below the wrapper, for the small files (embeddings, weight deltas) in which it means something; the same as
         `tensors` for safetensors.
     """
@@ -41,6 +42,7 @@ class Checkpoint:
     metadata: dict[str, str]
     notes: tuple[str, ...]
     tree: object = field(repr=False)
+    numbers: dict[str, float] = field(default_factory=dict, repr=False)
 
 
 def read(path: str | Path) -> Checkpoint:
@@ -162,7 +164,7 @@ def _from_tree(path: Path, tree: object, inert: tuple[str, ...]) -> Checkpoint:
         notes += [f"{_show(key)} stands beside the state dict: {_show(value)}." for key, value in tree.items() if key != "state_dict"]
         tree = tree["state_dict"]
 
-    tensors = {}
+    tensors, numbers = {}, {}
     seen = set()  # a pickle may hold a list that holds itself
     waiting = [("", tree)]
     while waiting:
@@ -181,7 +183,9 @@ def _from_tree(path: Path, tree: object, inert: tuple[str, ...]) -> Checkpoint:
             waiting += reversed([(prefix + (child if isinstance(child, str) else _show(child)), item) for child, item in children])
         else:
             notes.append(f"'{name}' is not a tensor: {_show(value)}.")
-    return Checkpoint(path, tensors, {}, tuple(notes), tree)
+            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63:
+                numbers[name] = float(value)
+    return Checkpoint(path, tensors, {}, tuple(notes), tree, numbers)
 
 
 def _show(value: object) -> str:
