@@ -66,9 +66,10 @@ PARTS_ALONE = (
 )
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionImg2ImgPipeline")
-# diffusers' classes have more settings than Stable Diffusion uses. What a setting must be, or be absent:
+# diffusers' classes have more settings than Stable Diffusion uses. What a setting must be; a missing one is diffusers' default.
 SETTINGS: dict[str, dict[str, object]] = {
     "unet": {
+        "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
         "center_input_sample": False,
         "flip_sin_to_cos": True,  # cosines first
@@ -79,18 +80,24 @@ SETTINGS: dict[str, dict[str, object]] = {
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "only_cross_attention": False,
         "dual_cross_attention": False,
-        "class_embed_type": None,
-        "addition_embed_type": None,
-        "num_class_embeds": None,
-        "encoder_hid_dim": None,
         "resnet_time_scale_shift": "default",
+        "resnet_skip_time_act": False,
+        "resnet_out_scale_factor": 1.0,
         "time_embedding_type": "positional",
         "transformer_layers_per_block": 1,
         "conv_in_kernel": 3,
         "conv_out_kernel": 3,
         "attention_type": "default",
+        "class_embeddings_concat": False,
+        **dict.fromkeys(("class_embed_type", "addition_embed_type", "addition_time_embed_dim", "num_class_embeds")),
+        **dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type", "reverse_transformer_layers_per_block")),
+        **dict.fromkeys(("time_embedding_dim", "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim")),
+        **dict.fromkeys(("projection_class_embeddings_input_dim", "mid_block_only_cross_attention", "cross_attention_norm")),
     },
     "vae": {
+        "_class_name": "AutoencoderKL",
+        "down_block_types": "DownEncoderBlock2D",
+        "up_block_types": "UpDecoderBlock2D",
         "act_fn": "silu",
         "in_channels": 3,
         "out_channels": 3,
@@ -101,6 +108,6 @@ SETTINGS: dict[str, dict[str, object]] = {
         "use_post_quant_conv": True,
         "mid_block_add_attention": True,
     },
-    "text_encoder": {"layer_norm_eps": 1e-5},
-    "scheduler": {"beta_schedule": "scaled_linear", "trained_betas": None},  # what the original calls linear
+    "text_encoder": {"model_type": "clip_text_model", "layer_norm_eps": 1e-5},
+    "scheduler": {"beta_schedule": "scaled_linear", "trained_betas": None, "timestep_type": "discrete", "predict_epsilon": True},
 }
