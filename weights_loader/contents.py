@@ -6,6 +6,7 @@
 A VAE of another file, or the moving averages of the U-Net, take the place of the model's own here, before anything is looked up.
 """
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def open_checkpoint(path: Path) -> Contents:
     """Read a file or a diffusers folder, and sort its tensors by part. Raises ValueError for what its names show to be something else."""
     if path.is_dir() and (path / INDEX).is_file():
         return _open_folder(path)
-    checkpoint = read(path)
+    checkpoint = unwrap(read(path))
     what = foreign(list(checkpoint.tensors))
     if what:
         raise ValueError(f"{path}: {what}")
@@ -111,7 +112,7 @@ def _beside(path: Path) -> tuple[str, list[str]]:
 
 def _open_folder(path: Path) -> Contents:
     family = folder_family(path)
-    files = {part: read(path / part) for part in family.parts}
+    files = {part: unwrap(read(path / part)) for part in family.parts}
     parts = {part: _without_aliases(file, family.names["diffusers"][part].aliases) for part, file in files.items()}
     rest = read(path / EXTRA_FILE).tensors if (path / EXTRA_FILE).is_file() else {}
     others = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name not in (*parts, *OTHER_FOLDERS))
@@ -120,6 +121,27 @@ def _open_folder(path: Path) -> Contents:
     metadata = files["unet"].metadata
     stated = statements(rest, metadata)
     return Contents(path, family, "diffusers", parts, dict.fromkeys(parts, "diffusers"), rest, metadata, tuple(notes), stated)
+
+
+# What wrappers put before the names of the module they wrap: (pattern, what stays of it, the wrapper).
+WRAPPERS = (
+    (re.compile(r"(^|\.)_orig_mod\."), r"\1", "torch.compile"),
+    (re.compile(r"^module\."), "", "DataParallel"),
+    (re.compile(r"^(vae|first_stage)\.(?=(en|de)coder\.|(post_)?quant_conv\.)"), "", "a trainer of VAEs"),
+)
+
+
+def unwrap(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint without the prefixes that wrappers left in its names, and a note for each."""
+    names, notes = {name: name for name in checkpoint.tensors}, list(checkpoint.notes)
+    for pattern, replacement, wrapper in WRAPPERS:
+        changed = {name: pattern.sub(replacement, now) for name, now in names.items()}
+        if count := sum(changed[name] != names[name] for name in names):
+            notes.append(f"{count} names begin as {wrapper} leaves them; read without that")
+        names = changed
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"{checkpoint.path}: two weights have one name but for what wrappers put before it; which is meant?")
+    return replace(checkpoint, tensors={names[name]: tensor for name, tensor in checkpoint.tensors.items()}, notes=tuple(notes))
 
 
 def _without_aliases(checkpoint: Checkpoint, aliases: Aliases) -> dict[str, Tensor]:
@@ -153,7 +175,7 @@ def take_vae(contents: Contents, path: Path) -> Contents:
     Raises ValueError for a file without a VAE.
     """
     path = path / "vae" if (path / INDEX).is_file() else path
-    checkpoint, config = read(path), _config_of_vae(path, contents.family)
+    checkpoint, config = unwrap(read(path)), _config_of_vae(path, contents.family)
     names = {layout: contents.family.part_names("vae", layout) for layout in ("ldm", "diffusers")}
     tensors = _without_aliases(checkpoint, names["diffusers"].aliases)
     averages = {name: tensor for name, tensor in tensors.items() if name.startswith(EMA_PREFIX)}

@@ -36,6 +36,7 @@ from weights_loader.prediction import (
 )
 from weights_loader.report import Report
 from weights_loader.stated import MARKERS, refuse_edm
+from weights_loader.unused_text import to_ldm_names
 
 CALLER, SCHEDULER = "the caller", "scheduler_config.json"
 SILENT = (CALLER, SCHEDULER, KEY)  # what decides without a note: nobody would expect otherwise
@@ -51,8 +52,18 @@ class LoadOptions:
     vae: str | Path | None = None
     config: ModelConfig | None = None
     prediction: str | None = None
+    ignore: str | None = None
+
+    @property
+    def ignore_pattern(self) -> re.Pattern[str] | None:
+        """Return the compiled `ignore`."""
+        return None if self.ignore is None else re.compile(self.ignore)
 
     def __post_init__(self):
+        try:
+            re.compile(self.ignore or "")
+        except re.error as error:
+            raise ValueError(f"ignore {self.ignore!r} is no regular expression: {error}") from None
         if self.prediction not in (None, "eps", "v"):
             raise ValueError(f"prediction {self.prediction!r} unknown; choose eps or v")
         if isinstance(self.dtype, str) and self.dtype != "file":
@@ -78,6 +89,7 @@ def load(
     vae: str | Path | None = None,
     config: ModelConfig | None = None,
     prediction: str | None = None,
+    ignore: str | None = None,
     lora: File | Sequence[File | tuple[File, float]] = (),
     embeddings: File | Sequence[File | tuple[File, str]] = (),
     custom_diffusion: File | Sequence[File | tuple[File, tuple[str, ...]]] = (),
@@ -95,6 +107,7 @@ def load(
         vae: a file or folder whose VAE is used instead of the model's.
         config: the numbers of a model that is of no known family and does not name them itself.
         prediction: what the U-Net predicts, "eps" or "v", if the file is wrong about it.
+        ignore: a regular expression; tensors that are not known and whose names it is found in are left out.
         lora: small files to attach, such as ("a.safetensors", ("b.safetensors", 0.7)); see `attach`.
         embeddings: the same for learned words.
         custom_diffusion: the same for Custom Diffusion.
@@ -102,7 +115,7 @@ def load(
     Raises FileNotFoundError for what is not there, and ValueError, naming the likely cause, for everything that is not a whole model: a
     model is never loaded in part.
     """
-    sd = load_with_report(path_or_name, LoadOptions(dtype, device, ema, vae, config, prediction)).sd
+    sd = load_with_report(path_or_name, LoadOptions(dtype, device, ema, vae, config, prediction, ignore)).sd
     attach(sd, lora=lora, embeddings=embeddings, custom_diffusion=custom_diffusion)
     return sd
 
@@ -112,7 +125,7 @@ def load_with_report(path_or_name: str | Path, options: LoadOptions = LoadOption
     contents = _open(find(path_or_name), options)
     config, decided = _choose_config(contents, options)
     parts = empty_parts(config)
-    report, states = match(contents, parts._asdict(), config)
+    report, states = match(contents, parts._asdict(), config, options.ignore_pattern)
     device = torch.device(options.device)
     dtype = _choose_dtype(options.dtype, device, states)
     for name, part in parts._asdict().items():
@@ -136,7 +149,7 @@ def load_with_report(path_or_name: str | Path, options: LoadOptions = LoadOption
         notes += (f"predicts {config.schedule.prediction}{zero}: decided by {decided}; prediction= (--prediction) overrides it",)
     # Markers of another prediction than the one that was decided would mislead whoever reads the file after it is saved.
     extra = [name for name in report.extra if config.schedule.prediction == "v" or not re.search(MARKERS, name)]
-    sd = StableDiffusion(config, *parts, tokenizer, {name: tensors[name] for name in extra}, notes)
+    sd = StableDiffusion(config, *parts, tokenizer, to_ldm_names({name: tensors[name] for name in extra}, config), notes)
     return Loaded(sd, contents, report, decided)
 
 
@@ -178,7 +191,14 @@ def _stated_config(contents: Contents, options: LoadOptions) -> tuple[ModelConfi
         return (config, SCHEDULER) if decided else apply_statements(config, stated)
     if KEY in contents.metadata:
         return config_from_json(contents.metadata[KEY]), KEY
-    return apply_statements(family_config(contents.shapes), stated)
+    return apply_statements(_with_scale(family_config(contents.shapes), contents.rest.get("scale_factor")), stated)
+
+
+def _with_scale(config: ModelConfig, factor: Tensor | None) -> ModelConfig:
+    """Return the config with the factor of the latents that a file of the original's training states, if it is another one."""
+    if factor is None or factor.numel() != 1 or abs(float(factor) / config.vae.scaling_factor - 1) < 2**-8:  # the precision of bfloat16
+        return config
+    return replace(config, vae=replace(config.vae, scaling_factor=float(factor)))
 
 
 def _fill_from_metadata(config: ModelConfig, found: Mapping[str, str]) -> ModelConfig:

@@ -1,5 +1,6 @@
 """Match the tensors of a file with the parameters of a model: all of them, or one error that names the likely cause."""
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -11,13 +12,21 @@ from weights_loader.name_table import from_file
 from weights_loader.report import Report
 
 
-def match(contents: Contents, parts: Mapping[str, nn.Module], config: ModelConfig) -> tuple[Report, dict[str, dict[str, Tensor]]]:
+def match(
+    contents: Contents, parts: Mapping[str, nn.Module], config: ModelConfig, ignore: re.Pattern[str] | None = None
+) -> tuple[Report, dict[str, dict[str, Tensor]]]:
     """Return the account of all tensors, and each part's state dict in our names: views of the file's tensors.
+
+    Args:
+        contents: of the file.
+        parts: empty modules.
+        config: theirs.
+        ignore: a pattern of unknown tensors that are left out.
 
     Raises ValueError if anything is missing, unexpected or of the wrong shape.
     """
     family = family_of_config(config)
-    report, locations = Report(family, config), {}
+    report, locations = Report(family, config, ignore), {}
     for name, part in parts.items():
         locations[name] = report.add_part(part, family.part_names(name, contents.layouts[name]), contents.parts[name])
     report.add_rest(list(contents.rest))
@@ -43,5 +52,5 @@ def _likely_cause(contents: Contents, report: Report, config: ModelConfig) -> st
     if len(report.missing) == problems:
         return "weights were left out when the file was saved, or it is one shard of several"
     if len(report.unexpected) == problems:
-        return "something else was saved beside the model; remove those tensors"
+        return "something else was saved beside the model; ignore=REGEX (--ignore) leaves out what you do not miss"
     return "another kind of model, or a config that is not this file's"

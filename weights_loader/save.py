@@ -101,6 +101,7 @@ def convert(
     ema: bool = False,
     vae: str | Path | None = None,
     prediction: str | None = None,
+    ignore: str | None = None,
 ) -> tuple[str, ...]:
     """Rewrite a checkpoint: to LDM names where the target ends in .safetensors, else to a diffusers folder. Return the loader's notes.
 
@@ -111,10 +112,11 @@ def convert(
         ema: as in `load`.
         vae: as in `load`.
         prediction: as in `load`.
+        ignore: as in `load`.
     """
     target = Path(target)
     if target.suffix in PICKLES:
         raise ValueError(f"{target}: checkpoints are written as {SUFFIX}; name it {target.with_suffix(SUFFIX).name}")
-    sd = load(source, dtype=dtype, ema=ema, vae=vae, prediction=prediction)
+    sd = load(source, dtype=dtype, ema=ema, vae=vae, prediction=prediction, ignore=ignore)
     save(sd, target, "ldm" if target.suffix == SUFFIX else "diffusers")
     return sd.notes

@@ -23,6 +23,7 @@ class Summary:
         size: bytes of the file or folder.
         dtypes: tensors of each dtype in the file.
         prediction: "eps" or "v".
+        decided: what says so.
         ema: whether moving averages of the U-Net's weights are in it.
         used: how many tensors are used as they are.
         converted: how many are converted, in each way.
@@ -38,6 +39,7 @@ class Summary:
     size: int
     dtypes: dict[str, int]
     prediction: str
+    decided: str
     ema: bool
     used: int
     converted: dict[str, int]
@@ -50,7 +52,7 @@ class Summary:
         lines = [
             str(self.path),
             f"  family      {self.family}",
-            f"  predicts    {self.prediction}",
+            f"  predicts    {self.prediction}, by {self.decided}",
             f"  layout      {self.layout}",
             f"  parameters  {sum(self.parameters.values()) / 1e6:.2f} M: {parts}",
             f"  size        {self.size / 1e6:,.1f} MB",
@@ -65,8 +67,10 @@ class Summary:
         return "\n".join(lines)
 
 
-def inspect(path: str | Path) -> Summary | SmallSummary:
+def inspect(path: str | Path, *, ignore: str | None = None) -> Summary | SmallSummary:
     """Say what a checkpoint is, or what a LoRA, embedding or Custom Diffusion is.
+
+    ignore: as in `load`.
 
     Of a checkpoint, weights stay in the file, unless it mixes dtypes; only where nothing says eps or v, the U-Net is run once.
 
@@ -74,7 +78,7 @@ def inspect(path: str | Path) -> Summary | SmallSummary:
     """
     if small := inspect_small(find(path)):
         return small
-    loaded = load_with_report(path, LoadOptions(dtype="file"))
+    loaded = load_with_report(path, LoadOptions(dtype="file", ignore=ignore))
     sd, contents, report = loaded.sd, loaded.contents, loaded.report
     where = contents.path
     return Summary(
@@ -85,10 +89,11 @@ def inspect(path: str | Path) -> Summary | SmallSummary:
         size=sum(file.stat().st_size for file in where.rglob("*") if file.is_file()) if where.is_dir() else where.stat().st_size,
         dtypes=count_dtypes(contents.tensors.values()),
         prediction=sd.config.schedule.prediction,
+        decided=loaded.decided,
         ema=any(name.startswith(f"{EMA_PREFIX}diffusion_model") for name in contents.rest),
         used=len(report.used),
         converted=dict(Counter(report.converted.values())),
         extra=len(report.extra),
         ignored=report.reasons(),
-        notes=sd.notes,
+        notes=tuple(note for note in sd.notes if not note.startswith("predicts ")),
     )

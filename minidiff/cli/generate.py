@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from minidiff.cli.flags import Attentions, DTypes, Several
+from minidiff.cli.flags import Attentions, DTypes, Several, Text
 from minidiff.cli.model import load, slug, weighted
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def generate(
     vae: str | None = None,
     ema: bool = False,
     prediction: Literal["eps", "v"] | None = None,
+    ignore: Text = None,
     dtype: DTypes = "auto",
     device: str = "auto",
     attention: Attentions = "auto",
@@ -55,6 +56,7 @@ def generate(
         vae: a VAE file to use instead of the model's
         ema: take the averaged weights, where a .ckpt holds both
         prediction: what the model predicts, eps or v, where its file is wrong about it
+        ignore: a regular expression of unknown tensors in the model's file to leave out
         dtype: of the weights; float32 on a CPU and the file's own on a GPU by default; bfloat16 takes about half the time on a CPU that
             has it
         device: auto, cpu, cuda, cuda:1, mps
@@ -79,7 +81,7 @@ def generate(
     out = out or free_name(f"{slug(prompts[0])}-{seed}")
     check_png(out)
     small = {"lora": weighted(lora), "embeddings": embedding, "custom_diffusion": custom_diffusion}
-    sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction, **small)
+    sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction, ignore=ignore, **small)
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
     with attention_backend(attention):

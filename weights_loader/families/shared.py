@@ -39,14 +39,26 @@ IGNORED = (
     (r"^model_ema\.(decay|num_updates)$", "counters of the training"),
     (r"^model_ema\.", "moving average of the U-Net's weights; ask for it with ema=True (--ema)"),
     (r"^(first_stage_model\.)?loss\.", "the loss that the VAE was trained with"),
+    (r"^model_sampling\.", "tables of the noise schedule, which is computed anew"),
+    (r"^scale_factor$", "the factor of the latents, read into the config"),
+    (
+        r"^embedding_manager\.",
+        "what old trainers of DreamBooth and new words kept for themselves",
+    ),
+    (
+        r"^(cond_stage_model\.)?(transformer\.|model\.)?(vision_model|visual|visual_projection|vision_projection)\.",
+        "CLIP's encoder of pictures, which no prompt passes",
+    ),
+    (r"^(safety_checker|feature_extractor)\.", "the safety checker, no part of making a picture"),
 )
 EXTRA = (
     # What CLIP compares pictures and texts with, ...
-    r"^cond_stage_model\.(model\.|transformer\.)?(text_model\.)?(text_projection(\.weight)?|logit_scale)$",
-    # the tensors that say what the model predicts (stated.py), ...
+    r"^(cond_stage_model\.(model\.|transformer\.)?)?(text_model\.)?(text_projection(\.weight)?|logit_scale)$",
+    # ... the tensors that say what the model predicts (stated.py), ...
     MARKERS,
-    # ... and OpenCLIP's last block, which Stable Diffusion 2 does not run.
-    r"^cond_stage_model\.model\.transformer\.resblocks\.{n}\.",
+    # ... and blocks of the text encoder that are not run: OpenCLIP's last one, and CLIP's where the config has fewer than the file.
+    r"^cond_stage_model\.model\.transformer\.resblocks\.(?P<block>\d+)\.",
+    r"^(cond_stage_model\.transformer\.)?text_model\.encoder\.layers\.(?P<block>\d+)\.",
 )
 
 # The first that is found decides.
