@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,23 +33,61 @@ def temporary_path(path: Path) -> Path:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file that becomes `path` when the block ends, replacing what was there. If the block raises, `path` stays as it was.
 
-    Raises OSError if the folder is missing or the disk is full.
+    Temporary files of writers of `path` that were killed are deleted. Raises OSError if the folder is missing or the disk is full.
     """
-    temporary = temporary_path(path)
+    remove_leftovers(path)
+    temporary, file = _new_temporary(path)
     try:
-        with temporary.open("xb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # or a crash of the machine might leave the new name on an empty file
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _new_temporary(path: Path) -> tuple[Path, BinaryIO]:
+    while True:
+        temporary = temporary_path(path)
+        file = temporary.open("xb")
+        hold(file.fileno())
+        if temporary.exists():
+            return temporary, file
+        file.close()  # another writer took it for a leftover before it was locked
+
+
+def hold(descriptor: int) -> None:
+    """Lock an open temporary file or folder, so that it is known to be in use as long as it is open. Does nothing without Unix' locks."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
 def remove_leftovers(path: Path) -> None:
-    """Delete the temporary files of writers of `path` that were killed. Only safe where no other process writes `path`."""
+    """Delete the temporary files and folders of writers of `path` that were killed. Those of writers at work are locked, and stay."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+        if _is_held(leftover):
+            continue
+        with suppress(OSError):  # deleted by another process meanwhile, or open, which Windows does not delete
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _is_held(temporary: Path) -> bool:
+    try:
+        import fcntl
+
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(descriptor)
+    except ImportError:
+        return False
+    except OSError:  # locked, gone, or on a file system without locks
+        return True
+    return False
 
 
 def write_text(path: Path, text: str) -> None:

@@ -190,6 +190,9 @@ def take_vae(contents: Contents, path: Path) -> Contents:
         layout = "diffusers"
     else:
         what = foreign(list(tensors)) or f"no VAE by the names of its tensors; the first is {next(iter(tensors))}"
+        if what.startswith("a VAE alone"):
+            absent = _first_norm(contents.family, names["diffusers" if any("mid_block" in name for name in tensors) else "ldm"])
+            what = f"a VAE of another kind than Stable Diffusion's, or one that was saved in part: it has no {absent}"
         raise ValueError(f"{path}: given as vae=, but it is {what}")
     return replace(
         contents,

@@ -26,7 +26,7 @@ from weights_loader.contents import Contents, check_parts, find, open_checkpoint
 from weights_loader.empty_parts import empty_parts
 from weights_loader.families import family_config
 from weights_loader.folder import folder_config
-from weights_loader.match import match
+from weights_loader.match import check_extent, match
 from weights_loader.metadata import KEY, config_from_json
 from weights_loader.prediction import (
     apply_statements,
@@ -124,6 +124,7 @@ def load_with_report(path_or_name: str | Path, options: LoadOptions = LoadOption
     """Load as `load` does, and return the account of the file's tensors with the model."""
     contents = _open(find(path_or_name), options)
     config, decided = _choose_config(contents, options)
+    check_extent(contents, config)
     parts = empty_parts(config)
     report, states = match(contents, parts._asdict(), config, options.ignore_pattern)
     device = torch.device(options.device)

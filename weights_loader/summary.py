@@ -1,7 +1,7 @@
 """What `minidiff inspect` says of a checkpoint; of a small file that changes one, adapters/summary.py says it."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weights_loader.adapters.summary import SmallSummary, count_dtypes, inspect_small
@@ -9,6 +9,7 @@ from weights_loader.contents import find
 from weights_loader.families import family_of_config
 from weights_loader.load import LoadOptions, load_with_report
 from weights_loader.name_table import EMA_PREFIX
+from weights_loader.read import verify as verify_numbers
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,19 @@ class Summary:
         return "\n".join(lines)
 
 
-def inspect(path: str | Path, *, ignore: str | None = None) -> Summary | SmallSummary:
+def inspect(path: str | Path, *, ignore: str | None = None, verify: bool = False) -> Summary | SmallSummary:
     """Say what a checkpoint is, or what a LoRA, embedding or Custom Diffusion is.
 
     ignore: as in `load`.
+    verify: compare all numbers with the checksums in the file, as far as its format has some; a note says what they show.
 
     Of a checkpoint, weights stay in the file, unless it mixes dtypes; only where nothing says eps or v, the U-Net is run once.
 
     Raises as `load` does: what cannot be loaded is named by the error.
     """
+    checked = verify_numbers(find(path)) if verify else ()
     if small := inspect_small(find(path)):
-        return small
+        return replace(small, notes=(*small.notes, *checked))
     loaded = load_with_report(path, LoadOptions(dtype="file", ignore=ignore))
     sd, contents, report = loaded.sd, loaded.contents, loaded.report
     where = contents.path
@@ -95,5 +98,5 @@ def inspect(path: str | Path, *, ignore: str | None = None) -> Summary | SmallSu
         converted=dict(Counter(report.converted.values())),
         extra=len(report.extra),
         ignored=report.reasons(),
-        notes=tuple(note for note in sd.notes if not note.startswith("predicts ")),
+        notes=(*(note for note in sd.notes if not note.startswith("predicts ")), *checked),
     )

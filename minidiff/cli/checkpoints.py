@@ -9,16 +9,17 @@ from minidiff.cli.flags import DTypes, Text
 from minidiff.cli.model import load, print_notes
 
 
-def inspect(file: tyro.conf.Positional[Path], /, ignore: Text = None) -> None:
+def inspect(file: tyro.conf.Positional[Path], /, ignore: Text = None, verify: bool = False) -> None:
     """Say what a checkpoint is, what is in it and what would be ignored; or what a LoRA, learned words or a Custom Diffusion are.
 
     Args:
         file: "tiny", a .safetensors or .ckpt file, a diffusers folder, or a small file that was learned
         ignore: a regular expression of unknown tensors to leave out
+        verify: compare all numbers with the checksums in the file, as far as its format has some
     """
     import weights_loader
 
-    print(weights_loader.inspect(file, ignore=ignore))
+    print(weights_loader.inspect(file, ignore=ignore, verify=verify))
 
 
 def convert(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from minidiff.cli.flags import Attentions, DTypes, Several, Text
-from minidiff.cli.model import load, slug, weighted
+from minidiff.cli.model import load, named, print_notes, slug, unused_words, weighted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,7 +62,7 @@ def generate(
         device: auto, cpu, cuda, cuda:1, mps
         attention: how it is computed: auto takes what is fastest; triton is this package's kernels, on a GPU
         lora: a LoRA file, or FILE:0.7 for a part of its change
-        embedding: a file of learned words, for the prompts to use
+        embedding: a file of learned words, for the prompts to use; FILE:WORD gives its word another name
         custom_diffusion: a Custom Diffusion file or folder
         out: a .png file, named after the prompt by default; several pictures make a grid, with each picture in a file alongside
     """
@@ -80,8 +80,9 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts and --batch {batch} make no picture; give at least one of each")
     out = out or free_name(f"{slug(prompts[0])}-{seed}")
     check_png(out)
-    small = {"lora": weighted(lora), "embeddings": embedding, "custom_diffusion": custom_diffusion}
+    small = {"lora": weighted(lora), "embeddings": named(embedding), "custom_diffusion": custom_diffusion}
     sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction, ignore=ignore, **small)
+    print_notes(unused_words(sd.tokenizer, [*prompts, negative_prompt]))
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
     with attention_backend(attention):

@@ -201,3 +201,12 @@ def test_blocks_of_the_text_encoder_beyond_the_config_are_carried(family, tmp_pa
     weights_loader.save(loaded, tmp_path / "model.safetensors")
     weights_loader.convert(tmp_path / "model.safetensors", tmp_path / "again")
     assert_same_model(weights_loader.load(tmp_path / "again"), loaded)
+
+
+def test_a_vae_of_another_kind_is_not_advised_to_be_given_as_what_it_was_given(tmp_path):
+    weights_loader.save(family_model("SD 1"), tmp_path / "model.safetensors")
+    write_safetensors(tmp_path / "vae.safetensors", {f"encoder.down.0.block.{i}.conv9.weight": torch.zeros(1) for i in range(8)})
+    with pytest.raises(
+        ValueError, match="given as vae=, but it is a VAE of another kind than Stable Diffusion's.*it has no encoder.mid.block_1"
+    ):
+        weights_loader.load(tmp_path / "model.safetensors", vae=tmp_path / "vae.safetensors")

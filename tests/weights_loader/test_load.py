@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -184,3 +185,28 @@ def test_broken_weights_are_not_taken_for_a_prediction(tmp_path, monkeypatch):
 def test_whole_numbers_are_refused_as_weights():
     with pytest.raises(ValueError, match="whole numbers: a quantised model"):
         _choose_dtype("file", torch.device("cpu"), {"unet": {"w": torch.ones(1, dtype=torch.int8)}})
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        (("text_encoder", "layers"), 10**6, "the config asks for 1000000 blocks in the text encoder, and there are"),
+        (("unet", "blocks_per_level"), 10**6, "the config asks for 3000000 blocks in the unet"),
+        (("unet", "attention"), [10**6, 1, 0], "the config asks for 3000000 blocks in the unet"),
+        (("vae", "blocks_per_level"), 0, "the config asks for 0 blocks in the vae"),
+        (("schedule", "timesteps"), 10**9, "the config asks for schedule.timesteps 1000000000; expected 0 to 1048576"),
+        (("schedule", "timesteps"), 10**6, "the config asks for 1000000 timesteps; at most 100000"),
+        (("text_encoder", "width"), 2**60, "the config asks for text_encoder.width"),
+        (("unet", "in_channels"), -4, "the config asks for unet.in_channels -4"),
+        (("vae", "scaling_factor"), 0.0, "the config's scaling_factor is 0.0"),
+        (("schedule", "beta_start"), 3.0, "expected 0 < beta_start"),
+    ],
+    ids=str,
+)
+def test_metadata_that_ask_for_more_than_the_file_holds_are_refused_before_anything_is_built(path, value, message, tmp_path):
+    sd = family_model("bundled")
+    config = json.loads(metadata.config_to_json(sd.config))
+    config[path[0]][path[1]] = value
+    write_safetensors(tmp_path / "model.safetensors", ldm_tensors(sd), {metadata.KEY: json.dumps(config)})
+    with pytest.raises(ValueError, match=message):
+        weights_loader.load(tmp_path / "model.safetensors")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minidiff.adapters.base import Adapter
+from minidiff.adapters.tokens import NewTokens
 from minidiff.pipeline import StableDiffusion
 from weights_loader.adapters.custom_diffusion import read_custom_diffusion
 from weights_loader.adapters.embedding import read_embedding
@@ -38,7 +39,7 @@ def attach(
     embeddings: File | Sequence[File | tuple[File, str]] = (),
     custom_diffusion: File | Sequence[File | tuple[File, tuple[str, ...]]] = (),
 ) -> None:
-    """Attach files to a model, all of them or none. sd.adapters lists them.
+    """Attach files to a model, all of them or none. sd.adapters lists them, sd.notes the words that they add.
 
     Args:
         sd: the model
@@ -64,8 +65,19 @@ def attach(
         except ValueError as error:
             for done in reversed(read[:i]):
                 done.adapter.detach()
-            raise ValueError(f"{file.path}: {error}") from error
+            way_out = "; embeddings=((FILE, WORD),) (--embedding FILE:WORD) gives it another word" * (file.kind == "embedding")
+            raise ValueError(f"{file.path}: {error}{way_out}") from error
     sd.adapters.extend(read)
+    sd.notes += tuple(note for file in read if (note := words_note(file.path, file.adapter)))
+
+
+def words_note(path: Path, adapter: Adapter) -> str | None:
+    """Return the words that a file adds, for its user to put into prompts; None if it adds none."""
+    tokens = adapter if isinstance(adapter, NewTokens) else getattr(adapter, "tokens", None)
+    if not isinstance(tokens, NewTokens):
+        return None
+    words = ", ".join(f"{name} ({len(rows)} vector{'s' * (len(rows) > 1)})" for name, rows in tokens.rows.items())
+    return f"{path} adds the word{'s' * (len(tokens.rows) > 1)} {words}"
 
 
 def pairs(files: File | Sequence[Any], otherwise: Any) -> list[tuple[File, Any]]:
