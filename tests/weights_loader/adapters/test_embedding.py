@@ -106,7 +106,7 @@ def test_another_width_names_both_and_the_likely_model(sd, tmp_path):
         ({"<cat>": torch.zeros(2, 16, 1)}, r"'<cat>' is torch.float32 of shape \(2, 16, 1\); expected vectors"),
         ({"<cat>": torch.zeros(2, 16, dtype=torch.int64)}, r"'<cat>' is torch.int64 of shape \(2, 16\); expected vectors"),
         ({"emb_params": torch.zeros(0, 16)}, r"'emb_params' is torch.float32 of shape \(0, 16\); expected vectors"),
-        ({"encoder.mid.block_1.conv1.weight": torch.zeros(2, 16)}, "given as an embedding, but it is a VAE alone"),
+        ({f"encoder.mid.block_1.conv{i}.weight": torch.zeros(2, 16) for i in range(4)}, "given as an embedding, but it is a VAE alone"),
         ({"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": vectors()}, "given as an embedding, but it is a LoRA.*--lora"),
     ],
 )
@@ -170,7 +170,7 @@ def test_files_whose_names_have_a_colon_are_those_files(tmp_path):
 @pytest.mark.parametrize("word", ["*", "cat"])
 def test_a_word_that_cannot_be_added_is_given_another_one(word, sd, tmp_path):
     write_safetensors(tmp_path / "x.safetensors", {word: vectors(1)})
-    with pytest.raises(ValueError, match=r"x.safetensors: placeholder .* --embedding FILE:WORD. gives it another word"):
+    with pytest.raises(ValueError, match=r"x.safetensors: placeholder .* .--embedding FILE:WORD. gives it another word"):
         weights_loader.attach(sd, embeddings=tmp_path / "x.safetensors")
     weights_loader.attach(sd, embeddings=[(tmp_path / "x.safetensors", "<other>")])
     try:
