@@ -39,11 +39,11 @@ def weighted(files: Sequence[str]) -> tuple[tuple[str, float], ...]:
     return tuple(parse_weighted(file) for file in files)
 
 
-def named(files: Sequence[str]) -> tuple[tuple[str, str | None], ...]:
+def named(files: Sequence[str]) -> tuple[str | tuple[str, str], ...]:
     """Read FILE or FILE:WORD, as the loader takes them."""
     from weights_loader.adapters.embedding import parse_named
 
-    return tuple(parse_named(file) for file in files)
+    return tuple((file, word) if word else file for file, word in map(parse_named, files))
 
 
 def unused_words(tokenizer: "Tokenizer", prompts: Iterable[str]) -> list[str]:

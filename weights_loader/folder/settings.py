@@ -164,7 +164,7 @@ def read_settings(path: Path, part: str, only: Mapping[str, object]) -> dict:
         if not kind.holds(value):
             raise ValueError(f"{path}: {name} is {reprlib.repr(value)}; expected {kind.words}")
         result[name] = value
-    for name, value in (only | values | result).items():
+    for name, value in {**only, **values, **result}.items():
         if name in only:
             given = value if isinstance(value, list) and value else [value]
             if any(one != only[name] or isinstance(one, bool) != isinstance(only[name], bool) for one in given):

@@ -201,7 +201,7 @@ def _from_tree(path: Path, tree: object, inert: tuple[str, ...]) -> Checkpoint:
         elif isinstance(value, InertObject) and value.called:
             refuse_call(value.name)  # beside the weights it is only told; among them it may stand for one
         else:
-            if type(value) in (int, float) and abs(value) < 2**63:
+            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63:
                 numbers[name] = float(value)
             if len(notes) >= MOST_NOTES:
                 left_out += 1
