@@ -14,9 +14,9 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -36,33 +36,30 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Temporary files of writers of `path` that were killed are deleted. Raises OSError if the folder is missing or the disk is full.
     """
     remove_leftovers(path)
-    temporary, file = _new_temporary(path)
+    temporary = temporary_path(path)
     try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # or a crash of the machine might leave the new name on an empty file
+        file = temporary.open("xb")
+        with held(temporary):
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # or a crash of the machine might leave the new name on an empty file
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _new_temporary(path: Path) -> tuple[Path, BinaryIO]:
-    while True:
-        temporary = temporary_path(path)
-        file = temporary.open("xb")
-        hold(file.fileno())
-        if temporary.exists():
-            return temporary, file
-        file.close()  # another writer took it for a leftover before it was locked
+@contextmanager
+def held(temporary: Path) -> Iterator[None]:
+    """Lock a temporary file or folder, so that nobody takes it for a leftover until the block ends. Does nothing without Unix' locks."""
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):
+            import fcntl
 
-
-def hold(descriptor: int) -> None:
-    """Lock an open temporary file or folder, so that it is known to be in use as long as it is open. Does nothing without Unix' locks."""
-    with suppress(ImportError, OSError):
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+            descriptor = os.open(temporary, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def remove_leftovers(path: Path) -> None:
@@ -94,6 +91,22 @@ def write_text(path: Path, text: str) -> None:
     """Write text in UTF-8, whole or not at all."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def read_text(path: Path) -> str:
+    """Read a file in UTF-8. Raises ValueError for another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors put a mark in front
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def parse_json(text: str, where: str, advice: str = "") -> Any:
+    """Parse JSON. Raises ValueError that names the place, and ends with the advice."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: no JSON ({error}){advice}") from error
 
 
 # --- digests ----------------------------------------------------------------------------------------------------------
@@ -175,9 +188,6 @@ def ensure_same_run(
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(asked, indent=1))
-    try:
-        found = json.loads(json.dumps(defaults or {})) | json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error}); choose an empty folder") from error
+    found = json.loads(json.dumps(defaults or {})) | parse_json(read_text(path), str(path), "; choose an empty folder")
     same = {name: asked.get(name) for name in ignore}
     check_same(path.parent, {**found, **same}, {**asked, **same}, holds)

@@ -9,7 +9,6 @@ gives two different files, and refuses tensors that share memory.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minidiff.files import atomic_write, hold, remove_leftovers, temporary_path, tensor_bytes
+from minidiff.files import atomic_write, held, remove_leftovers, temporary_path, tensor_bytes
 
 DTYPES = {
     torch.float64: "F64",
@@ -97,18 +96,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     remove_leftovers(path)
     temporary = temporary_path(path)
     temporary.mkdir()
-    descriptor = os.open(temporary, os.O_RDONLY) if os.name == "posix" else None
     try:
-        if descriptor is not None:
-            hold(descriptor)
-        yield temporary
-        if path.is_dir():
-            path.rmdir()
-        temporary.rename(path)
+        with held(temporary):
+            yield temporary
+            if path.is_dir():
+                path.rmdir()
+            temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _check(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]):

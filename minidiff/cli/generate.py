@@ -80,8 +80,18 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts and --batch {batch} make no picture; give at least one of each")
     out = out or free_name(f"{slug(prompts[0])}-{seed}")
     check_png(out)
-    small = {"lora": weighted(lora), "embeddings": named(embedding), "custom_diffusion": custom_diffusion}
-    sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction, ignore=ignore, **small)
+    sd = load(
+        model,
+        dtype,
+        device,
+        vae=vae,
+        ema=ema,
+        prediction=prediction,
+        ignore=ignore,
+        lora=weighted(lora),
+        embeddings=named(embedding),
+        custom_diffusion=custom_diffusion,
+    )
     print_notes(unused_words(sd.tokenizer, [*prompts, negative_prompt]))
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
@@ -99,7 +109,6 @@ def generate(
         )
         (last,) = deque(tqdm(trajectory, total=steps, unit="step", file=sys.stderr), maxlen=1)
         images = to_images(sd.decode(last.x_t))
-    width, height = images[0].size
     settings = {
         "Steps": steps,
         "Sampler": sampler,
@@ -107,7 +116,7 @@ def generate(
         "CFG scale": guidance_scale,
         "Seed": seed,
         "Batch": batch,
-        "Size": f"{width}x{height}",
+        "Size": f"{images[0].width}x{images[0].height}",
         "Model": model,
         "VAE": vae,
         "EMA": ema,
@@ -147,8 +156,7 @@ def write_pictures(
     if len(pairs) > 1:
         for number, ((prompt, seed), image) in enumerate(zip(pairs, images)):
             name = f"{out.stem}-{seed}.png" if len(prompts) == 1 else f"{out.stem}-{number}-{slug(prompt)}-{seed}.png"
-            own = settings | {"Seed": seed, "Batch": 1}
-            save_png(image, out.with_name(name), picture_settings(prompt, negative_prompt, own))
+            save_png(image, out.with_name(name), picture_settings(prompt, negative_prompt, settings | {"Seed": seed, "Batch": 1}))
 
 
 def free_name(stem: str) -> Path:

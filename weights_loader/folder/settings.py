@@ -8,13 +8,14 @@ All others have to be what the family says (families/shared.py), or absent, null
 change what the model computes.
 """
 
-import json
 import math
 import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from minidiff.files import parse_json
 
 MOST_BYTES = 64_000_000  # of a JSON file; a whole vocabulary has 4 MB
 LARGEST = 2**20  # of a whole number: no width, depth or vocabulary comes near it
@@ -129,11 +130,12 @@ def read_json(path: Path) -> dict:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"{path.stat().st_size:,} bytes, more than any such file has")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file, and a diffusers folder needs it; interrupted download?") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: no JSON ({error}); interrupted download?") from None
+    values = parse_json(text, str(path), "; interrupted download?")
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a JSON {type(values).__name__}; expected an object of settings")
     return values
