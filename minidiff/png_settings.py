@@ -21,7 +21,7 @@ from minidiff.pictures import UNREADABLE
 NEGATIVE = "Negative prompt: "
 FIRST = "Steps: "  # what the line of settings begins with
 PROMPTS = "Prompts"  # of a grid of several prompts, or one that looks like the lines below it
-LONGEST_SIDE = 10_000_000
+DIGITS = 7  # of a size, at most
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Parameters:
     def size(self) -> tuple[int, int] | None:
         """Return the (width, height) that the text states."""
         sides = self.values.get("Size", "").split("x")
-        if len(sides) != 2 or not all(side.isdecimal() and int(side[:9]) < LONGEST_SIDE for side in sides):
+        if len(sides) != 2 or not all(side.isdecimal() and len(side) <= DIGITS for side in sides):
             return None
         return int(sides[0]), int(sides[1])
 

@@ -11,15 +11,17 @@ from minidiff.cli.model import load, print_notes
 from minidiff.cli.names import check_writable
 
 
-def inspect(file: tyro.conf.Positional[Path], /) -> None:
+def inspect(file: tyro.conf.Positional[Path], /, ignore: Text = None, verify: bool = False) -> None:
     """Say what a checkpoint is, what is in it and what would be ignored; or what a LoRA, learned words or a Custom Diffusion are.
 
     Args:
         file: "tiny", a .safetensors or .ckpt file, a diffusers folder, or a small file that was learned
+        ignore: a regular expression of unknown tensors to leave out
+        verify: compare all numbers with the checksums in the file, as far as its format has some
     """
     import weights_loader
 
-    print(weights_loader.inspect(file))
+    print(weights_loader.inspect(file, ignore=ignore, verify=verify))
 
 
 def convert(
@@ -30,6 +32,7 @@ def convert(
     ema: bool = False,
     vae: str | None = None,
     prediction: Literal["eps", "v"] | None = None,
+    ignore: Text = None,
     names: Text = None,
     model: Text = None,
 ) -> None:
@@ -42,6 +45,7 @@ def convert(
         ema: take the averaged weights, where a .ckpt holds both; the others are left out in any case
         vae: a VAE file to put in the place of the model's
         prediction: what the model predicts, eps or v, where its file is wrong about it
+        ignore: a regular expression of unknown tensors to leave out
         names: of a LoRA: kohya (by default) or diffusers; of learned words: diffusers (by default) or a1111
         model: the checkpoint that a LoRA is for, if it is of no public family, or that a Custom Diffusion was learned on
     """
@@ -51,13 +55,16 @@ def convert(
 
     check_writable(target)
     if weights_loader.small_kind(source):
-        refuse_flags({"dtype": dtype != "auto", "ema": ema, "vae": vae, "prediction": prediction}, f"a whole model, and {source} is small")
+        refuse_flags(
+            {"dtype": dtype != "auto", "ema": ema, "vae": vae, "prediction": prediction, "ignore": ignore},
+            f"a whole model, and {source} is small",
+        )
         weights_loader.rewrite(source, target, names, load(model, "float32", "cpu") if model else None)
         print(target)
         return
     refuse_flags({"names": names, "model": model}, f"a small file, and {source} is a whole model")
     kept = "file" if dtype == "auto" else getattr(torch, dtype)
-    print_notes(weights_loader.convert(source, target, dtype=kept, ema=ema, vae=vae, prediction=prediction))
+    print_notes(weights_loader.convert(source, target, dtype=kept, ema=ema, vae=vae, prediction=prediction, ignore=ignore))
     print(target)
 
 

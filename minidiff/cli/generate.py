@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from minidiff import __version__
-from minidiff.cli.flags import Attentions, DTypes, File, Several
-from minidiff.cli.model import load, print_notes, weighted
+from minidiff.cli.flags import Attentions, DTypes, File, Several, Text
+from minidiff.cli.model import load, named, print_notes, unused_words, weighted
 from minidiff.cli.names import check_writable, free_path, slug
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def generate(
     vae: str | None = None,
     ema: bool = False,
     prediction: Literal["eps", "v"] | None = None,
+    ignore: Text = None,
     dtype: DTypes = "auto",
     device: str = "auto",
     attention: Attentions = "auto",
@@ -58,12 +59,13 @@ def generate(
         vae: a VAE file to use instead of the model's
         ema: take the averaged weights, where a .ckpt holds both
         prediction: what the model predicts, eps or v, where its file is wrong about it
+        ignore: a regular expression of unknown tensors in the model's file to leave out
         dtype: of the weights; float32 on a CPU and the file's own on a GPU by default; bfloat16 takes about half the time on a CPU that
             has it
         device: auto, cpu, cuda, cuda:1, mps
         attention: how it is computed: auto takes what is fastest; triton is this package's kernels, on a GPU
         lora: a LoRA file, or FILE:0.7 for a part of its change
-        embedding: a file of learned words, for the prompts to use
+        embedding: a file of learned words, for the prompts to use; FILE:WORD gives its word another name
         custom_diffusion: a Custom Diffusion file or folder
         settings: a picture that generate or a web interface made, to make it again; flags and prompts beside it win over its own
         out: a .png file, named after the prompt by default; several pictures make a grid, with each picture in a file alongside
@@ -93,10 +95,12 @@ def generate(
         vae=vae,
         ema=ema,
         prediction=prediction,
+        ignore=ignore,
         lora=weighted(lora),
-        embeddings=embedding,
+        embeddings=named(embedding),
         custom_diffusion=custom_diffusion,
     )
+    print_notes(unused_words(sd.tokenizer, [*prompts, negative_prompt]))
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
     if negative_prompt and guidance_scale == 1:
         print_notes(["--negative-prompt has no effect at --guidance-scale 1, which draws the prompt alone; give a larger scale"])
