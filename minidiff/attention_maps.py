@@ -27,7 +27,7 @@ def record_cross_attention(unet: UNet) -> Iterator[dict[str, Float[Tensor, "B H 
     """Fill the dict it gives, while open, with one map per layer, under the name of the layer's transformer in the U-Net.
 
     Where a transformer has several blocks, ".1", ".2", ... follow the name for all but the first. Clear the dict to record the next call;
-    while a layer's map is there, it is kept.
+    while a layer's map is there, it is kept. What other threads run meanwhile is not recorded.
     """
     maps: dict[str, Tensor] = {}
     hooks = ExitStack()

@@ -132,6 +132,7 @@ def generate(
         "VAE": vae,
         "EMA": ema,
         "Prediction": prediction,
+        "Ignore": ignore,
         "Spacing": None if row.own_spacing else spacing or sd.config.schedule.spacing,
         "Eta DDIM": eta or None,
         "RNG": "CPU",

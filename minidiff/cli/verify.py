@@ -105,6 +105,7 @@ def their_pipeline(file: str, sd: "StableDiffusion") -> Any:
     from weights_loader.folder import write_folder_config
 
     diffusers: Any = importlib.import_module("diffusers")
+    diffusers.utils.logging.set_verbosity_error()  # its warnings are of its own loading
     path = find(file)
     with tempfile.TemporaryDirectory() as settings:
         write_folder_config(Path(settings), sd.config, sd.tokenizer)
@@ -172,7 +173,9 @@ def compare_layers(sd: "StableDiffusion", pipe: Any, prompt: str, seed: int) -> 
             pairs = paired_layers(sd, part, getattr(pipe, part))
             ours_of = outputs({name: one for name, (one, _) in pairs.items()}, ours)
             theirs_of = outputs({name: other for name, (_, other) in pairs.items()}, theirs)
-            found += [difference(f"{part}.{name}", ours_of[name], as_shaped(theirs_of[name], ours_of[name])) for name in ours_of]
+            found += [
+                difference(f"{part}.{name}", ours_of[name], as_shaped(theirs_of[name], ours_of[name], pairs[name][0])) for name in ours_of
+            ]
     return found
 
 
@@ -206,13 +209,21 @@ def outputs(layers: "dict[str, nn.Module]", run: Any) -> "dict[str, Tensor]":
     return found
 
 
-def as_shaped(theirs: "Tensor", ours: "Tensor") -> "Tensor":
-    """Return diffusers' output in our layout: a 1x1 convolution there may be a matrix over the cells here, and the other way round."""
-    if theirs.dim() == 4 and ours.dim() == 3:
-        return theirs.flatten(2).transpose(1, 2)
-    if theirs.dim() == 3 and ours.dim() == 4:
-        return theirs.transpose(1, 2).reshape(ours.shape)
-    return theirs
+def as_shaped(theirs: "Tensor", ours: "Tensor", layer: "nn.Module") -> "Tensor":
+    """Return diffusers' output in our layout: cells are an axis in one place, height and width in another.
+
+    Args:
+        theirs: the output of diffusers' layer
+        ours: the output of ours
+        layer: ours; a GroupNorm has its channels first in any case, a matrix last
+    """
+    from torch import nn
+
+    if theirs.dim() == ours.dim():
+        return theirs
+    if isinstance(layer, nn.GroupNorm):
+        return theirs.reshape(ours.shape)
+    return theirs.flatten(2).transpose(1, 2) if theirs.dim() == 4 else theirs.transpose(1, 2).reshape(ours.shape)
 
 
 def compare_pictures(sd: "StableDiffusion", pipe: Any, prompt: str, steps: int, seed: int, size: int | None) -> tuple[list[float], int]:
