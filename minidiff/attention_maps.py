@@ -30,7 +30,7 @@ def record_cross_attention(unet: UNet) -> Iterator[dict[str, Float[Tensor, "B H 
     while a layer's map is there, it is kept. What other threads run meanwhile is not recorded.
     """
     maps: dict[str, Tensor] = {}
-    hooks = ExitStack()
+    hooks, thread = ExitStack(), threading.get_ident()
 
     def record(name: str, transformer: SpatialTransformer):
         rows = []

@@ -149,7 +149,14 @@ def page(sd: "StableDiffusion", pipe: Any, prompt: str, steps: int, seed: int, s
 
 
 def compare_layers(sd: "StableDiffusion", pipe: Any, prompt: str, seed: int) -> "list[Difference]":
-    """Run the parts of both on the same inputs; return one Difference per layer with weights, in the order in which they run."""
+    """Run the parts of both on the same inputs; return one Difference per layer with weights, in the order in which they run.
+
+    Args:
+        sd: minidiff's model
+        pipe: diffusers' pipeline
+        prompt: the text encoders' input
+        seed: of latent and pixels
+    """
     import torch
 
     from minidiff.compare import difference
