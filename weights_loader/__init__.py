@@ -10,7 +10,7 @@ weights_loader.write_lora("style.safetensors", lora, sd)
 weights_loader.rewrite("style.safetensors", "for-diffusers.safetensors", "diffusers")
 """
 
-from weights_loader.adapters.attach import attach
+from weights_loader.adapters.attach import attach, base_notes
 from weights_loader.adapters.custom_diffusion import read_custom_diffusion, write_custom_diffusion
 from weights_loader.adapters.embedding import read_embedding, write_embedding
 from weights_loader.adapters.lora import check_names as check_lora_names
@@ -26,6 +26,7 @@ __all__ = [
     "SmallSummary",
     "Summary",
     "attach",
+    "base_notes",
     "check_lora_names",
     "convert",
     "inspect",

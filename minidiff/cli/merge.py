@@ -8,6 +8,7 @@ import tyro
 
 from minidiff.cli.flags import DTypes, File, Number, Several, Whole
 from minidiff.cli.model import load, print_notes, weighted
+from minidiff.cli.names import check_writable
 from minidiff.trainers.methods.options import family_of
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def merge_lora(files: Files, /, out: Path, model: str = "tiny", dtype: DTypes = 
     print_notes(sd.notes)
     for path, weight in weighted(files):
         one = weights_loader.read_lora(path, sd)
+        print_notes(weights_loader.base_notes(path, sd))
         one.weight = weight
         lora.merge_lora(sd, one)
     weights_loader.save(sd, out, "ldm" if out.suffix else "diffusers")
@@ -165,8 +167,7 @@ def check_out(out: Path, suffixes: tuple[str, ...]) -> None:
     if out.suffix not in suffixes:
         expected = " or ".join(suffix or "no suffix (a folder)" for suffix in suffixes)
         raise ValueError(f"--out {out}: expected a name with {expected}")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out.parent}: no such folder; make it, or choose another place")
+    check_writable(out)
 
 
 def read_captions(path: Path | None, sd: "StableDiffusion") -> list[str]:

@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -115,7 +116,7 @@ def train(name: str, args: list[str]) -> None:
         given_flags = {*given(option_flags(asked, method), method.options), *given([asked["concept"]], Concept)}
         print_notes(without_effect(given_flags, options, concepts))
         concepts = [with_class_folder(concept, i, run.out, options.phases()[-1]) for i, concept in enumerate(concepts, start=1)]
-        learn(Job(name, options, concepts, run, asked.get("names", ""), asked.get("start_from")), sd, device)
+        learn(Job(name, options, concepts, run, asked.get("names", "diffusers"), asked.get("start_from")), sd, device)
 
 
 def learn(job: Job, sd: "StableDiffusion", device: "torch.device") -> None:
@@ -394,6 +395,8 @@ def keep_results(training: "TrainingRun", phase: "FinetuneTask", sd: "StableDiff
     """
     from minidiff.cli.outputs import results_of
 
+    for leftover in job.run.out.glob(".results-*"):  # of a run that was killed meanwhile; the folder is this run's alone
+        rmtree(leftover, ignore_errors=True)
     with TemporaryDirectory(dir=job.run.out, prefix=".results-") as folder:
         for write, result in results_of(training):
             if any(result is adapter for adapter in phase.adapters):

@@ -298,8 +298,8 @@ def test_what_is_learned_so_far_is_kept_beside_each_sheet_and_is_what_the_sheet_
     for sheet, file in (("lora-000002", "lora-000002"), ("lora-000003", "lora")):
         made = ("--model", "model.safetensors", "--lora", f"run/{file}.safetensors", "--steps", "1", "--out", f"{file}.png")
         assert run("generate", "a cat", *made)[0] == 0
-        shown, drawn = (np.asarray(Image.open(tmp_path / path)) for path in (f"run/{sheet}.png", f"{file}.png"))
-        assert np.array_equal(shown, drawn)
+        shown, drawn = (np.asarray(Image.open(tmp_path / path)).astype(int) for path in (f"run/{sheet}.png", f"{file}.png"))
+        assert np.abs(shown - drawn).max() <= 1  # of 255: rounding
     assert (tmp_path / "lora.png").read_bytes() != (tmp_path / "lora-000002.png").read_bytes()
 
 
@@ -315,9 +315,9 @@ def test_a_finished_run_goes_on_with_more_steps(run, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_in_one_line(run, tmp_path):
     args = ("train", "lora", "--images", "cat", "--prompt", "a cat", "--out", "run", *QUICK, "--max-grad-norm", "inf")
-    code, out, err = run(*args, "--learning-rate", "1e38")
+    code, out, err = run(*args, "--learning-rate", "1e30")
     lines = [line for line in err.splitlines() if line.startswith("minidiff: the loss is")]
-    assert (code, out) == (2, "") and len(lines) == 1 and "lower the learning rate (1e+38)" in lines[0] and "Traceback" not in err, err
+    assert (code, out) == (2, "") and len(lines) == 1 and "lower the learning rate (1e+30)" in lines[0] and "Traceback" not in err, err
 
 
 def test_flags_without_effect_are_said_before_the_first_step(run):
@@ -363,7 +363,7 @@ def test_a_folder_of_another_run_is_left_as_it_is(run, tmp_path):
     code, _, err = run("train", *LORA, "--images", "dog", "--out", "run", *QUICK)
     assert code == 2 and "run/lora.state holds another run (data " in err
     code, _, err = run("train", "fine-tune", "--images", "cat", "--class-word", "cat", "--out", "run", *QUICK)
-    assert code == 2 and "run holds another run (method 'lora', now 'fine-tune')" in err
+    assert code == 2 and "run holds another run (method 'lora', now 'fine-tune'; names 'kohya', now 'diffusers')" in err
     code, _, err = run("train", *LORA, "--images", "cat", "--out", "model.safetensors", *QUICK)
     assert code == 2 and "--out model.safetensors: no folder to write to" in err
     assert (tmp_path / "run" / "lora.state").read_bytes() == state

@@ -56,8 +56,8 @@ def attach(
             way_out = "; embeddings=((FILE, WORD),) (--embedding FILE:WORD) gives it another word" * (kind == "embedding")
             raise ValueError(f"{path}: {error}{way_out}") from error
         adapter.title = f"{kind} {path}"
-    notes = [note for _, path, adapter in read for note in (words_note(path, adapter), base_note(path, metadata_of(path), sd))]
-    sd.notes += tuple(note for note in notes if note)
+    words = [note for _, path, adapter in read if (note := words_note(path, adapter))]
+    sd.notes += (*words, *(note for _, path, _ in read for note in base_notes(path, sd)))
 
 
 def words_note(path: File, adapter: Adapter) -> str | None:
@@ -67,6 +67,12 @@ def words_note(path: File, adapter: Adapter) -> str | None:
         return None
     words = ", ".join(f"{name} ({len(rows)} vector{'s' * (len(rows) > 1)})" for name, rows in tokens.rows.items())
     return f"{path} adds the word{'s' * (len(tokens.rows) > 1)} {words}"
+
+
+def base_notes(path: File, sd: StableDiffusion) -> list[str]:
+    """Return what a user should know before a small file changes a model: that it was learned on another one, if it was."""
+    note = base_note(path, metadata_of(path), sd)
+    return [note] if note else []
 
 
 def metadata_of(path: File) -> Mapping[str, str]:
