@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
@@ -77,21 +77,47 @@ def _shape(value: Tensor | tuple[Tensor, ...] | None) -> object:
     return tuple(value.shape) if isinstance(value, Tensor) else value and [tuple(x.shape) for x in value]
 
 
-class TextSide:
-    """Tokenizer and text encoder together: prompts in, Conditioning out.
+@dataclass(frozen=True)
+class SizeNumbers:
+    """What SDXL is told of a picture, in pixels; None is the picture's own size (Podell et al. 2023, section 2.2).
 
-    A model with other encoders has another class here, with the same `parts` and call.
+    original: width and height before it was scaled. crop: how many pixels were cut off left and top. target: width and height of the result.
+    """
+
+    original: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    target: tuple[int, int] | None = None
+
+    def row(self, size: tuple[int, int]) -> list[int]:
+        """Return the numbers for a picture of this width and height, in the order that the U-Net was trained with: heights and top first."""
+        return [number for pair in (self.original or size, self.crop, self.target or size) for number in reversed(pair)]
+
+
+class TextSide:
+    """Tokenizer and text encoder together: prompts in, Conditioning out. Models with two of each have two_encoders.py.
+
+    encoders, tokenizers: by the names of the modules in `StableDiffusion.parts`.
     """
 
     def __init__(self, tokenizer: Tokenizer, encoder: TextEncoder):
-        self.tokenizer, self.encoder = tokenizer, encoder
-
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """Return the modules by their names in `StableDiffusion.parts`."""
-        return {"text_encoder": self.encoder}
+        self.tokenizers, self.encoders = {"text_encoder": tokenizer}, {"text_encoder": encoder}
 
     def __call__(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """Encode prompts, one row each. size: (width, height) in pixels, for models that are told it; Stable Diffusion 1 and 2 are not."""
-        tokens = self.tokenizer(list(prompts))
-        return Conditioning(self.encoder(tokens.to(self.encoder.token_embedding.weight.device)))
+        return Conditioning(self.context("text_encoder", prompts))
+
+    def context(self, name: str, prompts: Sequence[str]) -> Float[Tensor, "R L D"]:
+        """Encode prompts by one of the encoders."""
+        encoder = self.encoders[name]
+        return encoder(self.tokenizers[name](list(prompts)).to(encoder.token_embedding.weight.device))
+
+    def negative(self, prompt: str | None, size: tuple[int, int] | None = None) -> Conditioning:
+        """Encode what pictures are guided away from, one row; None means that nothing was given, which is here the empty prompt."""
+        return self([prompt or ""], size)
+
+    def told(self, prompt_2: str | None = None, sizes: SizeNumbers = SizeNumbers()) -> "TextSide":
+        """Return a text side that encodes with these. Raises ValueError where the model has no second encoder and is not told sizes."""
+        if prompt_2 is not None or sizes != SizeNumbers():
+            given = "a prompt for a second text encoder" if prompt_2 is not None else f"size numbers ({sizes})"
+            raise ValueError(f"{given}: this model has one text encoder and is told no sizes; leave them out, or load a Stable Diffusion XL")
+        return self

@@ -8,7 +8,7 @@ import torch
 from minidiff.config import ModelConfig, ScheduleConfig, TextEncoderConfig, TokenizerConfig, UNetConfig, VAEConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
-from minidiff.tokenizer import Tokenizer
+from minidiff.two_encoders import text_configs, text_side
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -64,7 +64,8 @@ def small_model(config: ModelConfig | None = None, seed=0) -> StableDiffusion:
     config = config or small_config()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        sd = StableDiffusion(config, TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae), Tokenizer(config.tokenizer))
+        encoders = {name: TextEncoder(numbers) for name, (_, numbers) in text_configs(config).items()}
+        sd = StableDiffusion(config, text_side(config, encoders), UNet(config.unet), VAE(config.vae))
     with torch.no_grad():
         sd.unet.conv_out.weight.mul_(4)
         sd.vae.decoder.conv_out.weight.mul_(2)

@@ -25,6 +25,7 @@ CORE = (
     "samplers",
     "guidance",
     "conditioning",
+    "two_encoders",
     "pipeline",
 )
 # Each line may import the lines above it and itself.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minidiff.config import ModelConfig
 from minidiff.pipeline import StableDiffusion
-from minidiff.tokenizer import Tokenizer
+from minidiff.two_encoders import text_side
 from weights_loader.adapters.attach import File, attach
 from weights_loader.contents import Contents, check_parts, find, open_checkpoint, take_averages, take_vae
 from weights_loader.empty_parts import empty_parts
@@ -101,24 +101,26 @@ def load_with_report(path_or_name: str | Path, options: LoadOptions = LoadOption
     contents = _open(find(path_or_name), options)
     config, decided = _choose_config(contents, options)
     parts = empty_parts(config)
-    report, states = match(contents, parts._asdict(), config)
+    report, states = match(contents, parts.named(), config)
     device = torch.device(options.device)
     dtype = _choose_dtype(options.dtype, device, states)
-    for name, part in parts._asdict().items():
+    for name, part in parts.named().items():
         part.load_state_dict({ours: tensor.to(device, dtype) for ours, tensor in states[name].items()}, assign=True)
         part.eval().requires_grad_(False)
 
-    tokenizer = Tokenizer(config.tokenizer)
-    if tokenizer.vocab_size > config.text_encoder.vocab_size:
-        raise ValueError(
-            f"{contents.path}: the tokenizer knows {tokenizer.vocab_size} tokens, the text encoder {config.text_encoder.vocab_size}; "
-            "the two do not belong together"
-        )
+    text = text_side(config, parts.encoders)
+    for name, tokenizer in text.tokenizers.items():
+        known = text.encoders[name].config.vocab_size
+        if tokenizer.vocab_size > known:
+            raise ValueError(
+                f"{contents.path}: the tokenizer knows {tokenizer.vocab_size} tokens, the {name.replace('_', ' ')} {known}; "
+                "the two do not belong together"
+            )
     notes, tensors = contents.notes, contents.tensors
     if not decided:
-        config, note = ask_prediction(config, parts.unet, parts.text_encoder, tokenizer)
+        config, note = ask_prediction(config, parts.unet, text)
         notes += (note,)
-    sd = StableDiffusion(config, *parts, tokenizer, {name: tensors[name] for name in report.extra}, notes)
+    sd = StableDiffusion(config, text, parts.unet, parts.vae, {name: tensors[name] for name in report.extra}, notes)
     return Loaded(sd, contents, report)
 
 

@@ -15,7 +15,7 @@ from minidiff.files import differences, write_text
 from minidiff.machine import read_machine
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
-from minidiff.tokenizer import Tokenizer
+from minidiff.two_encoders import text_configs, text_side
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -98,7 +98,9 @@ def _read(out: Path | None) -> dict:
 def random_model(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
     """Make a model whose weights are windows onto one pool of random numbers: it takes the memory of its largest matrix."""
     with torch.device("meta"):
-        parts = TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae)
+        encoders = {name: TextEncoder(numbers) for name, (_, numbers) in text_configs(config).items()}
+        unet, vae = UNet(config.unet), VAE(config.vae)
+    parts = *encoders.values(), unet, vae
     generator = torch.Generator().manual_seed(0)
     largest = max(weight.numel() for part in parts for weight in part.parameters())
     # All positive, so that a weight that is lost is lost in the sum.
@@ -109,7 +111,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
             start = int(torch.randint(1000, (), generator=generator))
             windows[name] = pool[start : start + weight.numel()].view(weight.shape)
         part.load_state_dict(windows, assign=True)
-    return StableDiffusion(config, *parts, Tokenizer(config.tokenizer))
+    return StableDiffusion(config, text_side(config, encoders), unet, vae)
 
 
 def random_model_to_run(config: ModelConfig) -> StableDiffusion:

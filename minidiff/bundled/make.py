@@ -41,6 +41,7 @@ from minidiff.bundled.run import (
     time_step,
 )
 from minidiff.bundled.train_judge import JUDGE_SETTINGS, JudgeTask, judge_config
+from minidiff.conditioning import TextSide
 from minidiff.config import ModelConfig
 from minidiff.files import write_text
 from minidiff.machine import format_device
@@ -182,8 +183,8 @@ def estimate_bundled_seconds(
     settings = judge_settings(recipe, device)
     task = JudgeTask(judge_config(), settings.seed, device)
     judging = settings.steps * time_step(task, settings, device)
-    text_encoder, unet, untrained = TextEncoder(config.text_encoder).to(device), UNet(config.unet).to(device), VAE(config.vae).to(device)
-    sd = StableDiffusion(config, text_encoder, unet, untrained, Tokenizer(config.tokenizer))
+    text = TextSide(Tokenizer(config.tokenizer), TextEncoder(config.text_encoder).to(device))
+    sd = StableDiffusion(config, text, UNet(config.unet).to(device), VAE(config.vae).to(device))
     _, drawing = time_first(evaluate(sd, task.judge.eval(), seeds=SEEDS[:1], limit=4))
     return estimate_seconds(config, recipe, device, init, vae) | {
         "judge": judging,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents, Scenes, encode_scenes, make_scenes
+from minidiff.conditioning import TextSide
 from minidiff.config import ModelConfig
 from minidiff.files import checksum, ensure_same_run
 from minidiff.pictures import grid, save_png
@@ -204,7 +205,7 @@ def assemble_model(task: DiffusionTask, training: Training, vae: VAE) -> StableD
     """Return the model with the EMA weights of a training."""
     text_encoder = copy_averaged(task.text_encoder, training.ema["text_encoder"])
     unet = copy_averaged(task.unet, training.ema["unet"])
-    return StableDiffusion(task.config, text_encoder, unet, vae, Tokenizer(task.config.tokenizer))
+    return StableDiffusion(task.config, TextSide(Tokenizer(task.config.tokenizer), text_encoder), unet, vae)
 
 
 def save_samples(sd: StableDiffusion, path: Path) -> None:

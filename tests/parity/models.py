@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from minidiff.conditioning import TextSide
 from minidiff.config import ModelConfig, ScheduleConfig, TextEncoderConfig, TokenizerConfig, UNetConfig, VAEConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
@@ -217,7 +218,8 @@ def clip_tokenizer(pad_token: str) -> transformers.CLIPTokenizer:
 def pipelines(shape: Shape, dtype: torch.dtype) -> tuple[StableDiffusion, diffusers.StableDiffusionPipeline]:
     parts = {"text_encoder": text_encoders(shape, dtype), "unet": unets(shape, dtype), "vae": vaes(shape, dtype)}
     settings = ModelConfig(shape.tokenizer, shape.text, shape.unet, shape.vae, shape.schedule)
-    ours = StableDiffusion(settings, tokenizer=Tokenizer(shape.tokenizer), **{name: pair[0] for name, pair in parts.items()})
+    text = TextSide(Tokenizer(shape.tokenizer), parts["text_encoder"][0])
+    ours = StableDiffusion(settings, text, parts["unet"][0], parts["vae"][0])
     theirs = diffusers.StableDiffusionPipeline(
         tokenizer=clip_tokenizer("<|endoftext|>" if shape.tokenizer.padding == "end" else "!"),  # "!" is token 0
         scheduler=diffusers.DDIMScheduler(

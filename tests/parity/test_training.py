@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import weights_loader
+from minidiff.conditioning import TextSide
 from minidiff.config import SD1, SD2, ModelConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
@@ -116,7 +117,7 @@ def test_twenty_steps_of_full_fine_tuning_are_diffusers(tmp_path, prediction):
 def full_size(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
     """Random weights, small enough that nothing overflows."""
     with torch.device("meta"):
-        parts = TextEncoder(config.text_encoder).to(dtype), UNet(config.unet).to(dtype), VAE(config.vae)
+        parts = text, unet, vae = TextEncoder(config.text_encoder).to(dtype), UNet(config.unet).to(dtype), VAE(config.vae)
     generator = torch.Generator().manual_seed(0)
     for part in parts:
         part.to_empty(device="cpu").eval().requires_grad_(False)
@@ -125,7 +126,7 @@ def full_size(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
                 p.fill_(1.0 if name.endswith("weight") else 0.0)
             else:
                 p.normal_(0, 0.5 / np.sqrt(p[0].numel()), generator=generator)
-    return StableDiffusion(config, *parts, Tokenizer(config.tokenizer))
+    return StableDiffusion(config, TextSide(Tokenizer(config.tokenizer), text), unet, vae)
 
 
 def one_step(method) -> None:

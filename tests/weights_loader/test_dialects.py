@@ -27,7 +27,7 @@ INPAINTING = dataclasses.replace(SD1, unet=dataclasses.replace(SD1.unet, in_chan
 
 def parts_of(config, layout):
     """The modules on the meta device, and how a layout names them."""
-    return [(part, part_names(config, name, layout)) for name, part in empty_parts(config)._asdict().items()]
+    return [(part, part_names(config, name, layout)) for name, part in empty_parts(config).named().items()]
 
 
 def shapes(tensors):
