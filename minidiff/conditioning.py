@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from minidiff.text_encoder import TextEncoder
@@ -77,47 +77,23 @@ def _shape(value: Tensor | tuple[Tensor, ...] | None) -> object:
     return tuple(value.shape) if isinstance(value, Tensor) else value and [tuple(x.shape) for x in value]
 
 
-@dataclass(frozen=True)
-class SizeNumbers:
-    """What SDXL is told of a picture, in pixels; None is the picture's own size (Podell et al. 2023, section 2.2).
-
-    original: width and height before it was scaled. crop: how many pixels were cut off left and top. target: width and height of the result.
-    """
-
-    original: tuple[int, int] | None = None
-    crop: tuple[int, int] = (0, 0)
-    target: tuple[int, int] | None = None
-
-    def row(self, size: tuple[int, int]) -> list[int]:
-        """Return the numbers for a picture of this width and height, in the order that the U-Net was trained with: heights and top first."""
-        return [number for pair in (self.original or size, self.crop, self.target or size) for number in reversed(pair)]
-
-
 class TextSide:
     """Tokenizer and text encoder together: prompts in, Conditioning out. Models with two of each have two_encoders.py.
 
     encoders, tokenizers: by the names of the modules in `StableDiffusion.parts`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, encoder: TextEncoder):
-        self.tokenizers, self.encoders = {"text_encoder": tokenizer}, {"text_encoder": encoder}
+    def __init__(self, tokenizers: dict[str, Tokenizer], encoders: dict[str, TextEncoder]):
+        self.tokenizers, self.encoders = tokenizers, encoders
 
     def __call__(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """Encode prompts, one row each. size: (width, height) in pixels, for models that are told it; Stable Diffusion 1 and 2 are not."""
-        return Conditioning(self.context("text_encoder", prompts))
+        return Conditioning(self.encoders["text_encoder"](self.tokens("text_encoder", prompts)))
 
-    def context(self, name: str, prompts: Sequence[str]) -> Float[Tensor, "R L D"]:
-        """Encode prompts by one of the encoders."""
-        encoder = self.encoders[name]
-        return encoder(self.tokenizers[name](list(prompts)).to(encoder.token_embedding.weight.device))
+    def tokens(self, name: str, prompts: Sequence[str]) -> Int[Tensor, "R L"]:
+        """Return the tokens of prompts for one of the encoders, on its device."""
+        return self.tokenizers[name](list(prompts)).to(self.encoders[name].token_embedding.weight.device)
 
     def negative(self, prompt: str | None, size: tuple[int, int] | None = None) -> Conditioning:
         """Encode what pictures are guided away from, one row; None means that nothing was given, which is here the empty prompt."""
         return self([prompt or ""], size)
-
-    def told(self, prompt_2: str | None = None, sizes: SizeNumbers = SizeNumbers()) -> "TextSide":
-        """Return a text side that encodes with these. Raises ValueError where the model has no second encoder and is not told sizes."""
-        if prompt_2 is not None or sizes != SizeNumbers():
-            given = "a prompt for a second text encoder" if prompt_2 is not None else f"size numbers ({sizes})"
-            raise ValueError(f"{given}: this model has one text encoder and is told no sizes; leave them out, or load a Stable Diffusion XL")
-        return self

@@ -51,7 +51,7 @@ class TextEncoderConfig:
 
     def __post_init__(self):
         if self.projection and not self.penultimate:
-            raise ValueError(f"TextEncoderConfig: projection {self.projection} without penultimate; only SDXL's encoders have a pooled vector")
+            raise ValueError(f"TextEncoderConfig: projection {self.projection}; only a penultimate encoder has a pooled vector")
         if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"TextEncoderConfig: width {self.width} does not divide into {self.heads} heads")
         if self.activation not in ("quick_gelu", "gelu"):
@@ -136,7 +136,7 @@ class ScheduleConfig:
 class ModelConfig:
     """A whole Stable Diffusion. Defaults: SD 1.x.
 
-    tokenizer_2, text_encoder_2: of models with two encoders, whose contexts are put side by side along channels; None for the others.
+    text_encoder_2: of models with two, whose contexts are put side by side along channels; tokenizer_2 belongs to it.
     image_size and guidance_scale are what the model was made for, in pixels and as in classifier-free guidance.
     """
 
@@ -147,12 +147,8 @@ class ModelConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     image_size: int = 512
     guidance_scale: float = 7.5
-    tokenizer_2: TokenizerConfig | None = None
     text_encoder_2: TextEncoderConfig | None = None
-
-    def __post_init__(self):
-        if (self.tokenizer_2 is None) != (self.text_encoder_2 is None):
-            raise ValueError("ModelConfig: tokenizer_2 and text_encoder_2 belong together; give both or neither")
+    tokenizer_2: TokenizerConfig = TokenizerConfig(cleaning="open_clip", padding="zero")
 
 
 def _check_levels(name: str, widths: tuple[int, ...], groups: int):
@@ -174,11 +170,10 @@ SD2 = ModelConfig(
     image_size=768,
 )
 
-# Stable Diffusion XL base (Podell et al. 2023): CLIP ViT-L/14 and OpenCLIP ViT-bigG side by side, three levels with transformers 0, 2 and 10
-# deep, a pooled vector and the picture's sizes added to the time, and a VAE of another scale.
+# Stable Diffusion XL base (Podell et al. 2023): CLIP ViT-L/14 and OpenCLIP ViT-bigG, three levels with transformers 0, 2 and 10 deep,
+# the pooled vector and the picture's sizes added to the time, and a VAE of another scale.
 SDXL = ModelConfig(
     text_encoder=TextEncoderConfig(penultimate=True),
-    tokenizer_2=TokenizerConfig(cleaning="open_clip", padding="zero"),
     text_encoder_2=TextEncoderConfig(width=1280, layers=32, heads=20, activation="gelu", penultimate=True, projection=1280),
     unet=UNetConfig(
         widths=(320, 640, 1280), attention=(0, 2, 10), heads=(5, 10, 20), context_width=2048, linear_projection=True, pooled_width=1280

@@ -87,18 +87,10 @@ class StableDiffusion:
         """Return the tokenizer of the first text encoder."""
         return self.text.tokenizers["text_encoder"]
 
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Tokenizer) -> None:
-        self.text.tokenizers["text_encoder"] = tokenizer
-
     @property
     def text_encoder(self) -> TextEncoder:
         """Return the first, and mostly the only, text encoder."""
         return self.text.encoders["text_encoder"]
-
-    @text_encoder.setter
-    def text_encoder(self, encoder: TextEncoder) -> None:
-        self.text.encoders["text_encoder"] = encoder
 
     @property
     def device(self) -> torch.device:

@@ -12,17 +12,32 @@ makes SDXL differ from Stable Diffusion 1 is a number in config.SDXL. Left out: 
 
 from collections.abc import Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from minidiff.conditioning import Conditioning, SizeNumbers, TextSide
+from minidiff.conditioning import Conditioning, TextSide
 from minidiff.config import ModelConfig, TextEncoderConfig, TokenizerConfig
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
 
 FIRST, SECOND = "text_encoder", "text_encoder_2"
+
+
+@dataclass(frozen=True)
+class SizeNumbers:
+    """What SDXL is told of a picture, in pixels; None is the picture's own size (Podell et al. 2023, section 2.2).
+
+    original: width and height before it was scaled. crop: pixels cut off left and top. target: width and height of the result.
+    """
+
+    original: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    target: tuple[int, int] | None = None
+
+    def row(self, size: tuple[int, int]) -> list[int]:
+        """Return the numbers for a picture of this width and height, in the order of training: heights and top come first."""
+        return [number for pair in (self.original or size, self.crop, self.target or size) for number in reversed(pair)]
 
 
 class TwoEncoders(TextSide):
@@ -32,11 +47,8 @@ class TwoEncoders(TextSide):
     without the prompt.
     """
 
-    def __init__(self, tokenizers: tuple[Tokenizer, Tokenizer], encoders: tuple[TextEncoder, TextEncoder]):
-        super().__init__(tokenizers[0], encoders[0])
-        self.tokenizers[SECOND], self.encoders[SECOND] = tokenizers[1], encoders[1]
-        self.prompt_2: str | None = None
-        self.sizes = SizeNumbers()
+    prompt_2: str | None = None
+    sizes = SizeNumbers()
 
     def __call__(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """Encode prompts, one row each. size: width and height of the pictures in pixels. Raises ValueError without it."""
@@ -50,38 +62,35 @@ class TwoEncoders(TextSide):
         assert encoded.pooled is not None
         return Conditioning(torch.zeros_like(encoded.context), torch.zeros_like(encoded.pooled), encoded.size)
 
-    def told(self, prompt_2: str | None = None, sizes: SizeNumbers = SizeNumbers()) -> "TwoEncoders":
-        """Return the same text side with another prompt for the second encoder, and other size numbers."""
-        changed = copy(self)
-        changed.prompt_2, changed.sizes = prompt_2, sizes
-        return changed
-
     def _encode(self, prompts: Sequence[str], prompts_2: Sequence[str], size: tuple[int, int] | None) -> Conditioning:
         if size is None:
             raise ValueError("this model is told the size of the picture; give size=(width, height) in pixels")
-        first, second = self.context(FIRST, prompts), self.context(SECOND, prompts_2)
-        tokenizer = self.tokenizers[SECOND]
-        pooled = self.encoders[SECOND].pool(second, first_ends(tokenizer(list(prompts_2)), tokenizer.end_id).to(second.device))
+        tokens, tokens_2 = self.tokens(FIRST, prompts), self.tokens(SECOND, prompts_2)
+        first, second = self.encoders[FIRST](tokens), self.encoders[SECOND](tokens_2)
+        # The first end token of each row. The original takes the highest id, which may be a learned word's.
+        pooled = self.encoders[SECOND].pool(second, (tokens_2 == self.tokenizers[SECOND].end_id).int().argmax(dim=1))
         sizes = torch.tensor([self.sizes.row(size)] * len(prompts), dtype=torch.float32, device=second.device)
         return Conditioning(torch.cat([first, second], dim=-1), pooled, sizes)
 
 
-def first_ends(tokens: Int[Tensor, "B L"], end_id: int) -> Int[Tensor, "B"]:
-    """Return where each row has its first end token. The original takes the highest id, which a learned word has."""
-    return (tokens == end_id).int().argmax(dim=1)
+def told(text: TextSide, prompt_2: str | None = None, sizes: SizeNumbers = SizeNumbers()) -> TextSide:
+    """Return a text side with another prompt for the second encoder, and other size numbers. Raises ValueError where there is none."""
+    changed = copy(text)
+    if isinstance(changed, TwoEncoders):
+        changed.prompt_2, changed.sizes = prompt_2, sizes
+    elif prompt_2 is not None or sizes != SizeNumbers():
+        given = f"the second prompt {prompt_2!r}" if prompt_2 is not None else f"size numbers ({sizes})"
+        raise ValueError(f"{given}: this model has one text encoder and is told no sizes; leave them out, or load an SDXL")
+    return changed
 
 
 def text_configs(config: ModelConfig) -> dict[str, tuple[TokenizerConfig, TextEncoderConfig]]:
     """Return the numbers of a model's tokenizers and text encoders, by the names of its encoders."""
     pairs = {FIRST: (config.tokenizer, config.text_encoder)}
-    if config.tokenizer_2 is not None and config.text_encoder_2 is not None:
-        pairs[SECOND] = config.tokenizer_2, config.text_encoder_2
-    return pairs
+    return pairs if config.text_encoder_2 is None else pairs | {SECOND: (config.tokenizer_2, config.text_encoder_2)}
 
 
 def text_side(config: ModelConfig, encoders: Mapping[str, TextEncoder]) -> TextSide:
     """Put a model's text encoders together with their tokenizers."""
     tokenizers = {name: Tokenizer(numbers) for name, (numbers, _) in text_configs(config).items()}
-    if SECOND not in tokenizers:
-        return TextSide(tokenizers[FIRST], encoders[FIRST])
-    return TwoEncoders((tokenizers[FIRST], tokenizers[SECOND]), (encoders[FIRST], encoders[SECOND]))
+    return (TwoEncoders if SECOND in tokenizers else TextSide)(tokenizers, dict(encoders))

@@ -55,14 +55,15 @@ def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm", settings: d
 def _save_ldm(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
     if path.suffix != SUFFIX:
         raise ValueError(f"{path}: a model in the ldm layout is one {SUFFIX} file; give it a name that ends so, or take layout='diffusers'")
-    write_safetensors(path, tensors_of(sd, "ldm") | sd.extra_tensors, metadata)
+    flags = {name: torch.empty(0) for name in family_of_config(sd.config).flags_of(sd.config)}
+    write_safetensors(path, tensors_of(sd, "ldm") | flags | sd.extra_tensors, metadata)
 
 
 def _save_folder(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
     if path.suffix in (SUFFIX, *PICKLES):
         raise ValueError(f"{path}: a model in the diffusers layout is a folder; give a name without {path.suffix}, or take layout='ldm'")
     with new_folder(path) as folder:
-        write_folder_config(folder, sd.config, sd.tokenizer)
+        write_folder_config(folder, sd.config, sd.text.tokenizers)
         for part, tensors in _parts_to_file(sd, "diffusers").items():
             name = "model.safetensors" if part.startswith("text_encoder") else "diffusion_pytorch_model.safetensors"
             write_safetensors(folder / part / name, tensors, metadata if part == "unet" else FORMAT)

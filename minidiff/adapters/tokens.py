@@ -64,13 +64,13 @@ class NewTokens(Adapter):
     def attach(self, sd: StableDiffusion) -> None:
         """Attach as every Adapter, and give the placeholders to the tokenizer and their rows to the text encoder."""
         super().attach(sd)
-        sd.tokenizer = sd.tokenizer.with_added(self._ids)
+        sd.text.tokenizers["text_encoder"] = sd.tokenizer.with_added(self._ids)
         sd.text_encoder.added |= {ids[0]: self.rows[name] for name, ids in self._ids.items()}
 
     def detach(self) -> None:
         """Leave sd as it was; other words that are attached stay. Does nothing if these are not attached."""
         if self._sd is not None:
-            self._sd.tokenizer = self._sd.tokenizer.without(self._ids)
+            self._sd.text.tokenizers["text_encoder"] = self._sd.tokenizer.without(self._ids)
             for ids in self._ids.values():
                 del self._sd.text_encoder.added[ids[0]]
         super().detach()

@@ -41,7 +41,6 @@ from minidiff.bundled.run import (
     time_step,
 )
 from minidiff.bundled.train_judge import JUDGE_SETTINGS, JudgeTask, judge_config
-from minidiff.conditioning import TextSide
 from minidiff.config import ModelConfig
 from minidiff.files import write_text
 from minidiff.machine import format_device
@@ -50,10 +49,10 @@ from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.scenes.prompts import fixed_prompts
 from minidiff.scenes.scenes import prompts
 from minidiff.text_encoder import TextEncoder
-from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine import distributed
 from minidiff.trainers.engine.loop import Training
 from minidiff.trainers.engine.settings import Settings
+from minidiff.two_encoders import text_side
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -183,7 +182,7 @@ def estimate_bundled_seconds(
     settings = judge_settings(recipe, device)
     task = JudgeTask(judge_config(), settings.seed, device)
     judging = settings.steps * time_step(task, settings, device)
-    text = TextSide(Tokenizer(config.tokenizer), TextEncoder(config.text_encoder).to(device))
+    text = text_side(config, {"text_encoder": TextEncoder(config.text_encoder).to(device)})
     sd = StableDiffusion(config, text, UNet(config.unet).to(device), VAE(config.vae).to(device))
     _, drawing = time_first(evaluate(sd, task.judge.eval(), seeds=SEEDS[:1], limit=4))
     return estimate_seconds(config, recipe, device, init, vae) | {

@@ -23,19 +23,18 @@ from torch import Tensor, nn
 
 from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents, Scenes, encode_scenes, make_scenes
-from minidiff.conditioning import TextSide
 from minidiff.config import ModelConfig
 from minidiff.files import checksum, ensure_same_run
 from minidiff.pictures import grid, save_png
 from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.scenes.scenes import SIZE, prompts
-from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine import distributed
 from minidiff.trainers.engine.ema import EMA
 from minidiff.trainers.engine.log import Log
 from minidiff.trainers.engine.loop import Task, Training, train
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.engine.state import read_state, write_state
+from minidiff.two_encoders import text_side
 from minidiff.vae import VAE
 
 SAMPLES_EVERY = 500  # steps
@@ -205,7 +204,7 @@ def assemble_model(task: DiffusionTask, training: Training, vae: VAE) -> StableD
     """Return the model with the EMA weights of a training."""
     text_encoder = copy_averaged(task.text_encoder, training.ema["text_encoder"])
     unet = copy_averaged(task.unet, training.ema["unet"])
-    return StableDiffusion(task.config, TextSide(Tokenizer(task.config.tokenizer), text_encoder), unet, vae)
+    return StableDiffusion(task.config, text_side(task.config, {"text_encoder": text_encoder}), unet, vae)
 
 
 def save_samples(sd: StableDiffusion, path: Path) -> None:

@@ -149,7 +149,7 @@ def with_words(sd, words):
     sd.config = dataclasses.replace(config, text_encoder=text, tokenizer=dataclasses.replace(config.tokenizer, added=words))
     rows = torch.randn(len(words), text.width, generator=torch.Generator().manual_seed(4))
     sd.text_encoder.token_embedding = torch.nn.Embedding.from_pretrained(torch.cat([sd.text_encoder.token_embedding.weight.detach(), rows]))
-    sd.tokenizer = Tokenizer(sd.config.tokenizer)
+    sd.text.tokenizers["text_encoder"] = Tokenizer(sd.config.tokenizer)
     return sd
 
 

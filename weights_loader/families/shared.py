@@ -49,7 +49,14 @@ EXTRA = (
 # The first that is found decides.
 REFUSED = (
     (r"^control_model\.|controlnet_cond_embedding\.", "a ControlNet, which steers a model and is none; it is not supported"),
-    (r"^conditioner\.embedders\.|^add_embedding\.linear_", "a Stable Diffusion XL, which is not supported; choose a 1.x or 2.x"),
+    (
+        r"^conditioner\.embedders\.0\.model\.transformer\.resblocks\.24\.",
+        "the refiner of Stable Diffusion XL, which is not supported; load the base",
+    ),
+    (r"^edm_vpred\.sigma_", "a CosXL, which is trained on other noise levels (EDM) and not supported"),
+    (r"^edm_(mean|std)$", "a Playground 2.5, which is trained on other noise levels (EDM) and not supported"),
+    (r"cond_proj\.weight$", "a U-Net that guidance is distilled into (LCM), which is not supported; its LoRA on the base model is"),
+    (r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input)$", "a model quantised to 8 bits with scales, which is not supported"),
     (r"joint_blocks\.|double_blocks\.|single_transformer_blocks\.", "a diffusion transformer (Stable Diffusion 3, Flux), not supported"),
 )
 PARTS_ALONE = (
@@ -78,6 +85,7 @@ SETTINGS: dict[str, dict[str, object]] = {
         "dual_cross_attention": False,
         "class_embed_type": None,
         "addition_embed_type": None,
+        "time_cond_proj_dim": None,  # of models that guidance is distilled into
         "num_class_embeds": None,
         "encoder_hid_dim": None,
         "resnet_time_scale_shift": "default",

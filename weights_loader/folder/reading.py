@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from minidiff.config import SD1, ModelConfig, ScheduleConfig, TextEncoderConfig, TokenizerConfig, UNetConfig, VAEConfig
+from minidiff.blocks import SIZE_WAVES
+from minidiff.config import SD1, SIZE_NUMBERS, ModelConfig, ScheduleConfig, TextEncoderConfig, TokenizerConfig, UNetConfig, VAEConfig
 from weights_loader.families import Family, family_of_config, family_of_pipeline
 
 Settings = Mapping[str, object]
@@ -35,13 +36,21 @@ def folder_config(folder: Path) -> tuple[ModelConfig, bool]:
     guidance_scale and the cleaning of text have no place in such a folder: they are the family's.
     Raises FileNotFoundError for a file that is not there, ValueError for a pipeline or a setting that is not supported.
     """
-    only = folder_family(folder).settings
-    text_encoder = _text_config(folder / "text_encoder" / "config.json", only["text_encoder"])
+    family = folder_family(folder)
+    only, known = family.settings, family.config
+    text_encoder = _text_config(folder / "text_encoder" / "config.json", only["text_encoder"], known.text_encoder)
     unet, latent_size = _unet_config(folder / "unet" / "config.json", only["unet"])
     vae = _vae_config(folder / "vae" / "config.json", only["vae"])
     schedule, says_prediction = _schedule_config(folder / "scheduler" / "scheduler_config.json", only["scheduler"])
     tokenizer = _tokenizer_config(folder / "tokenizer", text_encoder.context_length)
-    config = ModelConfig(tokenizer, text_encoder, unet, vae, schedule, image_size=latent_size * vae.factor)
+    config = ModelConfig(
+        tokenizer, text_encoder, unet, vae, schedule, image_size=latent_size * vae.factor, guidance_scale=known.guidance_scale
+    )
+    if known.text_encoder_2 is not None:
+        text_encoder_2 = _text_config(folder / "text_encoder_2" / "config.json", only["text_encoder_2"], known.text_encoder_2)
+        tokenizer_2 = _tokenizer_config(folder / "tokenizer_2", text_encoder_2.context_length)
+        tokenizer_2 = replace(tokenizer_2, cleaning=known.tokenizer_2.cleaning)
+        config = replace(config, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2)
     cleaning = family_of_config(config).config.tokenizer.cleaning
     return replace(config, tokenizer=replace(tokenizer, cleaning=cleaning)), says_prediction
 
@@ -92,6 +101,11 @@ def _unet_config(path: Path, only: Settings) -> tuple[UNetConfig, int]:
         raise ValueError(f"{path}: blocks {down} and {up}; expected CrossAttnDownBlock2D or DownBlock2D, and their mirror image going up")
     # diffusers' attention_head_dim is the number of heads, not their width: a mistake in a name that is now kept for good.
     heads = values.get("num_attention_heads") or values["attention_head_dim"]
+    depths = values.get("transformer_layers_per_block", 1)
+    depths = depths if isinstance(depths, list) else [depths] * len(widths)
+    if len(depths) != len(down) or not all(isinstance(depth, int) and depth > 0 for depth in depths):
+        raise ValueError(f"{path}: transformer_layers_per_block {depths}; expected a number of blocks for each of {len(down)} levels")
+    pooled = values.get("projection_class_embeddings_input_dim") if "addition_embed_type" in only and only["addition_embed_type"] else None
     size = values.get("sample_size") or 64
     if widths == UNetConfig().widths:
         size = max(size, 64)  # diffusers before 0.9 wrote 32 for models of 64 cells
@@ -100,10 +114,11 @@ def _unet_config(path: Path, only: Settings) -> tuple[UNetConfig, int]:
         out_channels=values.get("out_channels", 4),
         widths=widths,
         blocks_per_level=values.get("layers_per_block", 2),
-        attention=tuple(name == "CrossAttnDownBlock2D" for name in down),
+        attention=tuple(int(depth) * (name == "CrossAttnDownBlock2D") for name, depth in zip(down, depths, strict=True)),
         heads=(heads,) * len(widths) if isinstance(heads, int) else tuple(heads),
         context_width=values["cross_attention_dim"],
         linear_projection=values.get("use_linear_projection", False),
+        pooled_width=None if pooled is None else pooled - SIZE_NUMBERS * SIZE_WAVES,
         groups=values.get("norm_num_groups", 32),
     ), size if isinstance(size, int) else size[0]
 
@@ -120,7 +135,8 @@ def _vae_config(path: Path, only: Settings) -> VAEConfig:
     )
 
 
-def _text_config(path: Path, only: Settings) -> TextEncoderConfig:
+def _text_config(path: Path, only: Settings, known: TextEncoderConfig) -> TextEncoderConfig:
+    """Return a text encoder's config. What is taken of the encoder is no setting: the family's `known` one says it."""
     values = _settings(path, ("hidden_size", "num_hidden_layers", "num_attention_heads"), only)
     activation, width = values.get("hidden_act", "quick_gelu"), values["hidden_size"]
     between = values.get("intermediate_size", 4 * width)
@@ -133,6 +149,8 @@ def _text_config(path: Path, only: Settings) -> TextEncoderConfig:
         layers=values["num_hidden_layers"],
         heads=values["num_attention_heads"],
         activation=activation,
+        penultimate=known.penultimate,
+        projection=values.get("projection_dim", width) if known.projection else None,
     )
 
 
