@@ -36,6 +36,9 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self.context)
 
+    def __getitem__(self, rows: slice) -> "Conditioning":
+        return self.with_tensors([x[rows] for x in self.tensors()])
+
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in a fixed order."""
         return [x for x in (self.context, self.pooled, self.size, *self.residuals) if x is not None]
@@ -94,6 +97,9 @@ class TextSide:
         """Return the tokens of prompts for one of the encoders, on its device."""
         return self.tokenizers[name](list(prompts)).to(self.encoders[name].token_embedding.weight.device)
 
-    def negative(self, prompt: str | None, size: tuple[int, int] | None = None) -> Conditioning:
-        """Encode what pictures are guided away from, one row; None means that nothing was given, which is here the empty prompt."""
-        return self([prompt or ""], size)
+    def guided(
+        self, prompts: Sequence[str], negative: str | None, size: tuple[int, int] | None = None
+    ) -> tuple[Conditioning, Conditioning]:
+        """Encode prompts, and for each what its picture is guided away from; None means that nothing was given: the empty prompt."""
+        rows = self([*prompts, negative or ""], size)
+        return rows[:-1], rows[-1:].expand(len(prompts))

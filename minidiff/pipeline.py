@@ -174,8 +174,7 @@ class StableDiffusion:
         pixels = shape[2] * self.config.vae.factor, shape[1] * self.config.vae.factor
         with torch.no_grad():
             text = text or self.text
-            cond = text(prompts, pixels)
-            uncond = text.negative(negative_prompt, pixels).expand(len(prompts)) if guidance_scale != 1 else None
+            cond, uncond = (text(prompts, pixels), None) if guidance_scale == 1 else text.guided(prompts, negative_prompt, pixels)
         for part in (self.unet, self.vae):
             channels_last(part)
         return sample(

@@ -52,15 +52,18 @@ class TwoEncoders(TextSide):
 
     def __call__(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """Encode prompts, one row each. size: width and height of the pictures in pixels. Raises ValueError without it."""
-        return self._encode(prompts, prompts if self.prompt_2 is None else [self.prompt_2] * len(prompts), size)
+        return self._encode(prompts, [self.prompt_2 or prompt for prompt in prompts], size)
 
-    def negative(self, prompt: str | None, size: tuple[int, int] | None = None) -> Conditioning:
-        """Encode a negative prompt by both encoders, one row; for None context and pooled vector are zeros, as SDXL was trained."""
-        encoded = self._encode([prompt or ""], [prompt or ""], size)
-        if prompt is not None:
-            return encoded
-        assert encoded.pooled is not None
-        return Conditioning(torch.zeros_like(encoded.context), torch.zeros_like(encoded.pooled), encoded.size)
+    def guided(
+        self, prompts: Sequence[str], negative: str | None, size: tuple[int, int] | None = None
+    ) -> tuple[Conditioning, Conditioning]:
+        """Encode as TextSide does, a negative prompt by both encoders; for None its context and pooled vector are zeros, as in training."""
+        rows = self._encode([*prompts, negative or ""], [*(self.prompt_2 or prompt for prompt in prompts), negative or ""], size)
+        away = rows[-1:]
+        if negative is None:
+            context, pooled, sizes = away.tensors()
+            away = Conditioning(torch.zeros_like(context), torch.zeros_like(pooled), sizes)
+        return rows[:-1], away.expand(len(prompts))
 
     def _encode(self, prompts: Sequence[str], prompts_2: Sequence[str], size: tuple[int, int] | None) -> Conditioning:
         if size is None:

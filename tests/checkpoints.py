@@ -22,7 +22,7 @@ DATA = Path(__file__).parent / "data"
 
 def public_keys(version: int | str) -> dict[str, tuple[int, ...]]:
     """{name: shape} of a whole SD 1.x, 2.x or XL file in LDM names, made from the original model classes."""
-    path = DATA / ("sdxl-keys.json.gz" if version == "xl" else f"sd-v{version}-keys.json.gz")
+    path = DATA / (f"sdxl{version[2:]}-keys.json.gz" if isinstance(version, str) else f"sd-v{version}-keys.json.gz")
     return {name: tuple(shape) for name, shape in json.loads(gzip.open(path).read()).items()}
 
 

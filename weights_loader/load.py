@@ -155,7 +155,7 @@ def _file_config(contents: Contents) -> tuple[ModelConfig, bool]:
     """Return the config of an LDM file, and whether its prediction is certain: by the file's metadata, or by its family."""
     if KEY in contents.metadata:
         return config_from_json(contents.metadata[KEY]), True
-    config = contents.family.stated(contents.rest, family_config(contents.shapes))
+    config = family_config(contents.shapes)
     if stated := prediction_from_metadata(contents.metadata):
         return with_prediction(config, stated), True
     return config, len(family_of_config(config).predictions) == 1

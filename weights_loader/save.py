@@ -55,8 +55,7 @@ def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm", settings: d
 def _save_ldm(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
     if path.suffix != SUFFIX:
         raise ValueError(f"{path}: a model in the ldm layout is one {SUFFIX} file; give it a name that ends so, or take layout='diffusers'")
-    flags = {name: torch.empty(0) for name in family_of_config(sd.config).flags_of(sd.config)}
-    write_safetensors(path, tensors_of(sd, "ldm") | flags | sd.extra_tensors, metadata)
+    write_safetensors(path, tensors_of(sd, "ldm") | sd.extra_tensors, metadata)
 
 
 def _save_folder(sd: StableDiffusion, path: Path, metadata: dict[str, str]):

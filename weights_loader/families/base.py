@@ -1,8 +1,8 @@
 """What minidiff knows about a family of models: one object per family, which the rest of this folder's code asks."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from minidiff.config import ModelConfig
@@ -37,7 +37,6 @@ class Family:
         parts_alone: the same for parts of a model. A whole model has such tensors too, so they count only if it has no U-Net.
         pipelines: diffusers' classes for this family: for pictures from text, for inpainting, and others that load the same parts.
         settings: {part: {setting of its config.json in a diffusers folder: the only value that is supported}}.
-        flags: {name of an empty tensor: the fields of ScheduleConfig that it states}.
         distilled: what models are called whose transformers have fewer blocks; they are refused.
     """
 
@@ -57,7 +56,6 @@ class Family:
     parts_alone: Rules = field(default=(), repr=False)
     pipelines: tuple[str, ...] = ()
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict, repr=False)
-    flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     distilled: str = "smaller models"
 
     @property
@@ -101,15 +99,6 @@ class Family:
     def name_of(self, config: ModelConfig) -> str:
         """Return the family's name and that of the variant, as "Stable Diffusion 1.x inpainting"."""
         return self.name + self.variants.get(config.unet.in_channels, "")
-
-    def stated(self, names: Collection[str], config: ModelConfig) -> ModelConfig:
-        """Return the config with what the flags among a file's names state of the schedule."""
-        stated = {key: value for flag, fields in self.flags.items() if flag in names for key, value in fields.items()}
-        return replace(config, schedule=replace(config.schedule, **stated))
-
-    def flags_of(self, config: ModelConfig) -> list[str]:
-        """Return the flags that state what is true of a config."""
-        return [flag for flag, fields in self.flags.items() if all(getattr(config.schedule, key) == fields[key] for key in fields)]
 
     def extra_pattern(self, config: ModelConfig) -> str:
         """Return one pattern of all tensors that are kept unused; one that matches nothing if there are none."""

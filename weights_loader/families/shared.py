@@ -66,7 +66,10 @@ PARTS_ALONE = (
         "a VAE alone; load a whole model and give this as vae=FILE (--vae)",
     ),
     (r"^(down_blocks|mid_block|up_blocks)\.", "the U-Net of a diffusers model alone; give the folder with model_index.json"),
-    (r"^(text_model\.)?(encoder\.layers|embeddings)\.|^cond_stage_model\.", "a text encoder alone; give the whole model"),
+    (
+        r"^(text_model\.)?(encoder\.layers|embeddings)\.|^cond_stage_model\.|^conditioner\.embedders\.",
+        "a text encoder alone; give the whole model",
+    ),
 )
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionImg2ImgPipeline")

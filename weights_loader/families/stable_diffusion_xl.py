@@ -51,6 +51,5 @@ STABLE_DIFFUSION_XL = replace(
         "text_encoder_2": shared.SETTINGS["text_encoder"],
         "unet": {key: value for key, value in shared.SETTINGS["unet"].items() if key != "transformer_layers_per_block"} | ADDED,
     },
-    flags={"v_pred": {"prediction": "v"}, "ztsnr": {"zero_terminal_snr": True, "spacing": "trailing"}},
     distilled="a distilled Stable Diffusion XL, such as SSD-1B or Segmind Vega",
 )
