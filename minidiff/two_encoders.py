@@ -43,8 +43,7 @@ class SizeNumbers:
 class TwoEncoders(TextSide):
     """Two tokenizers and text encoders. The second makes the pooled vector too.
 
-    prompt_2: for the second encoder, in place of each prompt; negative prompts go to both. sizes: told to the U-Net, the same with and
-    without the prompt.
+    prompt_2: for the second encoder, in place of each prompt; negative prompts go to both. sizes: told to the U-Net with either.
     """
 
     prompt_2: str | None = None
@@ -52,27 +51,28 @@ class TwoEncoders(TextSide):
 
     def __call__(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """Encode prompts, one row each. size: width and height of the pictures in pixels. Raises ValueError without it."""
-        return self._encode(prompts, [self.prompt_2 or prompt for prompt in prompts], size)
+        return self._encode(prompts, [], size)
 
     def guided(
         self, prompts: Sequence[str], negative: str | None, size: tuple[int, int] | None = None
     ) -> tuple[Conditioning, Conditioning]:
         """Encode as TextSide does, a negative prompt by both encoders; for None its context and pooled vector are zeros, as in training."""
-        rows = self._encode([*prompts, negative or ""], [*(self.prompt_2 or prompt for prompt in prompts), negative or ""], size)
+        rows = self._encode(prompts, [negative or ""], size)
         away = rows[-1:]
         if negative is None:
             context, pooled, sizes = away.tensors()
             away = Conditioning(torch.zeros_like(context), torch.zeros_like(pooled), sizes)
         return rows[:-1], away.expand(len(prompts))
 
-    def _encode(self, prompts: Sequence[str], prompts_2: Sequence[str], size: tuple[int, int] | None) -> Conditioning:
+    def _encode(self, prompts: Sequence[str], negatives: Sequence[str], size: tuple[int, int] | None) -> Conditioning:
         if size is None:
             raise ValueError("this model is told the size of the picture; give size=(width, height) in pixels")
-        tokens, tokens_2 = self.tokens(FIRST, prompts), self.tokens(SECOND, prompts_2)
+        prompts_2 = prompts if self.prompt_2 is None else [self.prompt_2] * len(prompts)
+        tokens, tokens_2 = self.tokens(FIRST, [*prompts, *negatives]), self.tokens(SECOND, [*prompts_2, *negatives])
         first, second = self.encoders[FIRST](tokens), self.encoders[SECOND](tokens_2)
         # The first end token of each row. The original takes the highest id, which may be a learned word's.
         pooled = self.encoders[SECOND].pool(second, (tokens_2 == self.tokenizers[SECOND].end_id).int().argmax(dim=1))
-        sizes = torch.tensor([self.sizes.row(size)] * len(prompts), dtype=torch.float32, device=second.device)
+        sizes = torch.tensor([self.sizes.row(size)] * len(tokens), dtype=torch.float32, device=second.device)
         return Conditioning(torch.cat([first, second], dim=-1), pooled, sizes)
 
 
@@ -82,8 +82,7 @@ def told(text: TextSide, prompt_2: str | None = None, sizes: SizeNumbers = SizeN
     if isinstance(changed, TwoEncoders):
         changed.prompt_2, changed.sizes = prompt_2, sizes
     elif prompt_2 is not None or sizes != SizeNumbers():
-        given = f"the second prompt {prompt_2!r}" if prompt_2 is not None else f"size numbers ({sizes})"
-        raise ValueError(f"{given}: this model has one text encoder and is told no sizes; leave them out, or load an SDXL")
+        raise ValueError(f"second prompt {prompt_2!r}, {sizes}: this model has one text encoder and is told no sizes; leave both out")
     return changed
 
 
