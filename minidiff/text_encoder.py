@@ -45,7 +45,7 @@ class TextEncoder(nn.Module):
     """Tokens (B, L) to context (B, L, D). L is at most config.context_length; word n knows words 0..n.
 
     added: {first id: rows [n, D]}, the vectors of words that were learned later, for ids beyond the table. They belong to
-    adapters/tokens.py; the table and the state_dict do not know them.
+    adapters/tokens.py; the table and the state_dict do not know them. Of two encoders each has its own columns, from added_from on.
     """
 
     def __init__(self, config: TextEncoderConfig):
@@ -57,6 +57,7 @@ class TextEncoder(nn.Module):
         self.norm_out = nn.LayerNorm(config.width, eps=1e-5)
         self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
         self.added: dict[int, Tensor] = {}
+        self.added_from = 0
 
     def embed(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Look up each token's row, in the table or among the added words. Raises IndexError for an id of neither."""
@@ -67,7 +68,8 @@ class TextEncoder(nn.Module):
         x = self.token_embedding(in_table)
         for first, rows in self.added.items():
             mask = is_added[first]
-            x = torch.where(mask[..., None], F.embedding((tokens - first).masked_fill(~mask, 0), rows).to(x.dtype), x)
+            own = rows[:, self.added_from : self.added_from + self.config.width]
+            x = torch.where(mask[..., None], F.embedding((tokens - first).masked_fill(~mask, 0), own).to(x.dtype), x)
         return x
 
     def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:

@@ -95,4 +95,6 @@ def text_configs(config: ModelConfig) -> dict[str, tuple[TokenizerConfig, TextEn
 def text_side(config: ModelConfig, encoders: Mapping[str, TextEncoder]) -> TextSide:
     """Put a model's text encoders together with their tokenizers."""
     tokenizers = {name: Tokenizer(numbers) for name, (numbers, _) in text_configs(config).items()}
+    for name, start in zip(tokenizers, (0, config.text_encoder.width)):
+        encoders[name].added_from = start
     return (TwoEncoders if SECOND in tokenizers else TextSide)(tokenizers, dict(encoders))

@@ -41,13 +41,14 @@ def write_tokens(training: "TrainingRun", sd: "StableDiffusion", out: Path, name
     from minidiff.adapters.tokens import NewTokens
 
     assert training.tokens is not None
-    if names in ("a1111", "kohya"):
+    widths = [encoder.config.width for encoder in sd.text.encoders.values()]
+    if names in ("a1111", "kohya") or len(widths) > 1:
         files = {out / f"{slug(word)}.safetensors": NewTokens({word: rows}) for word, rows in training.tokens.rows.items()}
         form = "a1111"
     else:
         files, form = {out / "embedding.safetensors": training.tokens}, "diffusers"
     for path, tokens in files.items():
-        weights_loader.write_embedding(path, tokens, form, settings)
+        weights_loader.write_embedding(path, tokens, form, settings, widths)
         yield "--embedding", path
 
 

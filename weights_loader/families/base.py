@@ -37,6 +37,7 @@ class Family:
         parts_alone: the same for parts of a model. A whole model has such tensors too, so they count only if it has no U-Net.
         pipelines: diffusers' classes for this family: for pictures from text, for inpainting, and others that load the same parts.
         settings: {part: {setting of its config.json in a diffusers folder: the only value that is supported}}.
+        kohya_layout: in whose names kohya's scripts write the U-Net's layers into a LoRA.
         distilled: what models are called whose transformers have fewer blocks; they are refused.
     """
 
@@ -56,6 +57,7 @@ class Family:
     parts_alone: Rules = field(default=(), repr=False)
     pipelines: tuple[str, ...] = ()
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict, repr=False)
+    kohya_layout: str = "diffusers"
     distilled: str = "smaller models"
 
     @property

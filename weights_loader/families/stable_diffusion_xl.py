@@ -51,5 +51,6 @@ STABLE_DIFFUSION_XL = replace(
         "text_encoder_2": shared.SETTINGS["text_encoder"],
         "unet": {key: value for key, value in shared.SETTINGS["unet"].items() if key != "transformer_layers_per_block"} | ADDED,
     },
+    kohya_layout="ldm",
     distilled="a distilled Stable Diffusion XL, such as SSD-1B or Segmind Vega",
 )
