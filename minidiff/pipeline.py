@@ -193,7 +193,8 @@ class StableDiffusion:
     def decode(self, latents: Float[Tensor, "B C h w"], tiled: bool = True) -> Float[Tensor, "B 3 H W"]:
         """Decode scaled latents to pixels in [-1, 1], float32. tiled: large pictures a few rows at a time, the same but for rounding.
 
-        In half precision the decoder can overflow (the cause of black pictures); then it is run again in float32, with a warning.
+        In half precision the decoder can overflow (the cause of black pictures), SDXL's in float16 nearly always; then it is run again in
+        float32 and stays there, which a warning says once.
         """
         pictures = max(1, 2**18 // (latents[0, 0].numel() * self.config.vae.factor**2))  # at a time: the decoder is the peak of memory
         return torch.cat([self._decode(z, tiled) for z in (latents / self.config.vae.scaling_factor).split(pictures)])
@@ -206,12 +207,13 @@ class StableDiffusion:
         pixels = decode(z.to(dtype))
         if not pixels.isfinite().all() and dtype.itemsize < 4:
             # The stack level points past no_grad's wrapper, to the line that called decode.
-            warnings.warn(f"the decoder overflowed in {dtype}: decoded again in float32", stacklevel=4)
+            warnings.warn(f"the decoder overflowed in {dtype}: decoded again in float32, as all pictures from now on", stacklevel=4)
             try:
                 self.vae.float()
                 pixels = decode(z.float())
-            finally:
+            except BaseException:
                 self.vae.to(dtype)
+                raise
         if not pixels.isfinite().all():
             raise ValueError("the picture is not finite even in float32: the latents or the weights are broken")
         return pixels.float().clamp(-1, 1)

@@ -85,4 +85,4 @@ class TextEncoder(nn.Module):
         """Return one vector per prompt from a penultimate context: the last block's output at the end token, normed and projected."""
         assert self.projection is not None, "this encoder has no pooled vector"
         x = self.norm_out(self.blocks[-1](context))
-        return self.projection(x[torch.arange(len(x), device=x.device), ends])
+        return self.projection(x[torch.arange(len(x), device=x.device), ends.to(x.device)])

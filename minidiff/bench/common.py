@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minidiff.bundled.tasks import bundled_config
-from minidiff.config import SD1, SD2, ModelConfig
+from minidiff.config import SD1, SD2, SDXL, ModelConfig
 from minidiff.files import differences, write_text
 from minidiff.machine import read_machine
 from minidiff.pipeline import StableDiffusion
@@ -21,8 +21,8 @@ from minidiff.vae import VAE
 
 
 def model_config(name: str) -> ModelConfig:
-    """Return the config of "sd1", "sd2" (made for 768 pixels) or "bundled". Raises ValueError for another name."""
-    configs = {"sd1": SD1, "sd2": SD2}
+    """Return the config of "sd1", "sd2" (made for 768 pixels), "sdxl" or "bundled". Raises ValueError for another name."""
+    configs = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
     if name not in (*configs, "bundled"):
         raise ValueError(f"model {name!r} unknown; choose {', '.join(configs)}, bundled")
     return configs[name] if name in configs else bundled_config()

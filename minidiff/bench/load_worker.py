@@ -76,7 +76,7 @@ def prepare_minidiff(path: str, settings: str, asked: str, config: str | None):
 
     def load():
         sd = weights_loader.load(path, dtype=getattr(torch, asked), config=known)
-        return sd.text_encoder, sd.unet, sd.vae
+        return tuple(sd.parts.values())
 
     return load
 
@@ -90,17 +90,26 @@ def prepare_diffusers(path: str, settings: str, asked: str, config: str | None):
     import torch
 
     # Each class by name: both packages import what they are asked for.
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]  # noqa: F401
-    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+    from diffusers import (  # pyright: ignore[reportPrivateImportUsage]
+        AutoencoderKL,  # noqa: F401
+        DDIMScheduler,  # noqa: F401
+        DiffusionPipeline,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,  # noqa: F401
+    )
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401
 
     options = {"torch_dtype": getattr(torch, asked), "local_files_only": True}
 
     def load():
         if path == settings:
-            pipe = StableDiffusionPipeline.from_pretrained(path, **options)
+            pipe = DiffusionPipeline.from_pretrained(path, **options)
         else:
-            pipe = StableDiffusionPipeline.from_single_file(path, config=settings, **options)
-        return pipe.text_encoder, pipe.unet, pipe.vae
+            two = (Path(settings) / "tokenizer_2").exists()
+            kind = StableDiffusionXLPipeline if two else StableDiffusionPipeline
+            pipe = kind.from_single_file(path, config=settings, **options)
+        return tuple(part for name, part in pipe.components.items() if name in ("text_encoder", "text_encoder_2", "unet", "vae"))
 
     return load
 

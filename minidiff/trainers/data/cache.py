@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minidiff.conditioning import Conditioning
 from minidiff.files import atomic_write, digest, fingerprint, tensor_bytes
 from minidiff.pictures import fit, load_picture
 from minidiff.pipeline import StableDiffusion
-from minidiff.trainers.data.augment import SizeAugmentation, View, sized_view
+from minidiff.trainers.data.augment import SizeAugmentation, View, size_numbers, sized_view
 from minidiff.trainers.data.folder import Example
 from minidiff.trainers.engine.loop import randn_per_sample
 
@@ -72,30 +73,41 @@ def _write_array(path: Path, array: np.ndarray) -> None:
 
 
 class Contexts:
-    """Captions to contexts through the text encoder as it is now, each encoded once; not for an encoder that is being trained."""
+    """Captions to what the text encoders as they are now make of them, each encoded once; not for encoders that are being trained."""
 
     def __init__(self, sd: StableDiffusion, cache: Cache):
         self.sd, self.cache = sd, cache
-        self._encoder = f"{fingerprint(sd.text_encoder)} {sd.device.type}"
+        prints = (fingerprint(encoder) for encoder in sd.text.encoders.values())
+        self._encoder = f"{' '.join(prints)} {sd.device.type}"
 
-    def __call__(self, captions: Sequence[str]) -> Float[Tensor, "B L D"]:
-        """Float32, on the model's device. Raises ValueError for what must not be kept: a new token, or an encoder with an adapter on it."""
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self.sd.text_encoder.modules()):
+    def __call__(self, captions: Sequence[str]) -> Conditioning:
+        """Return contexts and, where the model has them, pooled vectors: float32, on its device, without the size of a picture.
+
+        Raises ValueError for what must not be kept: a new token, or an encoder with an adapter on it.
+        """
+        encoders = self.sd.text.encoders
+        if any(module._forward_hooks or module._forward_pre_hooks for encoder in encoders.values() for module in encoder.modules()):
             raise ValueError("the text encoder has an adapter on it, so its contexts change: encode the captions at every step")
-        rows = self.sd.tokenizer(list(captions))
-        for caption, row in zip(captions, rows):
-            if row.max() >= self.sd.text_encoder.config.vocab_size:
-                raise ValueError(f"caption {caption!r} holds a new token, whose vector changes: encode it at every step")
-        return torch.stack([self._context(row) for row in rows]).to(self.sd.device)
+        rows = [self._row(caption) for caption in captions]
+        context, *pooled = (torch.stack(kind).to(self.sd.device) for kind in zip(*rows))
+        return Conditioning(context, *pooled)
 
-    def _context(self, row: Tensor) -> Tensor:
-        key = digest([f"context {self._encoder} {row.tolist()}".encode()])
-        return self.cache.get(key, lambda: self._encode(row))
+    def _row(self, caption: str) -> list[Tensor]:
+        """Return the context of a caption, and the pooled vector if the model has one, from the cache or into it."""
+        tokens = [self.sd.text.tokens(name, [caption])[0] for name in self.sd.text.encoders]
+        if any(row.max() >= encoder.config.vocab_size for row, encoder in zip(tokens, self.sd.text.encoders.values())):
+            raise ValueError(f"caption {caption!r} holds a new token, whose vector changes: encode it at every step")
+        key = f"{self._encoder} {' '.join(str(row.tolist()) for row in tokens)}"
+        encode = functools.cache(lambda: self._encode(caption))
+        result = [self.cache.get(digest([f"context {key}".encode()]), lambda: encode().context[0])]
+        if self.sd.config.unet.pooled_width is not None:
+            result.append(self.cache.get(digest([f"pooled {key}".encode()]), lambda: encode().tensors()[1][0]))
+        return result
 
     @torch.no_grad()
-    def _encode(self, row: Tensor) -> Tensor:
+    def _encode(self, caption: str) -> Conditioning:
         with torch.autocast(self.sd.device.type, enabled=False):
-            return self.sd.text_encoder(row[None].to(self.sd.device))[0]
+            return self.sd.text([caption], (self.sd.config.image_size,) * 2)
 
 
 @dataclass(frozen=True)
@@ -106,13 +118,14 @@ class Batch:
     mask: Float[Tensor, "B 1 h w"]
     captions: tuple[str, ...]
     size_phrases: tuple[str, ...]  # what the size augmentation says of each, already in its caption
+    sizes: Float[Tensor, "B 6"]  # SDXL's size numbers, on the CPU
 
     @classmethod
     def concatenate(cls, batches: "Sequence[Batch]") -> "Batch":
         """Put batches behind each other."""
-        latents, mask = torch.cat([batch.latents for batch in batches]), torch.cat([batch.mask for batch in batches])
+        latents, mask, sizes = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("latents", "mask", "sizes"))
         captions, phrases = ([text for batch in batches for text in getattr(batch, name)] for name in ("captions", "size_phrases"))
-        return cls(latents, mask, tuple(captions), tuple(phrases))
+        return cls(latents, mask, tuple(captions), tuple(phrases), sizes)
 
 
 class Pictures:
@@ -158,6 +171,7 @@ class Pictures:
         self.size, self.crop, self.flip, self.sizes, self.posterior = size, crop, flip, sizes, posterior
         self._encoder = f"{fingerprint(sd.vae)} {sd.device.type}"
         self._keys: dict[tuple[int, bool], str] = {}
+        self._shapes: dict[int, tuple[int, int]] = {}  # width and height of the pictures before they were scaled
         self._picture = functools.lru_cache(KEPT_PICTURES)(load_picture)
 
     def __len__(self) -> int:
@@ -183,16 +197,18 @@ class Pictures:
             moments = torch.stack([self._moments(i, flip) for i, flip in zip(indices, flips, strict=True)])
             cells = self.size // self.sd.config.vae.factor
             mask, phrases = torch.ones(len(captions), 1, cells, cells), ("",) * len(captions)
+            numbers = [size_numbers(self._shapes[i], self.size) for i in indices]
         else:
             views = [self._view(i, flip, rng) for i, flip, rng in zip(indices, flips, rngs, strict=True)]
             moments = self._encode(torch.stack([view.pixels for view in views]))
             mask, phrases = torch.stack([view.mask for view in views]), tuple(view.size_phrase for view in views)
+            numbers = [view.numbers for view in views]
         if self.sizes is not None:
             captions = tuple(self.sizes.with_phrase(caption, phrase) for caption, phrase in zip(captions, phrases))
         latents, std = moments.to(self.sd.device).unbind(1)
         if self.posterior == "sample":
             latents = latents + std * randn_per_sample(rngs, latents.shape[1:]).to(self.sd.device)
-        return Batch(latents * self.sd.config.vae.scaling_factor, mask.to(self.sd.device), captions, phrases)
+        return Batch(latents * self.sd.config.vae.scaling_factor, mask.to(self.sd.device), captions, phrases, torch.tensor(numbers).float())
 
     def _view(self, i: int, flip: bool, rng: np.random.Generator) -> View:
         image = self._picture(self.examples[i].path)
@@ -201,13 +217,16 @@ class Pictures:
             return sized_view(image, self.size, factor, self.sizes, rng, flip=flip)
         x, y = (float(place) for place in rng.random(2))
         cells = self.size // factor
-        return View(fit(image, self.size, crop=(x, y), flip=flip), torch.ones(1, cells, cells), "")
+        pixels, numbers = fit(image, self.size, crop=(x, y), flip=flip), size_numbers(image.size, self.size, crop=(x, y), flip=flip)
+        return View(pixels, torch.ones(1, cells, cells), "", numbers)
 
     def _moments(self, i: int, flip: bool) -> Tensor:
         """Return mean and standard deviation of the posterior of picture i, (2, C, h, w), from the cache or into it."""
 
         def pixels() -> Tensor:
-            return fit(load_picture(self.examples[i].path), self.size, flip=flip)
+            image = load_picture(self.examples[i].path)
+            self._shapes[i] = image.size
+            return fit(image, self.size, flip=flip)
 
         if (i, flip) not in self._keys:
             self._keys[i, flip] = digest([f"latent {self._encoder} {self.size} ".encode(), tensor_bytes(pixels())])
