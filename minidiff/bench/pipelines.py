@@ -23,7 +23,7 @@ COMPILED = {"compiled": "reduce-overhead", "max-autotune": "max-autotune"}
 
 @contextmanager
 def model_folder(config: ModelConfig) -> Iterator[Path]:
-    """Write a diffusers folder of float32 weights, 4.3 GB for Stable Diffusion 1.x, 13.9 GB for XL, to the temporary folder for the block."""
+    """Write a diffusers folder of float32 weights, 4.3 GB for Stable Diffusion 1.x, 13.9 GB for XL, to a temporary folder for the block."""
     import weights_loader
 
     with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
