@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from transformers import CLIPTokenizer
 
 import weights_loader
-from minidiff.config import SD1, SD2, SDXL, ModelConfig
+from minidiff.config import SD1, SD2, SDXL
 from minidiff.tokenizer import Tokenizer
 from minidiff.two_encoders import text_configs
 from tests.checkpoints import assert_same_model, family_configs, family_model, part_to_file
@@ -30,15 +30,24 @@ def diffusers_folder(sd, path):
     return DiffusionPipeline.from_pretrained(path.with_name("ours"))
 
 
-@pytest.mark.parametrize("options", [{}, {"safe_serialization": False}, {"max_shard_size": "200KB"}, {"variant": "fp16"}], ids=str)
-def test_a_folder_that_diffusers_wrote_is_read(options, tmp_path):
-    sd = family_model("SD 1")
-    sd.unet.half(), sd.vae.half(), sd.text_encoder.half()
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        *(("SD 1", options) for options in ({}, {"safe_serialization": False}, {"max_shard_size": "200KB"}, {"variant": "fp16"})),
+        *(("SDXL", options) for options in ({"max_shard_size": "200KB"}, {"variant": "fp16"})),
+    ],
+    ids=str,
+)
+def test_a_folder_that_diffusers_wrote_is_read(family, options, tmp_path):
+    sd = family_model(family)
+    for part in sd.parts.values():
+        part.half()
     pipeline = diffusers_folder(sd, tmp_path / "theirs").to(torch.float16)
     pipeline.save_pretrained(tmp_path / "theirs", **options)
     loaded = weights_loader.load(tmp_path / "theirs", dtype="file")
-    # guidance_scale is the one number that such a folder has no place for
-    sd.config = dataclasses.replace(sd.config, guidance_scale=ModelConfig().guidance_scale)
+    # guidance_scale is the one number that such a folder has no place for, and logit_scale no weight that diffusers knows
+    sd.config = dataclasses.replace(sd.config, guidance_scale=family_of_config(sd.config).config.guidance_scale)
+    sd.extra_tensors.pop("conditioner.embedders.1.model.logit_scale", None)
     assert_same_model(loaded, sd)
 
 

@@ -109,7 +109,7 @@ def size_numbers(
     """
     scale = (side or size) / min(original)
     x, y = (1 - crop[0] if flip else crop[0]), crop[1]
-    left, top = (round((length * scale - (side or size)) * place) for length, place in zip(original, (x, y)))
+    left, top = (round((int(length * scale) - (side or size)) * place) for length, place in zip(original, (x, y)))
     return SizeNumbers(original, (left, top), (size, size)).row((size, size))
 
 
