@@ -107,9 +107,9 @@ def size_numbers(
         flip: whether it is mirrored, which makes what is cut off right what is cut off left
         side: of the scaled square, if the model is shown a part of it; the same as size by default
     """
-    scale = (side or size) / min(original)
+    side = side or size
     x, y = (1 - crop[0] if flip else crop[0]), crop[1]
-    left, top = (round((int(length * scale) - (side or size)) * place) for length, place in zip(original, (x, y)))
+    left, top = (round((length * side // min(original) - side) * place) for length, place in zip(original, (x, y)))
     return SizeNumbers(original, (left, top), (size, size)).row((size, size))
 
 
