@@ -92,8 +92,18 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts and --batch {batch} make no picture; give at least one of each")
     out = out or free_name(f"{slug(prompts[0])}-{seed}")
     check_png(out)
-    small = {"lora": weighted(lora), "embeddings": embedding, "custom_diffusion": custom_diffusion}
-    sd = load(model, dtype, device, offload=offload, vae=vae, ema=ema, prediction=prediction, **small)
+    sd = load(
+        model,
+        dtype,
+        device,
+        offload=offload,
+        vae=vae,
+        ema=ema,
+        prediction=prediction,
+        lora=weighted(lora),
+        embeddings=embedding,
+        custom_diffusion=custom_diffusion,
+    )
     sizes = SizeNumbers(
         original=parse_pair("original-size", original_size),
         crop=parse_pair("crop", crop) or (0, 0),
@@ -118,7 +128,6 @@ def generate(
         )
         (last,) = deque(tqdm(trajectory, total=steps, unit="step", file=sys.stderr), maxlen=1)
         images = to_images(sd.decode(last.x_t))
-    width, height = images[0].size
     settings = {
         "Steps": steps,
         "Sampler": sampler,
@@ -126,7 +135,7 @@ def generate(
         "CFG scale": guidance_scale,
         "Seed": seed,
         "Batch": batch,
-        "Size": f"{width}x{height}",
+        "Size": f"{images[0].width}x{images[0].height}",
         "Prompt 2": prompt_2,
         "Empty negative": empty_negative if empty_negative or negative != "" else "encoded",
         "Original size": original_size,
@@ -171,8 +180,7 @@ def write_pictures(
     if len(pairs) > 1:
         for number, ((prompt, seed), image) in enumerate(zip(pairs, images)):
             name = f"{out.stem}-{seed}.png" if len(prompts) == 1 else f"{out.stem}-{number}-{slug(prompt)}-{seed}.png"
-            own = settings | {"Seed": seed, "Batch": 1}
-            save_png(image, out.with_name(name), picture_settings(prompt, negative_prompt, own))
+            save_png(image, out.with_name(name), picture_settings(prompt, negative_prompt, settings | {"Seed": seed, "Batch": 1}))
 
 
 def free_name(stem: str) -> Path:
