@@ -49,8 +49,7 @@ class Offload:
                     self._waiting[module, key] = weight
                     setattr(module, key, nn.Parameter(weight.detach().to(self.device), requires_grad=False))
             for adapter in self.sd.attached:
-                for module in adapter.modules():
-                    module.to(self.device)
+                adapter.to(self.device)
             self.present = name
         return tuple(_moved(x, self.device) for x in args)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minidiff.adapters.tokens import NewTokens, words_width
+from minidiff.config import check_choice
 from minidiff.pipeline import StableDiffusion
 from weights_loader.detect import FEW, describe, kind
 from weights_loader.families import family_of_config
@@ -120,8 +121,7 @@ def write_embedding(
     """
     path = Path(path)
     suffixes = {"diffusers": (".safetensors", ".bin"), "a1111": (".safetensors", ".pt")}
-    if form not in suffixes:
-        raise ValueError(f"form {form!r} unknown; choose {' or '.join(suffixes)}")
+    check_choice("form", form, suffixes)
     if path.suffix not in suffixes[form]:
         raise ValueError(f"{path}: an embedding for {form} is written as {' or '.join(suffixes[form])}")
     if settings and path.suffix != ".safetensors":

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from minidiff.config import check_choice
 from minidiff.pictures import fit
 from minidiff.two_encoders import SizeNumbers
 
@@ -39,8 +40,7 @@ class SizeAugmentation:
     before: str | None = None
 
     def __post_init__(self):
-        if self.kind not in ("paper", "code"):
-            raise ValueError(f"augmentation {self.kind!r} unknown; choose paper, code")
+        check_choice("augmentation", self.kind, ("paper", "code"))
         if not self.small or not self.large:
             raise ValueError("augmentation without phrases: small and large need at least one each")
 

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minidiff.conditioning import Conditioning
+from minidiff.config import check_choice
 from minidiff.files import atomic_write, digest, fingerprint, tensor_bytes
 from minidiff.pictures import fit, load_picture
 from minidiff.pipeline import StableDiffusion
@@ -72,42 +73,34 @@ def _write_array(path: Path, array: np.ndarray) -> None:
         raise OSError(f"{path}: cannot be written ({error.strerror}); the cache needs room there, or another folder") from error
 
 
-class Contexts:
-    """Captions to what the text encoders as they are now make of them, each encoded once; not for encoders that are being trained."""
+@torch.no_grad()
+def cached_texts(sd: StableDiffusion, cache: Cache, captions: Sequence[str]) -> Conditioning:
+    """Return contexts of captions and, where the model has them, pooled vectors, without the size of a picture.
 
-    def __init__(self, sd: StableDiffusion, cache: Cache):
-        self.sd, self.cache = sd, cache
-        prints = (fingerprint(encoder) for encoder in sd.text.encoders.values())
-        self._encoder = f"{' '.join(prints)} {sd.device.type}"
-
-    def __call__(self, captions: Sequence[str]) -> Conditioning:
-        """Return contexts and, where the model has them, pooled vectors: float32, on its device, without the size of a picture.
-
-        Raises ValueError for what must not be kept: a new token, or an encoder with an adapter on it.
-        """
-        encoders = self.sd.text.encoders
-        if any(module._forward_hooks or module._forward_pre_hooks for encoder in encoders.values() for module in encoder.modules()):
-            raise ValueError("the text encoder has an adapter on it, so its contexts change: encode the captions at every step")
-        rows = [self._row(caption) for caption in captions]
-        context, *pooled = (torch.stack(kind).to(self.sd.device) for kind in zip(*rows))
-        return Conditioning(context, *pooled)
-
-    def _row(self, caption: str) -> list[Tensor]:
-        """Return the context of a caption, and the pooled vector if the model has one, from the cache or into it."""
-        tokens = [self.sd.text.tokens(name, [caption])[0] for name in self.sd.text.encoders]
-        if any(row.max() >= encoder.config.vocab_size for row, encoder in zip(tokens, self.sd.text.encoders.values())):
+    Each is encoded once, by itself, by the text encoders as they are now; float32, on the model's device. Not for encoders that are being
+    trained. Raises ValueError for what must not be kept: a new token, or an encoder with an adapter on it.
+    """
+    encoders = sd.text.encoders
+    if any(module._forward_hooks or module._forward_pre_hooks for encoder in encoders.values() for module in encoder.modules()):
+        raise ValueError("the text encoder has an adapter on it, so its contexts change: encode the captions at every step")
+    rows = {name: sd.text.tokens(name, captions) for name in encoders}
+    prints = f"{' '.join(fingerprint(encoder) for encoder in encoders.values())} {sd.device.type}"
+    kept: list[list[Tensor]] = []
+    for i, caption in enumerate(captions):
+        if any(rows[name][i].max() >= encoder.config.vocab_size for name, encoder in encoders.items()):
             raise ValueError(f"caption {caption!r} holds a new token, whose vector changes: encode it at every step")
-        key = f"{self._encoder} {' '.join(str(row.tolist()) for row in tokens)}"
-        encode = functools.cache(lambda: self._encode(caption))
-        result = [self.cache.get(digest([f"context {key}".encode()]), lambda: encode().context[0])]
-        if self.sd.config.unet.pooled_width is not None:
-            result.append(self.cache.get(digest([f"pooled {key}".encode()]), lambda: encode().tensors()[1][0]))
-        return result
+        key = f"{prints} {' '.join(str(rows[name][i].tolist()) for name in encoders)}"
+        encode = functools.cache(functools.partial(_encode_alone, sd, caption))
+        kept.append([cache.get(digest([f"context {key}".encode()]), lambda encode=encode: encode().context[0])])
+        if sd.config.unet.pooled_width is not None:
+            kept[-1].append(cache.get(digest([f"pooled {key}".encode()]), lambda encode=encode: encode().tensors()[1][0]))
+    context, *pooled = (torch.stack(kind).to(sd.device) for kind in zip(*kept))
+    return Conditioning(context, *pooled)
 
-    @torch.no_grad()
-    def _encode(self, caption: str) -> Conditioning:
-        with torch.autocast(self.sd.device.type, enabled=False):
-            return self.sd.text([caption], (self.sd.config.image_size,) * 2)
+
+def _encode_alone(sd: StableDiffusion, caption: str) -> Conditioning:
+    with torch.autocast(sd.device.type, enabled=False):
+        return sd.text([caption], (sd.config.image_size,) * 2)
 
 
 @dataclass(frozen=True)
@@ -159,10 +152,8 @@ class Pictures:
             raise ValueError("no pictures to learn from; give at least one")
         if size < factor or size % factor:
             raise ValueError(f"size {size}: must be a multiple of {factor} pixels")
-        if crop not in ("centre", "random"):
-            raise ValueError(f"crop {crop!r} unknown; choose centre, random")
-        if posterior not in ("sample", "mean"):
-            raise ValueError(f"posterior {posterior!r} unknown; choose sample, mean")
+        check_choice("crop", crop, ("centre", "random"))
+        check_choice("posterior", posterior, ("sample", "mean"))
         if not 0 <= flip <= 1:
             raise ValueError(f"flip {flip}: a share of the samples, 0..1")
         if sizes is not None:

@@ -15,7 +15,7 @@ from minidiff.attention import Attention
 from minidiff.cli.outputs import write_results
 from minidiff.config import SDXL
 from minidiff.trainers.data.augment import PAPER_SIZES, size_numbers
-from minidiff.trainers.data.cache import Cache, Contexts, Pictures
+from minidiff.trainers.data.cache import Cache, Pictures, cached_texts
 from minidiff.trainers.data.folder import read_folder
 from minidiff.trainers.methods.options import family_of
 from minidiff.trainers.methods.table import METHODS
@@ -103,14 +103,14 @@ def test_the_unet_is_told_what_diffusers_trainer_tells_it(tmp_path, monkeypatch)
 
 
 def test_kept_contexts_have_a_pooled_vector_and_are_made_once(sd, tmp_path):
-    contexts = Contexts(sd, Cache(tmp_path, memory=0))
-    kept, fresh = contexts(["a cat", "a dog"]), sd.text(["a cat", "a dog"], (32, 32))
+    kept, fresh = cached_texts(sd, Cache(tmp_path, memory=0), ["a cat", "a dog"]), sd.text(["a cat", "a dog"], (32, 32))
     torch.testing.assert_close(kept.context, fresh.context, rtol=1e-4, atol=1e-5)  # float32 in another batch: a few roundings
     torch.testing.assert_close(kept.pooled, fresh.pooled, rtol=1e-4, atol=1e-5)
     assert kept.size is None and len(list(tmp_path.iterdir())) == 4
     with torch.no_grad():
         sd.text.encoders["text_encoder_2"].blocks[0].linear_1.weight.add_(1)
-    assert not torch.allclose(Contexts(sd, Cache(tmp_path, memory=0))(["a cat"]).pooled, kept.pooled[:1]), "an old value for a new encoder"
+    again = cached_texts(sd, Cache(tmp_path, memory=0), ["a cat"])
+    assert not torch.allclose(again.pooled, kept.pooled[:1]), "an old value for a new encoder"
 
 
 # -------------------------------------------------------------------------------------------------------- the methods

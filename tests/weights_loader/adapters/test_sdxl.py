@@ -17,7 +17,6 @@ from tests.small_models import small_model, xl_config
 from weights_loader.adapters.embedding import read_embedding, write_embedding
 from weights_loader.adapters.kohya import KOHYA
 from weights_loader.adapters.lora import layer_locations, read_lora, write_lora
-from weights_loader.adapters.lora_file import PlacedChanges
 from weights_loader.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from weights_loader.read import read
 from weights_loader.write import write_safetensors
@@ -62,7 +61,7 @@ def test_a_lora_of_all_layers_is_written_and_read_back(names, sd, tmp_path):
 def test_kohyas_names_with_diffusers_numbers_are_read_too(sd, tmp_path):
     lora = random_lora(sd, "^unet")
     locations = layer_locations(sd, KOHYA)
-    tensors, metadata = KOHYA.pack(PlacedChanges(lora.layers, locations, sd))
+    tensors, metadata = KOHYA.pack({locations[name]: change for name, change in lora.layers.items()}, sd)
     assert "lora_unet_down_blocks_2_attentions_0_transformer_blocks_1_attn2_to_k.lora_down.weight" in tensors
     write_safetensors(tmp_path / "x.safetensors", tensors, metadata)
     again = read_lora(tmp_path / "x.safetensors", sd)
