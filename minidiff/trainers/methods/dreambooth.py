@@ -89,7 +89,7 @@ def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: DreamBoot
     for concept in concepts:
         check_token(sd, concept)
     if options.low_rank is None:
-        patterns = (r"^unet\.", r"^text_encoder\.") if options.text_encoder else (r"^unet\.",)
+        patterns = (r"^unet\.", r"^text_encoder(_2)?\.") if options.text_encoder else (r"^unet\.",)
         modules, groups = base_weights(sd, patterns, options.text_scale)
         lora = None
     else:
