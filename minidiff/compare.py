@@ -56,7 +56,8 @@ def compare_models(a: StableDiffusion, b: StableDiffusion, prompt: str, t: int, 
     latent = x[:, : a.config.vae.latent_channels] / a.config.vae.scaling_factor
     pixels = noise_source([seed], (3, size * a.config.vae.factor, size * a.config.vae.factor), a.device)().clamp(-1, 1)
     times = torch.tensor([t], device=a.device)
-    told = a.text([prompt], (size * a.config.vae.factor,) * 2)
+    side = size * a.config.vae.factor
+    told = a.text([prompt], (side, side))
 
     differences = []
     for name, run, inputs in (

@@ -74,7 +74,8 @@ def build(cls: type[C], values: object, where: str) -> C:
 
 
 def _value(hint: Any, value: object, where: str) -> object:
-    choices = [choice for choice in (get_args(hint) if isinstance(hint, UnionType) else [hint]) if is_dataclass(choice)]
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    choices = [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
     if choices and (value is not None or hint is choices[0]):
         return build(choices[0], value, where)
     if isinstance(value, list):

@@ -82,13 +82,13 @@ def prepare_diffusers(path: str, settings: str, asked: str, config: str | None):
     import torch
 
     # Each class by name: both packages import what they are asked for.
-    from diffusers import (  # pyright: ignore[reportPrivateImportUsage]
-        AutoencoderKL,  # noqa: F401
-        DDIMScheduler,  # noqa: F401
+    from diffusers import (  # pyright: ignore[reportPrivateImportUsage]  # noqa: F401  # pyright: ignore[reportPrivateImportUsage]
+        AutoencoderKL,
+        DDIMScheduler,
         DiffusionPipeline,
         StableDiffusionPipeline,
         StableDiffusionXLPipeline,
-        UNet2DConditionModel,  # noqa: F401
+        UNet2DConditionModel,
     )
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401
 

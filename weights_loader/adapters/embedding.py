@@ -26,7 +26,7 @@ from weights_loader.write import write_safetensors, write_torch
 
 NAME_KEY = "name"  # of the word, in a1111's .pt and in the metadata of its .safetensors; without it the word is the file's name
 WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
-PAIR = ("clip_l", "clip_g")  # of the first and the second text encoder
+PAIR: tuple[str, str] = ("clip_l", "clip_g")  # of the first and the second text encoder
 LEFT = r"^string_to_token\."  # the number of the word that was split open in training
 A1111_START = 265  # the id of "*", the word that the web interfaces split open
 

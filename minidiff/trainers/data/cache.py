@@ -94,13 +94,13 @@ def cached_texts(sd: StableDiffusion, cache: Cache, captions: Sequence[str]) -> 
         kept.append([cache.get(digest([f"context {key}".encode()]), lambda encode=encode: encode().context[0])])
         if sd.config.unet.pooled_width is not None:
             kept[-1].append(cache.get(digest([f"pooled {key}".encode()]), lambda encode=encode: encode().tensors()[1][0]))
-    context, *pooled = (torch.stack(kind).to(sd.device) for kind in zip(*kept))
-    return Conditioning(context, *pooled)
+    context, *pooled = [torch.stack(kind).to(sd.device) for kind in zip(*kept)]
+    return Conditioning(context, pooled[0] if pooled else None)
 
 
 def _encode_alone(sd: StableDiffusion, caption: str) -> Conditioning:
     with torch.autocast(sd.device.type, enabled=False):
-        return sd.text([caption], (sd.config.image_size,) * 2)
+        return sd.text([caption], (sd.config.image_size, sd.config.image_size))
 
 
 @dataclass(frozen=True)

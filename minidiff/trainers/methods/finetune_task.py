@@ -212,7 +212,7 @@ class FinetuneTask:
         if self.contexts is not None:
             rows = [self.contexts[caption] for caption in captions]
             return rows[0].with_tensors([torch.cat(kind) for kind in zip(*(row.tensors() for row in rows))])
-        return self.sd.text(captions, (self.sd.config.image_size,) * 2)
+        return self.sd.text(captions, (self.sd.config.image_size, self.sd.config.image_size))
 
     # --- to look at ---------------------------------------------------------------------------------------------------
 
