@@ -79,28 +79,22 @@ def prepare_diffusers(path: str, settings: str, asked: str, config: str | None):
     Args:
         path, settings, asked, config: As in `measure`.
     """
+    import diffusers
     import torch
 
     # Each class by name: both packages import what they are asked for.
-    from diffusers import (  # pyright: ignore[reportPrivateImportUsage]  # noqa: F401  # pyright: ignore[reportPrivateImportUsage]
-        AutoencoderKL,
-        DDIMScheduler,
-        DiffusionPipeline,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
+    pipelines = ("DiffusionPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    named = {name: getattr(diffusers, name) for name in (*pipelines, "AutoencoderKL", "DDIMScheduler", "UNet2DConditionModel")}
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401
 
     options = {"torch_dtype": getattr(torch, asked), "local_files_only": True}
 
     def load():
         if path == settings:
-            pipe = DiffusionPipeline.from_pretrained(path, **options)
+            pipe = named["DiffusionPipeline"].from_pretrained(path, **options)
         else:
-            two = (Path(settings) / "tokenizer_2").exists()
-            kind = StableDiffusionXLPipeline if two else StableDiffusionPipeline
-            pipe = kind.from_single_file(path, config=settings, **options)
+            kind = "StableDiffusionXLPipeline" if (Path(settings) / "tokenizer_2").exists() else "StableDiffusionPipeline"
+            pipe = named[kind].from_single_file(path, config=settings, **options)
         return tuple(part for name, part in pipe.components.items() if name in ("text_encoder", "text_encoder_2", "unet", "vae"))
 
     return load
