@@ -26,7 +26,7 @@ import torch
 import weights_loader
 from minidiff.bench.common import check_arguments, random_model, read_command
 from minidiff.bench.load_worker import Measurement
-from minidiff.config import SD1, SDXL, ModelConfig
+from minidiff.config import SD1, ModelConfig
 from minidiff.files import write_text
 from minidiff.machine import format_machine, read_machine
 from minidiff.markdown import table_header, table_row
@@ -200,7 +200,7 @@ def run_in_new_process(contender: str, path: Path, settings: Path, asked: str, c
         asked: The dtype of the loaded weights.
         config: Of the model.
     """
-    known = None if config in (SD1, SDXL) else config_to_json(config)
+    known = None if config == SD1 else config_to_json(config)
     job = {"contender": contender, "path": str(path), "settings": str(settings), "asked": asked, "config": known}
     command = [sys.executable, "-m", "minidiff.bench.load_worker", json.dumps(job)]
     process = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False)

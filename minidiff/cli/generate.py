@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from minidiff.cli.flags import Attentions, DTypes, Several
-from minidiff.cli.model import load, slug, weighted
+from minidiff.cli.flags import Attentions, DTypes, Several, Text
+from minidiff.cli.model import load, named, print_notes, slug, unused_words, weighted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,6 +35,7 @@ def generate(
     vae: str | None = None,
     ema: bool = False,
     prediction: Literal["eps", "v"] | None = None,
+    ignore: Text = None,
     dtype: DTypes = "auto",
     device: str = "auto",
     offload: bool = False,
@@ -67,13 +68,14 @@ def generate(
         vae: a VAE file to use instead of the model's
         ema: take the averaged weights, where a .ckpt holds both
         prediction: what the model predicts, eps or v, where its file is wrong about it
+        ignore: a regular expression of unknown tensors in the model's file to leave out
         dtype: of the weights; float32 on a CPU and the file's own on a GPU by default; bfloat16 takes about half the time on a CPU that
             has it
         device: auto, cpu, cuda, cuda:1, mps
         offload: keep the parts of the model in main memory and move each to the device while it runs; slower, for small GPUs
         attention: how it is computed: auto takes what is fastest; triton is this package's kernels, on a GPU
         lora: a LoRA file, or FILE:0.7 for a part of its change
-        embedding: a file of learned words, for the prompts to use
+        embedding: a file of learned words, for the prompts to use; FILE:WORD gives its word another name
         custom_diffusion: a Custom Diffusion file or folder
         out: a .png file, named after the prompt by default; several pictures make a grid, with each picture in a file alongside
     """
@@ -100,8 +102,9 @@ def generate(
         vae=vae,
         ema=ema,
         prediction=prediction,
+        ignore=ignore,
         lora=weighted(lora),
-        embeddings=embedding,
+        embeddings=named(embedding),
         custom_diffusion=custom_diffusion,
     )
     sizes = SizeNumbers(
@@ -111,6 +114,7 @@ def generate(
     )
     text = told(sd.text, prompt_2, sizes)
     negative = resolve_negative(negative_prompt, empty_negative, len(sd.text.encoders))
+    print_notes(unused_words(sd.tokenizer, [*prompts, prompt_2 or "", negative or ""]))
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
     with attention_backend(attention):

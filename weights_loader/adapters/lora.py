@@ -30,7 +30,7 @@ from weights_loader.adapters.peft import PEFT
 from weights_loader.detect import describe
 from weights_loader.families import family_of_config, part_names
 from weights_loader.metadata import FORMAT, settings_to_metadata
-from weights_loader.name_table import LAYOUTS, TensorLocation, name_table
+from weights_loader.name_table import TensorLocation, name_table
 from weights_loader.read import Checkpoint, read
 from weights_loader.write import write_safetensors
 
@@ -91,13 +91,26 @@ def layer_locations(sd: StableDiffusion, dialect: Dialect, unet_layout: str = "d
     return result
 
 
+def _ldm_layers(sd: StableDiffusion) -> dict[str, str]:
+    """Return {layer in the file: our layer} of the U-Net for files that number it as the original: OneTrainer's and ComfyUI's."""
+    names = part_names(sd.config, "unet", "ldm")
+    result = {}
+    for ours, location in name_table(sd.unet, names).items():
+        theirs = location.name.removeprefix(names.prefix).removesuffix(".weight")
+        if ours.endswith(".weight") and f"unet.{ours.removesuffix('.weight')}" in layers_of(sd):
+            for name in (f"lora_unet_{theirs.replace('.', '_')}", f"diffusion_model.{theirs}", f"lora_unet.{theirs}"):
+                result[name] = f"unet.{ours.removesuffix('.weight')}"
+    return result
+
+
 def fit(changes: Mapping[str, StoredChange], sd: StableDiffusion) -> dict[str, LayerChange]:
     """Return the changes by our names of the layers and in our shapes.
 
     Raises ValueError with those that the model lacks or has in another width.
     """
-    spellings = [layer_locations(sd, dialect, layout) for layout in LAYOUTS for dialect in DIALECTS if dialect.layer_name]
-    ours_of = {location.name: ours for locations in spellings for ours, location in locations.items()}
+    named = [dialect for dialect in DIALECTS if dialect.layer_name]
+    ours_of = {location.name: ours for dialect in named for ours, location in layer_locations(sd, dialect).items()}
+    ours_of |= _ldm_layers(sd)
     # Files of one part alone leave its name out; of two text encoders the first is meant.
     ours_of = {name.split(".", 1)[1]: ours for name, ours in reversed(ours_of.items()) if "." in name} | ours_of
     layers, result, unknown, wrong = layers_of(sd), {}, [], []

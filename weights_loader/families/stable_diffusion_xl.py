@@ -11,8 +11,10 @@ from weights_loader.dialects import CLIP_LDM_ALIASES, TEXT_DIFFUSERS_ALIASES, te
 from weights_loader.families import shared
 from weights_loader.families.stable_diffusion_1 import STABLE_DIFFUSION_1
 from weights_loader.name_table import PartNames
+from weights_loader.stated import MARKERS
 
 FIRST, SECOND = "conditioner.embedders.0.", "conditioner.embedders.1."
+OF_THE_CONFIG = ("transformer_layers_per_block", "projection_class_embeddings_input_dim")
 ADDED = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
 
 STABLE_DIFFUSION_XL = replace(
@@ -44,12 +46,12 @@ STABLE_DIFFUSION_XL = replace(
     marker=r"^conditioner\.embedders\.(0\.transformer\.|1\.model\.)",
     variants={4: ""},
     other_variants={8: "InstructPix2Pix", 9: "inpainting"},
-    extra=(r"^conditioner\.embedders\.1\.model\.logit_scale$", r"^(v_pred|ztsnr)$"),
+    extra=(r"^conditioner\.embedders\.1\.model\.logit_scale$", MARKERS),
     pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
     settings={
         **{part: shared.SETTINGS[part] for part in ("vae", "text_encoder", "scheduler")},
         "text_encoder_2": shared.SETTINGS["text_encoder"],
-        "unet": {key: value for key, value in shared.SETTINGS["unet"].items() if key != "transformer_layers_per_block"} | ADDED,
+        "unet": {key: value for key, value in shared.SETTINGS["unet"].items() if key not in OF_THE_CONFIG} | ADDED,
     },
     kohya_layout="ldm",
     distilled="a distilled Stable Diffusion XL, such as SSD-1B or Segmind Vega",

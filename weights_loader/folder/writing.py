@@ -21,10 +21,10 @@ def write_folder_config(folder: Path, config: ModelConfig, tokenizers: Mapping[s
     encoders = {name: numbers for name, (_, numbers) in text_configs(config).items()}
     for name, values in {
         "model_index.json": _model_index(family.pipelines[1 if inpainting else 0], list(encoders)),
-        "unet/config.json": {**_unet_json(config), **family.settings["unet"]},
-        "vae/config.json": {**_vae_json(config), **family.settings["vae"]},
-        **{f"{part}/config.json": {**_text_json(encoders[part], tokenizers[part]), **family.settings[part]} for part in encoders},
-        "scheduler/scheduler_config.json": {**_scheduler_json(config.schedule), **family.settings["scheduler"]},
+        "unet/config.json": {**family.settings["unet"], **_unet_json(config)},
+        "vae/config.json": {**family.settings["vae"], **_vae_json(config)},
+        **{f"{part}/config.json": {**family.settings[part], **_text_json(encoders[part], tokenizers[part])} for part in encoders},
+        "scheduler/scheduler_config.json": _scheduler_json(config.schedule),
     }.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, values)
@@ -125,6 +125,8 @@ def _scheduler_json(schedule: ScheduleConfig) -> dict:
         "num_train_timesteps": schedule.timesteps,
         "beta_start": schedule.beta_start,
         "beta_end": schedule.beta_end,
+        "beta_schedule": "scaled_linear",  # what the original calls linear
+        "trained_betas": None,
         "prediction_type": PREDICTION_NAMES[schedule.prediction],
         "rescale_betas_zero_snr": schedule.zero_terminal_snr,
         "timestep_spacing": schedule.spacing,

@@ -17,7 +17,9 @@ from weights_loader.empty_parts import empty_parts
 from weights_loader.families import family_config, family_of_names, part_names
 from weights_loader.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from weights_loader.name_table import canonical_name, file_shapes, from_file, name_table, to_file
+from weights_loader.read import read
 from weights_loader.report import Report
+from weights_loader.stated import refuse_edm
 from weights_loader.write import write_safetensors
 
 UNET = "model.diffusion_model."
@@ -153,8 +155,6 @@ def test_one_of_its_own_size_is_saved_and_loaded_again(layout, tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("edm_vpred.sigma_max", "a CosXL"),
-        ("edm_mean", "a Playground 2.5"),
         ("model.diffusion_model.time_embed.cond_proj.weight", r"guidance is distilled into \(LCM\)"),
         ("model.diffusion_model.middle_block.1.proj_in.scale_weight", "quantised to 8 bits"),
         ("control_model.time_embed.0.weight", "a ControlNet"),
@@ -163,6 +163,23 @@ def test_one_of_its_own_size_is_saved_and_loaded_again(layout, tmp_path):
 def test_other_models_on_its_parts_are_refused_by_name(keys, name, message):
     assert foreign(list(keys)) is None and describe(list(keys)).startswith("a whole model")
     assert re.search(message, foreign([*keys, name]) or "")
+
+
+@pytest.mark.parametrize("name, message", [("edm_vpred.sigma_max", "such as CosXL"), ("edm_mean", "such as Playground 2.5")])
+def test_models_of_continuous_noise_levels_are_refused_by_name(name, message):
+    with pytest.raises(ValueError, match=message):
+        refuse_edm([name])
+
+
+@pytest.mark.parametrize("flags, prediction, zero", [(("v_pred",), "v", False), (("v_pred", "ztsnr"), "v", True)])
+def test_empty_tensors_say_what_it_predicts_and_survive(small, flags, prediction, zero, tmp_path):
+    write_safetensors(tmp_path / "xl.safetensors", ldm_tensors(small) | {flag: torch.empty(0) for flag in flags})
+    loaded = weights_loader.load(tmp_path / "xl.safetensors")
+    schedule = loaded.config.schedule
+    assert (schedule.prediction, schedule.zero_terminal_snr) == (prediction, zero)
+    assert schedule.spacing == ("trailing" if zero else "leading")
+    weights_loader.save(loaded, tmp_path / "again.safetensors")
+    assert set(flags) <= set(read(tmp_path / "again.safetensors").tensors)
 
 
 def test_the_refiner_is_refused_by_name():
