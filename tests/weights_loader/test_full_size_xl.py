@@ -45,7 +45,7 @@ def test_it_is_recognised_and_takes_a_step_at_512_pixels_in_bfloat16(tmp_path):
     extra = {"conditioner.embedders.1.model.logit_scale": torch.tensor(4.6).half()}
     write_safetensors(tmp_path / "xl.safetensors", ldm_tensors(made_up) | extra)
     del made_up
-    sd = weights_loader.load(tmp_path / "xl.safetensors", dtype=torch.bfloat16)
+    sd = weights_loader.load(tmp_path / "xl.safetensors", dtype=torch.bfloat16, prediction="eps")
     assert sd.config == SDXL and sd.dtype == torch.bfloat16 and list(sd.extra_tensors) == list(extra)
     # All weights are positive, so that activations grow: the answer is only asked to have the right shape, and each layer to run.
     ran = []
