@@ -26,7 +26,7 @@ from weights_loader.read import Checkpoint
 
 METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's config
 CONFIG = "adapter_config.json"  # where peft does
-MATCHING_SECONDS = 1.0  # for a pattern and a name; a hostile pattern would take for ever
+MATCHING_SECONDS = 0.5  # for a pattern and a name; a hostile pattern would take for ever
 DEFAULT_ALPHA = 8  # peft's lora_alpha where its config does not say one
 # How a LoRA began, where that is no matter of the LoRA alone: with these, training did not start from the base's own weights.
 REFUSED_STARTS = {

@@ -393,7 +393,7 @@ def test_something_else_given_as_a_lora_is_named(tmp_path):
         ("[]", "expected an object"),
         ('{"unet.lora_alpha": "a"}', "alpha is 'a'; expected a finite number"),
         ('{"unet.alpha_pattern": {"to_[": 3}}', r"alpha_pattern 'to_\[', which cannot be matched"),
-        ('{"unet.alpha_pattern": {"(.|..)+x": 3}}', r"alpha_pattern '\(.\|..\)\+x', which cannot be matched .it takes longer than 1 s"),
+        ('{"unet.alpha_pattern": {"(.|..)+[0-9]q": 3}}', r"which cannot be matched .it takes longer than"),
         ('{"unet.alpha_pattern": [3]}', r"alpha_pattern \[3\]; expected layers and their alphas"),
         ('{"unet.init_lora_weights": "pissa_niter_16"}', "unet.init_lora_weights is 'pissa_niter_16': PiSSA, .* not supported"),
         ('{"unet.init_lora_weights": "OLoRA"}', "init_lora_weights is 'olora': OLoRA"),
