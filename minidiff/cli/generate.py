@@ -18,13 +18,18 @@ def generate(
     prompts: tyro.conf.Positional[tuple[str, ...]],
     /,
     model: str = "tiny",
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
+    prompt_2: str | None = None,
+    empty_negative: Literal["encoded", "zeros"] | None = None,
     steps: int = 30,
     sampler: str = "ddim",
     guidance_scale: float | None = None,
     seed: int = 0,
     batch: int = 1,
     size: str | None = None,
+    original_size: str | None = None,
+    crop: str | None = None,
+    target_size: str | None = None,
     spacing: str | None = None,
     eta: float = 0.0,
     vae: str | None = None,
@@ -33,6 +38,7 @@ def generate(
     ignore: Text = None,
     dtype: DTypes = "auto",
     device: str = "auto",
+    offload: bool = False,
     attention: Attentions = "auto",
     lora: Several = (),
     embedding: Several = (),
@@ -45,12 +51,18 @@ def generate(
         prompts: what a picture shows, in quotes; one picture for each
         model: "tiny" (ships with minidiff), a .safetensors or .ckpt file, or a diffusers folder
         negative_prompt: what it should not show
+        prompt_2: another prompt for SDXL's second text encoder
+        empty_negative: what SDXL is given where nothing is negative: zeros (without --negative-prompt) or the empty prompt encoded (with
+            --negative-prompt "") by default
         steps: how many steps the sampler takes
         sampler: its name; "list" prints all of them
         guidance_scale: how strongly the picture follows the prompt; 1 is the prompt alone, without guidance; the model's own by default
         seed: where the noise comes from; the same seed gives the same picture
         batch: how many pictures of a prompt, on consecutive seeds
         size: in pixels, as 512 or 768x512; the model's own by default
+        original_size: what SDXL is told of the size of the picture before it was scaled, as 1024x1024; the picture's own by default
+        crop: what it is told was cut off, left x top, as 0x128; nothing by default
+        target_size: what it is told of the size of the picture itself; its own by default
         spacing: which timesteps are visited: leading, linspace or trailing; the model's own by default
         eta: how much fresh noise ddim adds at each step, 0 to 1
         vae: a VAE file to use instead of the model's
@@ -60,6 +72,7 @@ def generate(
         dtype: of the weights; float32 on a CPU and the file's own on a GPU by default; bfloat16 takes about half the time on a CPU that
             has it
         device: auto, cpu, cuda, cuda:1, mps
+        offload: keep the parts of the model in main memory and move each to the device while it runs; slower, for small GPUs
         attention: how it is computed: auto takes what is fastest; triton is this package's kernels, on a GPU
         lora: a LoRA file, or FILE:0.7 for a part of its change
         embedding: a file of learned words, for the prompts to use; FILE:WORD gives its word another name
@@ -72,6 +85,7 @@ def generate(
     from minidiff.pictures import check_png
     from minidiff.pipeline import to_images
     from minidiff.samplers import SAMPLERS
+    from minidiff.two_encoders import SizeNumbers, told
 
     if sampler == "list":
         print("\n".join(f"{name:16}  {row.web_name:16}  {row.help}" for name, row in SAMPLERS.items()))
@@ -84,6 +98,7 @@ def generate(
         model,
         dtype,
         device,
+        offload=offload,
         vae=vae,
         ema=ema,
         prediction=prediction,
@@ -92,7 +107,14 @@ def generate(
         embeddings=named(embedding),
         custom_diffusion=custom_diffusion,
     )
-    print_notes(unused_words(sd.tokenizer, [*prompts, negative_prompt]))
+    sizes = SizeNumbers(
+        original=parse_pair("original-size", original_size),
+        crop=parse_pair("crop", crop) or (0, 0),
+        target=parse_pair("target-size", target_size),
+    )
+    text = told(sd.text, prompt_2, sizes)
+    negative = resolve_negative(negative_prompt, empty_negative, len(sd.text.encoders))
+    print_notes(unused_words(sd.tokenizer, [*prompts, prompt_2 or "", negative or ""]))
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
     with attention_backend(attention):
@@ -102,10 +124,11 @@ def generate(
             steps=steps,
             sampler=sampler,
             guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
+            negative_prompt=negative,
             size=parse_size(size),
             spacing=spacing,
             eta=eta,
+            text=text,
         )
         (last,) = deque(tqdm(trajectory, total=steps, unit="step", file=sys.stderr), maxlen=1)
         images = to_images(sd.decode(last.x_t))
@@ -117,6 +140,11 @@ def generate(
         "Seed": seed,
         "Batch": batch,
         "Size": f"{images[0].width}x{images[0].height}",
+        "Prompt 2": prompt_2,
+        "Empty negative": empty_negative if empty_negative or negative != "" else "encoded",
+        "Original size": original_size,
+        "Crop": crop,
+        "Target size": target_size,
         "Model": model,
         "VAE": vae,
         "EMA": ema,
@@ -127,7 +155,7 @@ def generate(
         "Embedding": " + ".join(embedding) or None,
         "Custom Diffusion": " + ".join(custom_diffusion) or None,
     }
-    write_pictures(out, images, prompts, pairs, negative_prompt, settings)
+    write_pictures(out, images, prompts, pairs, negative or "", settings)
     print(out)
 
 
@@ -163,6 +191,28 @@ def free_name(stem: str) -> Path:
     """Return a .png of this name, numbered if there is one already: without --out nothing is overwritten."""
     names = (Path(f"{stem}.png"), *(Path(f"{stem}-{i}.png") for i in range(2, 10_000)))
     return next(path for path in names if not path.exists())
+
+
+def resolve_negative(prompt: str | None, empty: str | None, encoders: int) -> str | None:
+    """Return the negative prompt, where None means zeros for a model with two text encoders, and "" is encoded.
+
+    Raises ValueError for zeros that a model with one encoder does not know.
+    """
+    if encoders == 1 and empty == "zeros":
+        raise ValueError("--empty-negative zeros: this model has one text encoder, and was trained with the empty prompt; leave it out")
+    if prompt:
+        return prompt
+    return {None: prompt, "encoded": "", "zeros": None}[empty]
+
+
+def parse_pair(flag: str, text: str | None) -> tuple[int, int] | None:
+    """Read '768x512'. Raises ValueError, naming the flag, for anything else."""
+    if text is None:
+        return None
+    numbers = text.lower().split("x")
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"--{flag} {text}: give two numbers of pixels, as 768x512")
+    return int(numbers[0]), int(numbers[1])
 
 
 def parse_size(size: str | None) -> int | tuple[int, int] | None:
