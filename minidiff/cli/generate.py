@@ -2,13 +2,15 @@
 
 import sys
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from minidiff.cli.edit import EditFlags, prepare_edit, read_edit
 from minidiff.cli.flags import Attentions, DTypes, Several
-from minidiff.cli.model import load, slug, weighted
+from minidiff.cli.model import load, print_notes, slug, weighted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,8 +39,9 @@ def generate(
     embedding: Several = (),
     custom_diffusion: Several = (),
     out: Path | None = None,
+    edit: EditFlags = EditFlags(),
 ) -> None:
-    """Make pictures from words.
+    """Make pictures from words, or from a picture and words.
 
     Args:
         prompts: what a picture shows, in quotes; one picture for each
@@ -49,7 +52,7 @@ def generate(
         guidance_scale: how strongly the picture follows the prompt; 1 is the prompt alone, without guidance; the model's own by default
         seed: where the noise comes from; the same seed gives the same picture
         batch: how many pictures of a prompt, on consecutive seeds
-        size: in pixels, as 512 or 768x512; the model's own by default
+        size: in pixels, as 512 or 768x512; the model's own by default (its shorter side, of a picture in another shape)
         spacing: which timesteps are visited: leading, linspace or trailing; the model's own by default
         eta: how much fresh noise ddim adds at each step, 0 to 1
         vae: a VAE file to use instead of the model's
@@ -63,9 +66,11 @@ def generate(
         embedding: a file of learned words, for the prompts to use
         custom_diffusion: a Custom Diffusion file or folder
         out: a .png file, named after the prompt by default; several pictures make a grid, with each picture in a file alongside
+        edit: start from a picture
     """
     from tqdm import tqdm
 
+    from minidiff.editing.start import Sampling, find_start
     from minidiff.kernels.dispatch import attention_backend
     from minidiff.pictures import check_png
     from minidiff.pipeline import to_images
@@ -78,24 +83,26 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts and --batch {batch} make no picture; give at least one of each")
     out = out or free_name(f"{slug(prompts[0])}-{seed}")
     check_png(out)
+    pictures = read_edit(edit)
     small = {"lora": weighted(lora), "embeddings": embedding, "custom_diffusion": custom_diffusion}
     sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction, **small)
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
+    texts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
+    sampling, left = Sampling(steps, sampler, guidance_scale, negative_prompt, spacing, eta), steps
     with attention_backend(attention):
-        trajectory = sd.denoise(
-            [prompt for prompt, _ in pairs],
-            seeds=[seed for _, seed in pairs],
-            steps=steps,
-            sampler=sampler,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            size=parse_size(size),
-            spacing=spacing,
-            eta=eta,
-        )
-        (last,) = deque(tqdm(trajectory, total=steps, unit="step", file=sys.stderr), maxlen=1)
-        images = to_images(sd.decode(last.x_t))
+        if pictures is None:
+            job = None
+            trajectory = sd.denoise(texts, seeds=seeds, size=parse_size(size), **asdict(sampling))
+        else:
+            job = prepare_edit(edit, pictures, sd, parse_size(size))
+            trajectory = job.denoise(sd, texts, seeds, sampling)
+            start = find_start(sd.schedule, job.strength, sampling)
+            left = steps - start.index
+            print_notes([str(start)])
+        (last,) = deque(tqdm(trajectory, total=left, unit="step", file=sys.stderr), maxlen=1)
+        pixels = sd.decode(last.x_t)
+        images = to_images(pixels if job is None else job.finish(pixels))
     width, height = images[0].size
     settings = {
         "Steps": steps,
@@ -114,6 +121,7 @@ def generate(
         "LoRA": " + ".join(lora) or None,
         "Embedding": " + ".join(embedding) or None,
         "Custom Diffusion": " + ".join(custom_diffusion) or None,
+        **edit.settings(),
     }
     write_pictures(out, images, prompts, pairs, negative_prompt, settings)
     print(out)
