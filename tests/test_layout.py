@@ -33,7 +33,7 @@ ORDER = (
     ("kernels",),
     (*CORE, "tiled_decode", "cuda_graph"),
     ("attention_maps", "compare"),
-    ("adapters",),
+    ("adapters", "editing"),
     ("scenes",),
     ("trainers",),
     ("evaluation",),
