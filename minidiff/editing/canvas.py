@@ -88,7 +88,9 @@ def read_sides(text: str) -> dict[str, int]:
     return sides
 
 
-def outpaint(pixels: Float[Tensor, "B C H W"], sides: Mapping[str, int], mask: Mask | None = None) -> tuple[Tensor, Mask]:
+def outpaint(
+    pixels: Float[Tensor, "B C H W"], sides: Mapping[str, int], mask: Mask | None = None
+) -> tuple[Float[Tensor, "B C H_out W_out"], Float[Tensor, "1 1 H_out W_out"]]:
     """Return the pixels with a border, their edges stretched outward, and its mask, together with one that was there."""
     border = tuple(sides.get(side, 0) for side in SIDES)
     inside = torch.zeros(1, 1, *pixels.shape[2:]) if mask is None else mask

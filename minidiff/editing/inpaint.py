@@ -33,7 +33,7 @@ def inpaint(
     sd: StableDiffusion,
     prompts: str | Sequence[str],
     pixels: Float[Tensor, "P 3 H W"],
-    mask: Mask,
+    mask: Float[Tensor, "1 1 H_mask W_mask"],
     *,
     strength: float = 1.0,
     seeds: Sequence[int] = (0,),

@@ -81,10 +81,10 @@ def test_the_crop_around_a_mask_has_its_margin_the_asked_shape_and_stays_inside(
     assert crop_around(mask, 128, 64) == Crop(70, 35, 60, 30)
     corner = torch.zeros(1, 1, 100, 200)
     corner[..., 90:, 190:] = 1
-    assert crop_around(corner, 64, 64) == Crop(184, 84, 16, 16)
+    assert crop_around(corner, 64, 64) == Crop(186, 86, 14, 14)
     tall = torch.zeros(1, 1, 100, 200)
     tall[..., 5:95, 0:2] = 1
-    assert crop_around(tall, 64, 64) == Crop(0, 0, 136, 100)  # as far as the picture reaches
+    assert crop_around(tall, 64, 64) == Crop(0, 0, 134, 100)  # as far as the picture reaches
 
 
 def test_a_part_comes_back_to_its_place():

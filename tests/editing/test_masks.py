@@ -77,7 +77,7 @@ def test_pasted_bytes_beyond_the_feather_are_the_originals():
     (pasted,) = to_images(paste(original, made, feather(left_half(), 4)))
     (before,) = to_images(original)
     assert np.array_equal(np.asarray(pasted)[:, 20:], np.asarray(before)[:, 20:])
-    assert torch.equal(to_pixels(np.asarray(before)[None]), original)
+    assert torch.equal(to_pixels(np.array(before)[None]), original)
     assert np.array_equal(np.asarray(pasted)[:, :16], np.asarray(to_images(made)[0])[:, :16])
     between = (paste(original, made, feather(left_half(), 4)) - original)[..., 16:20] / (made - original)[..., 16:20]
     torch.testing.assert_close(between[0, 0, 0], torch.tensor([0.8, 0.6, 0.4, 0.2]), rtol=1e-3, atol=1e-3)
