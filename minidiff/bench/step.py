@@ -14,11 +14,10 @@ from torch import Tensor
 
 from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
-from minidiff.bench.pipelines import diffusers_pipeline, make_model_jobs, minidiff_model, model_folder, start_worker
-from minidiff.bench.race import race
+from minidiff.bench.pipelines import diffusers_pipeline, make_model_jobs, minidiff_model, start_worker
+from minidiff.bench.race import race_models
 from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
-from minidiff.machine import format_machine
 
 T = 501  # of the step
 GUIDANCE = 7.5
@@ -46,16 +45,11 @@ def bench_step(
     """
     rounds = (3 if torch.device(device).type == "cpu" else 10) if rounds is None else rounds
     check_arguments(rounds, out, against)
-    config = model_config(model) if isinstance(model, str) else model
+    config = model_config(model)
     size = size or config.image_size
-    jobs = make_model_jobs(device, against, max_autotune)
+    part = f"One step of {size} x {size} with guidance\n", "", make_model_jobs(device, against, max_autotune)
     record = BenchRecord(out, {"bench": "step", "model": str(config), "size": size, "rounds": rounds, "device": device})
-    yield format_machine(record.values["machine"])
-    yield f"One step of {size} x {size} with guidance\n"
-    with model_folder(config) as folder:
-        torch.save(inputs(config, size), folder / "inputs.pt")
-        yield from race(__name__, {name: job | {"folder": str(folder)} for name, job in jobs.items()}, rounds, record)
-    record.finish()
+    yield from race_models(__name__, [part], config, lambda folder: torch.save(inputs(config, size), folder / "inputs.pt"), record)
 
 
 def inputs(config: ModelConfig, size: int) -> dict[str, Tensor]:
@@ -74,14 +68,9 @@ def prepare(job: dict) -> Callable[[dict], dict]:
     """Load the model and its inputs in the contender's process."""
     peak, device, dtype = start_worker(job)
     given = {name: x.to(device, dtype) for name, x in torch.load(f"{job['folder']}/inputs.pt").items()}
-    make = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]]
-    run = make(job, device, dtype, given)
-
-    def without_gradients() -> Tensor:
-        with torch.inference_mode() if job["library"] == "diffusers" else torch.no_grad():
-            return run()
-
-    return answer_with(without_gradients, peak)
+    run = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]](job, device, dtype, given)
+    without_gradients = torch.inference_mode() if job["library"] == "diffusers" else torch.no_grad()
+    return answer_with(without_gradients(run), peak)
 
 
 def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> Callable[[], Tensor]:

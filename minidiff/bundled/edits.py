@@ -29,7 +29,7 @@ from minidiff.markdown import format_fixed, markdown_table
 from minidiff.pictures import to_pixels
 from minidiff.pipeline import StableDiffusion, noise_source
 from minidiff.samplers import Level
-from minidiff.scenes.art import SIZE, STYLES, subject_names, visible_backgrounds
+from minidiff.scenes.art import SIZE, STYLES, common_backgrounds, subject_names
 from minidiff.scenes.scenes import Item, caption_of, choose, compose
 
 PARTS = ("blends", "edits", "inversion")
@@ -61,8 +61,7 @@ def _scene_edit(rng: np.random.Generator, size: int) -> SceneEdit:
     names, style = subject_names(held_out=False), choose(rng, STYLES)
     while True:
         old, new = (choose(rng, names) for _ in range(2))
-        seen = [visible_backgrounds(name, one, None) for name in (old, new) for one in STYLES]
-        if old != new and (backgrounds := [colour for colour in seen[0] if all(colour in others for others in seen)]):
+        if old != new and (backgrounds := common_backgrounds([(old, None), (new, None)])):
             break
     background = choose(rng, backgrounds)
     px = round(SIZE * rng.uniform(0.5, 0.65))
@@ -149,7 +148,9 @@ def mean_change(pixels: Float[Tensor, "B 3 H W"], original: Float[Tensor, "1 3 H
 Row = dict[str, Any]
 
 
-def measure_blends(sd: StableDiffusion, judge: Judge, edits: Sequence[SceneEdit], seeds: Sequence[int], sampling: Sampling) -> Iterator[Row]:
+def measure_blends(
+    sd: StableDiffusion, judge: Judge, edits: Sequence[SceneEdit], seeds: Sequence[int], sampling: Sampling
+) -> Iterator[Row]:
     """Measure every way to blend: how well the subject is seen, and how far what was decoded is off the original just outside the hole.
 
     Args:
@@ -249,10 +250,7 @@ def blends_table(rows: Sequence[Row]) -> str:
     """Format the rows of `measure_blends`."""
     return markdown_table(
         ("put back outside the hole", "by", "subject found", "text alignment", "off the original at the rim, of 255"),
-        [
-            (row["way"], row["users"], percent(row["found"]), number(row["alignment"], 3), number(row["rim"], 1))
-            for row in rows
-        ],
+        [(row["way"], row["users"], percent(row["found"]), number(row["alignment"], 3), number(row["rim"], 1)) for row in rows],
     )
 
 
@@ -303,9 +301,9 @@ def measure(part: str, sd: StableDiffusion, judge: Judge, *, count: int, seeds: 
 def renew_tables(text: str, tables: dict[str, str]) -> str:
     """Return a text with new tables between its marks, as <!-- blends --> and <!-- end of blends -->. Raises ValueError for a missing mark."""
     for name, table in tables.items():
-        opening, closing = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        opening, closing = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         if opening not in text or closing not in text:
-            raise ValueError(f"no place for the table {name!r}: write {opening.strip()} and {closing.strip()} where it is to stand")
-        before, rest = text.split(opening)
-        text = before + opening + table + closing + rest.split(closing)[1]
+            raise ValueError(f"no place for the table {name!r}: write {opening.strip()} and {closing} where it is to stand")
+        before, rest = text.split(opening, 1)
+        text = f"{before}{opening}{table}\n{closing}{rest.split(closing, 1)[1]}"
     return text

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from minidiff.cli.flags import File, Number, Text, Whole
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion
     from minidiff.samplers import Step
 
-STRENGTH = {False: 0.6, True: 1.0}  # by whether there is a mask
+STRENGTH = {False: 0.5, True: 1.0}  # by whether there is a mask; editing/README.md has what 0.5 keeps
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class EditFlags:
 
     Args:
         image: a picture to start from
-        strength: how much of it is replaced by noise, 0 to 1; 0.6 by default, 1 where a mask says what is kept
+        strength: how much of it is replaced by noise, 0 to 1; 0.5 by default, 1 where a mask says what is kept
         fit: how it is brought to another size: crop, resize (distorted) or pad (edges stretched outward)
         mask: a picture of the same size, white where IMAGE is repainted; or one that is transparent there
         outpaint: add a border and paint it, in pixels, as left=64,top=32
@@ -125,6 +124,16 @@ def read_edit(flags: EditFlags) -> "tuple[Tensor, Tensor | None] | None":
     if mask is not None:
         check_mask(mask)
     return pixels, mask
+
+
+def check_model(flags: EditFlags, sd: "StableDiffusion") -> None:
+    """Raise ValueError for an inpainting model without a mask."""
+    channels = sd.config.unet.in_channels
+    if channels != sd.config.vae.latent_channels and not flags.has_mask:
+        raise ValueError(
+            f"a U-Net of {channels} channels: an inpainting model, which needs a picture and a mask beside the prompt; give --image and --mask, "
+            "or load a text-to-image checkpoint"
+        )
 
 
 def prepare_edit(flags: EditFlags, read: "tuple[Tensor, Tensor | None]", sd: "StableDiffusion", size: int | tuple[int, int] | None) -> Edit:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from minidiff.cli.edit import EditFlags, prepare_edit, read_edit
+from minidiff.cli.edit import EditFlags, check_model, prepare_edit, read_edit
 from minidiff.cli.flags import Attentions, DTypes, Several
 from minidiff.cli.model import load, print_notes, slug, weighted
 
@@ -85,8 +85,18 @@ def generate(
     out = out or free_name(f"{slug(prompts[0])}-{seed}")
     check_png(out)
     pictures = read_edit(edit)
-    small = {"lora": weighted(lora), "embeddings": embedding, "custom_diffusion": custom_diffusion}
-    sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction, **small)
+    sd = load(
+        model,
+        dtype,
+        device,
+        vae=vae,
+        ema=ema,
+        prediction=prediction,
+        lora=weighted(lora),
+        embeddings=embedding,
+        custom_diffusion=custom_diffusion,
+    )
+    check_model(edit, sd)
     sd.text = text = WeightedText(sd.tokenizer, sd.text_encoder)
     print_notes(
         f"{prompt!r} is read in {len(chunks)} chunks of the {sd.config.tokenizer.context_length - 2} tokens that the model reads at once"
@@ -110,7 +120,6 @@ def generate(
         (last,) = deque(tqdm(trajectory, total=left, unit="step", file=sys.stderr), maxlen=1)
         pixels = sd.decode(last.x_t)
         images = to_images(pixels if job is None else job.finish(pixels))
-    width, height = images[0].size
     settings = {
         "Steps": steps,
         "Sampler": sampler,
@@ -118,7 +127,7 @@ def generate(
         "CFG scale": guidance_scale,
         "Seed": seed,
         "Batch": batch,
-        "Size": f"{width}x{height}",
+        "Size": f"{images[0].width}x{images[0].height}",
         "Model": model,
         "VAE": vae,
         "EMA": ema,
@@ -159,8 +168,7 @@ def write_pictures(
     if len(pairs) > 1:
         for number, ((prompt, seed), image) in enumerate(zip(pairs, images)):
             name = f"{out.stem}-{seed}.png" if len(prompts) == 1 else f"{out.stem}-{number}-{slug(prompt)}-{seed}.png"
-            own = settings | {"Seed": seed, "Batch": 1}
-            save_png(image, out.with_name(name), picture_settings(prompt, negative_prompt, own))
+            save_png(image, out.with_name(name), picture_settings(prompt, negative_prompt, settings | {"Seed": seed, "Batch": 1}))
 
 
 def free_name(stem: str) -> Path:

@@ -22,7 +22,7 @@ import tyro
 from minidiff.cli.flags import CONFIG, Attentions, DTypes, File, Several, Whole, command_class, flag_groups, given
 from minidiff.cli.model import load, print_notes, training_on
 from minidiff.trainers.methods.method import Method, MethodOptions, describe
-from minidiff.trainers.methods.options import Concept, family_of
+from minidiff.trainers.methods.options import Concept, PhaseOptions, family_of
 from minidiff.trainers.methods.override import documented, override, places
 from minidiff.trainers.methods.table import METHODS
 
@@ -80,7 +80,6 @@ class Job:
 
     Args:
         name: of the method
-        method: its row of the table
         options: the preset with the flags that were given
         concepts: what is learned, with the folders of class pictures
         run: where it is learned
@@ -89,7 +88,6 @@ class Job:
     """
 
     name: str
-    method: Method[Any]
     options: MethodOptions
     concepts: list[Concept]
     run: RunFlags
@@ -100,8 +98,8 @@ class Job:
 def train(name: str, args: list[str]) -> None:
     """Parse the flags of a method, train, and write what was learned."""
     method = METHODS[name]
-    numbers = f"Presets of the bundled model: {describe(method.presets['bundled'])}.\n\nPresets of Stable Diffusion: "
-    description = f"{method.summary}\n\n{numbers}{describe(method.presets['sd1'])}."
+    bundled, sd1 = describe(method.presets["bundled"]), describe(method.presets["sd1"])
+    description = f"{method.summary}\n\nPresets of the bundled model: {bundled}.\n\nPresets of Stable Diffusion: {sd1}."
     asked = vars(tyro.cli(flag_class(method), prog=f"minidiff train {name}", description=description, args=args, config=CONFIG))
     run: RunFlags = asked["run"]
     run.check()
@@ -110,9 +108,8 @@ def train(name: str, args: list[str]) -> None:
         sd = load(run.model, "float32" if run.dtype == "auto" else run.dtype, device, prediction=run.prediction)
         presets = method.low_rank_presets if asked.get("as_lora") else method.presets
         options = apply_flags(presets[family_of(sd.config)], method, asked)
-        concepts = [with_class_folder(concept, i, run.out, options) for i, concept in enumerate(concepts, start=1)]
-        job = Job(name, method, options, concepts, run, asked.get("names", "diffusers"), asked.get("start_from"))
-        learn(job, sd, device)
+        concepts = [with_class_folder(concept, i, run.out, options.phases()[-1]) for i, concept in enumerate(concepts, start=1)]
+        learn(Job(name, options, concepts, run, asked.get("names", "diffusers"), asked.get("start_from")), sd, device)
 
 
 def learn(job: Job, sd: "StableDiffusion", device: "torch.device") -> None:
@@ -158,8 +155,7 @@ def flag_class(method: Method[Any]) -> type:
 
 def apply_flags(preset: MethodOptions, method: Method[Any], asked: dict[str, Any]) -> MethodOptions:
     """Return the preset with the flags that were given. Raises ValueError for one that these options have no place for."""
-    groups = [part for name, part in asked.items() if name in flag_groups(method.options)]
-    changes = given(groups, method.options)
+    changes = given([part for name, part in asked.items() if name in flag_groups(method.options)], method.options)
     known = {flat.name for flat in places(preset)}
     lost = [name for name in changes if name not in known]
     if method.low_rank_presets and not asked["as_lora"] and asked.get("names") != next(iter(method.formats)):
@@ -202,7 +198,7 @@ def parse_concept(text: str) -> Concept:
 # --- before the first step --------------------------------------------------------------------------------------------
 
 
-def with_class_folder(concept: Concept, number: int, out: Path, options: MethodOptions) -> Concept:
+def with_class_folder(concept: Concept, number: int, out: Path, options: PhaseOptions) -> Concept:
     """Give the concept a folder for class pictures within the run's folder, if they are to be made and it has none.
 
     Args:
@@ -211,9 +207,8 @@ def with_class_folder(concept: Concept, number: int, out: Path, options: MethodO
         out: the run's folder
         options: the prior is read
     """
-    if concept.class_images is None and options.prior.is_made:
-        return replace(concept, class_images=out / f"class-{number}")
-    return concept
+    has_folder = concept.class_images is not None or not options.prior.is_made
+    return concept if has_folder else replace(concept, class_images=out / f"class-{number}")
 
 
 def prepare(job: Job, sd: "StableDiffusion") -> "TrainingRun":
@@ -224,12 +219,13 @@ def prepare(job: Job, sd: "StableDiffusion") -> "TrainingRun":
     from minidiff.trainers.engine.distributed import barrier, rank
     from minidiff.trainers.methods.prior_preservation import class_caption
 
-    is_made = job.options.prior.is_made
+    last = job.options.phases()[-1]
+    is_made = last.prior.is_made
     with warnings.catch_warnings():
         if is_made:
             warnings.simplefilter("ignore")  # they come again
             for concept in job.concepts:
-                class_caption(concept, job.options.prompt)
+                class_caption(concept, last.prompt)
         training = build(replace(job, options=override(job.options, {"prior": "none"})) if is_made else job, sd)
     if rank() == 0:
         claim(job.run.out, {"method": job.name, "model": job.run.model, "names": job.names})
@@ -243,11 +239,9 @@ def build(job: Job, sd: "StableDiffusion") -> "TrainingRun":
     import weights_loader
     from minidiff.trainers.data.cache import Cache
 
-    cache = Cache(job.run.out / "cache")
-    if job.start_from is None:
-        return job.method.build(sd, job.concepts, job.options, cache)
-    before = getattr(weights_loader, f"read_{job.method.start_from}")(job.start_from, sd)
-    return job.method.build(sd, job.concepts, job.options, cache, start_from=before)
+    method = METHODS[job.name]
+    more = {"start_from": getattr(weights_loader, f"read_{method.start_from}")(job.start_from, sd)} if job.start_from else {}
+    return method.build(sd, job.concepts, job.options, Cache(job.run.out / "cache"), **more)
 
 
 def claim(out: Path, asked: dict[str, str]) -> None:
@@ -266,11 +260,10 @@ def fill_class_folders(job: Job, sd: "StableDiffusion") -> None:
 
     from minidiff.trainers.methods.prior_preservation import fill_class_images
 
-    seed = job.options.phases()[-1].settings.seed
-    for concept in job.concepts if job.options.prior.is_made else ():
-        count = job.options.prior.count
-        with tqdm(desc=f"class pictures in {concept.class_images}", total=count, unit="picture", file=sys.stderr) as bar:
-            for filled in fill_class_images(sd, concept, job.options, seed):
+    last = job.options.phases()[-1]
+    for concept in job.concepts if last.prior.is_made else ():
+        with tqdm(desc=f"class pictures in {concept.class_images}", total=last.prior.count, unit="picture", file=sys.stderr) as bar:
+            for filled in fill_class_images(sd, concept, last, last.settings.seed):
                 bar.update(filled.done - bar.n)
 
 

@@ -17,11 +17,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from minidiff.config import check_choice
 from minidiff.editing.masks import Mask, check_mask, feather, mask_box, paste
 
 FITS = ("crop", "resize", "pad")
 SIDES = ("left", "right", "top", "bottom")  # in the order of F.pad
-MARGIN = 0.25  # on each side of a mask, as a share of its longer side: what the model sees of the surroundings
+# On each side of a mask, what the model sees of the surroundings: this share of the mask's longer side, and at least this part of the size
+# that is worked at (32 of 512 pixels).
+MARGIN, LEAST = 0.25, 16
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -50,8 +53,7 @@ def fit(pixels: Float[Tensor, "B C H W"], width: int, height: int, how: str) -> 
 
     Raises ValueError for another.
     """
-    if how not in FITS:
-        raise ValueError(f"fit {how!r} unknown; choose {', '.join(FITS)}")
+    check_choice("fit", how, FITS)
     H, W = pixels.shape[2:]
     if how == "crop":
         scale = min(W / width, H / height)
@@ -121,9 +123,9 @@ class Crop:
 
 
 def crop_around(mask: Mask, width: int, height: int) -> Crop:
-    """Return the box around a mask with MARGIN on each side, widened to the shape width : height as far as the picture reaches."""
+    """Return the box around a mask with a margin, widened to the shape width : height as far as the picture reaches."""
     left, top, right, bottom = mask_box(mask)
-    margin = round(MARGIN * max(right - left, bottom - top))
+    margin = max(round(MARGIN * max(right - left, bottom - top)), max(width, height) // LEAST)
     w, h = right - left + 2 * margin, bottom - top + 2 * margin
     w, h = max(w, round(h * width / height)), max(h, round(w * height / width))
     H, W = mask.shape[2:]

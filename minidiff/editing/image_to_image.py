@@ -21,7 +21,7 @@ def image_to_image(
     prompts: str | Sequence[str],
     pixels: Float[Tensor, "P 3 H W"],
     *,
-    strength: float = 0.6,
+    strength: float = 0.5,
     seeds: Sequence[int] = (0,),
     sampling: Sampling = Sampling(),
 ) -> Generator[Step, Tensor | None, None]:

@@ -2,8 +2,8 @@
 
     x_0 -- eps_hat at x --> x at the next higher level --> ... --> x_T -- DDIM --> x_0, nearly
 
-DDIM is an ODE in steps, so it can be walked the other way (Song et al. 2021, section 4.3; Dhariwal and Nichol 2021, appendix F). Each step back
-needs eps_hat at its far end, which is not known yet, and takes that of the near end: exact only in the limit of many steps. Guidance
+DDIM is an ODE in steps, so it can be walked the other way (Song et al. 2021, section 4.3; Dhariwal and Nichol 2021, appendix F). Each step
+back needs eps_hat at its far end, which is not known yet, and takes that of the near end: exact only in the limit of many steps. Guidance
 multiplies the error; invert and reconstruct at scale 1, and edit with more. README.md has the error by steps and scale.
 
 Usual code tells the model the level that x goes to. Here it is told the level where x is, as it was in training: with the bundled model, which
@@ -35,7 +35,7 @@ def invert(
 ) -> Iterator[Step]:
     """Walk DDIM's levels upward; yield one Step per step, numbered as on the way back down, so the last one is number 0.
 
-    The x_t of the last Step is the noise: give it to `StableDiffusion.denoise` as x, with the same prompts, steps and spacing, for sampler ddim.
+    The x_t of the last Step is the noise: `StableDiffusion.denoise` takes it as x, with the same prompts, steps and spacing and sampler ddim.
 
     Args:
         sd: the model.

@@ -3,8 +3,8 @@
     mask (1 = repaint) -- cells of the latent that it touches ----> what the denoising loop may change
                        -- feather: falls to 0 around it ----------> paste: original + alpha (new - original)
 
-The VAE is lossy: decoding even an untouched latent changes every pixel. So the original is pasted back, and beyond the feather its pixels are
-kept to the bit. A mask touches whole latent cells; the pixels that were repainted only because their cell is larger are under the feather or
+The VAE is lossy: decoding even an untouched latent changes every pixel. So the original is pasted back, and beyond the feather its pixels
+are kept to the bit. A mask touches whole latent cells; pixels that were repainted only because their cell is larger lie under the feather, or
 are dropped.
 """
 

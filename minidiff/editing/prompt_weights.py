@@ -3,12 +3,12 @@
     "a (small:1.4) cat ..." -> parts of text, each with a weight -> chunks of the context length -> text encoder, chunk by chunk
                             -> z, one vector per token, all chunks in a row -> e + w (z - e) -> context
 
-e is the empty prompt's vector at the same position: a word of weight 0 says nothing, of weight 1 what it always says, and beyond that the same
-line goes on. That is ComfyUI's arithmetic. A1111 multiplies z by w and then the whole prompt by a ratio of means, so that the words without a
-weight change too, and so does a prompt when another one stands beside it.
+e is the empty prompt's vector at the same position: a word of weight 0 says nothing, one of weight 1 what it always says, and beyond that
+the same line goes on. That is ComfyUI's arithmetic. A1111 multiplies z by w and then the whole prompt by a ratio of means, so that words
+without a weight change too, and so does a prompt when another one is in its batch.
 
-Only `(text:number)` is a weight; other brackets are text, as is \\( and \\). A weight inside another one takes its place. A prompt without weights
-that fits into the context gives what the model's own text side gives, bit for bit. Chunks are encoded apart (the text encoder has no
+Only `(text:number)` is a weight; other brackets are text, as are \\( and \\). A weight inside another one takes its place. A prompt that has no
+weights and fits into the context gives what the model's own text side gives, bit for bit. Chunks are encoded apart (the text encoder has no
 positions beyond its context), filled with whole words; shorter prompts are filled up with empty chunks.
 
 Left out: weights without a number, words exchanged along the way, several prompts joined by AND.
@@ -43,8 +43,8 @@ class Weighted:
 def parse_weights(prompt: str) -> list[Weighted]:
     """Split a prompt into parts with their weights, 1 where none is given.
 
-    Raises ValueError, with the character's number, for a weight that is no number in 0..MOST, a bracket with a weight that is never closed, and
-    a weight of nothing.
+    Raises ValueError, with the character's number, for a weight that is no number in 0..MOST, a bracket with a weight that is never closed,
+    and a weight of nothing.
     """
     groups: list[tuple[int, list[Weighted]]] = [(0, [])]  # of each open bracket: where it stands, and its parts so far
     after = 0

@@ -4,9 +4,9 @@
     seed   -> eps -----------------+--> x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps -> the denoising loop from there
     strength -> level -------------'
 
-A strength of 0.6 asks for the noise of timestep 0.6 (T - 1), whatever the sampler, the spacing and the number of steps; the loop starts at the
-nearest of the levels that it visits anyway. (Other programs count steps instead, so that the noise depends on the sampler: README.md.) The
-noise is the first that the seed gives, the same as in text to image.
+A strength of 0.6 asks for the noise of timestep 0.6 (T - 1), whatever the sampler, the spacing and the number of steps; the loop starts at
+the nearest of the levels that it visits anyway. (Other programs count steps instead, so that the noise depends on the sampler: README.md.)
+The noise is the first that the seed gives, the same as in text to image.
 
 Papers: Meng et al. 2022, "SDEdit"; Ho et al. 2020, eq. 4.
 """

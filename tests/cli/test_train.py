@@ -28,7 +28,7 @@ from minidiff.trainers.engine import memory
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.lora import LoRAOptions
 from minidiff.trainers.methods.method import Method
-from minidiff.trainers.methods.options import Concept, DataOptions, LowRankOptions, Prior
+from minidiff.trainers.methods.options import Concept, DataOptions, LowRankOptions, PhaseOptions, Prior
 from minidiff.trainers.methods.override import documented, flat_fields, override
 from minidiff.trainers.methods.table import METHODS
 from tests.command import runner
@@ -435,21 +435,14 @@ def test_a_concept_is_read_from_one_argument():
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ToyOptions:
+class ToyOptions(PhaseOptions):
     """A method of this test's own.
 
     Args:
         glow: how much it glows
     """
 
-    settings: Settings
-    data: DataOptions = DataOptions()
-    prior: Prior = Prior()
-    prompt: str = "a photo of a {}"
     glow: float = 1.0
-
-    def phases(self):
-        return (self,)
 
     def highlights(self):
         return (f"glow {self.glow:g}",)
