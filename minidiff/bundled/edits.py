@@ -299,7 +299,10 @@ def measure(part: str, sd: StableDiffusion, judge: Judge, *, count: int, seeds: 
 
 
 def renew_tables(text: str, tables: dict[str, str]) -> str:
-    """Return a text with new tables between its marks, as <!-- blends --> and <!-- end of blends -->. Raises ValueError for a missing mark."""
+    """Return a text with new tables between its marks, as <!-- blends --> and <!-- end of blends -->.
+
+    Raises ValueError for a missing mark.
+    """
     for name, table in tables.items():
         opening, closing = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         if opening not in text or closing not in text:

@@ -131,8 +131,8 @@ def check_model(flags: EditFlags, sd: "StableDiffusion") -> None:
     channels = sd.config.unet.in_channels
     if channels != sd.config.vae.latent_channels and not flags.has_mask:
         raise ValueError(
-            f"a U-Net of {channels} channels: an inpainting model, which needs a picture and a mask beside the prompt; give --image and --mask, "
-            "or load a text-to-image checkpoint"
+            f"a U-Net of {channels} channels: an inpainting model, which needs a picture and a mask beside the prompt; "
+            "give --image and --mask, or load a text-to-image checkpoint"
         )
 
 

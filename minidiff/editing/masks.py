@@ -4,8 +4,8 @@
                        -- feather: falls to 0 around it ----------> paste: original + alpha (new - original)
 
 The VAE is lossy: decoding even an untouched latent changes every pixel. So the original is pasted back, and beyond the feather its pixels
-are kept to the bit. A mask touches whole latent cells; pixels that were repainted only because their cell is larger lie under the feather, or
-are dropped.
+are kept to the bit. A mask touches whole latent cells; pixels that were repainted only because their cell is larger lie under the feather,
+or are dropped.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def to_grey(image: Image.Image) -> Image.Image:
     """Convert a picture that is a mask to 8 bits of grey, white where it is transparent; without transparency, as bright as it is."""
     if image.has_transparency_data:
         alpha = image.convert("RGBA").getchannel("A")
-        if alpha.getextrema()[0] < HALF:
+        if np.asarray(alpha).min() < HALF:
             return ImageOps.invert(alpha)
     return to_rgb(image).convert("L")
 
