@@ -97,9 +97,10 @@ def generate(
         custom_diffusion=custom_diffusion,
     )
     check_model(edit, sd)
+    room = sd.config.tokenizer.context_length - 2
     sd.text = text = WeightedText(sd.tokenizer, sd.text_encoder)
     print_notes(
-        f"{prompt!r} is read in {len(chunks)} chunks of the {sd.config.tokenizer.context_length - 2} tokens that the model reads at once"
+        f"a prompt of {sum(map(len, chunks))} tokens is read in {len(chunks)} chunks; the model reads {room} at once"
         for prompt in (*prompts, negative_prompt)
         if len(chunks := text.chunks(parse_weights(prompt))) > 1
     )

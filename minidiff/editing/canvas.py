@@ -31,7 +31,13 @@ MARGIN, LEAST = 0.25, 16
 
 
 def usual_size(width: int, height: int, model_size: int, factor: int) -> tuple[int, int]:
-    """Return (width, height) to scale: the shorter side is the model's own size, both are multiples of factor."""
+    """Return (width, height) to scale: the shorter side is the model's own size, both are multiples of factor.
+
+    Args:
+        width, height: of the picture, in pixels.
+        model_size: the model's own, in pixels.
+        factor: of the VAE.
+    """
     scale = model_size / min(width, height) / factor
     return round(width * scale) * factor, round(height * scale) * factor
 

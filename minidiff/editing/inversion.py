@@ -6,8 +6,8 @@ DDIM is an ODE in steps, so it can be walked the other way (Song et al. 2021, se
 back needs eps_hat at its far end, which is not known yet, and takes that of the near end: exact only in the limit of many steps. Guidance
 multiplies the error; invert and reconstruct at scale 1, and edit with more. README.md has the error by steps and scale.
 
-Usual code tells the model the level that x goes to. Here it is told the level where x is, as it was in training, which comes back nearer with
-models that predict v.
+Usual code tells the model the level that x goes to. Here it is told the level where x is, as it was in training; with models that predict v
+that comes back nearer.
 
 Left out: null-text inversion (Mokady et al. 2023), which learns an empty prompt for each step so that guidance reconstructs too.
 """

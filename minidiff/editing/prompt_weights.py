@@ -8,8 +8,8 @@ the same line goes on. That is ComfyUI's arithmetic. A1111 multiplies z by w and
 without a weight change too, and so does a prompt when another one is in its batch.
 
 Only `(text:number)` is a weight; other brackets are text, as are \\( and \\). A weight inside another one takes its place. A prompt that has
-no weights and fits into the context gives what the model's own text side gives, bit for bit. Chunks are encoded apart (the text encoder has no
-positions beyond its context), filled with whole words; shorter prompts are filled up with empty chunks.
+no weights and fits into the context gives what the model's own text side gives, bit for bit. Chunks are encoded apart (the text encoder has
+no positions beyond its context) and filled with whole words; shorter prompts are filled up with empty chunks.
 
 Left out: weights without a number, words exchanged along the way, several prompts joined by AND.
 """
