@@ -4,9 +4,9 @@
     a U-Net of 9 channels:  x_t, the hole, the latent of the picture without it --> U-Net
 
 With any model the known part can be put back after every step, as noisy as the rest, so that what grows in the hole has it in view. The
-noise is the same in every step: the known part then follows the trajectory that leads to the picture. README.md has it measured beside other
-ways. A model of 9 channels was trained for the task (Rombach et al. 2022, section 4.5, in the form of Stable Diffusion's inpainting models):
-it is told the mask and the picture with the hole in mid-grey, in that order, and nothing is put back.
+noise is the same in every step: the known part then follows the trajectory that leads to the picture. README.md has it measured beside
+other ways. A model of 9 channels was trained for the task (Rombach et al. 2022, section 4.5, in the form of Stable Diffusion's inpainting
+models): it is told the mask and the picture with the hole in mid-grey, in that order, and nothing is put back.
 
 Papers: Lugmayr et al. 2022, "RePaint", eq. 8 (with fresh noise, and resampling, which is left out); Avrahami et al. 2022, "Blended latent
 diffusion" (blending).

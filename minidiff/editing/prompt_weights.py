@@ -7,9 +7,9 @@ e is the empty prompt's vector at the same position: a word of weight 0 says not
 the same line goes on. That is ComfyUI's arithmetic. A1111 multiplies z by w and then the whole prompt by a ratio of means, so that words
 without a weight change too, and so does a prompt when another one is in its batch.
 
-Only `(text:number)` is a weight; other brackets are text, as are \\( and \\). A weight inside another one takes its place. A prompt that has
-no weights and fits into the context gives what the model's own text side gives, bit for bit. Chunks are encoded apart (the text encoder has
-no positions beyond its context) and filled with whole words; shorter prompts are filled up with empty chunks.
+Only `(text:number)` is a weight; other brackets are text, as are \\( and \\). A weight inside another one takes its place. A prompt that
+has no weights and fits into the context gives what the model's own text side gives, bit for bit. Chunks are encoded apart (the text
+encoder has no positions beyond its context) and filled with whole words; shorter prompts are filled up with empty chunks.
 
 Left out: weights without a number, words exchanged along the way, several prompts joined by AND.
 """
