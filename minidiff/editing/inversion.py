@@ -51,7 +51,7 @@ def invert(
         raise ValueError(f"{len(prompts)} prompts for {len(x_0)} pictures; give one for each")
     visited = levels(sd.schedule, "ddim", steps, spacing)
     with torch.no_grad():
-        rows = sd.text([*prompts, ""])
+        rows = sd.text([*prompts, ""], (x_0.shape[3] * sd.config.vae.factor, x_0.shape[2] * sd.config.vae.factor))
         cond, uncond = rows[:-1], rows[-1:].expand(len(prompts))
     model = guided(sd.predict, cond, uncond, guidance_scale, shared_prefix=True)
     denoise = Denoiser(model, sd.schedule.config.prediction, torch.float32)
