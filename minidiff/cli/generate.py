@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from minidiff.cli.edit import EditFlags, check_model, prepare_edit, read_edit
-from minidiff.cli.flags import Attentions, DTypes, Several
-from minidiff.cli.model import load, print_notes, slug, weighted
+from minidiff.cli.flags import Attentions, DTypes, Several, Text
+from minidiff.cli.model import load, named, print_notes, slug, unused_words, weighted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,6 +32,7 @@ def generate(
     vae: str | None = None,
     ema: bool = False,
     prediction: Literal["eps", "v"] | None = None,
+    ignore: Text = None,
     dtype: DTypes = "auto",
     device: str = "auto",
     attention: Attentions = "auto",
@@ -58,12 +59,13 @@ def generate(
         vae: a VAE file to use instead of the model's
         ema: take the averaged weights, where a .ckpt holds both
         prediction: what the model predicts, eps or v, where its file is wrong about it
+        ignore: a regular expression of unknown tensors in the model's file to leave out
         dtype: of the weights; float32 on a CPU and the file's own on a GPU by default; bfloat16 takes about half the time on a CPU that
             has it
         device: auto, cpu, cuda, cuda:1, mps
         attention: how it is computed: auto takes what is fastest; triton is this package's kernels, on a GPU
         lora: a LoRA file, or FILE:0.7 for a part of its change
-        embedding: a file of learned words, for the prompts to use
+        embedding: a file of learned words, for the prompts to use; FILE:WORD gives its word another name
         custom_diffusion: a Custom Diffusion file or folder
         out: a .png file, named after the prompt by default; several pictures make a grid, with each picture in a file alongside
         edit: start from a picture
@@ -92,8 +94,9 @@ def generate(
         vae=vae,
         ema=ema,
         prediction=prediction,
+        ignore=ignore,
         lora=weighted(lora),
-        embeddings=embedding,
+        embeddings=named(embedding),
         custom_diffusion=custom_diffusion,
     )
     check_model(edit, sd)
@@ -104,6 +107,7 @@ def generate(
         for prompt in (*prompts, negative_prompt)
         if len(chunks := text.chunks(parse_weights(prompt))) > 1
     )
+    print_notes(unused_words(sd.tokenizer, [*prompts, negative_prompt]))
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
     texts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
