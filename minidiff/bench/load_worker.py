@@ -46,10 +46,12 @@ def measure(contender: str, path: str, settings: str, asked: str, config: str | 
     load = {"minidiff": prepare_minidiff, "diffusers": prepare_diffusers}[contender](path, settings, asked, config)
     import_seconds = perf_counter() - start
 
+    from torch import float32  # of weights in half precision the sum is more than they can hold
+
     with ProcessMemory() as memory:
         start, cpu_start = perf_counter(), process_time()
         weights = [weight for part in load() for weight in part.parameters()]
-        total = sum(weight.detach().sum().item() for weight in weights)
+        total = sum(weight.detach().sum(dtype=float32).item() for weight in weights)
         seconds, cpu_seconds = perf_counter() - start, process_time() - cpu_start
     assert all(str(weight.dtype) == f"torch.{asked}" for weight in weights)
     return Measurement(import_seconds, seconds, cpu_seconds, *memory.above(), total, sum(weight.numel() for weight in weights))
