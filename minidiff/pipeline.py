@@ -28,6 +28,7 @@ from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
+Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # model(x_t, t, conditioning) -> prediction
 GRAPH_DEVICES = ("cuda",)  # where the U-Net runs by a captured graph; see cuda_graph.py
 
 
@@ -115,7 +116,7 @@ class StableDiffusion:
         eta: float = 0.0,
         start: int = 0,
         x: Float[Tensor, "B C h w"] | None = None,
-        model: Callable[[Tensor, Tensor, Conditioning], Tensor] | None = None,
+        model: Model | None = None,
         text: TextSide | None = None,
     ) -> Generator[Step, Tensor | None, None]:
         """Denoise from noise to latents; yield one Step per step. The last one's x_t is to be decoded.
@@ -141,7 +142,7 @@ class StableDiffusion:
 
         Raises ValueError, before the first step, for what the model cannot do.
         """
-        prompts, seeds = _pair(prompts, seeds)
+        prompts, seeds = pair_prompts(prompts, seeds)
         if start and x is None:
             raise ValueError(f"start {start} needs x, the latents at that level: samplers.levels tells how much noise they have")
         if model is None:
@@ -253,7 +254,7 @@ class StableDiffusion:
         return self.config.vae.latent_channels, height // factor, width // factor
 
 
-def _pair(prompts: str | Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
+def pair_prompts(prompts: str | Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
     """Return as many prompts as seeds: a single one of either goes with all of the other. Raises ValueError for other numbers of them."""
     prompts, seeds = [prompts] if isinstance(prompts, str) else list(prompts), list(seeds)
     if not prompts or not seeds:

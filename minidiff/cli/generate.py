@@ -2,16 +2,22 @@
 
 import sys
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from minidiff.cli.edit import EditFlags, check_model, prepare_edit, read_edit
 from minidiff.cli.flags import Attentions, DTypes, Several, Text
 from minidiff.cli.model import load, named, print_notes, slug, unused_words, weighted
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from PIL import Image
+
+    from minidiff.pipeline import StableDiffusion
 
 
 def generate(
@@ -44,11 +50,12 @@ def generate(
     embedding: Several = (),
     custom_diffusion: Several = (),
     out: Path | None = None,
+    edit: EditFlags = EditFlags(),
 ) -> None:
-    """Make pictures from words.
+    """Make pictures from words, or from a picture and words.
 
     Args:
-        prompts: what a picture shows, in quotes; one picture for each
+        prompts: what a picture shows, in quotes; one picture for each. (small:1.3) makes a word count more, (small:0.7) less
         model: "tiny" (ships with minidiff), a .safetensors or .ckpt file, or a diffusers folder
         negative_prompt: what it should not show
         prompt_2: another prompt for SDXL's second text encoder
@@ -59,7 +66,7 @@ def generate(
         guidance_scale: how strongly the picture follows the prompt; 1 is the prompt alone, without guidance; the model's own by default
         seed: where the noise comes from; the same seed gives the same picture
         batch: how many pictures of a prompt, on consecutive seeds
-        size: in pixels, as 512 or 768x512; the model's own by default
+        size: in pixels, as 512 or 768x512; the model's own by default (its shorter side, of a picture in another shape)
         original_size: what SDXL is told of the size of the picture before it was scaled, as 1024x1024; the picture's own by default
         crop: what it is told was cut off, left x top, as 0x128; nothing by default
         target_size: what it is told of the size of the picture itself; its own by default
@@ -78,9 +85,11 @@ def generate(
         embedding: a file of learned words, for the prompts to use; FILE:WORD gives its word another name
         custom_diffusion: a Custom Diffusion file or folder
         out: a .png file, named after the prompt by default; several pictures make a grid, with each picture in a file alongside
+        edit: start from a picture
     """
     from tqdm import tqdm
 
+    from minidiff.editing.start import Sampling, find_start
     from minidiff.kernels.dispatch import attention_backend
     from minidiff.pictures import check_png
     from minidiff.pipeline import to_images
@@ -94,6 +103,7 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts and --batch {batch} make no picture; give at least one of each")
     out = out or free_name(f"{slug(prompts[0])}-{seed}")
     check_png(out)
+    pictures = read_edit(edit)
     sd = load(
         model,
         dtype,
@@ -107,31 +117,33 @@ def generate(
         embeddings=named(embedding),
         custom_diffusion=custom_diffusion,
     )
+    check_model(edit, sd)
+    negative = resolve_negative(negative_prompt, empty_negative, len(sd.text.encoders))
+    read_weights(sd, [*prompts, negative or ""])
     sizes = SizeNumbers(
         original=parse_pair("original-size", original_size),
         crop=parse_pair("crop", crop) or (0, 0),
         target=parse_pair("target-size", target_size),
     )
-    text = told(sd.text, prompt_2, sizes)
-    negative = resolve_negative(negative_prompt, empty_negative, len(sd.text.encoders))
+    sd.text = told(sd.text, prompt_2, sizes)
     print_notes(unused_words(sd.tokenizer, [*prompts, prompt_2 or "", negative or ""]))
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
+    texts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
+    sampling, left = Sampling(steps, sampler, guidance_scale, negative, spacing, eta), steps
     with attention_backend(attention):
-        trajectory = sd.denoise(
-            [prompt for prompt, _ in pairs],
-            seeds=[seed for _, seed in pairs],
-            steps=steps,
-            sampler=sampler,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative,
-            size=parse_size(size),
-            spacing=spacing,
-            eta=eta,
-            text=text,
-        )
-        (last,) = deque(tqdm(trajectory, total=steps, unit="step", file=sys.stderr), maxlen=1)
-        images = to_images(sd.decode(last.x_t))
+        if pictures is None:
+            job = None
+            trajectory = sd.denoise(texts, seeds=seeds, size=parse_size(size), **asdict(sampling))
+        else:
+            job = prepare_edit(edit, pictures, sd, parse_size(size))
+            trajectory = job.denoise(sd, texts, seeds, sampling)
+            start = find_start(sd.schedule, job.strength, sampling)
+            left = steps - start.index
+            print_notes([str(start)])
+        (last,) = deque(tqdm(trajectory, total=left, unit="step", file=sys.stderr), maxlen=1)
+        pixels = sd.decode(last.x_t)
+        images = to_images(pixels if job is None else job.finish(pixels))
     settings = {
         "Steps": steps,
         "Sampler": sampler,
@@ -154,6 +166,7 @@ def generate(
         "LoRA": " + ".join(lora) or None,
         "Embedding": " + ".join(embedding) or None,
         "Custom Diffusion": " + ".join(custom_diffusion) or None,
+        **edit.settings(),
     }
     write_pictures(out, images, prompts, pairs, negative or "", settings)
     print(out)
@@ -191,6 +204,27 @@ def free_name(stem: str) -> Path:
     """Return a .png of this name, numbered if there is one already: without --out nothing is overwritten."""
     names = (Path(f"{stem}.png"), *(Path(f"{stem}-{i}.png") for i in range(2, 10_000)))
     return next(path for path in names if not path.exists())
+
+
+def read_weights(sd: "StableDiffusion", prompts: "Sequence[str]") -> None:
+    """Let a model with one text encoder read weights and prompts of any length, and say which prompts are long.
+
+    Raises ValueError for a weight in a prompt for two text encoders.
+    """
+    from minidiff.editing.prompt_weights import WeightedText, parse_weights
+
+    parts = {prompt: parse_weights(prompt) for prompt in prompts}
+    if len(sd.text.encoders) > 1:
+        if weighted := next((prompt for prompt, own in parts.items() if any(part.weight != 1 for part in own)), None):
+            raise ValueError(f"prompt {weighted!r} has weights, which a model with two text encoders does not read; leave them out")
+        return
+    sd.text = text = WeightedText(sd.text.tokenizers, sd.text.encoders)
+    room = sd.config.tokenizer.context_length - 2
+    print_notes(
+        f"a prompt of {sum(map(len, chunks))} tokens is read in {len(chunks)} chunks; the model reads {room} at once"
+        for own in parts.values()
+        if len(chunks := text.chunks(own)) > 1
+    )
 
 
 def resolve_negative(prompt: str | None, empty: str | None, encoders: int) -> str | None:
