@@ -1,5 +1,6 @@
 """What editing/README.md says: its files are all files, its Python runs, its commands are there, its tables are those of the measurement."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -19,9 +20,8 @@ def test_every_file_is_listed():
 
 def test_its_python_runs(tmp_path):
     (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    subprocess.run(
-        [sys.executable, "-c", f"{block}\nassert len(dogs) == 2"], cwd=tmp_path, check=True, env={"PYTHONPATH": str(FOLDER.parents[1])}
-    )
+    code, environment = block + "assert len(dogs) == 2", {**os.environ, "PYTHONPATH": str(FOLDER.parents[1])}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment)
 
 
 def test_its_commands_have_the_options_that_they_name():
