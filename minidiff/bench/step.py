@@ -21,6 +21,7 @@ from minidiff.config import ModelConfig
 
 T = 501  # of the step
 GUIDANCE = 7.5
+SIZE_NUMBERS = (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0)  # that SDXL is told
 
 
 def bench_step(
@@ -53,12 +54,15 @@ def bench_step(
 
 
 def inputs(config: ModelConfig, size: int) -> dict[str, Tensor]:
-    """Draw a latent of one picture at timestep T, and the contexts of an empty and of another prompt."""
+    """Draw a latent of one picture at timestep T, and context and pooled vector, if there is one, of an empty and of another prompt."""
     generator = torch.Generator().manual_seed(0)
     cells, text = size // config.vae.factor, config.text_encoder
     x_t = torch.randn(1, config.unet.in_channels, cells, cells, generator=generator)
-    uncond, cond = torch.randn(2, 1, text.context_length, text.width, generator=generator)
-    return {"x_t": x_t, "uncond": uncond, "cond": cond}
+    uncond, cond = torch.randn(2, 1, text.context_length, config.unet.context_width, generator=generator)
+    drawn = {"x_t": x_t, "uncond": uncond, "cond": cond}
+    if width := config.unet.pooled_width:
+        drawn |= {"pooled": torch.randn(2, width, generator=generator)}
+    return drawn
 
 
 # ------------------------------------------------------------------------------------------------------ the contenders
@@ -77,9 +81,12 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
     """Step like StableDiffusionPipeline, without its scheduler."""
     unet = diffusers_pipeline(job, device, dtype).unet
     context, t = torch.cat([given["uncond"], given["cond"]]), torch.tensor(T, device=device)
+    told: dict = {}
+    if "pooled" in given:
+        told = {"added_cond_kwargs": {"text_embeds": given["pooled"], "time_ids": torch.tensor([SIZE_NUMBERS] * 2, device=device)}}
 
     def run() -> Tensor:
-        uncond, cond = unet(torch.cat([given["x_t"]] * 2), t, encoder_hidden_states=context, return_dict=False)[0].chunk(2)
+        uncond, cond = unet(torch.cat([given["x_t"]] * 2), t, encoder_hidden_states=context, return_dict=False, **told)[0].chunk(2)
         return uncond + GUIDANCE * (cond - uncond)
 
     return run
@@ -93,7 +100,11 @@ def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[s
 
     sd, t = minidiff_model(job, device, dtype), torch.tensor([T], device=device)
     channels_last(sd.unet)
-    model = guided(sd.predict, Conditioning(given["cond"]), Conditioning(given["uncond"]), GUIDANCE, shared_prefix=True)
+    told = [Conditioning(given[name]) for name in ("cond", "uncond")]
+    if "pooled" in given:
+        sizes = torch.tensor([SIZE_NUMBERS], device=device)
+        told = [Conditioning(one.context, pooled[None], sizes) for one, pooled in zip(told, reversed(given["pooled"]))]
+    model = guided(sd.predict, told[0], told[1], GUIDANCE, shared_prefix=True)
     return lambda: model(given["x_t"], t)
 
 

@@ -99,7 +99,9 @@ def show_commands(group: list[str], known: dict[str, Command], rest: list[str]) 
     """List commands for --help, or end with exit code 2 where none is named. Raises ValueError for an unknown one."""
     if rest and rest[0] not in ("-h", "--help"):
         asked = " ".join([*group, rest[0]])
-        near = get_close_matches(asked, [*known, *(name.split()[0] for name in known)], 1)
+        prefix = "".join(f"{word} " for word in group)
+        names = dict.fromkeys(name.removeprefix(prefix) if group else name.split()[0] for name in known)
+        near = [prefix + name for name in get_close_matches(rest[0], names, 1)]
         way_out = f"did you mean {near[0]}?" if near else f"choose {', '.join(known)}" if group else "minidiff --help lists all"
         raise ValueError(f"command {asked!r} unknown; {way_out}")
     names = {name.removeprefix(" ".join(group)).strip(): command for name, command in known.items()}

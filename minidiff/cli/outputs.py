@@ -62,10 +62,11 @@ def write_tokens(learned: "NewTokens", sd: "StableDiffusion", out: Path, names: 
     import weights_loader
     from minidiff.adapters.tokens import NewTokens
 
-    one_each = names in ONE_EACH
+    widths = [encoder.config.width for encoder in sd.text.encoders.values()]
+    one_each = names in ONE_EACH or len(widths) > 1
     tokens = {slug(word): NewTokens({word: rows}) for word, rows in learned.rows.items()} if one_each else {"embedding": learned}
     for name, words in tokens.items():
-        weights_loader.write_embedding(out / f"{name}.safetensors", words, "a1111" if one_each else "diffusers", settings, sd)
+        weights_loader.write_embedding(out / f"{name}.safetensors", words, "a1111" if one_each else "diffusers", settings, widths, sd)
         yield "--embedding", out / f"{name}.safetensors"
 
 

@@ -181,7 +181,7 @@ def compare_layers(sd: "StableDiffusion", pipe: Any, prompt: str, seed: int) -> 
             ours_of = outputs({name: one for name, (one, _) in pairs.items()}, ours)
             theirs_of = outputs({name: other for name, (_, other) in pairs.items()}, theirs)
             found += [
-                difference(f"{part}.{name}", ours_of[name], as_shaped(theirs_of[name], ours_of[name], pairs[name][0])) for name in ours_of
+                difference(f"{part}.{name}", ours_of[name], _as_shaped(theirs_of[name], ours_of[name], pairs[name][0])) for name in ours_of
             ]
     return found
 
@@ -216,7 +216,7 @@ def outputs(layers: "dict[str, nn.Module]", run: Any) -> "dict[str, Tensor]":
     return found
 
 
-def as_shaped(theirs: "Tensor", ours: "Tensor", layer: "nn.Module") -> "Tensor":
+def _as_shaped(theirs: "Tensor", ours: "Tensor", layer: "nn.Module") -> "Tensor":
     """Return diffusers' output in our layout: cells are an axis in one place, height and width in another.
 
     Args:

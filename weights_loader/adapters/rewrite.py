@@ -17,7 +17,7 @@ from minidiff.adapters.lora import LoRA
 from minidiff.adapters.tokens import NewTokens
 from minidiff.config import ModelConfig
 from minidiff.pipeline import StableDiffusion
-from minidiff.tokenizer import Tokenizer
+from minidiff.two_encoders import text_side
 from weights_loader.adapters import custom_diffusion, embedding, lora
 from weights_loader.adapters.common import weights_file
 from weights_loader.adapters.peft import METADATA
@@ -120,7 +120,8 @@ def _model_of(changes: Mapping[str, lora.StoredChange]) -> StableDiffusion:
     """Return a model without weights that a LoRA fits: of a public family, or the bundled one. Raises ValueError if it fits none."""
     nearest: ValueError | None = None
     for config in _configs():
-        sd = StableDiffusion(config, *empty_parts(config), Tokenizer(config.tokenizer))
+        parts = empty_parts(config)
+        sd = StableDiffusion(config, text_side(config, parts.encoders), parts.unet, parts.vae)
         try:
             lora.fit(changes, sd)
             return sd
