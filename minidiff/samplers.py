@@ -452,13 +452,7 @@ SAMPLERS = {
     ),
     "heun": Sampler(heun, "Heun", "Karras et al. 2022, algorithm 1; two model calls", order=2, calls=(2, -1), levels=fractional_levels),
     "dpmpp_2m": Sampler(
-        dpmpp_2m,
-        "DPM++ 2M",
-        "DPM-Solver++, first and last step of first order",
-        order=2,
-        multistep=True,
-        counts_end=True,
-        web_schedule="Uniform",
+        dpmpp_2m, "DPM++ 2M", "DPM-Solver++, ends of first order", order=2, multistep=True, counts_end=True, web_schedule="Uniform"
     ),
     "dpmpp_2m_karras": Sampler(
         dpmpp_2m,
