@@ -48,7 +48,7 @@ EXTRA = (
 
 # The first that is found decides.
 REFUSED = (
-    (r"^control_model\.|controlnet_cond_embedding\.", "a ControlNet, which steers a model and is none; it is not supported"),
+    (r"^control_model\.|controlnet_cond_embedding\.", "a ControlNet, which steers a model and is none; give it beside one (--controlnet)"),
     (r"^conditioner\.embedders\.|^add_embedding\.linear_", "a Stable Diffusion XL, which is not supported; choose a 1.x or 2.x"),
     (r"joint_blocks\.|double_blocks\.|single_transformer_blocks\.", "a diffusion transformer (Stable Diffusion 3, Flux), not supported"),
 )
