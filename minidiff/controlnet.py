@@ -236,7 +236,7 @@ def scaled_residuals(
     x_t: Float[Tensor, "B C H W"],
     t: Shaped[Tensor, " B"],
     conditioning: Conditioning,
-    hint: Float[Tensor, "B_hint C_hint H W"],
+    hint: Float[Tensor, "B_hint C_hint H_hint W_hint"],
     guess_mode: bool,
 ) -> list[Tensor]:
     """Run a ControlNet for all rows of the conditioning, or in guess mode for the last B alone, the text's half of guidance.

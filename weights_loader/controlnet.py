@@ -39,7 +39,9 @@ FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}  # by the
 XL = r"(^|\.)(label_emb\.0\.|add_embedding\.linear_)"
 # What every ControlNet has, in either naming.
 MARKS = r"(^|\.)(input_hint_block\.0\.|controlnet_cond_embedding\.conv_in\.)"
-ADDED = ("difference", "lora_controlnet")  # tensors that say of a file: add it to the base
+# Tensors that say of a file that it is added to the base.
+ADDED = {"difference": "a difference from its base", "lora_controlnet": "a control-LoRA"}
+FOLDER = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
 # (pattern of a tensor's name, what a file with such a name is). The first that is found decides.
 REFUSED = (
     (r"control_add_embedding\.|(^|\.)task_embedding$", "a ControlNet union (ProMax), which takes several kinds of hints by number"),
@@ -108,7 +110,7 @@ def read_controlnet(path: str | Path, sd: StableDiffusion, dtype: torch.dtype | 
     path = Path(path)
     checkpoint = read(path)
     try:
-        tensors, layout = _tensors(checkpoint)
+        tensors, layout = parse(checkpoint)
         config = _config(checkpoint, tensors, layout, sd)
         _check_family(tensors, sd)
         with torch.device("meta"), NoInit():
@@ -125,8 +127,8 @@ def read_controlnet(path: str | Path, sd: StableDiffusion, dtype: torch.dtype | 
     return net.eval().requires_grad_(False)
 
 
-def _tensors(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], str]:
-    """Return the ControlNet's tensors without the prefix, and the naming. Raises ValueError for a file of another kind."""
+def parse(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], str]:
+    """Return the ControlNet's tensors without the prefix, and "original" or "diffusers". Raises ValueError for a file of another kind."""
     names = list(checkpoint.tensors)
     for pattern, what in REFUSED:
         if any(re.search(pattern, name) for name in names):
