@@ -267,13 +267,18 @@ class StableDiffusion:
                 "which needs a picture and a mask beside the prompt; for text alone load a text-to-image checkpoint"
             )
 
-    def _latent_shape(self, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
+    def pixel_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        """Return the (width, height) of pictures: of `size`, as `denoise` takes it. Raises ValueError for what the VAE cannot do."""
         size = self.config.image_size if size is None else size
         width, height = (size, size) if isinstance(size, int) else size
         factor = self.config.vae.factor
         if width < factor or height < factor or width % factor or height % factor:
             raise ValueError(f"size {width} x {height}: width and height must be multiples of {factor} pixels, at least {factor}")
-        return self.config.vae.latent_channels, height // factor, width // factor
+        return width, height
+
+    def _latent_shape(self, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
+        width, height = self.pixel_size(size)
+        return self.config.vae.latent_channels, height // self.config.vae.factor, width // self.config.vae.factor
 
 
 def _pair(prompts: str | Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:

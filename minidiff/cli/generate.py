@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from minidiff.cli.control import parse_controls, steer
 from minidiff.cli.flags import Attentions, DTypes, Several
-from minidiff.cli.model import load, slug, weighted
+from minidiff.cli.model import free_name, load, slug, weighted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,6 +37,9 @@ def generate(
     lora: Several = (),
     embedding: Several = (),
     custom_diffusion: Several = (),
+    control: Several = (),
+    controlnet: Several = (),
+    guess_mode: bool = False,
     out: Path | None = None,
 ) -> None:
     """Make pictures from words.
@@ -62,6 +66,10 @@ def generate(
         lora: a LoRA file, or FILE:0.7 for a part of its change
         embedding: a file of learned words, for the prompts to use
         custom_diffusion: a Custom Diffusion file or folder
+        control: a hint that a ControlNet follows, such as a picture of edges (see `minidiff hint`), or a folder with one for each picture
+        controlnet: a ControlNet file or folder, FILE or FILE:scale:start:end, as net.safetensors:0.8:0:0.5 for the first half of the steps;
+            --control and --controlnet may be given several times, in the same order
+        guess_mode: let the hint decide what is seen, also without a prompt; a guidance scale of 3 to 5 suits it
         out: a .png file, named after the prompt by default; several pictures make a grid, with each picture in a file alongside
     """
     from tqdm import tqdm
@@ -69,7 +77,7 @@ def generate(
     from minidiff.kernels.dispatch import attention_backend
     from minidiff.pictures import check_png
     from minidiff.pipeline import to_images
-    from minidiff.samplers import SAMPLERS
+    from minidiff.samplers import SAMPLERS, levels
 
     if sampler == "list":
         print("\n".join(f"{name:16}  {row.web_name:16}  {row.help}" for name, row in SAMPLERS.items()))
@@ -78,11 +86,17 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts and --batch {batch} make no picture; give at least one of each")
     out = out or free_name(f"{slug(prompts[0])}-{seed}")
     check_png(out)
+    requests = parse_controls(control, controlnet)
+    if guess_mode and not requests:
+        raise ValueError("--guess-mode without a ControlNet; give --control and --controlnet, or leave it out")
     small = {"lora": weighted(lora), "embeddings": embedding, "custom_diffusion": custom_diffusion}
     sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction, **small)
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
+    width, height = sd.pixel_size(parse_size(size))
+    timesteps = [level.t for level in levels(sd.schedule, sampler, steps, spacing or sd.config.schedule.spacing)[:-1]]
     with attention_backend(attention):
+        steered = steer(sd, requests, count=len(pairs), size=(width, height), timesteps=timesteps, guess_mode=guess_mode)
         trajectory = sd.denoise(
             [prompt for prompt, _ in pairs],
             seeds=[seed for _, seed in pairs],
@@ -90,13 +104,13 @@ def generate(
             sampler=sampler,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
-            size=parse_size(size),
+            size=(width, height),
             spacing=spacing,
             eta=eta,
+            model=steered,
         )
         (last,) = deque(tqdm(trajectory, total=steps, unit="step", file=sys.stderr), maxlen=1)
         images = to_images(sd.decode(last.x_t))
-    width, height = images[0].size
     settings = {
         "Steps": steps,
         "Sampler": sampler,
@@ -114,6 +128,9 @@ def generate(
         "LoRA": " + ".join(lora) or None,
         "Embedding": " + ".join(embedding) or None,
         "Custom Diffusion": " + ".join(custom_diffusion) or None,
+        "Control": " + ".join(control) or None,
+        "ControlNet": " + ".join(controlnet) or None,
+        "Guess mode": guess_mode,
     }
     write_pictures(out, images, prompts, pairs, negative_prompt, settings)
     print(out)
@@ -146,12 +163,6 @@ def write_pictures(
             name = f"{out.stem}-{seed}.png" if len(prompts) == 1 else f"{out.stem}-{number}-{slug(prompt)}-{seed}.png"
             own = settings | {"Seed": seed, "Batch": 1}
             save_png(image, out.with_name(name), picture_settings(prompt, negative_prompt, own))
-
-
-def free_name(stem: str) -> Path:
-    """Return a .png of this name, numbered if there is one already: without --out nothing is overwritten."""
-    names = (Path(f"{stem}.png"), *(Path(f"{stem}-{i}.png") for i in range(2, 10_000)))
-    return next(path for path in names if not path.exists())
 
 
 def parse_size(size: str | None) -> int | tuple[int, int] | None:
