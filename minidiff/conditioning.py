@@ -36,6 +36,9 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self.context)
 
+    def __getitem__(self, rows: slice) -> "Conditioning":
+        return self.with_tensors([x[rows] for x in self.tensors()])
+
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in a fixed order."""
         return [x for x in (self.context, self.pooled, self.size, *self.residuals) if x is not None]

@@ -166,7 +166,7 @@ class StableDiffusion:
 
         Raises ValueError, before the first step, for what the model cannot do.
         """
-        prompts, seeds = _pair(prompts, seeds)
+        prompts, seeds = pair_prompts(prompts, seeds)
         if start and x is None:
             raise ValueError(f"start {start} needs x, the latents at that level: samplers.levels tells how much noise they have")
         if model is None:
@@ -180,8 +180,9 @@ class StableDiffusion:
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         pixels = shape[2] * self.config.vae.factor, shape[1] * self.config.vae.factor
         with torch.no_grad():
-            cond = self.text(prompts, pixels)
-            uncond = self.text([negative_prompt], pixels).expand(len(prompts)) if guidance_scale != 1 else None
+            # In one call, so that a text side whose contexts grow with the longest text gives all of them the same length.
+            rows = self.text(prompts if guidance_scale == 1 else [*prompts, negative_prompt], pixels)
+        cond, uncond = rows[: len(prompts)], None if guidance_scale == 1 else rows[-1:].expand(len(prompts))
         for part in (self.unet, self.vae):
             channels_last(part)
         return sample(
@@ -281,7 +282,7 @@ class StableDiffusion:
         return self.config.vae.latent_channels, height // self.config.vae.factor, width // self.config.vae.factor
 
 
-def _pair(prompts: str | Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
+def pair_prompts(prompts: str | Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
     """Return as many prompts as seeds: a single one of either goes with all of the other. Raises ValueError for other numbers of them."""
     prompts, seeds = [prompts] if isinstance(prompts, str) else list(prompts), list(seeds)
     if not prompts or not seeds:

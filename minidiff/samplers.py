@@ -137,9 +137,8 @@ def sample(
     With zero terminal SNR, samplers that divide by sqrt(alpha_bar) start from alpha_bar = 2^-24; ddpm and ddim from 0.
     Raises ValueError, before the model is called, for an argument outside these.
     """
-    spacing = schedule.config.spacing if spacing is None else spacing
-    _check(sampler, steps, spacing, eta, noise, start, schedule)
     visited = levels(schedule, sampler, steps, spacing)[start:]
+    _check(sampler, steps, eta, noise, start)
     if schedule.config.prediction == "eps" and visited[0].alpha_bar == 0:
         raise ValueError(
             f"sampler {sampler!r} cannot start an eps-model at timestep {visited[0].t}, where zero terminal SNR leaves nothing "
@@ -171,18 +170,8 @@ def _denoising_loop(
             x_t = sent.to(x_t)
 
 
-def _check(
-    sampler: str, steps: int, spacing: str, eta: float, noise: Callable[[], Tensor] | None, start: int, schedule: NoiseSchedule
-) -> None:
-    T = schedule.config.timesteps
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} unknown; choose {', '.join(SAMPLERS)}")
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing {spacing!r} unknown; choose {', '.join(SPACINGS)}")
+def _check(sampler: str, steps: int, eta: float, noise: Callable[[], Tensor] | None, start: int) -> None:
     row = SAMPLERS[sampler]
-    most = T - 1 if row.counts_end and spacing != "trailing" else T
-    if not 1 <= steps <= most:
-        raise ValueError(f"steps {steps} is outside 1..{most} for sampler {sampler!r}; the model knows {T} timesteps")
     if not 0 <= start < steps:
         raise ValueError(f"start {start} is outside 0..{steps - 1}; it is one of the levels that {steps} steps begin at")
     if not 0 <= eta <= 1:
@@ -340,16 +329,26 @@ def dpmpp_2m(
 # ------------------------------------------------------------------------------------------------------ levels
 
 
-def levels(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str) -> list[Level]:
+def levels(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str | None = None) -> list[Level]:
     """Return the steps + 1 noise levels from start to end that diffusers' scheduler of this name visits.
 
     Args:
         schedule: of the model.
         sampler: a name in SAMPLERS.
         steps: 1..T.
-        spacing: leading, linspace or trailing.
+        spacing: leading, linspace or trailing; None is the schedule's own.
+
+    Raises ValueError for an argument outside these.
     """
+    spacing, T = schedule.config.spacing if spacing is None else spacing, schedule.config.timesteps
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} unknown; choose {', '.join(SAMPLERS)}")
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing {spacing!r} unknown; choose {', '.join(SPACINGS)}")
     row = SAMPLERS[sampler]
+    most = T - 1 if row.counts_end and spacing != "trailing" else T
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps {steps} is outside 1..{most} for sampler {sampler!r}; the model knows {T} timesteps")
     alpha_bar = schedule.alpha_bar.numpy().copy()
     if schedule.config.zero_terminal_snr and row.divides_by_signal:
         alpha_bar[-1] = SMALLEST_ALPHA_BAR
