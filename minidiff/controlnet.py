@@ -250,9 +250,7 @@ def scaled_residuals(
     net, B = control.net, len(x_t)
     if len(hint) not in (1, B):
         raise ValueError(f"{len(hint)} hints for {B} pictures; give one for each, or one for all")
-    told = conditioning
-    if guess_mode or net.config.pooled:
-        told = conditioning.with_tensors([x[-B:] for x in conditioning.tensors()])
+    told = conditioning[-B:] if guess_mode or net.config.pooled else conditioning
     x_t = x_t[:, : net.config.unet.in_channels].to(net.conv_in.weight.dtype)
     residuals = [control.scale * r for r in net(x_t, t, told, hint.expand(B, *hint.shape[1:]))]
     if net.config.pooled:

@@ -28,7 +28,7 @@ TAN_22_5 = 13573  # tan(22.5 degrees) * 2^15, rounded, as OpenCV has it
 KIND_KEY = "hint"  # of the text chunk in a PNG that says which kind of hint it is
 NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 NEAR = 32  # of 255: so far from black or white still counts as black or white
-TWO_VALUED, MOSTLY = 0.95, 0.6  # shares of the pixels that are black or white, and white, in a picture of lines
+TWO_VALUED, MOSTLY = 0.85, 0.6  # shares of the pixels that are black or white, and white, in a picture of lines
 
 
 # --- edges ------------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def tile(picture: UInt8[np.ndarray, "H W 3"], factor: int = 8) -> UInt8[np.ndarr
     return np.asarray(small.resize((W, H), Image.Resampling.BICUBIC))
 
 
-def inpaint(picture: UInt8[np.ndarray, "H W 3"], mask: UInt8[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H W 4"]:
+def inpaint(picture: UInt8[np.ndarray, "H W 3"], mask: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 4"]:
     """Return the picture, transparent in the hole. mask: white (above 127) where the picture is to be filled; of the picture's size.
 
     Raises ValueError for another size, and for a mask without a hole.

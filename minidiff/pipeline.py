@@ -170,7 +170,7 @@ class StableDiffusion:
         if start and x is None:
             raise ValueError(f"start {start} needs x, the latents at that level: samplers.levels tells how much noise they have")
         if model is None:
-            self._check_channels()
+            self.check_channels()
         model = self.predict if model is None else torch.no_grad()(model)
         shape = self._latent_shape(size)
         if x is not None and x.shape != (len(prompts), *shape):
@@ -260,7 +260,8 @@ class StableDiffusion:
         )
         return to_images(self.decode(last.x_t))
 
-    def _check_channels(self) -> None:
+    def check_channels(self) -> None:
+        """Raise ValueError for a U-Net that is told more than text, as an inpainting model's."""
         latent_channels = self.config.vae.latent_channels
         if self.config.unet.in_channels != latent_channels:
             raise ValueError(

@@ -32,7 +32,7 @@ ORDER = (
     ("files", "markdown", "machine", "pictures", "captions", "png_settings"),
     ("kernels",),
     (*CORE, "tiled_decode", "cuda_graph"),
-    ("attention_maps", "compare"),
+    ("attention_maps", "compare", "controlnet", "hints"),
     ("adapters",),
     ("scenes",),
     ("trainers",),

@@ -33,7 +33,8 @@ def parse_controls(control: Sequence[str], controlnet: Sequence[str]) -> list[Co
     """Pair the flags. Raises ValueError for other numbers of the two, FileNotFoundError for a hint that is not there."""
     if len(control) != len(controlnet):
         raise ValueError(f"{len(control)} --control for {len(controlnet)} --controlnet; give each ControlNet its hint, in the same order")
-    requests = [ControlRequest(*_split(text)[:1], Path(hint), _split(text)[1]) for hint, text in zip(control, controlnet)]
+    files = [_split(text) for text in controlnet]
+    requests = [ControlRequest(file, Path(hint), numbers) for hint, (file, numbers) in zip(control, files)]
     for request in requests:
         if not request.hint.exists():
             raise FileNotFoundError(f"--control {request.hint}: no such file; make one by `minidiff hint`, or give any picture of lines")
@@ -74,11 +75,14 @@ def steer(
         size: of the pictures, (width, height) in pixels.
         timesteps: at which the steps begin.
         guess_mode: as in `controlled`.
+
+    Raises ValueError for hints and ControlNets that do not fit the pictures or the model.
     """
     from minidiff.controlnet import controlled
 
     if not requests:
         return None
+    sd.check_channels()
     controls = [load_control(sd, request, count, size) for request in requests]
     return controlled(sd.predict, controls, timesteps, guess_mode)
 

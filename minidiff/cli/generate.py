@@ -94,7 +94,7 @@ def generate(
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
     width, height = sd.pixel_size(parse_size(size))
-    timesteps = [level.t for level in levels(sd.schedule, sampler, steps, spacing or sd.config.schedule.spacing)[:-1]]
+    timesteps = [level.t for level in levels(sd.schedule, sampler, steps, spacing)[:-1]]
     with attention_backend(attention):
         steered = steer(sd, requests, count=len(pairs), size=(width, height), timesteps=timesteps, guess_mode=guess_mode)
         trajectory = sd.denoise(
