@@ -26,7 +26,8 @@ def write_results(training: "TrainingRun", sd: "StableDiffusion", out: Path, nam
         settings: for the metadata
     """
     (out / "settings.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
-    kinds = [kind for kind in WRITERS if getattr(training, kind) is not None] or ["model"]
+    kinds = [kind for kind in WRITERS if getattr(training, kind) is not None]
+    kinds += ["model"] if training.trains_model or not kinds else []
     for kind in kinds:
         yield from {**WRITERS, "model": write_model}[kind](training, sd, out, names, settings)
 
@@ -81,6 +82,29 @@ def write_custom_diffusion(training: "TrainingRun", sd: "StableDiffusion", out: 
     yield "--custom-diffusion", path
 
 
+def write_controlnet(training: "TrainingRun", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:
+    """Write a ControlNet, and the first hint of its sheets, so that it can be tried at once.
+
+    Args:
+        training, sd, out, names, settings: as in `write_results`
+    """
+    import weights_loader
+    from minidiff.pictures import save_png
+    from minidiff.pipeline import to_images
+    from minidiff.trainers.methods.controlnet_task import ControlNetTask
+
+    (phase,) = training.phases
+    assert training.controlnet is not None and isinstance(phase, ControlNetTask)
+    save_png(to_images(2 * phase.fixed_hint()[None] - 1)[0], out / "hint.png")
+    path = out / {"original": "controlnet.safetensors", "diffusers": "controlnet"}[names]
+    if path.is_dir():
+        print_notes([f"{path} is there already and is left as it is"])
+    else:
+        weights_loader.write_controlnet(path, training.controlnet, sd, names, settings)
+    yield "--control", out / "hint.png"
+    yield "--controlnet", path
+
+
 def write_model(training: "TrainingRun", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:
     """Write the whole model, whose own weights were trained.
 
@@ -98,4 +122,5 @@ WRITERS: "dict[str, Callable[[TrainingRun, StableDiffusion, Path, str, Settings]
     "tokens": write_tokens,
     "lora": write_lora,
     "custom_diffusion": write_custom_diffusion,
+    "controlnet": write_controlnet,
 }
