@@ -3,11 +3,13 @@
     random weights -> each library's model, in a process of its own -> the same x_t, t and contexts -> guided prediction
 
 The guided predictions are compared: the U-Net on a batch of two, and the sum of its halves. The text is encoded before, and the step is one
-of many: what a library computes once per picture is not counted (`bench image` counts it).
+of many: what a library computes once per picture is not counted (`bench image` counts it). With a ControlNet all is measured once more; it
+runs eagerly, and its hint block, which we run once per picture and diffusers at every step, is counted where the library runs it.
 """
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from minidiff.machine import format_machine
 
 T = 501  # of the step
 GUIDANCE = 7.5
+WITH = "with a ControlNet: "  # before the names in the record
 
 
 def bench_step(
@@ -32,6 +35,7 @@ def bench_step(
     size: int | None = None,
     device: str = "cpu",
     max_autotune: bool = False,
+    controlnet: bool = False,
 ) -> Iterator[str]:
     """Measure, and yield the lines of a Markdown table. Raises ValueError for unknown names and if diffusers is missing.
 
@@ -43,19 +47,51 @@ def bench_step(
         size: Pixels a side; None is the model's own.
         device: Of all contenders.
         max_autotune: Race diffusers compiled with max-autotune too.
+        controlnet: Race all of them again, with a ControlNet.
     """
     rounds = (3 if torch.device(device).type == "cpu" else 10) if rounds is None else rounds
     check_arguments(rounds, out, against)
     config = model_config(model) if isinstance(model, str) else model
     size = size or config.image_size
     jobs = make_model_jobs(device, against, max_autotune)
-    record = BenchRecord(out, {"bench": "step", "model": str(config), "size": size, "rounds": rounds, "device": device})
+    asked = {"bench": "step", "model": str(config), "size": size, "rounds": rounds, "device": device}
+    record = BenchRecord(out, asked | ({"controlnet": True} if controlnet else {}))
     yield format_machine(record.values["machine"])
     yield f"One step of {size} x {size} with guidance\n"
     with model_folder(config) as folder:
         torch.save(inputs(config, size), folder / "inputs.pt")
         yield from race(__name__, {name: job | {"folder": str(folder)} for name, job in jobs.items()}, rounds, record)
+        if controlnet:
+            yield "\nThe same with a ControlNet\n"
+            write_random_controlnet(config, folder)
+            steered = {name: job | {"folder": str(folder), "controlnet": True} for name, job in jobs.items()}
+            yield from race(__name__, steered, rounds, record, WITH)
+            yield from format_costs(record.results, list(jobs))
     record.finish()
+
+
+def write_random_controlnet(config: ModelConfig, folder: Path) -> None:
+    """Write a ControlNet of random weights, also in its zero convolutions, as a folder of diffusers; 1.4 GB for Stable Diffusion 1.x."""
+    import weights_loader
+    from minidiff.controlnet import ControlNet, controlnet_config
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = ControlNet(controlnet_config(config)).requires_grad_(False)
+        for conv in (*net.zero_convs, net.hint_block.conv_out):
+            assert isinstance(conv, torch.nn.Conv2d)
+            torch.nn.init.normal_(conv.weight, std=0.1 / conv.weight[0].numel() ** 0.5)
+    sd = minidiff_model({"folder": str(folder)}, torch.device("cpu"), torch.float32)
+    weights_loader.write_controlnet(folder / "controlnet", net, sd, "diffusers")
+
+
+def format_costs(results: dict[str, dict], names: list[str]) -> Iterator[str]:
+    """Yield one line per contender that ran both ways: how much longer a step with a ControlNet takes."""
+    yield ""
+    for name in names:
+        plain, steered = (results.get(part + name, {}).get("rounds") for part in ("", WITH))
+        if plain and steered:
+            yield f"{name}: a ControlNet adds {median(steered) / median(plain) - 1:.0%} to a step"
 
 
 def inputs(config: ModelConfig, size: int) -> dict[str, Tensor]:
@@ -64,7 +100,8 @@ def inputs(config: ModelConfig, size: int) -> dict[str, Tensor]:
     cells, text = size // config.vae.factor, config.text_encoder
     x_t = torch.randn(1, config.unet.in_channels, cells, cells, generator=generator)
     uncond, cond = torch.randn(2, 1, text.context_length, text.width, generator=generator)
-    return {"x_t": x_t, "uncond": uncond, "cond": cond}
+    hint = torch.rand(1, 3, size, size, generator=generator)
+    return {"x_t": x_t, "uncond": uncond, "cond": cond, "hint": hint}
 
 
 # ------------------------------------------------------------------------------------------------------ the contenders
@@ -88,9 +125,21 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
     """Step like StableDiffusionPipeline, without its scheduler."""
     unet = diffusers_pipeline(job, device, dtype).unet
     context, t = torch.cat([given["uncond"], given["cond"]]), torch.tensor(T, device=device)
+    x_t, hint = torch.cat([given["x_t"]] * 2), torch.cat([given["hint"]] * 2)
+    net = None
+    if job.get("controlnet"):
+        from diffusers import ControlNetModel  # pyright: ignore[reportPrivateImportUsage]
+
+        net = ControlNetModel.from_pretrained(f"{job['folder']}/controlnet", torch_dtype=dtype, local_files_only=True).to(device)
+        if job["how"] != "eager":
+            net.to(memory_format=torch.channels_last)
 
     def run() -> Tensor:
-        uncond, cond = unet(torch.cat([given["x_t"]] * 2), t, encoder_hidden_states=context, return_dict=False)[0].chunk(2)
+        residuals = {}
+        if net is not None:
+            skips, middle = net(x_t, t, encoder_hidden_states=context, controlnet_cond=hint, return_dict=False)
+            residuals = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
+        uncond, cond = unet(x_t, t, encoder_hidden_states=context, return_dict=False, **residuals)[0].chunk(2)
         return uncond + GUIDANCE * (cond - uncond)
 
     return run
@@ -104,7 +153,15 @@ def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[s
 
     sd, t = minidiff_model(job, device, dtype), torch.tensor([T], device=device)
     channels_last(sd.unet)
-    model = guided(sd.predict, Conditioning(given["cond"]), Conditioning(given["uncond"]), GUIDANCE, shared_prefix=True)
+    predict = sd.predict
+    if job.get("controlnet"):
+        import weights_loader
+        from minidiff.controlnet import Control, controlled
+
+        net = weights_loader.read_controlnet(f"{job['folder']}/controlnet", sd)
+        channels_last(net)
+        predict = controlled(sd.predict, [Control(net, given["hint"])])
+    model = guided(predict, Conditioning(given["cond"]), Conditioning(given["uncond"]), GUIDANCE, shared_prefix=True)
     return lambda: model(given["x_t"], t)
 
 

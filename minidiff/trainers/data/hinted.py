@@ -165,7 +165,7 @@ class HintedScenes:
             self.captions += [scene.caption for scene in scenes]
             self.packed += [zlib.compress(self._hint(scene).tobytes(), 1) for scene in scenes]
             parts.append(self.cache.get(self._key(start, len(scenes)), lambda scenes=scenes: self._encode(scenes)))
-            yield len(self.captions)
+            yield from range(start + 1, len(self.captions) + 1)
         self.moments = torch.cat(parts)
 
     def _key(self, start: int, count: int) -> str:
