@@ -11,21 +11,20 @@ import torch
 
 from minidiff.bundled.tasks import bundled_config
 from minidiff.config import SD1, SD2, ModelConfig
-from minidiff.files import differences, write_text
+from minidiff.files import write_text
 from minidiff.machine import read_machine
 from minidiff.pipeline import StableDiffusion
+from minidiff.scenes.art import known
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
 
-def model_config(name: str) -> ModelConfig:
-    """Return the config of "sd1", "sd2" (made for 768 pixels) or "bundled". Raises ValueError for another name."""
-    configs = {"sd1": SD1, "sd2": SD2}
-    if name not in (*configs, "bundled"):
-        raise ValueError(f"model {name!r} unknown; choose {', '.join(configs)}, bundled")
-    return configs[name] if name in configs else bundled_config()
+def model_config(model: str | ModelConfig) -> ModelConfig:
+    """Return the config of "sd1", "sd2" (made for 768 pixels) or "bundled", or a config as it is. Raises ValueError for another name."""
+    configs = {"sd1": SD1, "sd2": SD2, "bundled": bundled_config()}
+    return configs[known("model", model, configs)] if isinstance(model, str) else model
 
 
 def check_arguments(rounds: int, out: Path | None, against: bool = False, needed: Sequence[str] = ("diffusers",)) -> None:
@@ -62,14 +61,9 @@ class BenchRecord:
         self.out = out
         self.values = {"command": read_command(), "machine": read_machine(), "settings": settings, "finished": False, "results": {}}
         earlier = _read(out)
-        known = {name: earlier.get(name) for name in ("machine", "settings")}
-        if not earlier.get("finished", True) and not differences(known, {name: self.values[name] for name in known}):
+        if not earlier.get("finished", True) and all(earlier.get(name) == self.values[name] for name in ("machine", "settings")):
             self.values["results"] = earlier["results"]
-
-    @property
-    def results(self) -> dict[str, dict]:
-        """Return the results by name."""
-        return self.values["results"]
+        self.results: dict[str, dict] = self.values["results"]  # by name
 
     def keep(self, name: str, result: dict) -> None:
         """Keep a result, and write the file."""
@@ -118,10 +112,8 @@ def random_model_to_run(config: ModelConfig) -> StableDiffusion:
     for part in sd.parts.values():
         weights = {}
         for name, weight in part.state_dict().items():
-            if weight.ndim > 1:
-                uniform = (weight - 0.01) * 100  # of -1..1, whose variance is 1/3
-                weights[name] = uniform * (3 / weight[0].numel()) ** 0.5
-            else:
-                weights[name] = torch.full_like(weight, float("norm" in name and name.endswith("weight")))
+            uniform = (weight - 0.01) * 100  # of -1..1, whose variance is 1/3
+            vector = torch.full_like(weight, float("norm" in name and name.endswith("weight")))
+            weights[name] = uniform * (3 / weight[0].numel()) ** 0.5 if weight.ndim > 1 else vector
         part.load_state_dict(weights, assign=True)
     return sd

@@ -76,20 +76,14 @@ def bench_load(
     record = {"command": read_command(), "machine": read_machine(), "rounds": rounds, "cases": []}
     missed = []
     yield format_machine(record["machine"])
-    columns = (
-        "file",
-        "minidiff",
-        "diffusers",
-        "ratio",
-        "with imports",
-        "",
-        "ratio",
-        "memory",
-        "minidiff",
-        "diffusers",
-        "of the model's size",
+    yield table_header(
+        [
+            "file",
+            *("minidiff", "diffusers", "ratio"),
+            *("with imports", "", "ratio"),
+            *("memory", "minidiff", "diffusers", "of the model's size"),
+        ]
     )
-    yield table_header(columns)
     for case in cases:
         found = measure_case(case, config, CONTENDERS if against else CONTENDERS[:1], rounds)
         summary = summarize(case, found)

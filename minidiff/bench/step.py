@@ -16,11 +16,10 @@ from torch import Tensor
 
 from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
-from minidiff.bench.pipelines import diffusers_pipeline, make_model_jobs, minidiff_model, model_folder, start_worker
-from minidiff.bench.race import race
+from minidiff.bench.pipelines import diffusers_pipeline, make_model_jobs, minidiff_model, start_worker
+from minidiff.bench.race import race_models
 from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
-from minidiff.machine import format_machine
 
 T = 501  # of the step
 GUIDANCE = 7.5
@@ -51,23 +50,24 @@ def bench_step(
     """
     rounds = (3 if torch.device(device).type == "cpu" else 10) if rounds is None else rounds
     check_arguments(rounds, out, against)
-    config = model_config(model) if isinstance(model, str) else model
+    config = model_config(model)
     size = size or config.image_size
     jobs = make_model_jobs(device, against, max_autotune)
-    asked = {"bench": "step", "model": str(config), "size": size, "rounds": rounds, "device": device}
-    record = BenchRecord(out, asked | ({"controlnet": True} if controlnet else {}))
-    yield format_machine(record.values["machine"])
-    yield f"One step of {size} x {size} with guidance\n"
-    with model_folder(config) as folder:
+    parts = [(f"One step of {size} x {size} with guidance\n", "", jobs)]
+    settings = {"bench": "step", "model": str(config), "size": size, "rounds": rounds, "device": device}
+    if controlnet:
+        parts.append(("\nThe same with a ControlNet\n", WITH, {name: job | {"controlnet": True} for name, job in jobs.items()}))
+        settings["controlnet"] = True
+    record = BenchRecord(out, settings)
+
+    def write_inputs(folder: Path) -> None:
         torch.save(inputs(config, size), folder / "inputs.pt")
-        yield from race(__name__, {name: job | {"folder": str(folder)} for name, job in jobs.items()}, rounds, record)
         if controlnet:
-            yield "\nThe same with a ControlNet\n"
             write_random_controlnet(config, folder)
-            steered = {name: job | {"folder": str(folder), "controlnet": True} for name, job in jobs.items()}
-            yield from race(__name__, steered, rounds, record, WITH)
-            yield from format_costs(record.results, list(jobs))
-    record.finish()
+
+    yield from race_models(__name__, parts, config, write_inputs, record)
+    if controlnet:
+        yield from format_costs(record.results, list(jobs))
 
 
 def write_random_controlnet(config: ModelConfig, folder: Path) -> None:
@@ -111,14 +111,9 @@ def prepare(job: dict) -> Callable[[dict], dict]:
     """Load the model and its inputs in the contender's process."""
     peak, device, dtype = start_worker(job)
     given = {name: x.to(device, dtype) for name, x in torch.load(f"{job['folder']}/inputs.pt").items()}
-    make = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]]
-    run = make(job, device, dtype, given)
-
-    def without_gradients() -> Tensor:
-        with torch.inference_mode() if job["library"] == "diffusers" else torch.no_grad():
-            return run()
-
-    return answer_with(without_gradients, peak)
+    run = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]](job, device, dtype, given)
+    without_gradients = torch.inference_mode() if job["library"] == "diffusers" else torch.no_grad()
+    return answer_with(without_gradients(run), peak)
 
 
 def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> Callable[[], Tensor]:

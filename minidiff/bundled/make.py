@@ -46,8 +46,7 @@ from minidiff.files import write_text
 from minidiff.machine import format_device
 from minidiff.pictures import grid, save_png
 from minidiff.pipeline import StableDiffusion, to_images
-from minidiff.scenes.prompts import fixed_prompts
-from minidiff.scenes.scenes import prompts
+from minidiff.scenes.prompts import fixed_prompts, prompts
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine import distributed

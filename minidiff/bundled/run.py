@@ -27,7 +27,8 @@ from minidiff.config import ModelConfig
 from minidiff.files import checksum, ensure_same_run
 from minidiff.pictures import grid, save_png
 from minidiff.pipeline import StableDiffusion, to_images
-from minidiff.scenes.scenes import SIZE, prompts
+from minidiff.scenes.prompts import prompts
+from minidiff.scenes.scenes import SIZE
 from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine import distributed
 from minidiff.trainers.engine.ema import EMA

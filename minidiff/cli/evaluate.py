@@ -123,12 +123,10 @@ def features_of(encoder: "Encoder", paths: list[Path]):
 
     from minidiff.pictures import fit, load_picture
 
-    parts = []
-    for start in range(0, len(paths), 32):
-        pixels = torch.stack([fit(load_picture(path), encoder.image_size) for path in paths[start : start + 32]])
-        with torch.no_grad():
-            parts.append(encoder.encode_pictures(pixels).float().cpu())
-    return torch.cat(parts)
+    batches = (paths[start : start + 32] for start in range(0, len(paths), 32))
+    pixels = (torch.stack([fit(load_picture(path), encoder.image_size) for path in batch]) for batch in batches)
+    with torch.no_grad():
+        return torch.cat([encoder.encode_pictures(batch).float().cpu() for batch in pixels])
 
 
 def weights(base: tyro.conf.Positional[str], tuned: tyro.conf.Positional[str], /, top: int = 10) -> None:
@@ -253,9 +251,8 @@ def study(
     where = choose_device(device)
     chosen = [run for run in list_runs(part) if not (out / "results" / f"{run.name}.json").exists()][:limit]
     load_tiny = partial(weights_loader.load, "tiny", dtype=torch.float32, device=where)
-    load_judge = partial(weights_loader.load_judge, device=where)
     with tqdm(total=len(chosen), unit="run", file=sys.stderr) as bar:
-        for progress in run_study(out, chosen, load_tiny, load_judge, jobs=jobs, threads=threads):
+        for progress in run_study(out, chosen, load_tiny, partial(weights_loader.load_judge, device=where), jobs=jobs, threads=threads):
             bar.set_postfix_str(f"{progress.name}, {progress.left / 3600:.1f} h left", refresh=False)
             bar.update()
 

@@ -89,8 +89,17 @@ def generate(
     requests = parse_controls(control, controlnet)
     if guess_mode and not requests:
         raise ValueError("--guess-mode without a ControlNet; give --control and --controlnet, or leave it out")
-    small = {"lora": weighted(lora), "embeddings": embedding, "custom_diffusion": custom_diffusion}
-    sd = load(model, dtype, device, vae=vae, ema=ema, prediction=prediction, **small)
+    sd = load(
+        model,
+        dtype,
+        device,
+        vae=vae,
+        ema=ema,
+        prediction=prediction,
+        lora=weighted(lora),
+        embeddings=embedding,
+        custom_diffusion=custom_diffusion,
+    )
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
     width, height = sd.pixel_size(parse_size(size))
@@ -118,7 +127,7 @@ def generate(
         "CFG scale": guidance_scale,
         "Seed": seed,
         "Batch": batch,
-        "Size": f"{width}x{height}",
+        "Size": f"{images[0].width}x{images[0].height}",
         "Model": model,
         "VAE": vae,
         "EMA": ema,
@@ -161,8 +170,7 @@ def write_pictures(
     if len(pairs) > 1:
         for number, ((prompt, seed), image) in enumerate(zip(pairs, images)):
             name = f"{out.stem}-{seed}.png" if len(prompts) == 1 else f"{out.stem}-{number}-{slug(prompt)}-{seed}.png"
-            own = settings | {"Seed": seed, "Batch": 1}
-            save_png(image, out.with_name(name), picture_settings(prompt, negative_prompt, own))
+            save_png(image, out.with_name(name), picture_settings(prompt, negative_prompt, settings | {"Seed": seed, "Batch": 1}))
 
 
 def parse_size(size: str | None) -> int | tuple[int, int] | None:

@@ -152,9 +152,8 @@ def extract(
     first, second = load(base, "float32", "cpu"), load(tuned, "float32", "cpu")
     patterns = tuple(pattern for name in layers or ("conv", "text_encoder") for pattern in PATTERNS.get(name, (name,)))
     made = extract_lora(first, second, patterns, rank=rank, energy=share, criterion=of, clamp=clamp)
-    settings = {"method": "extract", "base": Path(base).name, "tuned": Path(tuned).name, "rank": rank, "share": share, "of": of}
-    settings |= {"clamp": clamp}
-    weights_loader.write_lora(out, made, first, names, settings)
+    settings: dict[str, object] = {"method": "extract", "base": Path(base).name, "tuned": Path(tuned).name}
+    weights_loader.write_lora(out, made, first, names, settings | {"rank": rank, "share": share, "of": of, "clamp": clamp})
     ranks = sorted(layer.rank for layer in made.layers.values())
     print_notes([f"{len(ranks)} layers that differ, ranks {ranks[0]} to {ranks[-1]}: {out.stat().st_size / 1e6:.2f} MB"])
     print(out)
@@ -176,8 +175,7 @@ def read_captions(path: Path | None, sd: "StableDiffusion") -> list[str]:
     from minidiff.scenes.scenes import sample_scene
 
     if path is not None:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        return [line for line in lines if line]
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if family_of(sd.config) != "bundled":
         raise ValueError("no captions that should stay as they are; give --captions FILE, a text file with about 1000 of them, one a line")
     return [sample_scene(np.random.default_rng([0, i])).caption for i in range(REGULARISATION)]

@@ -80,7 +80,6 @@ class Job:
 
     Args:
         name: of the method
-        method: its row of the table
         options: the preset with the flags that were given
         concepts: what is learned, with the folders of class pictures
         run: where it is learned
@@ -89,7 +88,6 @@ class Job:
     """
 
     name: str
-    method: Method[Any]
     options: MethodOptions
     concepts: list[Concept]
     run: RunFlags
@@ -100,8 +98,8 @@ class Job:
 def train(name: str, args: list[str]) -> None:
     """Parse the flags of a method, train, and write what was learned."""
     method = METHODS[name]
-    numbers = f"Presets of the bundled model: {describe(method.presets['bundled'])}.\n\nPresets of Stable Diffusion: "
-    description = f"{method.summary}\n\n{numbers}{describe(method.presets['sd1'])}."
+    bundled, sd1 = describe(method.presets["bundled"]), describe(method.presets["sd1"])
+    description = f"{method.summary}\n\nPresets of the bundled model: {bundled}.\n\nPresets of Stable Diffusion: {sd1}."
     asked = vars(tyro.cli(flag_class(method), prog=f"minidiff train {name}", description=description, args=args, config=CONFIG))
     run: RunFlags = asked["run"]
     run.check()
@@ -111,8 +109,7 @@ def train(name: str, args: list[str]) -> None:
         presets = method.low_rank_presets if asked.get("as_lora") else method.presets
         options = apply_flags(presets[family_of(sd.config)], method, asked)
         concepts = [with_class_folder(concept, i, run.out, options) for i, concept in enumerate(concepts, start=1)]
-        job = Job(name, method, options, concepts, run, asked.get("names", "diffusers"), asked.get("start_from"))
-        learn(job, sd, device)
+        learn(Job(name, options, concepts, run, asked.get("names", "diffusers"), asked.get("start_from")), sd, device)
 
 
 def learn(job: Job, sd: "StableDiffusion", device: "torch.device") -> None:
@@ -158,8 +155,7 @@ def flag_class(method: Method[Any]) -> type:
 
 def apply_flags(preset: MethodOptions, method: Method[Any], asked: dict[str, Any]) -> MethodOptions:
     """Return the preset with the flags that were given. Raises ValueError for one that these options have no place for."""
-    groups = [part for name, part in asked.items() if name in flag_groups(method.options)]
-    changes = given(groups, method.options)
+    changes = given([part for name, part in asked.items() if name in flag_groups(method.options)], method.options)
     known = {flat.name for flat in places(preset)}
     lost = [name for name in changes if name not in known]
     if method.low_rank_presets and not asked["as_lora"] and asked.get("names") != next(iter(method.formats)):
@@ -211,9 +207,8 @@ def with_class_folder(concept: Concept, number: int, out: Path, options: MethodO
         out: the run's folder
         options: the prior is read
     """
-    if concept.class_images is None and options.prior.is_made:
-        return replace(concept, class_images=out / f"class-{number}")
-    return concept
+    has_folder = concept.class_images is not None or not options.prior.is_made
+    return concept if has_folder else replace(concept, class_images=out / f"class-{number}")
 
 
 def prepare(job: Job, sd: "StableDiffusion") -> "TrainingRun":
@@ -243,11 +238,9 @@ def build(job: Job, sd: "StableDiffusion") -> "TrainingRun":
     import weights_loader
     from minidiff.trainers.data.cache import Cache
 
-    cache = Cache(job.run.out / "cache")
-    if job.start_from is None:
-        return job.method.build(sd, job.concepts, job.options, cache)
-    before = getattr(weights_loader, f"read_{job.method.start_from}")(job.start_from, sd)
-    return job.method.build(sd, job.concepts, job.options, cache, start_from=before)
+    method = METHODS[job.name]
+    more = {"start_from": getattr(weights_loader, f"read_{method.start_from}")(job.start_from, sd)} if job.start_from else {}
+    return method.build(sd, job.concepts, job.options, Cache(job.run.out / "cache"), **more)
 
 
 def claim(out: Path, asked: dict[str, str]) -> None:
@@ -266,10 +259,9 @@ def fill_class_folders(job: Job, sd: "StableDiffusion") -> None:
 
     from minidiff.trainers.methods.prior_preservation import fill_class_images
 
-    seed = job.options.phases()[-1].settings.seed
-    for concept in job.concepts if job.options.prior.is_made else ():
-        count = job.options.prior.count
-        with tqdm(desc=f"class pictures in {concept.class_images}", total=count, unit="picture", file=sys.stderr) as bar:
+    prior, seed = job.options.prior, job.options.phases()[-1].settings.seed
+    for concept in job.concepts if prior.is_made else ():
+        with tqdm(desc=f"class pictures in {concept.class_images}", total=prior.count, unit="picture", file=sys.stderr) as bar:
             for filled in fill_class_images(sd, concept, job.options, seed):
                 bar.update(filled.done - bar.n)
 

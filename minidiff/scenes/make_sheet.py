@@ -13,13 +13,13 @@ The names in subjects.json follow emojibase-data 17.0.0 ("cat face" became cat, 
 The same archives and the same Pillow give the same bytes.
 """
 
-import argparse
 import io
 import json
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import tyro
 from PIL import Image
 
 CELL = 64
@@ -34,8 +34,7 @@ FOLDERS = {
 
 def emoji_code(file_name: str) -> str:
     """Return the hexadecimal code of a picture's file name without FE0F, which the families use differently."""
-    parts = Path(file_name).stem.lower().split("-")
-    return "-".join(part for part in parts if part != "fe0f")
+    return "-".join(part for part in Path(file_name).stem.lower().split("-") if part != "fe0f")
 
 
 def read_pictures(archive: Path, folder: str, codes: set[str]) -> dict[str, Image.Image]:
@@ -75,12 +74,25 @@ def make_sheet(archives: list[Path]) -> Image.Image:
     return sheet
 
 
+def write_sheet(
+    noto: tyro.conf.Positional[Path],
+    twemoji: tyro.conf.Positional[Path],
+    fluent: tyro.conf.Positional[Path],
+    /,
+    out: Path = HERE / "sheet.webp",
+) -> None:
+    """Make the picture sheet of the bundled scenes.
+
+    Args:
+        noto: npm archive (.tgz) of the noto pictures
+        twemoji: npm archive of the twemoji pictures
+        fluent: npm archive of the fluent pictures
+        out: the file to write
+    """
+    sheet = make_sheet([noto, twemoji, fluent])
+    sheet.save(out, lossless=True, quality=100, method=6)
+    print(f"{out}: {sheet.width} x {sheet.height}, {out.stat().st_size / 1e6:.2f} MB")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make the picture sheet of the bundled scenes.")
-    for style in FOLDERS:
-        parser.add_argument(style, type=Path, help=f"npm archive (.tgz) of the {style} pictures")
-    parser.add_argument("--out", type=Path, default=HERE / "sheet.webp")
-    args = parser.parse_args()
-    sheet = make_sheet([args.noto, args.twemoji, args.fluent])
-    sheet.save(args.out, lossless=True, quality=100, method=6)
-    print(f"{args.out}: {sheet.width} x {sheet.height}, {args.out.stat().st_size / 1e6:.2f} MB")
+    tyro.cli(write_sheet)

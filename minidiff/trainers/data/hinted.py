@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class HintedBatch:
     hints: Float[Tensor, "B 3 H W"]
 
 
+@runtime_checkable
 class HintedSource(Protocol):
     """A set of pictures with captions and hints."""
 

@@ -2,7 +2,7 @@
 
 training = build(sd, [], PRESETS["bundled"])            # outlines of the bundled scenes
 for phase, step in training.run(device, folder): ...
-training.controlnet
+training.controlnet.net
 """
 
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ def build(
     cache: "Cache | None" = None,
     start_from: "ControlNet | None" = None,
 ) -> "TrainingRun":
-    """Put together the training of a ControlNet; the result is .controlnet.
+    """Put together the training of a ControlNet; the result is .controlnet, with a hint to try it on.
 
     Args:
         sd: the model; its own weights stay as they are, unless options.decoder
@@ -100,7 +100,7 @@ def build(
     """
     import torch
 
-    from minidiff.controlnet import create_controlnet
+    from minidiff.controlnet import Control, create_controlnet
     from minidiff.trainers.data.cache import Cache
     from minidiff.trainers.methods.controlnet_task import ControlNetTask
     from minidiff.trainers.methods.finetune_task import TrainingRun
@@ -109,7 +109,8 @@ def build(
     source = make_source(sd, concepts, options, cache or Cache())
     generator = torch.Generator().manual_seed(options.settings.seed)
     net = (create_controlnet(sd.config, sd.unet, generator) if start_from is None else start_from).float()
-    return TrainingRun((ControlNetTask(sd, net, source, options),), controlnet=net, trains_model=options.decoder)
+    control = Control(net, source.fixed(1)[0][1][None])
+    return TrainingRun((ControlNetTask(sd, net, source, options),), controlnet=control, trains_model=options.decoder)
 
 
 def make_source(sd: "StableDiffusion", concepts: Sequence[Concept], options: ControlNetOptions, cache: "Cache") -> "HintedSource":

@@ -119,10 +119,6 @@ class ControlNetTask:
         """Return the captions of the sheet's hints."""
         return [caption for caption, _ in self.source.fixed(SHEET_ROWS)]
 
-    def fixed_hint(self) -> Float[Tensor, "3 H W"]:
-        """Return the first hint of the sheets."""
-        return self.source.fixed(1)[0][1]
-
     def sheet(self, prompts: Sequence[str], *, count: int, steps: int) -> Sheet:
         """Draw one row per prompt: its fixed hint, then pictures that follow it. Of several hints, the next row's is compared as well.
 

@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from minidiff.adapters.base import Adapter
 from minidiff.adapters.custom_diffusion import CustomDiffusion
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.tokens import NewTokens
-from minidiff.controlnet import ControlNet
+from minidiff.controlnet import Control
 from minidiff.files import digest, fingerprint
 from minidiff.pictures import grid
 from minidiff.pipeline import StableDiffusion
@@ -262,6 +262,7 @@ def possible_captions(subject: Subject) -> Iterable[str]:
             yield from (caption if sizes is None else sizes.with_phrase(caption, phrase) for caption in captions for phrase in phrases)
 
 
+@runtime_checkable
 class Phase(Task, Protocol):
     """A phase of a method: a Task, a context manager in which it can be trained, and what the command line shows of it."""
 
@@ -295,7 +296,7 @@ class TrainingRun:
     lora: LoRA | None = None
     tokens: NewTokens | None = None
     custom_diffusion: CustomDiffusion | None = None
-    controlnet: ControlNet | None = None
+    controlnet: Control | None = None
     trains_model: bool = False
 
     def run(self, device: torch.device, folder: Path | None = None) -> Generator[tuple[Phase, TrainStep], None, None]:
