@@ -61,13 +61,13 @@ class ControlNetConfig:
 def zero_conv(c_in: int, c_out: int, kernel: int) -> nn.Conv2d:
     """Return a convolution whose weight and bias are 0, and which keeps the size."""
     conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)
+    for p in conv.parameters():
+        nn.init.zeros_(p)
     return conv
 
 
 class HintBlock(nn.Module):
-    """Hint pixels in [0, 1] -> a feature map of the latent's size, which is added after the first convolution. Its last layer starts at 0."""
+    """Hint pixels in [0, 1] -> a feature map of the latent's size, added after the first convolution; its last layer starts at 0."""
 
     def __init__(self, widths: tuple[int, ...], c_out: int):
         super().__init__()
@@ -84,7 +84,7 @@ class HintBlock(nn.Module):
 
 
 class ControlNet(UNetEncoder):
-    """The copy of the way down and the middle, the hint block, and a zero convolution for each skip and for the middle's output, in this order."""
+    """The copy of the way down and the middle, the hint block, and a zero convolution for each skip and, last, for the middle's output."""
 
     def __init__(self, config: ControlNetConfig):
         super().__init__(config.unet)
@@ -125,7 +125,7 @@ def controlnet_config(config: ModelConfig) -> ControlNetConfig:
 
 
 def create_controlnet(config: ModelConfig, unet: UNet, generator: torch.Generator) -> ControlNet:
-    """Return an untrained ControlNet: a copy of the U-Net's way down, which adds nothing yet. The hint block is random but for its last layer.
+    """Return an untrained ControlNet, which adds nothing yet: a copy of the U-Net's way down, and a random hint block whose end is 0.
 
     Args:
         config: of the model.
@@ -171,7 +171,9 @@ class Control:
         if not isfinite(self.scale):
             raise ValueError(f"control scale {self.scale} is not a finite number; 1 is usual")
         if not 0 <= self.start < self.end <= 1:
-            raise ValueError(f"control from {self.start:g} to {self.end:g}: an empty interval; give shares of the steps, 0 <= start < end <= 1")
+            raise ValueError(
+                f"control from {self.start:g} to {self.end:g}: an empty interval; give shares of the steps, 0 <= start < end <= 1"
+            )
 
     def interval(self, timesteps: Sequence[float] | None) -> tuple[float, float]:
         """Return the highest and the lowest timestep at which it acts, of those at which the steps begin.
@@ -190,9 +192,7 @@ class Control:
         return inf if acts[0] == 0 else timesteps[acts[0]], -inf if acts[-1] == n - 1 else timesteps[acts[-1]]
 
 
-def controlled(
-    model: Model, controls: Sequence[Control], timesteps: Sequence[float] | None = None, guess_mode: bool = False
-) -> Model:
+def controlled(model: Model, controls: Sequence[Control], timesteps: Sequence[float] | None = None, guess_mode: bool = False) -> Model:
     """Return the model with ControlNets: `model=` of StableDiffusion.denoise. Residuals of several are summed.
 
     sd.denoise("a cat", model=controlled(sd.predict, [Control(net, hint)]))

@@ -7,8 +7,8 @@
 A graph reads and writes where it did when it was captured. So it holds as long as the weights stay where they are and the adapters on the
 model report no change; new values that are written into the same memory, by an optimizer or `load_state_dict`, are seen by the next replay.
 It is kept from picture to picture, with the memory of the U-Net's activations. Where it does not hold any more, the next two calls begin
-anew. A ControlNet's residuals are inputs like the others; since they come and go with its interval, the U-Net with them and the U-Net without
-have a graph each. (A U-Net with its own attribute changed by hand, which no adapter reports, is not noticed: `to()`, hooks and adapters are.)
+anew. A ControlNet's residuals are inputs like the others; they come and go with its interval, so there is a graph with them and one
+without. (A U-Net with its own attribute changed by hand, which no adapter reports, is not noticed: `to()`, hooks and adapters are.)
 
 Left out: the guidance formula and the sampler's ten small operations on the latents; they are launched while the graph still runs.
 """

@@ -37,8 +37,8 @@ TWO_VALUED, MOSTLY = 0.85, 0.6  # shares of the pixels that are black or white, 
 def canny(picture: UInt8[np.ndarray, "H W 3"], low: float = 100, high: float = 200) -> UInt8[np.ndarray, "H W 3"]:
     """Return thin edges, white on black: OpenCV's Canny(picture, low, high), bit for bit.
 
-    Gradients are Sobel's, |dx| + |dy| of the strongest channel. A pixel is on an edge where that is above `low` and largest across the edge;
-    edges are kept from end to end where they reach `high` anywhere. Raises ValueError unless 0 <= low <= high.
+    Gradients are Sobel's, |dx| + |dy| of the strongest channel. A pixel is on an edge if its gradient is above `low` and largest across the
+    edge; edges are kept from end to end where they reach `high` anywhere. Raises ValueError unless 0 <= low <= high.
     """
     if not 0 <= low <= high:
         raise ValueError(f"canny thresholds {low:g} and {high:g}: give 0 <= low <= high, such as 100 and 200")
@@ -107,7 +107,9 @@ def _white(mask: Bool[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def edge_f1(
-    found: Bool[np.ndarray, "H W"] | UInt8[np.ndarray, "H W 3"], expected: Bool[np.ndarray, "H W"] | UInt8[np.ndarray, "H W 3"], within: float = 2
+    found: Bool[np.ndarray, "H W"] | UInt8[np.ndarray, "H W 3"],
+    expected: Bool[np.ndarray, "H W"] | UInt8[np.ndarray, "H W 3"],
+    within: float = 2,
 ) -> float:
     """Return how well two edge pictures agree, 0..1: the harmonic mean of the shares of each that lie within some pixels of the other."""
     found, expected = (edges if edges.ndim == 2 else edges.max(axis=2) > 127 for edges in (found, expected))
@@ -129,7 +131,7 @@ def scribble(
     Args:
         picture: RGB.
         low, high: thresholds, as of canny; the blur leaves smaller gradients.
-        width: of the lines, in pixels; by default 1/85 of the shorter side, which is 6 at 512. The published ControlNet knows 1 to 24 there.
+        width: of the lines, in pixels; by default 1/85 of the shorter side, 6 at 512, where the published ControlNet knows 1 to 24.
     """
     shorter = min(picture.shape[:2])
     width = max(1, round(shorter / 85)) if width is None else width
@@ -141,7 +143,10 @@ def scribble(
 
 
 def tile(picture: UInt8[np.ndarray, "H W 3"], factor: int = 8) -> UInt8[np.ndarray, "H W 3"]:
-    """Return the picture without its details: shrunk by a factor, each pixel a mean, and enlarged again. Raises ValueError for a factor < 1."""
+    """Return the picture without its details: shrunk by a factor, each pixel a mean, and enlarged again.
+
+    Raises ValueError for a factor below 1 or above the shorter side.
+    """
     H, W = picture.shape[:2]
     if not 1 <= factor <= min(H, W):
         raise ValueError(f"tile factor {factor} is outside 1..{min(H, W)} for a picture of {W} x {H}")
@@ -181,7 +186,7 @@ def to_hint(image: Image.Image, size: tuple[int, int] | None = None) -> Float[Te
 
 
 def doubts(image: Image.Image) -> str | None:
-    """Return what is probably wrong with a picture given as a hint: black lines on white, where ControlNets of lines know white on black."""
+    """Return what is probably wrong with a picture given as a hint: black lines on white, where ControlNets know white on black."""
     black, white = _black_and_white(to_rgb(image))
     if black + white >= TWO_VALUED and white >= MOSTLY and black > 0:
         return "black lines on white, it seems; ControlNets for lines want white on black: invert it"

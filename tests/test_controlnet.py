@@ -161,7 +161,11 @@ def test_the_shared_prefix_sees_through_it(size):
 
 def test_guess_mode_acts_on_the_texts_half_alone():
     sd = small_model()
-    x, t, told = torch.randn(1, 4, 8, 8, generator=generator()), torch.tensor([500]), Conditioning(torch.randn(2, 5, 16, generator=generator(1)))
+    x, t, told = (
+        torch.randn(1, 4, 8, 8, generator=generator()),
+        torch.tensor([500]),
+        Conditioning(torch.randn(2, 5, 16, generator=generator(1))),
+    )
     steered = controlled(sd.predict, [Control(trained(sd), hints())], guess_mode=True)(x, t, told)
     plain = sd.predict(x, t, told)
     torch.testing.assert_close(steered[:1], plain[:1], **CLOSE)
@@ -220,7 +224,7 @@ def test_attention_maps_are_those_of_the_unet():
     steps = list(with_attention_maps(sd.denoise("a cat", steps=2, model=model), sd.unet))
     plain = list(with_attention_maps(sd.denoise("a cat", steps=2), sd.unet))
     assert steps[0].attention_maps.keys() == plain[0].attention_maps.keys()
-    for name, weights in steps[0].attention_maps.items():
+    for weights in steps[0].attention_maps.values():
         torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
     up = [name for name in steps[0].attention_maps if name.startswith("up.")]
     assert any(not torch.allclose(steps[0].attention_maps[name], plain[0].attention_maps[name]) for name in up)
@@ -233,7 +237,9 @@ def test_the_cuda_graph_takes_the_residuals_as_inputs(monkeypatch):
     monkeypatch.setitem(cuda_graph.CAPTURE, "cpu", lambda f, device: captures.append(1) or trace(f, device))
     sd = small_model()
     net = trained(sd)
-    timesteps = [step.t for step in sd.denoise("a cat", steps=6, model=lambda x_t, t, told: sd.unet(x_t, t, told).chunk(2)[0].repeat(2, 1, 1, 1))]
+    timesteps = [
+        step.t for step in sd.denoise("a cat", steps=6, model=lambda x_t, t, told: sd.unet(x_t, t, told).chunk(2)[0].repeat(2, 1, 1, 1))
+    ]
     controls = [Control(net, hints(), 1.0, 0.0, 0.5)]
 
     def picture(predict, seed):

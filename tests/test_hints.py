@@ -37,7 +37,9 @@ def test_an_edge_is_one_pixel_wide_and_closed():
 
 def test_a_picture_turned_has_its_edges_turned():
     picture = np.asarray(Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((48, 48), 3))
-    assert edge_f1(canny(picture[:, ::-1])[:, ::-1], canny(picture), within=1) > 0.97  # of two equal gradients the left or upper one is kept
+    assert (
+        edge_f1(canny(picture[:, ::-1])[:, ::-1], canny(picture), within=1) > 0.97
+    )  # of two equal gradients the left or upper one is kept
 
 
 @pytest.mark.parametrize("low, high", [(200, 100), (-1, 100)])

@@ -28,7 +28,7 @@ from weights_loader.families import family_of_config
 from weights_loader.folder.reading import read_json
 from weights_loader.folder.writing import write_json
 from weights_loader.metadata import FORMAT, settings_to_metadata
-from weights_loader.name_table import PartNames, TensorLocation, from_file, name_table, to_file
+from weights_loader.name_table import PartNames, TensorLocation, from_file, to_file
 from weights_loader.read import Checkpoint, read
 from weights_loader.report import Report
 from weights_loader.write import new_folder, write_safetensors
@@ -158,7 +158,8 @@ def _config(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], layout: str, 
     widths = tuple(hint[::2])
     if 2 ** (len(widths) - 1) != sd.config.vae.factor:
         raise ValueError(
-            f"a ControlNet for latents of {2 ** (len(widths) - 1)} pixels a cell; this model's have {sd.config.vae.factor}; give one made for it"
+            f"a ControlNet for latents of {2 ** (len(widths) - 1)} pixels a cell; this model's have {sd.config.vae.factor}; "
+            "give one made for it"
         )
     return replace(own, hint_widths=widths, channel_order=stated.get("channel_order", "rgb"), pooled=stated.get("pooled", False))
 
@@ -214,7 +215,9 @@ def _added_to_base(tensors: Mapping[str, Tensor], net: ControlNet, names: PartNa
     for layer in sorted(pairs):
         up, down, weight = tensors.get(f"{layer}.up"), tensors.get(f"{layer}.down"), result.get(f"{layer}.weight")
         if up is None or down is None or weight is None or up.flatten(1).shape[1] != down.shape[0]:
-            raise ValueError(f"{layer}: up {_shape(up)}, down {_shape(down)} and the model's weight {_shape(weight)} do not belong together")
+            raise ValueError(
+                f"{layer}: up {_shape(up)}, down {_shape(down)} and the model's weight {_shape(weight)} do not belong together"
+            )
         change = up.float().flatten(1) @ down.float().flatten(1)
         if change.numel() != weight.numel():
             raise ValueError(f"{layer}: up @ down is {_shape(change)}; the model's weight is {_shape(weight)}")

@@ -10,6 +10,7 @@ runs eagerly, and its hint block, which we run once per picture and diffusers at
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
     unet = diffusers_pipeline(job, device, dtype).unet
     context, t = torch.cat([given["uncond"], given["cond"]]), torch.tensor(T, device=device)
     x_t, hint = torch.cat([given["x_t"]] * 2), torch.cat([given["hint"]] * 2)
-    net = None
+    net: Any = None
     if job.get("controlnet"):
         from diffusers import ControlNetModel  # pyright: ignore[reportPrivateImportUsage]
 

@@ -1,6 +1,6 @@
 """ControlNets on the command line: `--control hint.png --controlnet FILE[:scale[:start[:end]]]`, as often as there are ControlNets.
 
-    flags -> requests -> hints of the pictures' size, ControlNets of the model -> the model= of StableDiffusion.denoise
+flags -> requests -> hints of the pictures' size, ControlNets of the model -> the model= of StableDiffusion.denoise
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ Out = Annotated[Path | None, tyro.conf.arg(metavar="FILE.png", help_behavior_hin
 
 
 def canny(picture: tyro.conf.Positional[Path], /, out: Out = None, size: Whole = None, low: float = 100, high: float = 200) -> None:
-    """Thin edges, white on black.
+    """Draw thin edges, white on black.
 
     Args:
         picture: a photograph or a drawing
@@ -32,7 +32,7 @@ def canny(picture: tyro.conf.Positional[Path], /, out: Out = None, size: Whole =
 def scribble(
     picture: tyro.conf.Positional[Path], /, out: Out = None, size: Whole = None, low: float = 50, high: float = 100, width: Whole = None
 ) -> None:
-    """Thick lines, as if drawn by hand, from the edges of the blurred picture.
+    """Draw thick lines, as if by hand, along the edges of the blurred picture.
 
     Args:
         picture: a photograph or a drawing
@@ -48,7 +48,7 @@ def scribble(
 
 
 def tile(picture: tyro.conf.Positional[Path], /, out: Out = None, size: Whole = None, factor: int = 8) -> None:
-    """The picture without its details, which a tile ControlNet invents.
+    """Blur away the details, which a tile ControlNet invents.
 
     Args:
         picture: a photograph or a drawing
@@ -62,7 +62,7 @@ def tile(picture: tyro.conf.Positional[Path], /, out: Out = None, size: Whole = 
 
 
 def inpaint(picture: tyro.conf.Positional[Path], /, mask: Path, out: Out = None, size: Whole = None) -> None:
-    """The picture with a hole, which an inpainting ControlNet fills.
+    """Cut a hole, which an inpainting ControlNet fills.
 
     Args:
         picture: a photograph or a drawing

@@ -166,7 +166,7 @@ def apply_flags(preset: MethodOptions, method: Method[Any], asked: dict[str, Any
 
 
 def read_concepts(values: dict[str, Any], more: tuple[str, ...], needed: bool = True) -> list[Concept]:
-    """Return the concept of --images and its companions, and those of --concept. Raises ValueError where one is needed and there is none."""
+    """Return the concept of --images and its companions, and those of --concept. Raises ValueError where one is `needed` and missing."""
     if values and "images" not in values:
         raise ValueError(
             f"--{next(iter(values)).replace('_', '-')} without --images; give the folder of the pictures, or --concept {EXAMPLE}"

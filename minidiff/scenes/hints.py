@@ -1,6 +1,6 @@
 """Hints for a ControlNet that scenes know exactly, where photographs need a learned model: outline, class segmentation, depth order.
 
-    Scene(image, objects) -> hint, 8-bit RGB of the scene's size
+Scene(image, objects) -> hint, 8-bit RGB of the scene's size
 """
 
 import colorsys

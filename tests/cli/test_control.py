@@ -74,7 +74,10 @@ def test_an_inpainting_hint_has_a_hole(run, files):
         assert torch.equal(to_hint(image)[0] == -1, torch.from_numpy(mask > 0))
     save_png(Image.fromarray(mask[:16]), files / "small.png")
     code, _, error = run("hint", "inpaint", "photo.png", "--mask", "small.png")
-    assert code == 2 and error.strip() == "minidiff: small.png: a mask of 32 x 16 pixels for a picture of 32 x 32; give one of the picture's size"
+    assert (
+        code == 2
+        and error.strip() == "minidiff: small.png: a mask of 32 x 16 pixels for a picture of 32 x 32; give one of the picture's size"
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,10 @@ def test_another_size_and_black_on_white_are_said(run, files):
         (("--control", "none.png", "--controlnet", "net.safetensors"), "--control none.png: no such file; make one by `minidiff hint`"),
         (("--control", "edges.png", "--controlnet", "none.safetensors:0.5"), "none.safetensors: no such file"),
         (("--control", "net.safetensors", "--controlnet", "net.safetensors"), "net.safetensors: not a picture that can be read"),
-        (("--control", "edges.png", "--controlnet", "net.safetensors:1:0.5:0.5"), "--controlnet net.safetensors: control from 0.5 to 0.5: an empty"),
+        (
+            ("--control", "edges.png", "--controlnet", "net.safetensors:1:0.5:0.5"),
+            "--controlnet net.safetensors: control from 0.5 to 0.5: an empty",
+        ),
         (("--control", "edges.png", "--controlnet", "net.safetensors:1:0.3:0.4"), "contains none of the 4 steps"),
         (("--control", "edges.png", "--controlnet", "net.safetensors:nan"), "control scale nan is not a finite number"),
         (("--control", "edges.png", "--controlnet", "model.safetensors"), "given as a ControlNet, but it is a whole model"),

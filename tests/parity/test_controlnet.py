@@ -86,7 +86,12 @@ def test_the_hint_block_is_diffusers(shape, dtype, record_property):
 
 def test_residuals_averaged_over_space_are_diffusers_global_pool_conditions():
     ours, theirs = controlnets(SD1, torch.float64, pooled=True)
-    x, t, told, hint = noise(2, 4, 16, 16, dtype=torch.float64), torch.tensor([1, 999]), context(SD1.unet, torch.float64), hints(SD1, torch.float64)
+    x, t, told, hint = (
+        noise(2, 4, 16, 16, dtype=torch.float64),
+        torch.tensor([1, 999]),
+        context(SD1.unet, torch.float64),
+        hints(SD1, torch.float64),
+    )
     *skips, middle = (r for part in theirs(x, t, told, hint, return_dict=False) for r in (part if isinstance(part, list) else [part]))
     found = []
     with torch.no_grad():
@@ -138,7 +143,7 @@ def their_trajectory(shape, dtype, controls, x, steps, **settings) -> torch.Tens
 
 
 def our_steps(shape, dtype, controls, x, theirs, guidance_scale, guess_mode=False) -> torch.Tensor:
-    """As StableDiffusion.denoise does it, but that the latents are float64 too; each step begins at their latent, so that no error grows."""
+    """As StableDiffusion.denoise does it, but with latents in float64; each step begins at their latent, so that no error grows."""
     steps = len(theirs)
     ours, _ = pipelines(shape, dtype)
     visited = [level.t for level in levels(ours.schedule, "ddim", steps, "leading")[:-1]]
@@ -154,6 +159,7 @@ def trajectories(shape=SD1, dtype=torch.float64, chosen=((0, 1.0, 0.0, 1.0),), s
     nets = [controlnets(shape, dtype, seed) for seed, *_ in chosen]
     pictures = [hints(shape, dtype, seed=5 + seed) for seed, *_ in chosen]
     x = noise_source([0, 1], (4, *shape.latent), torch.device("cpu"))().to(dtype)
+
     def given(side):
         return [(pair[side], hint, *rest) for pair, hint, (_, *rest) in zip(nets, pictures, chosen)]
 
@@ -180,16 +186,20 @@ def test_every_latent_on_the_way_is_diffusers(case, record_property):
     ours, theirs = trajectories(**CASES[case])
     # The U-Net's answers agree to 1e-12 at most, and guidance and the step make less than ten times as much of it.
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
-    record_property("parity", (f"ControlNet: {case}, trajectory", "diffusers ControlNet pipeline", "float64", (ours - theirs).abs().max().item()))
+    record_property(
+        "parity", (f"ControlNet: {case}, trajectory", "diffusers ControlNet pipeline", "float64", (ours - theirs).abs().max().item())
+    )
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_in_float32_too():
     ours, theirs = trajectories(dtype=torch.float32, steps=2)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # 1e-5 a call, of which guidance makes 5 times as much, 
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # 1e-5 a call, of which guidance makes 5 times as much,
 
 
-@pytest.mark.parametrize("n, start, end, first, last", [(20, 0.1, 0.8, 2, 15), (20, 0.0, 0.33, 0, 5), (7, 0.3, 1.0, 3, 6), (10, 0.1, 0.3, 1, 2)])
+@pytest.mark.parametrize(
+    "n, start, end, first, last", [(20, 0.1, 0.8, 2, 15), (20, 0.0, 0.33, 0, 5), (7, 0.3, 1.0, 3, 6), (10, 0.1, 0.3, 1, 2)]
+)
 def test_the_steps_of_an_interval_are_diffusers(n, start, end, first, last):
     keep = [i for i in range(n) if not (i / n < start or (i + 1) / n > end)]  # pipeline_controlnet.py, controlnet_keep
     assert (keep[0], keep[-1]) == (first, last)

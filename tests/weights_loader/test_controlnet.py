@@ -186,7 +186,9 @@ def test_relatives_are_refused_by_name(name, what, sd, tmp_path):
 
 def test_another_family_is_named(sd, net, tmp_path):
     write_safetensors(tmp_path / "net.safetensors", original(net))
-    message = "a ControlNet for a model whose text is 16 wide; the model in use is a Stable Diffusion of its own size, whose text is 24 wide"
+    message = (
+        "a ControlNet for a model whose text is 16 wide; the model in use is a Stable Diffusion of its own size, whose text is 24 wide"
+    )
     with pytest.raises(ValueError, match=message):
         read_controlnet(tmp_path / "net.safetensors", small_model(wider_config()))
     xl = original(net) | {PREFIX + "label_emb.0.0.weight": torch.zeros(2)}
@@ -215,7 +217,10 @@ def test_a_controlnet_of_stable_diffusion_1_is_named_on_a_2(tmp_path):
             lambda tensors: tensors.update({PREFIX + "middle_block_out.0.bias": torch.zeros(3)}),
             r"1 of the wrong shape.*middle_block_out.0.bias is \(3,\), should be \(32,\)",
         ),
-        (lambda tensors: [tensors.pop(f"{PREFIX}input_hint_block.{k}.weight") for k in (6, 8)], "latents of 2 pixels a cell; this model's have 4"),
+        (
+            lambda tensors: [tensors.pop(f"{PREFIX}input_hint_block.{k}.weight") for k in (6, 8)],
+            "latents of 2 pixels a cell; this model's have 4",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(change, message, sd, net, tmp_path):

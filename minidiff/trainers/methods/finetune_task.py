@@ -268,7 +268,9 @@ class Phase(Task, Protocol):
 
     name: str
     settings: Settings
-    groups: Sequence[Group]
+
+    @property
+    def groups(self) -> Sequence[Group]: ...
 
     @property
     def picture_count(self) -> int: ...
