@@ -174,7 +174,6 @@ def examples() -> list[partial]:
         partial(net.hint_block.forward, hint),
         partial(net.forward, x_t, t, full, torch.randn(2, 16, 4, 4)),
         partial(control.interval, [900, 500]),
-        partial(controlnet.controlled, sd.predict, [control]),
         partial(controlnet.prepare_hint, hint, net),
         partial(controlnet.scaled_residuals, control, x_t, t, full, torch.randn(2, 16, 4, 4), True),
         *(partial(function, photograph) for function in hints.HINTS.values()),

@@ -126,7 +126,8 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
     if job.get("controlnet"):
         from diffusers import ControlNetModel  # pyright: ignore[reportPrivateImportUsage]
 
-        net = ControlNetModel.from_pretrained(f"{job['folder']}/controlnet", torch_dtype=dtype, local_files_only=True).to(device)
+        net = ControlNetModel.from_pretrained(f"{job['folder']}/controlnet", torch_dtype=dtype, local_files_only=True)
+        net.to(device)
         if job["how"] != "eager":
             net.to(memory_format=torch.channels_last)
 
