@@ -6,7 +6,7 @@ so that recording cannot change the picture.
 """
 
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -29,7 +29,7 @@ def record_cross_attention(unet: UNet) -> Iterator[dict[str, Float[Tensor, "B H 
     while a layer's map is there, it is kept.
     """
     maps: dict[str, Tensor] = {}
-    handles = []
+    hooks = ExitStack()
 
     def record(name: str, transformer: SpatialTransformer):
         rows = []
@@ -44,20 +44,17 @@ def record_cross_attention(unet: UNet) -> Iterator[dict[str, Float[Tensor, "B H 
                     weights = attention_weights(module.to_q(x), module.to_k(context), module.heads).mean(dim=1)
                 maps[name] = rearrange(weights, "B (H W) L -> B H W L", H=rows[0])
 
-        handles.append(transformer.register_forward_pre_hook(note_size))
+        hooks.enter_context(transformer.register_forward_pre_hook(note_size))
         for i, block in enumerate(transformer.blocks):
             assert isinstance(block, TransformerBlock)
-            hook = partial(note_map, f"{name}.{i}" if i else name)
-            handles.append(block.cross_attention.register_forward_hook(hook))
+            note = partial(note_map, f"{name}.{i}" if i else name)
+            hooks.enter_context(block.cross_attention.register_forward_hook(note))
 
-    for name, module in unet.named_modules():
-        if isinstance(module, SpatialTransformer):
-            record(name, module)
-    try:
+    with hooks:
+        for name, module in unet.named_modules():
+            if isinstance(module, SpatialTransformer):
+                record(name, module)
         yield maps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def with_attention_maps(steps: Generator[Step, Tensor | None, None], unet: UNet) -> Generator[Step, Tensor | None, None]:

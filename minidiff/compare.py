@@ -7,6 +7,7 @@ layer that has it.
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -109,11 +110,9 @@ def outputs_by_layer(module: nn.Module, run: Callable[..., object], inputs: tupl
         if isinstance(output, Tensor):
             outputs[name] = output
 
-    handles = [submodule.register_forward_hook(partial(keep, name)) for name, submodule in module.named_modules()]
     dtype = next(module.parameters()).dtype
-    try:
+    with ExitStack() as hooks:
+        for name, submodule in module.named_modules():
+            hooks.enter_context(submodule.register_forward_hook(partial(keep, name)))
         run(module, *(x.to(dtype) if x.is_floating_point() else x for x in inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
     return outputs

@@ -4,10 +4,17 @@ Every model of this package is a plain module built from one of these frozen dat
 9-channel inpainting model and the small model that ships with the project run through the same code with other numbers.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
 SIZE_NUMBERS = 6  # that SDXL is told: height and width of the original, top and left of the crop, height and width of the picture
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise ValueError, with the choices there are, unless the value is one of them. name: what is chosen, such as "sampler"."""
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} unknown; choose {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,7 @@ class TextEncoderConfig:
     def __post_init__(self):
         if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"TextEncoderConfig: width {self.width} does not divide into {self.heads} heads")
-        if self.activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f"TextEncoderConfig: activation {self.activation!r} unknown; choose quick_gelu, gelu")
+        check_choice("TextEncoderConfig: activation", self.activation, ("quick_gelu", "gelu"))
 
 
 @dataclass(frozen=True)

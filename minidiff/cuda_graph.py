@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from minidiff.conditioning import Conditioning
 from minidiff.kernels.dispatch import active_backend
-from minidiff.pipeline import AttachedAdapter
 from minidiff.unet import UNet
 
 
@@ -35,7 +34,7 @@ class UNetGraph:
     attached: the adapters on the model, as they are at each call (StableDiffusion.attached).
     """
 
-    def __init__(self, unet: UNet, attached: Sequence[AttachedAdapter]):
+    def __init__(self, unet: UNet, attached: Sequence[Any]):
         self.unet, self.attached = unet, attached
         self.capturable = True
         self.key: tuple | None = None

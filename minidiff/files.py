@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,22 @@ def write_text(path: Path, text: str) -> None:
     """Write text in UTF-8, whole or not at all."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def read_text(path: Path) -> str:
+    """Read a file in UTF-8. Raises ValueError for another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors put a mark in front
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def parse_json(text: str, where: str, advice: str = "") -> Any:
+    """Parse JSON. Raises ValueError that names the place, and ends with the advice."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: no JSON ({error}){advice}") from error
 
 
 # --- digests ----------------------------------------------------------------------------------------------------------
@@ -136,9 +152,6 @@ def ensure_same_run(
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(asked, indent=1))
-    try:
-        found = json.loads(json.dumps(defaults or {})) | json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error}); choose an empty folder") from error
+    found = json.loads(json.dumps(defaults or {})) | parse_json(read_text(path), str(path), "; choose an empty folder")
     same = {name: asked.get(name) for name in ignore}
     check_same(path.parent, {**found, **same}, {**asked, **same}, holds)

@@ -8,9 +8,9 @@ watermark of the original's script.
 """
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -31,32 +31,15 @@ from minidiff.vae import VAE
 GRAPH_DEVICES = ("cuda",)  # where the U-Net runs by a captured graph; see cuda_graph.py
 
 
-@runtime_checkable
-class AttachedAdapter(Protocol):
-    """A module that changes what the model computes, by hooks that are methods of it or of its parts (see adapters/)."""
-
-    @property
-    def version(self) -> int:
-        """Return a number that grows whenever it computes something else than before, but by writing into its parameters in place."""
-        ...
-
-    def modules(self) -> Iterable[nn.Module]:
-        """Return itself and its parts."""
-        ...
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """Return the tensors that it computes with."""
-        ...
-
-
 class StableDiffusion:
     """The modules of one checkpoint, and what it takes to make pictures with them.
 
     text: tokenizer and text encoder together, which turn prompts into a Conditioning.
     extra_tensors: tensors of the file that nothing is computed with, kept so that saving loses nothing.
     notes: what was decided when the file was loaded and is worth saying.
-    adapters: the small files that are attached to the modules, no part of what is saved (see weights_loader).
-    attached: the adapters on the modules, in the order in which they came. `attach` and `detach` of an adapter keep it.
+    attached: the adapters on the modules (adapters/base.py), in the order in which they came, no part of what is saved. `attach` and
+        `detach` of an adapter keep it. Each is a module whose hooks are its methods, and its `version` a number that grows whenever it
+        computes something else than before, but by writing into its parameters in place.
     """
 
     def __init__(
@@ -75,8 +58,7 @@ class StableDiffusion:
         self.schedule = NoiseSchedule(config.schedule)
         self.extra_tensors = extra_tensors or {}
         self.notes = notes
-        self.adapters = []
-        self.attached: list[AttachedAdapter] = []
+        self.attached: list[Any] = []
         self._graph = None
 
     @property
@@ -97,10 +79,6 @@ class StableDiffusion:
     def text_encoder(self) -> TextEncoder:
         """Return the text side's encoder."""
         return self.text.encoder
-
-    @text_encoder.setter
-    def text_encoder(self, encoder: TextEncoder) -> None:
-        self.text.encoder = encoder
 
     @property
     def device(self) -> torch.device:

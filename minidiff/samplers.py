@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minidiff.config import check_choice
 from minidiff.schedule import SPACINGS, NoiseSchedule
 
 # Where sigma would be infinite: the smallest positive half-precision number, as diffusers has it.
@@ -145,11 +146,8 @@ def sample(
             "but noise to divide by; use a v-model, another sampler or spacing 'leading'"
         )
     row = SAMPLERS[sampler]
-    step = partial(row.step, Denoiser(model, schedule.config.prediction, x.dtype))
-    if row.takes_eta:
-        step = partial(step, eta=eta, noise=noise)
-    elif row.draws_noise:
-        step = partial(step, noise=noise)
+    own = ({"eta": eta} if row.takes_eta else {}) | ({"noise": noise} if row.takes_eta or row.draws_noise else {})
+    step = partial(row.step, Denoiser(model, schedule.config.prediction, x.dtype), **own)
     return _denoising_loop(step, row.multistep, x, visited, start)
 
 
@@ -341,10 +339,8 @@ def levels(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str | Non
     Raises ValueError for an argument outside these.
     """
     spacing, T = schedule.config.spacing if spacing is None else spacing, schedule.config.timesteps
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} unknown; choose {', '.join(SAMPLERS)}")
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing {spacing!r} unknown; choose {', '.join(SPACINGS)}")
+    check_choice("sampler", sampler, SAMPLERS)
+    check_choice("spacing", spacing, SPACINGS)
     row = SAMPLERS[sampler]
     most = T - 1 if row.counts_end and spacing != "trailing" else T
     if not 1 <= steps <= most:

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from minidiff.config import TokenizerConfig
+from minidiff.config import TokenizerConfig, check_choice
 
 # As transformers' CLIPTokenizer splits: English contractions, runs of letters, single digits, runs of anything else.
 CLIP_WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
@@ -48,10 +48,8 @@ class Tokenizer:
     """
 
     def __init__(self, config: TokenizerConfig, added: Mapping[str, tuple[int, ...]] | None = None):
-        if config.cleaning not in ("clip", "open_clip"):
-            raise ValueError(f"TokenizerConfig: cleaning {config.cleaning!r} unknown; choose clip, open_clip")
-        if config.padding not in ("end", "zero"):
-            raise ValueError(f"TokenizerConfig: padding {config.padding!r} unknown; choose end, zero")
+        check_choice("TokenizerConfig: cleaning", config.cleaning, ("clip", "open_clip"))
+        check_choice("TokenizerConfig: padding", config.padding, ("end", "zero"))
         if config.context_length < 3:
             raise ValueError(f"TokenizerConfig: context_length {config.context_length}; start, one token and end need 3")
         self.config = config

@@ -127,9 +127,10 @@ def examples() -> list[partial]:
     )
     public_clip.mean = public_clip.std = torch.ones(3, 1, 1)
     return [
-        partial(parallel.SequentialAdapter(8, 2, torch.Generator()).forward, q),
-        partial(parallel.ParallelAdapter(8, 2, torch.Generator()).forward, q),
+        partial(parallel.BottleneckAdapter(8, 2, torch.Generator(), behind=True).forward, q),
+        partial(parallel.BottleneckAdapter(8, 2, torch.Generator()).forward, q),
         partial(parallel.MultiHeadParallelAdapter(8, 2, 2, torch.Generator()).forward, q),
+        partial(parallel.linear, torch.randn(3, 2)),
         partial(layer_change.LayerChange.forward, low_rank.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0), q),
         partial(low_rank.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0).forward, q),
         partial(extraction.rank_for_energy, torch.tensor([3.0, 1.0]), 0.5, "sum"),

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minidiff.config import check_choice
 from minidiff.controlnet import ControlNet, ControlNetConfig, controlnet_config, encoder_weights
 from minidiff.pipeline import StableDiffusion
 from weights_loader.detect import describe
@@ -262,8 +263,7 @@ def write_controlnet(
     Raises ValueError for unknown names and for a path that does not fit them.
     """
     path = Path(path)
-    if names not in NAMES:
-        raise ValueError(f"names {names!r} unknown; choose {', '.join(NAMES)}")
+    check_choice("names", names, NAMES)
     if (path.suffix == ".safetensors") != (names == "original"):
         expected = "a file that ends in .safetensors" if names == "original" else "a folder, without a suffix"
         raise ValueError(f"{path}: a ControlNet in the names of {names} is {expected}")

@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from minidiff.config import ModelConfig
+from minidiff.files import parse_json
 
 KEY = "minidiff.config"
 SETTINGS_KEY = "minidiff.settings"  # what a file was made with
@@ -37,10 +38,7 @@ def config_to_json(config: ModelConfig) -> str:
 
 def config_from_json(text: str) -> ModelConfig:
     """Read what `config_to_json` wrote. A missing field has its default; an unknown field or a wrong value raises ValueError."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"metadata {KEY}: no JSON ({error}); was the file written by another program?") from error
+    values = parse_json(text, f"metadata {KEY}", "; was the file written by another program?")
     unet = values.get("unet") if isinstance(values, dict) else None
     if isinstance(unet, dict) and isinstance(depths := unet.get("attention"), list):  # true and false stand for 1 and 0
         unet["attention"] = [int(depth) if isinstance(depth, bool) else depth for depth in depths]

@@ -81,13 +81,7 @@ def file_name(ours: str, layers: dict[str, str]) -> str:
 
 def file_shapes(part: nn.Module, names: PartNames) -> dict[str, tuple[int, ...]]:
     """Return {name in the file: shape} of everything that a file should hold for the part."""
-    parameters = part.state_dict()
-    result = {}
-    for ours, location in name_table(part, names).items():
-        first, *rest = parameters[ours].shape
-        rows = first if location.qkv_index is None else 3 * first
-        result[location.name] = (rows, *rest, *((1, 1) if location.convolution else ()))
-    return result
+    return {name: tuple(tensor.shape) for name, tensor in to_file(part, names).items()}
 
 
 def from_file(tensor: Tensor, location: TensorLocation, ours: Tensor) -> Tensor:

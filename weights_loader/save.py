@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minidiff.config import check_choice
 from minidiff.pipeline import StableDiffusion
 from weights_loader.contents import EXTRA_FILE
 from weights_loader.families import family_of_config
@@ -40,13 +41,12 @@ def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm", settings: d
     Raises ValueError for an unknown layout and for a name that does not fit the layout, FileNotFoundError without the folder above.
     """
     path, metadata = Path(path), FORMAT | {KEY: config_to_json(sd.config)} | settings_to_metadata(settings or {})
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} unknown; choose {' or '.join(LAYOUTS)}")
+    check_choice("layout", layout, LAYOUTS)
     if layout == "ldm":
         _save_ldm(sd, path, metadata)
     else:
         _save_folder(sd, path, metadata)
-    if attached := ", ".join(str(one) for one in sd.adapters if one.adapter.attached):
+    if attached := ", ".join(adapter.title for adapter in sd.attached):
         warnings.warn(
             f"{path}: the model without what is attached to it ({attached}); merge that into the weights to save it", stacklevel=2
         )

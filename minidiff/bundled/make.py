@@ -82,23 +82,18 @@ def run_bundled(
         init: A model to train further.
         vae: One to take as it is.
     """
-    made: list[StableDiffusion] = []
-
-    def keep(sd: StableDiffusion) -> None:
-        made.append(sd)
-        save(sd)
 
     def stages() -> Generator[StageProgress, None, None]:
-        yield from run_from_scratch(config, recipe, folder, device, keep, init, vae)
+        sd = yield from run_from_scratch(config, recipe, folder, device, save, init, vae)
         judge = yield from run_judge_training(recipe, folder, device)
         if distributed.rank() > 0:
             return
         save_judge(judge)
-        record = yield from run_evaluation(made[0], judge, folder)
+        record = yield from run_evaluation(sd, judge, folder)
         if not (folder / "README.md").exists():
-            yield from draw_card_pictures(made[0], folder / "pictures.png")
+            yield from draw_card_pictures(sd, folder / "pictures.png")
             times = json.loads((folder / "times.json").read_text())
-            text = format_card(made[0], recipe, judge_settings(recipe, device), times, held_out_psnr(made[0]), record)
+            text = format_card(sd, recipe, judge_settings(recipe, device), times, held_out_psnr(sd), record)
             write_text(folder / "README.md", text)
 
     return record_times(stages(), folder / "times.json", device)

@@ -61,10 +61,10 @@ def run_from_scratch(
     save: Callable[[StableDiffusion], None],
     init: StableDiffusion | None = None,
     vae: VAE | None = None,
-) -> Iterator[StageProgress]:
+) -> Generator[StageProgress, None, StableDiffusion]:
     """Train a model in `folder`, or resume what is there. All processes train; only the first writes files and calls `save`.
 
-    Raises ValueError if the folder holds a run of another recipe.
+    The generator's return value is the model. Raises ValueError if the folder holds a run of another recipe.
 
     Args:
         config: Of the model.
@@ -86,8 +86,10 @@ def run_from_scratch(
         yield progress
         if (progress.i % SAMPLES_EVERY == 0 or progress.i == progress.steps) and distributed.rank() == 0:
             save_samples(assemble_model(task, training, vae), folder / f"samples-{progress.i:06d}.png")
+    sd = assemble_model(task, training, vae)
     if distributed.rank() == 0:
-        save(assemble_model(task, training, vae))
+        save(sd)
+    return sd
 
 
 def resolve_compile(device: torch.device, recipe: Recipe) -> Recipe:

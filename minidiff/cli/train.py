@@ -22,7 +22,7 @@ import tyro
 from minidiff.cli.flags import CONFIG, Attentions, DTypes, File, Several, Whole, command_class, flag_groups, given
 from minidiff.cli.model import load, print_notes, training_on
 from minidiff.trainers.methods.method import Method, MethodOptions, describe
-from minidiff.trainers.methods.options import Concept, family_of
+from minidiff.trainers.methods.options import Concept, PhaseOptions, family_of
 from minidiff.trainers.methods.override import documented, override, places
 from minidiff.trainers.methods.table import METHODS
 
@@ -108,7 +108,7 @@ def train(name: str, args: list[str]) -> None:
         sd = load(run.model, "float32" if run.dtype == "auto" else run.dtype, device, prediction=run.prediction)
         presets = method.low_rank_presets if asked.get("as_lora") else method.presets
         options = apply_flags(presets[family_of(sd.config)], method, asked)
-        concepts = [with_class_folder(concept, i, run.out, options) for i, concept in enumerate(concepts, start=1)]
+        concepts = [with_class_folder(concept, i, run.out, options.phases()[-1]) for i, concept in enumerate(concepts, start=1)]
         learn(Job(name, options, concepts, run, asked.get("names", "diffusers"), asked.get("start_from")), sd, device)
 
 
@@ -198,7 +198,7 @@ def parse_concept(text: str) -> Concept:
 # --- before the first step --------------------------------------------------------------------------------------------
 
 
-def with_class_folder(concept: Concept, number: int, out: Path, options: MethodOptions) -> Concept:
+def with_class_folder(concept: Concept, number: int, out: Path, options: PhaseOptions) -> Concept:
     """Give the concept a folder for class pictures within the run's folder, if they are to be made and it has none.
 
     Args:
@@ -219,12 +219,13 @@ def prepare(job: Job, sd: "StableDiffusion") -> "TrainingRun":
     from minidiff.trainers.engine.distributed import barrier, rank
     from minidiff.trainers.methods.prior_preservation import class_caption
 
-    is_made = job.options.prior.is_made
+    last = job.options.phases()[-1]
+    is_made = last.prior.is_made
     with warnings.catch_warnings():
         if is_made:
             warnings.simplefilter("ignore")  # they come again
             for concept in job.concepts:
-                class_caption(concept, job.options.prompt)
+                class_caption(concept, last.prompt)
         training = build(replace(job, options=override(job.options, {"prior": "none"})) if is_made else job, sd)
     if rank() == 0:
         claim(job.run.out, {"method": job.name, "model": job.run.model, "names": job.names})
@@ -259,10 +260,10 @@ def fill_class_folders(job: Job, sd: "StableDiffusion") -> None:
 
     from minidiff.trainers.methods.prior_preservation import fill_class_images
 
-    prior, seed = job.options.prior, job.options.phases()[-1].settings.seed
-    for concept in job.concepts if prior.is_made else ():
-        with tqdm(desc=f"class pictures in {concept.class_images}", total=prior.count, unit="picture", file=sys.stderr) as bar:
-            for filled in fill_class_images(sd, concept, job.options, seed):
+    last = job.options.phases()[-1]
+    for concept in job.concepts if last.prior.is_made else ():
+        with tqdm(desc=f"class pictures in {concept.class_images}", total=last.prior.count, unit="picture", file=sys.stderr) as bar:
+            for filled in fill_class_images(sd, concept, last, last.settings.seed):
                 bar.update(filled.done - bar.n)
 
 

@@ -111,12 +111,13 @@ def make_concept(method: str, subject: str, seed: int, folder: Path, count: int 
 
 def with_class_pictures(sd: StableDiffusion, one: Concept, options: MethodOptions) -> Concept:
     """Return the concept with a folder of class pictures, filled first if necessary; all runs of the class share it."""
-    prior = options.prior
+    last = options.phases()[-1]
+    prior = last.prior
     if prior.kind == "none":
         return one
     name = f"{one.class_word or 'style'}-{prior.kind}-{prior.count}"
     one = replace(one, class_images=one.images.parent.parent / "class" / name)
-    for _ in fill_class_images(sd, one, options):
+    for _ in fill_class_images(sd, one, last):
         pass
     return one
 

@@ -132,7 +132,7 @@ def test_a_folder_is_complete_for_a_diffusers_pipeline(tmp_path):
         ("model.ckpt", "ldm", "one .safetensors file; give it a name that ends so"),
         ("model", "ldm", "one .safetensors file"),
         ("model.safetensors", "diffusers", "is a folder; give a name without .safetensors"),
-        ("model", "comfy", "layout 'comfy' unknown; choose ldm or diffusers"),
+        ("model", "comfy", "layout 'comfy' unknown; choose ldm, diffusers"),
     ],
 )
 def test_a_name_that_does_not_fit_the_layout_is_refused(name, layout, message, tmp_path):

@@ -6,7 +6,6 @@ Words, then Custom Diffusion, whose weights take the place of the model's, then 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,6 @@ from weights_loader.adapters.lora import read_lora
 File = str | Path
 
 
-@dataclass(frozen=True)
-class Attached:
-    """A file that is attached to a model: StableDiffusion.adapters is a list of them. `adapter.detach()` takes it off again."""
-
-    path: Path
-    kind: str
-    adapter: Adapter
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.path}"
-
-
 def attach(
     sd: StableDiffusion,
     *,
@@ -38,7 +25,7 @@ def attach(
     embeddings: File | Sequence[File | tuple[File, str]] = (),
     custom_diffusion: File | Sequence[File | tuple[File, tuple[str, ...]]] = (),
 ) -> None:
-    """Attach files to a model, all of them or none. sd.adapters lists them.
+    """Attach files to a model, all of them or none. sd.attached lists them, each with its file as title; `detach()` takes one off again.
 
     Args:
         sd: the model
@@ -48,24 +35,20 @@ def attach(
 
     All files are read before any is attached. Raises as the readers do, and ValueError for a word that cannot be added.
     """
-    read: list[Attached] = []
-    for path, token in pairs(embeddings, None):
-        read.append(Attached(Path(path), "embedding", read_embedding(path, sd, token)))
-    for path, words in pairs(custom_diffusion, ()):
-        read.append(Attached(Path(path), "Custom Diffusion", read_custom_diffusion(path, sd, words)))
+    read: list[tuple[str, File, Adapter]] = []
+    read += [("embedding", path, read_embedding(path, sd, token)) for path, token in pairs(embeddings, None)]
+    read += [("Custom Diffusion", path, read_custom_diffusion(path, sd, words)) for path, words in pairs(custom_diffusion, ())]
     for path, weight in pairs(lora, 1.0):
-        adapter = read_lora(path, sd)
-        adapter.weight = float(weight)
-        read.append(Attached(Path(path), "LoRA" if weight == 1 else f"LoRA at {weight:g}", adapter))
-    for i, file in enumerate(read):
+        read.append(("LoRA" if weight == 1 else f"LoRA at {weight:g}", path, read_lora(path, sd, float(weight))))
+    for kind, path, adapter in read:
         try:
-            file.adapter.requires_grad_(False)
-            file.adapter.attach(sd)
+            adapter.requires_grad_(False)
+            adapter.attach(sd)
         except ValueError as error:
-            for done in reversed(read[:i]):
-                done.adapter.detach()
-            raise ValueError(f"{file.path}: {error}") from error
-    sd.adapters.extend(read)
+            for _, _, done in reversed(read):  # those that are not attached stay as they are
+                done.detach()
+            raise ValueError(f"{path}: {error}") from error
+        adapter.title = f"{kind} {path}"
 
 
 def pairs(files: File | Sequence[Any], otherwise: Any) -> list[tuple[File, Any]]:

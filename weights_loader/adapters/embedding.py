@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minidiff.adapters.tokens import NewTokens
+from minidiff.config import check_choice
 from minidiff.pipeline import StableDiffusion
 from weights_loader.detect import FEW, describe, kind
 from weights_loader.metadata import FORMAT, settings_to_metadata
@@ -100,8 +101,7 @@ def write_embedding(path: str | Path, tokens: NewTokens, form: str = "diffusers"
     """
     path = Path(path)
     suffixes = {"diffusers": (".safetensors", ".bin"), "a1111": (".safetensors", ".pt")}
-    if form not in suffixes:
-        raise ValueError(f"form {form!r} unknown; choose {' or '.join(suffixes)}")
+    check_choice("form", form, suffixes)
     if path.suffix not in suffixes[form]:
         raise ValueError(f"{path}: an embedding for {form} is written as {' or '.join(suffixes[form])}")
     if settings and path.suffix != ".safetensors":

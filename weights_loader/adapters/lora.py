@@ -23,18 +23,19 @@ from minidiff.adapters.layers import PARTS, layers_of
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.low_rank import LowRank
 from minidiff.pipeline import StableDiffusion
+from weights_loader.adapters.common import misfit, weights_file
 from weights_loader.adapters.kohya import KOHYA
-from weights_loader.adapters.lora_file import Dialect, Factors, PlacedChanges, StoredChange
+from weights_loader.adapters.lora_file import Dialect, Factors, StoredChange
 from weights_loader.adapters.peft import PEFT
 from weights_loader.detect import describe
 from weights_loader.families import part_names
 from weights_loader.metadata import FORMAT, settings_to_metadata
 from weights_loader.name_table import TensorLocation, name_table
 from weights_loader.read import Checkpoint, read
-from weights_loader.report import SHOWN, nearest, some
 from weights_loader.write import write_safetensors
 
 DIALECTS: tuple[Dialect, ...] = (KOHYA, PEFT)  # the first that matches a file reads it
+# In a folder that diffusers' save_lora_weights or peft's save_pretrained made.
 FOLDER = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
 CONTEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 
@@ -42,30 +43,19 @@ CONTEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 204
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_lora(path: str | Path, sd: StableDiffusion) -> LoRA:
+def read_lora(path: str | Path, sd: StableDiffusion, weight: float = 1.0) -> LoRA:
     """Read a LoRA from a file in any of the dialects, or from a folder that diffusers or peft wrote; float32, not attached.
 
+    weight: the factor that it is used with (LoRA.weight).
     Raises FileNotFoundError, and ValueError for what is no LoRA and for one that does not fit the model, with the layers and widths
     that disagree. A tensor that is not understood is an error too: half a LoRA silently draws another picture.
     """
-    path = find_lora(path)
+    path = weights_file(path, FOLDER, "LoRA")
     checkpoint = read(path)
     try:
-        return LoRA(fit(parse(checkpoint), sd))
+        return LoRA(fit(parse(checkpoint), sd), weight)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def find_lora(path: str | Path) -> Path:
-    """Return the file itself, or the one in a folder that diffusers' save_lora_weights or peft's save_pretrained made."""
-    path = Path(path)
-    if path.is_dir():
-        found = next((path / name for name in FOLDER if (path / name).is_file()), None)
-        if found is None:
-            what = "a whole model, given as a LoRA" if (path / "model_index.json").is_file() else "no LoRA in this folder"
-            raise ValueError(f"{path}: {what}; expected a file, or a folder with {' or '.join(FOLDER[::2])}")
-        return found
-    return path
 
 
 def dialect_of(names: list[str]) -> Dialect | None:
@@ -117,10 +107,8 @@ def fit(changes: Mapping[str, StoredChange], sd: StableDiffusion) -> dict[str, L
         except ValueError as error:
             wrong.append(f"{name}: {error}")
     if unknown or wrong:
-        lines = [f"not a LoRA for this model: {len(unknown)} of its {len(changes)} layers are not there, {len(wrong)} have other widths"]
-        lines += some([f"no layer {name}{nearest(name, list(ours_of))}" for name in unknown[:SHOWN]], len(unknown))
-        lines += some(wrong, len(wrong))
-        raise ValueError("\n".join(lines) + _likely_cause(changes, sd))
+        counts = f"{len(unknown)} of its {len(changes)} layers are not there, {len(wrong)} have other widths"
+        raise ValueError(misfit(f"not a LoRA for this model: {counts}", unknown, list(ours_of), wrong) + _likely_cause(changes, sd))
     return result
 
 
@@ -164,12 +152,12 @@ def pack(lora: LoRA, sd: StableDiffusion, names: str) -> tuple[dict[str, Tensor]
     written = {dialect.name: dialect for dialect in DIALECTS if dialect.pack and dialect.layer_name}
     if names not in written or (write := written[names].pack) is None:
         raise ValueError(f"names {names!r} unknown; choose {' or '.join(sorted(written))}")
-    layers = {}
+    locations, changes = layer_locations(sd, written[names]), {}
     for name, change in lora.layers.items():
         if not isinstance(change, LowRank):
             raise ValueError(f"{name} has a {type(change).__name__}, and files of {names} hold low-rank changes only")
-        layers[name] = change
-    return write(PlacedChanges(layers, layer_locations(sd, written[names]), sd))
+        changes[locations[name]] = change
+    return write(changes, sd)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

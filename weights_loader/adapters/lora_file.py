@@ -29,23 +29,7 @@ class StoredChange(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class PlacedChanges:
-    """What goes into a file: the changes by our names of the layers, where the file has these layers, and the model they belong to."""
-
-    layers: Mapping[str, LowRank]
-    locations: Mapping[str, TensorLocation]
-    sd: StableDiffusion
-
-    def tensors(self, down: str, up: str) -> dict[str, Tensor]:
-        """Return both halves of each layer, named by the layer and these ends."""
-        result = {}
-        for ours, change in self.layers.items():
-            location = self.locations[ours]
-            kernel = (..., None, None) if location.convolution else ...
-            result[f"{location.name}.{down}.weight"] = change.down.weight.detach()[kernel]
-            result[f"{location.name}.{up}.weight"] = change.up.weight.detach()[kernel]
-        return result
+Placed = Mapping[TensorLocation, LowRank]  # changes, by where a file has their layers
 
 
 @dataclass(frozen=True)
@@ -57,14 +41,24 @@ class Dialect:
     parse: the changes by the file's name of the layer; raises ValueError for what it does not understand.
     layer_name: (part, the layer's name in that part of a diffusers model) -> its name in the file; None if layers have the names of another
         dialect.
-    pack: the tensors and metadata of a file; None for a dialect that is only read.
+    pack: (changes, the model they belong to) -> the tensors and metadata of a file; None for a dialect that is only read.
     """
 
     name: str
     matches: Callable[[Sequence[str]], bool]
     parse: Callable[[Checkpoint], Mapping[str, StoredChange]]
     layer_name: Callable[[str, str], str] | None = None
-    pack: Callable[[PlacedChanges], tuple[dict[str, Tensor], dict[str, str]]] | None = None
+    pack: Callable[[Placed, StableDiffusion], tuple[dict[str, Tensor], dict[str, str]]] | None = None
+
+
+def named_halves(changes: Placed, down: str, up: str) -> dict[str, Tensor]:
+    """Return both halves of each layer, named by the layer and these ends."""
+    result = {}
+    for location, change in changes.items():
+        kernel = (..., None, None) if location.convolution else ...
+        result[f"{location.name}.{down}.weight"] = change.down.weight.detach()[kernel]
+        result[f"{location.name}.{up}.weight"] = change.up.weight.detach()[kernel]
+    return result
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from minidiff.adapters.layers import PARTS
+from minidiff.files import parse_json
+from minidiff.pipeline import StableDiffusion
 from weights_loader.adapters.kohya import commonest
-from weights_loader.adapters.lora_file import Dialect, Factors, PlacedChanges, finite, parse_factors
+from weights_loader.adapters.lora_file import Dialect, Factors, Placed, finite, named_halves, parse_factors
 from weights_loader.detect import kind
 from weights_loader.read import Checkpoint
 
@@ -53,10 +55,7 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
         where, text = CONFIG, beside.read_text(encoding="utf-8")
     else:
         return {}
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: no JSON ({error})") from error
+    config = parse_json(text, where)
     if not isinstance(config, dict):
         raise ValueError(f"{where}: {config!r}; expected an object")
     return config
@@ -82,12 +81,12 @@ def layer_name(part: str, theirs: str) -> str:
     return f"{part}.{theirs}"
 
 
-def pack(changes: PlacedChanges) -> tuple[dict[str, Tensor], dict[str, str]]:
+def pack(changes: Placed, sd: StableDiffusion) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors, and peft's config as metadata."""
-    return changes.tensors("lora_A", "lora_B"), {METADATA: json.dumps(_config(changes), sort_keys=True)}
+    return named_halves(changes, "lora_A", "lora_B"), {METADATA: json.dumps(_config(changes), sort_keys=True)}
 
 
-def _config(changes: PlacedChanges) -> dict[str, object]:
+def _config(changes: Placed) -> dict[str, object]:
     """Return peft's config of each part: the commonest rank and alpha, and the layers that differ.
 
     A layer is named from inside the part, and the text encoder's without `text_model.`, which transformers 5 does not have: peft compares
@@ -96,9 +95,9 @@ def _config(changes: PlacedChanges) -> dict[str, object]:
     result = {}
     for part in PARTS:
         layers = {
-            changes.locations[ours].name.removeprefix(f"{part}.").removeprefix("text_model."): one
-            for ours, one in changes.layers.items()
-            if ours.startswith(f"{part}.")
+            location.name.removeprefix(f"{part}.").removeprefix("text_model."): one
+            for location, one in changes.items()
+            if location.name.startswith(f"{part}.")
         }
         if not layers:
             continue

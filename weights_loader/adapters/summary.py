@@ -123,10 +123,11 @@ def summarise_controlnet(checkpoint: Checkpoint) -> SmallSummary:
 
 def summarise_custom_diffusion(checkpoint: Checkpoint, given: Path) -> SmallSummary:
     """Summarise a Custom Diffusion: a file, or the folder `given` whose weights are the checkpoint."""
-    changes, rows = custom_diffusion.parse_folder(given) if given.is_dir() else custom_diffusion.parse(checkpoint.tensors)
+    changes, rows = custom_diffusion.parse(checkpoint.tensors)
     ranks = Counter(change[0].shape[1] for change in changes.values() if not isinstance(change, Tensor))
     what = "Custom Diffusion" + ", compressed" * bool(ranks)
-    return replace(_summary(checkpoint, what, rows), parts={"unet cross-attention": len(changes)}, ranks=ranks)
+    summary = _summary(checkpoint, what, rows | custom_diffusion.words_beside(given))
+    return replace(summary, parts={"unet cross-attention": len(changes)}, ranks=ranks)
 
 
 def _summary(checkpoint: Checkpoint, kind: str, rows: Mapping[str, Tensor] | None = None) -> SmallSummary:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from minidiff.config import check_choice
 from minidiff.pictures import fit
 
 SMALL_BELOW = 0.6  # shares of the model's size between which nothing is said: the public code's; the paper gives none
@@ -38,8 +39,7 @@ class SizeAugmentation:
     before: str | None = None
 
     def __post_init__(self):
-        if self.kind not in ("paper", "code"):
-            raise ValueError(f"augmentation {self.kind!r} unknown; choose paper, code")
+        check_choice("augmentation", self.kind, ("paper", "code"))
         if not self.small or not self.large:
             raise ValueError("augmentation without phrases: small and large need at least one each")
 

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minidiff.config import check_choice
 from minidiff.files import atomic_write, digest, fingerprint, tensor_bytes
 from minidiff.pictures import fit, load_picture
 from minidiff.pipeline import StableDiffusion
@@ -71,31 +72,25 @@ def _write_array(path: Path, array: np.ndarray) -> None:
         raise OSError(f"{path}: cannot be written ({error.strerror}); the cache needs room there, or another folder") from error
 
 
-class Contexts:
-    """Captions to contexts through the text encoder as it is now, each encoded once; not for an encoder that is being trained."""
+@torch.no_grad()
+def cached_contexts(sd: StableDiffusion, cache: Cache, captions: Sequence[str]) -> Float[Tensor, "B L D"]:
+    """Return the contexts of captions through the text encoder as it is now, each encoded once, by itself; float32, on the model's device.
 
-    def __init__(self, sd: StableDiffusion, cache: Cache):
-        self.sd, self.cache = sd, cache
-        self._encoder = f"{fingerprint(sd.text_encoder)} {sd.device.type}"
+    Raises ValueError for what must not be kept: a new token, or an encoder with an adapter on it. Not for an encoder that is being trained.
+    """
+    if any(module._forward_hooks or module._forward_pre_hooks for module in sd.text_encoder.modules()):
+        raise ValueError("the text encoder has an adapter on it, so its contexts change: encode the captions at every step")
+    rows, encoder = sd.tokenizer(list(captions)), f"{fingerprint(sd.text_encoder)} {sd.device.type}"
+    for caption, row in zip(captions, rows):
+        if row.max() >= sd.text_encoder.config.vocab_size:
+            raise ValueError(f"caption {caption!r} holds a new token, whose vector changes: encode it at every step")
 
-    def __call__(self, captions: Sequence[str]) -> Float[Tensor, "B L D"]:
-        """Float32, on the model's device. Raises ValueError for what must not be kept: a new token, or an encoder with an adapter on it."""
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self.sd.text_encoder.modules()):
-            raise ValueError("the text encoder has an adapter on it, so its contexts change: encode the captions at every step")
-        rows = self.sd.tokenizer(list(captions))
-        for caption, row in zip(captions, rows):
-            if row.max() >= self.sd.text_encoder.config.vocab_size:
-                raise ValueError(f"caption {caption!r} holds a new token, whose vector changes: encode it at every step")
-        return torch.stack([self._context(row) for row in rows]).to(self.sd.device)
+    def encode(row: Tensor) -> Tensor:
+        with torch.autocast(sd.device.type, enabled=False):
+            return sd.text_encoder(row[None].to(sd.device))[0]
 
-    def _context(self, row: Tensor) -> Tensor:
-        key = digest([f"context {self._encoder} {row.tolist()}".encode()])
-        return self.cache.get(key, lambda: self._encode(row))
-
-    @torch.no_grad()
-    def _encode(self, row: Tensor) -> Tensor:
-        with torch.autocast(self.sd.device.type, enabled=False):
-            return self.sd.text_encoder(row[None].to(self.sd.device))[0]
+    kept = [cache.get(digest([f"context {encoder} {row.tolist()}".encode()]), functools.partial(encode, row)) for row in rows]
+    return torch.stack(kept).to(sd.device)
 
 
 @dataclass(frozen=True)
@@ -146,10 +141,8 @@ class Pictures:
             raise ValueError("no pictures to learn from; give at least one")
         if size < factor or size % factor:
             raise ValueError(f"size {size}: must be a multiple of {factor} pixels")
-        if crop not in ("centre", "random"):
-            raise ValueError(f"crop {crop!r} unknown; choose centre, random")
-        if posterior not in ("sample", "mean"):
-            raise ValueError(f"posterior {posterior!r} unknown; choose sample, mean")
+        check_choice("crop", crop, ("centre", "random"))
+        check_choice("posterior", posterior, ("sample", "mean"))
         if not 0 <= flip <= 1:
             raise ValueError(f"flip {flip}: a share of the samples, 0..1")
         if sizes is not None:

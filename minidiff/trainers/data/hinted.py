@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from minidiff.config import check_choice
 from minidiff.files import digest, fingerprint
 from minidiff.hints import HINTS
 from minidiff.pictures import fit, list_pictures, load_picture, to_pixels
@@ -136,8 +137,7 @@ class HintedScenes:
     """
 
     def __init__(self, sd: StableDiffusion, count: int, cache: Cache, *, kind: str, seed: int = 0):
-        if kind not in SCENE_HINTS and kind not in HINTS:
-            raise ValueError(f"hint {kind!r} unknown; choose {', '.join((*SCENE_HINTS, *HINTS))}")
+        check_choice("hint", kind, (*SCENE_HINTS, *HINTS))
         self.sd, self.count, self.cache, self.kind, self.seed = sd, count, cache, kind, seed
         self.size = self._scene(0).image.shape[0]
         if sd.config.image_size != self.size:

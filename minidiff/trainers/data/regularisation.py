@@ -18,6 +18,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from minidiff.config import check_choice
 from minidiff.files import ensure_same_run, fingerprint
 from minidiff.pictures import list_pictures, save_png
 from minidiff.pipeline import StableDiffusion
@@ -108,8 +109,7 @@ def pooled_text(sd: StableDiffusion, texts: Sequence[str], *, pool: str = "end",
 
     Raises ValueError for another pool.
     """
-    if pool not in ("end", "mean"):
-        raise ValueError(f"pool {pool!r} unknown; choose end, mean")
+    check_choice("pool", pool, ("end", "mean"))
     parts = []
     for start in range(0, len(texts), batch):
         tokens = sd.tokenizer(list(texts[start : start + batch]))

@@ -112,9 +112,7 @@ class Pace:
     def forecast(self) -> str | None:
         """Return a line to be printed once, after the first steps."""
         seconds, left = self.seconds(), self.left()
-        if seconds is None or left is None:
-            return None
-        return f"{self.steps - self.last[0]} steps of {seconds:.2g} s: about {format_duration(left)}"
+        return None if left is None else f"{self.steps - self.last[0]} steps of {seconds:.2g} s: about {format_duration(left)}"
 
 
 def memory_taken(device: torch.device) -> int:

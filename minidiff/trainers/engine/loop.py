@@ -160,8 +160,9 @@ class Training:
             return
         for name, p in self.weights.items():
             if not p.isfinite().all():
-                kept = f"the state of step {self.saved} is kept"
-                raise ValueError(f"{name} is not finite after step {self.done}, {kept}: lower the learning rate")
+                raise ValueError(
+                    f"{name} is not finite after step {self.done}, the state of step {self.saved} is kept: lower the learning rate"
+                )
         with uninterrupted():
             self.saved = self.done  # also if writing fails: it is not tried again on the way out
             write_state(self.state, self.state_dict())
@@ -194,7 +195,8 @@ class Training:
         """Identify a run by its settings, its task and the shapes of its weights."""
         settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in ONLY_HOW}
         weights = {name: "x".join(map(str, p.shape)) for name, p in self.weights.items()}
-        return settings | {"samples a step": samples_per_step(self.settings)} | getattr(self.task, "about", {}) | weights
+        samples = self.settings.batch * self.settings.gradient_accumulation * distributed.world_size()
+        return settings | {"samples a step": samples} | getattr(self.task, "about", {}) | weights
 
 
 def trainable_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -211,11 +213,6 @@ def trainable_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Paramete
 def networks_of(task: Task) -> tuple[nn.Module, ...]:
     """Return the modules that the task's loss runs through."""
     return getattr(task, "networks", None) or tuple(task.modules.values())
-
-
-def samples_per_step(settings: Settings) -> int:
-    """Return the size of a step's whole batch."""
-    return settings.batch * settings.gradient_accumulation * distributed.world_size()
 
 
 def microbatches(settings: Settings) -> Iterator[range]:

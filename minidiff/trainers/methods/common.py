@@ -20,8 +20,7 @@ from minidiff.trainers.data.cache import Cache, Pictures
 from minidiff.trainers.data.folder import Example, check_distinct, read_folder
 from minidiff.trainers.data.templates import fill_in
 from minidiff.trainers.methods.finetune_task import Group, Subject
-from minidiff.trainers.methods.method import PhaseOptions
-from minidiff.trainers.methods.options import Concept, LowRankOptions
+from minidiff.trainers.methods.options import Concept, LowRankOptions, PhaseOptions
 from minidiff.trainers.methods.prior_preservation import prior_examples
 
 # --- what is trained --------------------------------------------------------------------------------------------------
@@ -79,24 +78,27 @@ def concept_tokens(concepts: Sequence[Concept]) -> list[str]:
 # --- which words go with which pictures -------------------------------------------------------------------------------
 
 
-def check_concepts(concepts: Sequence[Concept]) -> None:
-    """Raise ValueError for no concept, and for a folder that is given twice."""
-    if not concepts:
-        raise ValueError("no concept to learn; give at least one folder of pictures")
-    check_distinct([folder for concept in concepts for folder in (concept.images, concept.class_images) if folder is not None])
-
-
 def make_subjects(
-    sd: StableDiffusion, concepts: Sequence[Concept], options: PhaseOptions, cache: Cache | None, *, templates: Sequence[str] = ()
+    sd: StableDiffusion,
+    concepts: Sequence[Concept],
+    options: PhaseOptions,
+    cache: Cache | None,
+    *,
+    templates: Sequence[str] = (),
+    sizes: Sequence[SizeAugmentation | None] = (),
 ) -> list[Subject]:
-    """Check the concepts and make a subject of each.
+    """Make a subject of each concept. Raises ValueError for no concept, and for a folder that is given twice.
 
     Args:
         concepts: one subject each
         sd, options, cache, templates: as in `make_subject`
+        sizes: the augmentation of each concept's sizes; () for none
     """
-    check_concepts(concepts)
-    return [make_subject(sd, concept, options, cache, templates=templates) for concept in concepts]
+    if not concepts:
+        raise ValueError("no concept to learn; give at least one folder of pictures")
+    check_distinct([folder for concept in concepts for folder in (concept.images, concept.class_images) if folder is not None])
+    pairs = zip(concepts, sizes or [None] * len(concepts), strict=True)
+    return [make_subject(sd, concept, options, cache, templates=templates, sizes=size) for concept, size in pairs]
 
 
 def make_subject(

@@ -130,7 +130,7 @@ class ControlNetTask:
         fixed = [hint for _, hint in self.source.fixed(SHEET_ROWS)]
         hints = torch.stack([fixed[i % len(fixed)] for i in range(len(prompts))])
         columns = [to_images(2 * hints - 1), *(self._draw(prompts, hints, seed, steps) for seed in range(count))]
-        edges = [edges_of(hint, self.options.hint) for hint in hints]
+        edges = [edges_of(hint, self.options.hint if self.options.hints is None else None) for hint in hints]
         drawn = [[canny(np.asarray(picture)) for picture in column] for column in columns[1:]]
         numbers = {"edge F1": mean_f1(drawn, edges)}
         if len(fixed) > 1 and len(prompts) > 1:
@@ -154,7 +154,7 @@ def decoder_weights(sd: StableDiffusion) -> tuple[nn.Parameter, ...]:
 
 
 def edges_of(hint: Float[Tensor, "3 H W"], kind: str | None) -> np.ndarray:
-    """Return the edges that a picture of this hint should have: the hint itself if it is of lines, else those that canny finds in it."""
+    """Return the edges that a picture of this hint should have: the hint itself if its kind is known as lines, else what canny finds in it."""
     pixels = (hint.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     return pixels if kind in LINES else canny(pixels)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.lora import FORMATS
 from minidiff.trainers.methods.method import Method
-from minidiff.trainers.methods.options import Concept, DataOptions, Family, LowRankOptions, Prior, YesNo
+from minidiff.trainers.methods.options import Concept, Family, LowRankOptions, PhaseOptions, Prior, YesNo
 
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DreamBoothOptions:
+class DreamBoothOptions(PhaseOptions):
     """DreamBooth of the whole U-Net, or with low_rank of a LoRA; what of the text encoder learns is then said in low_rank.
 
     Args:
@@ -32,21 +32,14 @@ class DreamBoothOptions:
         text_scale: the text encoder's share of the learning rate
     """
 
-    settings: Settings
     low_rank: LowRankOptions | None = None
     text_encoder: YesNo = False
     text_scale: float = 1.0
-    data: DataOptions = DataOptions()
     prior: Prior = Prior(kind="generated")
-    prompt: str = "a photo of a {}"
 
     def __post_init__(self):
         if self.low_rank is not None and self.text_encoder:
             raise ValueError("text_encoder with low_rank: say it in low_rank, whose LoRA then changes the text encoder too")
-
-    def phases(self) -> "tuple[DreamBoothOptions]":
-        """Return the only phase."""
-        return (self,)
 
     def highlights(self) -> tuple[str, ...]:
         """Return what --help says beyond steps and learning rate."""
@@ -100,8 +93,7 @@ def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: DreamBoot
         lora, groups = make_lora(sd, options.low_rank, options.settings.seed)
         modules = {"lora": lora}
     subjects = make_subjects(sd, concepts, options, cache)
-    adapters = [] if lora is None else [lora]
-    phase = FinetuneTask(sd, "dreambooth", subjects, options, modules=modules, adapters=adapters, groups=groups, cache=cache)
+    phase = FinetuneTask(sd, "dreambooth", subjects, options, modules=modules, adapters=[lora] if lora else [], groups=groups, cache=cache)
     return TrainingRun((phase,), lora=lora)
 
 

@@ -31,12 +31,12 @@ from minidiff.controlnet import Control
 from minidiff.files import digest, fingerprint
 from minidiff.pictures import grid
 from minidiff.pipeline import StableDiffusion
-from minidiff.trainers.data.cache import Batch, Cache, Contexts, Pictures
+from minidiff.trainers.data.cache import Batch, Cache, Pictures, cached_contexts
 from minidiff.trainers.engine.diffusion_loss import diffusion_loss, sample_noise
 from minidiff.trainers.engine.loop import Task, Training, TrainStep, rng_for
 from minidiff.trainers.engine.optimizer import adamw
 from minidiff.trainers.engine.settings import Settings
-from minidiff.trainers.methods.method import PhaseOptions
+from minidiff.trainers.methods.options import PhaseOptions
 from minidiff.trainers.methods.prior_preservation import prior_preservation_loss
 
 
@@ -102,6 +102,7 @@ class FinetuneTask:
             )
         self.sd, self.name, self.subjects = sd, name, tuple(subjects)
         self.modules, self.adapters, self.groups = dict(modules), tuple(adapters), tuple(groups)
+        self.trained = [p for group in self.groups for p in group.params]
         self.settings, self.data, self.prior_weight = options.settings, options.data, options.prior.weight
         self.has_prior = any(subject.prior is not None for subject in subjects)
         self.cache = cache or Cache()
@@ -113,11 +114,9 @@ class FinetuneTask:
 
     def prepare(self) -> Iterator[int]:
         """Make the latents that can be precomputed, one picture an iteration; `with task:` does it too, without saying how far it is."""
-        done = 0
-        for pictures in self._all_pictures():
-            for _ in pictures.precompute_latents():
-                done += 1
-                yield done
+        pictures_done = (pictures.precompute_latents() for pictures in self._all_pictures())
+        for done, _ in enumerate(chain.from_iterable(pictures_done), start=1):
+            yield done
 
     def __enter__(self) -> "FinetuneTask":
         for _ in self.prepare():
@@ -128,9 +127,8 @@ class FinetuneTask:
             for adapter in self.adapters:
                 adapter.attach(self.sd)
                 adapter.train()  # dropout
-            for group in self.groups:
-                for p in group.params:
-                    p.requires_grad_(True)
+            for p in self.trained:
+                p.requires_grad_(True)
             self._precompute_contexts()
         except BaseException:
             self.__exit__()
@@ -141,10 +139,9 @@ class FinetuneTask:
         for adapter in reversed(self.adapters):
             adapter.detach()
             adapter.eval()
-        for group in self.groups:
-            for p in group.params:
-                p.requires_grad_(False)
-                p.grad = None
+        for p in self.trained:
+            p.requires_grad_(False)
+            p.grad = None
         self.contexts = None
 
     def _precompute_contexts(self) -> None:
@@ -153,8 +150,7 @@ class FinetuneTask:
         parts = list(self.sd.text_encoder.modules())
         moving = any(p.requires_grad for p in self.sd.text_encoder.parameters()) or any(part._forward_hooks for part in parts)
         if not moving and rows.max() < self.sd.text_encoder.config.vocab_size:
-            encode = Contexts(self.sd, self.cache)
-            self.contexts = {caption: encode([caption])[0] for caption in captions}
+            self.contexts = dict(zip(captions, cached_contexts(self.sd, self.cache, captions)))
 
     def _all_pictures(self) -> list[Pictures]:
         return [pictures for subject in self.subjects for pictures in (subject.pictures, subject.prior) if pictures is not None]
@@ -253,8 +249,7 @@ class FinetuneTask:
 
 def possible_captions(subject: Subject) -> Iterable[str]:
     """Yield every caption that a sample may have, with the phrases of the size augmentation."""
-    own = subject.templates or tuple(example.caption for example in subject.pictures.examples)
-    for pictures, captions in ((subject.pictures, own), (subject.prior, ())):
+    for pictures, captions in ((subject.pictures, subject.templates), (subject.prior, ())):
         if pictures is not None:
             captions = captions or tuple(example.caption for example in pictures.examples)
             sizes = pictures.sizes

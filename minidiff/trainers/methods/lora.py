@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.method import Method
-from minidiff.trainers.methods.options import Concept, DataOptions, Family, LowRankOptions, Prior
+from minidiff.trainers.methods.options import Concept, Family, LowRankOptions, PhaseOptions
 
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion
@@ -20,18 +20,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAOptions:
-    """A LoRA on a folder with captions. prompt: of concepts that bring no captions, with {} for the concept's words."""
+class LoRAOptions(PhaseOptions):
+    """A LoRA on a folder with captions."""
 
-    settings: Settings
-    data: DataOptions = DataOptions()
     low_rank: LowRankOptions = LowRankOptions()
-    prior: Prior = Prior()
-    prompt: str = "a photo of a {}"
-
-    def phases(self) -> "tuple[LoRAOptions]":
-        """Return the only phase."""
-        return (self,)
 
     def highlights(self) -> tuple[str, ...]:
         """Return what --help says beyond steps and learning rate."""

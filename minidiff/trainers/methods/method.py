@@ -2,7 +2,7 @@
 
 A new method is a file with four things, and a line in table.py; the command line needs nothing else:
 
-    @dataclass ... class MyOptions      its numbers; each field is a flag, each line under `Args:` the flag's help
+    @dataclass ... class MyOptions      its numbers, a PhaseOptions; each field is a flag, each line under `Args:` the flag's help
     PRESETS                             numbers that work, for each family of models
     build(sd, concepts, options, cache) -> TrainingRun of FinetuneTasks (finetune_task.py)
     METHOD = Method(...)
@@ -14,48 +14,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, runtime_checkable
 
-from minidiff.trainers.engine.settings import Settings
-from minidiff.trainers.methods.options import DataOptions, Family, Prior
+from minidiff.trainers.methods.options import Family, PhaseOptions
 
 if TYPE_CHECKING:
     from minidiff.trainers.methods.finetune_task import TrainingRun
 
 
 @runtime_checkable
-class PhaseOptions(Protocol):
-    """The options of one phase of a method: what FinetuneTask reads of them."""
-
-    @property
-    def settings(self) -> Settings: ...
-
-    @property
-    def data(self) -> DataOptions: ...
-
-    @property
-    def prior(self) -> Prior: ...
-
-    @property
-    def prompt(self) -> str:
-        """Return the caption of concepts that bring none, and of class pictures, with {} for the words."""
-        ...
-
-    def highlights(self) -> tuple[str, ...]:
-        """Return what --help says of a preset beyond steps and learning rate, as "rank 8"."""
-        ...
-
-
-@runtime_checkable
 class MethodOptions(Protocol):
-    """The options of a method: a dataclass, whose phases are trained one after the other. data, prior, prompt: of its class pictures."""
-
-    @property
-    def data(self) -> DataOptions: ...
-
-    @property
-    def prior(self) -> Prior: ...
-
-    @property
-    def prompt(self) -> str: ...
+    """The options of a method: a dataclass, whose phases are trained one after the other. Class pictures are the last one's."""
 
     def phases(self) -> tuple[PhaseOptions, ...]: ...
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from minidiff.config import check_choice
 from minidiff.trainers.methods import controlnet, custom_diffusion, dreambooth, fine_tune, lora, pivotal, textual_inversion
 from minidiff.trainers.methods.method import Method
 
@@ -23,8 +24,6 @@ def preset(method: str, family: str) -> Any:
     """
     presets: dict[str, dict[str, Any]] = {name: {**one.presets} for name, one in METHODS.items()}
     presets |= {f"{name}-lora": {**one.low_rank_presets} for name, one in METHODS.items() if one.low_rank_presets}
-    if method not in presets:
-        raise ValueError(f"method {method!r} unknown; choose {', '.join(presets)}")
-    if family not in presets[method]:
-        raise ValueError(f"family {family!r} unknown; choose {', '.join(presets[method])}")
+    check_choice("method", method, presets)
+    check_choice("family", family, presets[method])
     return presets[method][family]

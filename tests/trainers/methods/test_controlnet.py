@@ -12,7 +12,7 @@ from minidiff.trainers.engine.loop import randn_per_sample, rng_for
 from minidiff.trainers.engine.memory import estimate_memory
 from minidiff.trainers.methods.controlnet import ControlNetOptions, build
 from minidiff.trainers.methods.controlnet_task import edges_of
-from minidiff.trainers.methods.options import Concept, DataOptions
+from minidiff.trainers.methods.options import Concept, DataOptions, Prior
 from tests.small_concepts import picture_folder, quick
 from tests.small_models import small_config, small_model, training_config
 from tests.small_task import CPU
@@ -164,6 +164,7 @@ def test_the_memory_of_a_run_is_estimated_without_running_it():
         ({"decoder_scale": 0.0}, "decoder_scale 0.0: it must be above 0"),
         ({"data": DataOptions(flip=0.5)}, "would no longer lie on their hints"),
         ({"data": DataOptions(crop="random")}, "would no longer lie on their hints"),
+        ({"prior": Prior(kind="folder")}, "a ControlNet has no class pictures"),
     ],
 )
 def test_options_that_cannot_be_are_refused(changes, message):
@@ -177,8 +178,7 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     concept = Concept(images=folder, prompt="a cat")
     for concepts, options, message in (
         ([], replace(OPTIONS, hints=folder), "without pictures; give the folder of the pictures"),
-        ([], replace(OPTIONS, hint=None), "the bundled scenes need --hint"),
-        ([], replace(OPTIONS, data=DataOptions(size=32)), "have the model's own size"),
+        ([], replace(OPTIONS, data=DataOptions(size=32)), "size 32: the bundled scenes have the model's own"),
         ([concept, concept], OPTIONS, "2 folders of pictures; a ControlNet learns from one"),
         ([replace(concept, class_images=folder)], OPTIONS, "a ControlNet has no class pictures"),
         ([replace(concept, prompt=None)], replace(OPTIONS, hint="canny"), "nothing for the hole"),

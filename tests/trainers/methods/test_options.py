@@ -88,7 +88,7 @@ def test_a_flat_name_is_set_wherever_options_have_it_and_innermost_first():
     tokens, lora = pivotal.phases()
     assert (tokens.settings.steps, lora.settings.steps, tokens.settings.seed, lora.settings.seed) == (5, 7, 3, 3)
     assert (tokens.settings.schedule, lora.settings.schedule) == ("constant", "cosine")
-    assert lora.prior.kind == pivotal.prior.kind == "folder" and lora.prior.steps == Prior().steps
+    assert lora.prior.kind == pivotal.lora.prior.kind == "folder" and lora.prior.steps == Prior().steps
     plain, low = (override(preset(name, "sd1"), {"text_encoder": True, "rank": 9}) for name in ("dreambooth", "dreambooth-lora"))
     assert plain.text_encoder and plain.low_rank is None
     assert not low.text_encoder and low.low_rank == LowRankOptions(rank=9, text_encoder=True)

@@ -123,7 +123,7 @@ def test_a_whole_model_given_as_an_embedding_is_named(sd, tmp_path):
 
 def test_writing_says_what_it_cannot(tmp_path):
     one, two = NewTokens({"<a>": vectors()}), NewTokens({"<a>": vectors(), "<b>": vectors()})
-    with pytest.raises(ValueError, match="form 'kohya' unknown; choose diffusers or a1111"):
+    with pytest.raises(ValueError, match="form 'kohya' unknown; choose diffusers, a1111"):
         write_embedding(tmp_path / "x.safetensors", one, "kohya")
     with pytest.raises(ValueError, match="for diffusers is written as .safetensors or .bin"):
         write_embedding(tmp_path / "x.pt", one)

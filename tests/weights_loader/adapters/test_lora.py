@@ -18,7 +18,7 @@ from tests.small_files import random_lora, weight_of
 from tests.small_models import small_model
 from weights_loader.adapters import lora as lora_files
 from weights_loader.adapters.lora import pack, parse_weighted, read_lora, write_lora
-from weights_loader.adapters.lora_file import Dialect, parse_factors
+from weights_loader.adapters.lora_file import Dialect, named_halves, parse_factors
 from weights_loader.read import read
 from weights_loader.write import write_safetensors
 
@@ -414,7 +414,7 @@ def test_a_dialect_that_names_and_writes_layers_in_its_own_way_is_a_line_too(sd,
         matches=lambda names: any(name.startswith("mirror.") for name in names),
         parse=lambda checkpoint: parse_factors(checkpoint.tensors, (), lambda layer, rank: 2.5),
         layer_name=lambda part, theirs: f"mirror.{theirs[::-1].replace('.', '-')}-{part}",
-        pack=lambda changes: (changes.tensors("lora_A", "lora_B"), {"by": "a toy"}),
+        pack=lambda changes, sd: (named_halves(changes, "lora_A", "lora_B"), {"by": "a toy"}),
     )
     monkeypatch.setattr(lora_files, "DIALECTS", (mirrored, *lora_files.DIALECTS))
     lora = random_lora(sd, alphas=(2.5,))
