@@ -132,6 +132,15 @@ def test_samplers_with_two_calls_a_step_keep_to_it(sampler):
     assert set(calls) == set(timesteps[:2])
 
 
+def test_from_a_picture_an_interval_is_a_share_of_the_steps_that_are_left():
+    sd = small_model()
+    timesteps = [step.t for step in sd.denoise("a cat", steps=4)]
+    net, x = trained(sd), torch.randn(1, 4, 8, 8, generator=generator())
+    calls = counted(net)
+    latents(sd, [Control(net, hints(), 1.0, 0.0, 0.5)], timesteps=timesteps[2:], start=2, x=x)
+    assert calls == timesteps[2:3]
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 

@@ -154,7 +154,7 @@ def decoder_weights(sd: StableDiffusion) -> tuple[nn.Parameter, ...]:
 
 
 def edges_of(hint: Float[Tensor, "3 H W"], kind: str | None) -> np.ndarray:
-    """Return the edges that a picture of this hint should have: the hint itself if its kind is known as lines, else what canny finds in it."""
+    """Return the edges that a picture of this hint should have: the hint itself if its kind is of lines, else what canny finds in it."""
     pixels = (hint.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     return pixels if kind in LINES else canny(pixels)
 
