@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,23 +33,58 @@ def temporary_path(path: Path) -> Path:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file that becomes `path` when the block ends, replacing what was there. If the block raises, `path` stays as it was.
 
-    Raises OSError if the folder is missing or the disk is full.
+    Temporary files of writers of `path` that were killed are deleted. Raises OSError if the folder is missing or the disk is full.
     """
+    remove_leftovers(path)
     temporary = temporary_path(path)
     try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # or a crash of the machine might leave the new name on an empty file
-        os.replace(temporary, path)
+        file = temporary.open("xb")
+        with held(temporary):
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # or a crash of the machine might leave the new name on an empty file
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def held(temporary: Path) -> Iterator[None]:
+    """Lock a temporary file or folder, so that nobody takes it for a leftover until the block ends. Does nothing without Unix' locks."""
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            descriptor = os.open(temporary, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
 def remove_leftovers(path: Path) -> None:
-    """Delete the temporary files of writers of `path` that were killed. Only safe where no other process writes `path`."""
+    """Delete the temporary files and folders of writers of `path` that were killed. Those of writers at work are locked, and stay."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+        if _is_held(leftover):
+            continue
+        with suppress(OSError):  # deleted by another process meanwhile, or open, which Windows does not delete
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _is_held(temporary: Path) -> bool:
+    try:
+        import fcntl
+
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(descriptor)
+    except ImportError:
+        return False
+    except OSError:  # locked, gone, or on a file system without locks
+        return True
+    return False
 
 
 def write_text(path: Path, text: str) -> None:

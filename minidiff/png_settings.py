@@ -14,7 +14,7 @@ from PIL import Image
 
 from minidiff.pictures import UNREADABLE
 
-SETTINGS = re.compile(r"(?P<prompt>.*?)\n(?:Negative prompt: .*?\n)?Steps: [^\n]*\bSize: (?P<width>\d+)x(?P<height>\d+)", re.DOTALL)
+SIZE = re.compile(r"\bSize: (\d{1,7})x(\d{1,7})")
 
 
 def read_settings(path: Path) -> tuple[str, tuple[int, int]] | None:
@@ -42,8 +42,12 @@ def read_parameters(path: Path) -> tuple[str, tuple[int, int]]:
 
 def parse_parameters(text: str) -> tuple[str, tuple[int, int]] | None:
     """Return the prompt and the (width, height) that the text states, None without them."""
-    found = SETTINGS.match(text)
-    return (found["prompt"], (int(found["width"]), int(found["height"]))) if found else None
+    lines = text.split("\n")  # one pass: a pattern over all of a long text can take for ever
+    for number, line in enumerate(lines[1:], start=1):
+        if line.startswith("Steps: ") and (size := SIZE.search(line)):
+            negative = (i for i in range(1, number) if lines[i].startswith("Negative prompt: "))
+            return "\n".join(lines[: next(negative, number)]), (int(size[1]), int(size[2]))
+    return None
 
 
 def picture_settings(prompt: str, negative_prompt: str, settings: dict[str, object]) -> str:

@@ -13,6 +13,8 @@ from minidiff.scenes.scenes import bpe_merges
 from tests.small_models import small_config, small_model
 from weights_loader import families
 from weights_loader.families import Family, part_names
+from weights_loader.families.stable_diffusion_1 import STABLE_DIFFUSION_1
+from weights_loader.families.stable_diffusion_2 import STABLE_DIFFUSION_2
 from weights_loader.name_table import file_shapes, to_file
 from weights_loader.save import tensors_of
 from weights_loader.write import write_safetensors
@@ -73,6 +75,20 @@ def plug_in(monkeypatch, *plugged: Family):
     names = {family.name for family in plugged if not family.any_size}
     others = [family for family in families.FAMILIES if family.name not in names]
     monkeypatch.setattr(families, "FAMILIES", (*plugged, *others))
+
+
+def plug_in_small_families(monkeypatch) -> dict[str, ModelConfig]:
+    """Put small models in the places of the public ones, so that they are recognised without a config."""
+    configs = family_configs()
+    # The small ones are as wide as each other; the real ones are not.
+    wider = dataclasses.replace(configs["SD 2"], text_encoder=dataclasses.replace(configs["SD 2"].text_encoder, width=32, heads=4))
+    wider = dataclasses.replace(wider, unet=dataclasses.replace(wider.unet, context_width=32))
+    plug_in(
+        monkeypatch,
+        dataclasses.replace(STABLE_DIFFUSION_1, config=configs["SD 1"]),
+        dataclasses.replace(STABLE_DIFFUSION_2, config=wider),
+    )
+    return {"SD 1": configs["SD 1"], "SD 2": wider}
 
 
 def extras(config: ModelConfig) -> dict[str, torch.Tensor]:

@@ -50,6 +50,23 @@ def test_what_a_killed_writer_left_can_be_removed(tmp_path):
     assert os.listdir(tmp_path) == ["other.txt"]
 
 
+@pytest.mark.forks
+def test_the_next_save_to_a_place_clears_what_a_killed_one_left_and_no_other(tmp_path):
+    path = tmp_path / "a.txt"
+
+    def run():
+        with atomic_write(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert forked(run) == -signal.SIGKILL and len(os.listdir(tmp_path)) == 1
+    with atomic_write(path) as first:  # a writer at work
+        (at_work,) = os.listdir(tmp_path)
+        write_text(path, "second")
+        assert sorted(os.listdir(tmp_path)) == sorted([at_work, "a.txt"])
+        first.write(b"first")
+    assert os.listdir(tmp_path) == ["a.txt"] and path.read_text() == "first"
+
+
 def test_text_is_written_whole_over_what_was_there(tmp_path):
     for text in ("one", "± two"):
         write_text(tmp_path / "a.txt", text)

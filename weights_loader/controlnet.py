@@ -22,11 +22,12 @@ from torch import Tensor
 from minidiff.config import check_choice
 from minidiff.controlnet import ControlNet, ControlNetConfig, controlnet_config, encoder_weights
 from minidiff.pipeline import StableDiffusion
+from weights_loader.contents import unwrap
 from weights_loader.detect import describe
 from weights_loader.dialects import unet_convolutions, unet_diffusers, unet_ldm
 from weights_loader.empty_parts import NoInit
 from weights_loader.families import family_of_config
-from weights_loader.folder.reading import read_json
+from weights_loader.folder.settings import read_json
 from weights_loader.folder.writing import write_json
 from weights_loader.metadata import FORMAT, settings_to_metadata
 from weights_loader.name_table import PartNames, TensorLocation, from_file, to_file
@@ -109,7 +110,7 @@ def read_controlnet(path: str | Path, sd: StableDiffusion, dtype: torch.dtype | 
     that are missing, unknown or of the wrong shape.
     """
     path = Path(path)
-    checkpoint = read(path)
+    checkpoint = unwrap(read(path))
     try:
         tensors, layout = parse(checkpoint)
         config = _config(checkpoint, tensors, layout, sd)
@@ -147,6 +148,8 @@ def _config(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], layout: str, 
     beside = checkpoint.path.with_name("config.json")
     if KEY in checkpoint.metadata:
         stated = json.loads(checkpoint.metadata[KEY])
+        if not isinstance(stated, dict):
+            raise ValueError(f"metadata {KEY}: {stated!r}; expected an object with channel_order and pooled")
     elif layout == "diffusers" and beside.is_file():
         stated = _stated_by_diffusers(read_json(beside), sd)
     elif "shuffle" in checkpoint.path.stem.lower():

@@ -16,8 +16,6 @@ from minidiff.files import parse_json
 KEY = "minidiff.config"
 SETTINGS_KEY = "minidiff.settings"  # what a file was made with
 FORMAT = {"format": "pt"}  # diffusers and transformers ask for it
-PREDICTION_KEY = "modelspec.prediction_type"  # of Stability AI's ModelSpec, which several programs write
-PREDICTIONS: dict[str, Literal["eps", "v"]] = {"epsilon": "eps", "v": "v"}
 
 C = TypeVar("C")
 
@@ -43,11 +41,6 @@ def config_from_json(text: str) -> ModelConfig:
     if isinstance(unet, dict) and isinstance(depths := unet.get("attention"), list):  # true and false stand for 1 and 0
         unet["attention"] = [int(depth) if isinstance(depth, bool) else depth for depth in depths]
     return build(ModelConfig, values, KEY)
-
-
-def prediction_from_metadata(metadata: Mapping[str, str]) -> Literal["eps", "v"] | None:
-    """Return what the U-Net predicts, if a file of another program says it."""
-    return PREDICTIONS.get(metadata.get(PREDICTION_KEY, ""))
 
 
 def settings_to_metadata(settings: Mapping[str, object]) -> dict[str, str]:

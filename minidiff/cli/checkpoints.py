@@ -5,19 +5,21 @@ from typing import Literal
 
 import tyro
 
-from minidiff.cli.flags import DTypes
+from minidiff.cli.flags import DTypes, Text
 from minidiff.cli.model import load, print_notes
 
 
-def inspect(file: tyro.conf.Positional[Path], /) -> None:
+def inspect(file: tyro.conf.Positional[Path], /, ignore: Text = None, verify: bool = False) -> None:
     """Say what a checkpoint is, what is in it and what would be ignored; or what a LoRA, learned words or a Custom Diffusion are.
 
     Args:
         file: "tiny", a .safetensors or .ckpt file, a diffusers folder, or a small file that was learned
+        ignore: a regular expression of unknown tensors to leave out
+        verify: compare all numbers with the checksums in the file, as far as its format has some
     """
     import weights_loader
 
-    print(weights_loader.inspect(file))
+    print(weights_loader.inspect(file, ignore=ignore, verify=verify))
 
 
 def convert(
@@ -28,6 +30,7 @@ def convert(
     ema: bool = False,
     vae: str | None = None,
     prediction: Literal["eps", "v"] | None = None,
+    ignore: Text = None,
 ) -> None:
     """Rewrite a checkpoint: to one .safetensors file in the original's names, or to a diffusers folder.
 
@@ -38,13 +41,14 @@ def convert(
         ema: take the averaged weights, where a .ckpt holds both; the others are left out in any case
         vae: a VAE file to put in the place of the model's
         prediction: what the model predicts, eps or v, where its file is wrong about it
+        ignore: a regular expression of unknown tensors to leave out
     """
     import torch
 
     import weights_loader
 
     kept = "file" if dtype == "auto" else getattr(torch, dtype)
-    print_notes(weights_loader.convert(source, target, dtype=kept, ema=ema, vae=vae, prediction=prediction))
+    print_notes(weights_loader.convert(source, target, dtype=kept, ema=ema, vae=vae, prediction=prediction, ignore=ignore))
     print(target)
 
 

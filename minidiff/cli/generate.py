@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from minidiff.cli.control import parse_controls, steer
-from minidiff.cli.flags import Attentions, DTypes, Several
-from minidiff.cli.model import free_name, load, slug, weighted
+from minidiff.cli.flags import Attentions, DTypes, Several, Text
+from minidiff.cli.model import free_name, load, named, print_notes, slug, unused_words, weighted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,6 +31,7 @@ def generate(
     vae: str | None = None,
     ema: bool = False,
     prediction: Literal["eps", "v"] | None = None,
+    ignore: Text = None,
     dtype: DTypes = "auto",
     device: str = "auto",
     attention: Attentions = "auto",
@@ -59,12 +60,13 @@ def generate(
         vae: a VAE file to use instead of the model's
         ema: take the averaged weights, where a .ckpt holds both
         prediction: what the model predicts, eps or v, where its file is wrong about it
+        ignore: a regular expression of unknown tensors in the model's file to leave out
         dtype: of the weights; float32 on a CPU and the file's own on a GPU by default; bfloat16 takes about half the time on a CPU that
             has it
         device: auto, cpu, cuda, cuda:1, mps
         attention: how it is computed: auto takes what is fastest; triton is this package's kernels, on a GPU
         lora: a LoRA file, or FILE:0.7 for a part of its change
-        embedding: a file of learned words, for the prompts to use
+        embedding: a file of learned words, for the prompts to use; FILE:WORD gives its word another name
         custom_diffusion: a Custom Diffusion file or folder
         control: a hint that a ControlNet follows, such as a picture of edges (see `minidiff hint`), or a folder with one for each picture
         controlnet: a ControlNet file or folder, FILE or FILE:scale:start:end, as net.safetensors:0.8:0:0.5 for the first half of the steps;
@@ -96,10 +98,12 @@ def generate(
         vae=vae,
         ema=ema,
         prediction=prediction,
+        ignore=ignore,
         lora=weighted(lora),
-        embeddings=embedding,
+        embeddings=named(embedding),
         custom_diffusion=custom_diffusion,
     )
+    print_notes(unused_words(sd.tokenizer, [*prompts, negative_prompt]))
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
     width, height = sd.pixel_size(parse_size(size))

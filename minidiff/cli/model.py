@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from minidiff.tokenizer import Tokenizer
+
 
 def load(model: str, dtype: str, device: "str | torch.device", **options):
     """Load a model onto the device asked for, and print what the loader decided.
@@ -36,6 +38,20 @@ def weighted(files: Sequence[str]) -> tuple[tuple[str, float], ...]:
     from weights_loader.adapters.lora import parse_weighted
 
     return tuple(parse_weighted(file) for file in files)
+
+
+def named(files: Sequence[str]) -> tuple[str | tuple[str, str], ...]:
+    """Read FILE or FILE:WORD, as the loader takes them."""
+    from weights_loader.adapters.embedding import parse_named
+
+    return tuple((file, word) if word else file for file, word in map(parse_named, files))
+
+
+def unused_words(tokenizer: "Tokenizer", prompts: Iterable[str]) -> list[str]:
+    """Return a note for each learned word that no prompt uses."""
+    used = {i for prompt in prompts for i in tokenizer.encode(prompt)}
+    missed = [name for name, ids in tokenizer.added.items() if ids[0] not in used]
+    return [f"no prompt uses the learned word {name}, so its file changes nothing by it" for name in missed]
 
 
 def print_notes(notes: Iterable[str]) -> None:

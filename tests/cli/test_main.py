@@ -248,3 +248,19 @@ def test_the_commands_of_a_group_are_listed(run, group):
     assert (code, out) == (2, "") and f"usage: minidiff {group} {{" in err
     code, _, err = run(group, "nothing")
     assert code == 2 and f"command '{group} nothing' unknown; choose {group} " in err
+
+
+def test_a_learned_word_is_said_renamed_and_missed(run, tmp_path):
+    import torch
+
+    import weights_loader
+    from minidiff.adapters.tokens import NewTokens
+
+    width = weights_loader.load("tiny").config.text_encoder.width
+    weights_loader.write_embedding(tmp_path / "x.safetensors", NewTokens({"*": torch.ones(2, width)}))
+    code, _, err = run("generate", "a cat", "--steps", "1", "--embedding", "x.safetensors", "--out", "a.png")
+    assert code == 2 and "--embedding FILE:WORD" in err and not (tmp_path / "a.png").exists()
+    code, _, err = run("generate", "a cat", "--steps", "1", "--embedding", "x.safetensors:<cat>", "--out", "a.png")
+    assert code == 0 and "x.safetensors adds the word <cat> (2 vectors)" in err and "no prompt uses the learned word <cat>" in err
+    code, _, err = run("generate", "a <cat>", "--steps", "1", "--embedding", "x.safetensors:<cat>", "--out", "b.png")
+    assert code == 0 and "no prompt uses" not in err

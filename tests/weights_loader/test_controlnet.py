@@ -109,7 +109,8 @@ def test_the_originals_forms_are_read(sd, net, tmp_path):
     whole = dict(read(tmp_path / "model.safetensors").tensors)
     write_safetensors(tmp_path / "full.safetensors", whole | original(net))
     write_safetensors(tmp_path / "single.safetensors", to_file(net, NAMES["diffusers"]))
-    for name in ("bare.safetensors", "pruned.pth", "full.safetensors", "single.safetensors"):
+    write_safetensors(tmp_path / "wrapped.safetensors", original(net, "module."))
+    for name in ("wrapped.safetensors", "bare.safetensors", "pruned.pth", "full.safetensors", "single.safetensors"):
         same(read_controlnet(tmp_path / name, sd), net)
 
 
@@ -246,6 +247,20 @@ def test_settings_that_are_not_supported_are_named(sd, net, tmp_path):
             read_controlnet(tmp_path / "net", sd)
     (tmp_path / "net" / "config.json").write_text(json.dumps(values | {"controlnet_conditioning_channel_order": "bgr"}))
     assert read_controlnet(tmp_path / "net", sd).config.channel_order == "bgr"
+
+
+@pytest.mark.parametrize(
+    "stated, message",
+    [
+        ("[]", "expected an object with channel_order and pooled"),
+        ("{", "net.safetensors"),
+        ('{"channel_order": "grb"}', "channel_order 'grb' unknown"),
+    ],
+)
+def test_metadata_that_is_wrong_is_said(stated, message, sd, net, tmp_path):
+    write_safetensors(tmp_path / "net.safetensors", original(net), {"minidiff.controlnet": stated})
+    with pytest.raises(ValueError, match=message):
+        read_controlnet(tmp_path / "net.safetensors", sd)
 
 
 def test_other_files_are_named(sd, net, tmp_path):

@@ -148,3 +148,11 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written(layout, name, tmp_p
     with pytest.raises(ValueError, match="complex64"):
         weights_loader.save(sd, tmp_path / name, layout)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_ending_of_a_file_may_be_in_capitals(tmp_path):
+    weights_loader.convert("tiny", tmp_path / "UP.SAFETENSORS")
+    assert (tmp_path / "UP.SAFETENSORS").is_file()
+    assert weights_loader.load(tmp_path / "UP.SAFETENSORS").config == weights_loader.load("tiny").config
+    with pytest.raises(ValueError, match="checkpoints are written as .safetensors"):
+        weights_loader.convert("tiny", tmp_path / "UP.CKPT")

@@ -33,7 +33,7 @@ def test_a_file_of_a_public_family_is_summed_up(tmp_path, monkeypatch):
     assert summary.parameters["unet"] == sum(parameter.numel() for parameter in sd.unet.parameters())
     assert summary.used + sum(summary.converted.values()) + summary.extra + sum(summary.ignored.values()) == len(tensors)
     text = str(summary)
-    assert "family      Stable Diffusion 2.x" in text and "predicts    v" in text and "decided by a numerical test" in text
+    assert "family      Stable Diffusion 2.x" in text and "predicts    v, by a numerical test" in text
     assert "324 ignored: moving average" in text and "'epoch' stands" in text
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minidiff.adapters.base import Adapter
+from minidiff.adapters.tokens import NewTokens
 from minidiff.pipeline import StableDiffusion
 from weights_loader.adapters.custom_diffusion import read_custom_diffusion
 from weights_loader.adapters.embedding import read_embedding
@@ -25,7 +26,9 @@ def attach(
     embeddings: File | Sequence[File | tuple[File, str]] = (),
     custom_diffusion: File | Sequence[File | tuple[File, tuple[str, ...]]] = (),
 ) -> None:
-    """Attach files to a model, all of them or none. sd.attached lists them, each with its file as title; `detach()` takes one off again.
+    """Attach files to a model, all of them or none.
+
+    sd.attached lists them, each with its file as title, and `detach()` takes one off again; sd.notes says the words that they add.
 
     Args:
         sd: the model
@@ -47,8 +50,19 @@ def attach(
         except ValueError as error:
             for _, _, done in reversed(read):  # those that are not attached stay as they are
                 done.detach()
-            raise ValueError(f"{path}: {error}") from error
+            way_out = "; embeddings=((FILE, WORD),) (--embedding FILE:WORD) gives it another word" * (kind == "embedding")
+            raise ValueError(f"{path}: {error}{way_out}") from error
         adapter.title = f"{kind} {path}"
+    sd.notes += tuple(note for _, path, adapter in read if (note := words_note(path, adapter)))
+
+
+def words_note(path: File, adapter: Adapter) -> str | None:
+    """Return the words that a file adds, for its user to put into prompts; None if it adds none."""
+    tokens = adapter if isinstance(adapter, NewTokens) else getattr(adapter, "tokens", None)
+    if not isinstance(tokens, NewTokens):
+        return None
+    words = ", ".join(f"{name} ({len(rows)} vector{'s' * (len(rows) > 1)})" for name, rows in tokens.rows.items())
+    return f"{path} adds the word{'s' * (len(tokens.rows) > 1)} {words}"
 
 
 def pairs(files: File | Sequence[Any], otherwise: Any) -> list[tuple[File, Any]]:

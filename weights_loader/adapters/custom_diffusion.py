@@ -11,6 +11,7 @@ In all but diffusers' form W may be {"u": [out, r], "v": [r, in]}, to be added t
 """
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -61,13 +62,23 @@ def read_custom_diffusion(path: str | Path, sd: StableDiffusion, names: tuple[st
 
 
 def words_beside(folder: Path) -> dict[str, Tensor]:
-    """Return the words of a folder of diffusers: every file that holds the one it is named after. None for a file."""
+    """Return the words of a folder of diffusers: of every file that holds nothing else, whatever its name. None for a file.
+
+    diffusers names a file after its word; not every system lets a name have < and > in it, so that it may have been changed. A warning
+    names what is left out: a file that cannot be read, or holds something else.
+    """
     rows = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix in (".safetensors", ".bin") and file.name not in FOLDER:
-            checkpoint = read(file)
-            if list(checkpoint.tensors) == [file.stem]:
-                rows |= embedding.parse(checkpoint)
+        if file.suffix not in (".safetensors", ".bin") or file.name in FOLDER:
+            continue
+        try:
+            found = embedding.parse(read(file))
+            if twice := rows.keys() & found.keys():
+                raise ValueError(f"the word {min(twice)!r} is in another file too")
+            rows |= found
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{file}: ")
+            warnings.warn(f"{file} beside the Custom Diffusion is left out: {reason}", stacklevel=2)
     return rows
 
 

@@ -52,7 +52,10 @@ def parse(checkpoint: Checkpoint) -> dict[str, Tensor]:
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not re.search(LEFT, name)}
     names = list(tensors)
     if not is_embedding(tensors):
-        raise ValueError(f"given as an embedding, but it is {describe(list(checkpoint.tensors))}")
+        if kind(names) != "embedding":
+            raise ValueError(f"given as an embedding, but it is {describe(list(checkpoint.tensors))}")
+        name, tensor = next((name, tensor) for name, tensor in tensors.items() if not _is_vectors(tensor))
+        raise ValueError(f"'{name}' is {tensor.dtype} of shape {tuple(tensor.shape)}; expected vectors of floating point, [D] or [n, D]")
     if names[0] in ("clip_l", "clip_g"):
         raise ValueError("an embedding for Stable Diffusion XL (clip_l, clip_g), which is not supported")
     ours = [name for name in names if name == "emb_params" or name.startswith("string_to_param.")]
@@ -68,10 +71,27 @@ def parse(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def is_embedding(tensors: dict[str, Tensor]) -> bool:
     """Return whether the names are an embedding's, or plain words: a few vectors or matrices without a module's dots in their names."""
-    if not tensors or any(not tensor.is_floating_point() or tensor.dim() not in (1, 2) or 0 in tensor.shape for tensor in tensors.values()):
+    if not tensors or not all(map(_is_vectors, tensors.values())):
         return False
     found = kind(list(tensors))
     return found == "embedding" or found is None and (len(tensors) <= FEW or not any("." in name for name in tensors))
+
+
+def _is_vectors(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dim() in (1, 2) and 0 not in tensor.shape
+
+
+def parse_named(text: str) -> tuple[str, str | None]:
+    """Split "cat.pt:<cat>" into ("cat.pt", "<cat>"): a file, and the word that it is to have in prompts; None without one.
+
+    The word stands behind the ending of a file's name, or behind the name of a file that is there.
+    """
+    if Path(text).exists():
+        return text, None
+    if match := re.fullmatch(r"(.+?\.(?:safetensors|pt|pth|bin|ckpt)):(.+)", text, re.IGNORECASE | re.DOTALL):
+        return match[1], match[2]
+    file, colon, word = text.rpartition(":")
+    return (file, word) if colon and word and Path(file).exists() else (text, None)
 
 
 def check_width(rows: Mapping[str, Tensor], sd: StableDiffusion) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minidiff.adapters.low_rank import LowRank
 from minidiff.pipeline import StableDiffusion
-from weights_loader.adapters.lora_file import Dialect, Factors, Placed, named_halves, parse_factors
+from weights_loader.adapters.lora_file import Dialect, Factors, Placed, named_halves, parse_factors, tensors_of
 from weights_loader.detect import kind
 from weights_loader.read import Checkpoint
 
@@ -29,7 +29,7 @@ def matches(names: Sequence[str]) -> bool:
 
 def parse(checkpoint: Checkpoint) -> dict[str, Factors]:
     """Return the changes by the layer's name in the file. Raises as `parse_factors` does."""
-    return parse_factors(checkpoint.tensors, ALIASES, lambda layer, rank: float(rank))
+    return parse_factors(tensors_of(checkpoint), ALIASES, lambda layer, rank: float(rank))
 
 
 def layer_name(part: str, theirs: str) -> str:

@@ -85,6 +85,18 @@ def layer_locations(sd: StableDiffusion, dialect: Dialect) -> dict[str, TensorLo
     return result
 
 
+def _ldm_layers(sd: StableDiffusion) -> dict[str, str]:
+    """Return {layer in the file: our layer} of the U-Net for files that number it as the original: OneTrainer's and ComfyUI's."""
+    names = part_names(sd.config, "unet", "ldm")
+    result = {}
+    for ours, location in name_table(sd.unet, names).items():
+        theirs = location.name.removeprefix(names.prefix).removesuffix(".weight")
+        if ours.endswith(".weight") and f"unet.{ours.removesuffix('.weight')}" in layers_of(sd):
+            for name in (f"lora_unet_{theirs.replace('.', '_')}", f"diffusion_model.{theirs}", f"lora_unet.{theirs}"):
+                result[name] = f"unet.{ours.removesuffix('.weight')}"
+    return result
+
+
 def fit(changes: Mapping[str, StoredChange], sd: StableDiffusion) -> dict[str, LayerChange]:
     """Return the changes by our names of the layers and in our shapes.
 
@@ -92,6 +104,7 @@ def fit(changes: Mapping[str, StoredChange], sd: StableDiffusion) -> dict[str, L
     """
     named = [dialect for dialect in DIALECTS if dialect.layer_name]
     ours_of = {location.name: ours for dialect in named for ours, location in layer_locations(sd, dialect).items()}
+    ours_of |= _ldm_layers(sd)
     # Files of one part alone leave its name out.
     ours_of |= {name.split(".", 1)[1]: ours for name, ours in ours_of.items() if "." in name}
     layers, result, unknown, wrong = layers_of(sd), {}, [], []

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from minidiff.adapters.layer_change import LayerChange
@@ -68,14 +69,28 @@ END = re.compile(
     r"(?P<layer>.+?)(?:\.lora_(?P<peft>[AB])(?:\.[^.]+)?|[._]lora(?:_linear_layer)?\.(?P<older>down|up)|\.lora_(?P<kohya>down|up))\.weight"
     r"|(?P<scaled>.+)\.alpha"
 )
+ALPHA = re.compile(r".+\.alpha")
 HALVES = {"A": "down", "B": "up", "down": "down", "up": "up"}
 # (pattern of a tensor's name, what a file with such a name is)
 REFUSED = (
     (r"^(lora_)?transformer[._]|(double|single|single_transformer|joint)_blocks", "a LoRA for a diffusion transformer (Flux, SD 3)"),
     (r"^lora_te2_|^text_encoder_2\.|transformer_blocks[._][1-9]", "a LoRA for Stable Diffusion XL"),
-    (r"\.hada_|\.lokr_|\.oft_", "a LoHa, LoKr or OFT, which change a weight by another product than a LoRA's"),
+    (r"\.hada_|\.lokr_", "a LoHa or LoKr, which change a weight by another product than a LoRA's"),
+    (r"\.b?oft_(blocks|[RS])|^oft_", "an OFT or BOFT, which rotates the weight"),
     (r"dora_scale|lora_magnitude_vector", "a DoRA, which scales the weight too"),
     (r"\.lora_mid\.", "a LoRA with Tucker's middle factor"),
+    (r"\.on_input$|\.ia3_l", "an IA3, which scales the rows or columns of a weight"),
+    (r"\.[ab][12]\.weight$", "a GLoRA, which changes the weight by four factors"),
+    (r"\.diff(_b)?$", "whole differences of weights or biases (.diff), in place of or beside a LoRA's two factors"),
+    (r"\.[wb]_norm$", "changes of normalisation layers"),
+    (r"\.lora_E(\.|$)|\.ranknum", "an AdaLora, which has singular values between a LoRA's two factors"),
+    (r"\.lora_embedding_[AB]", "a LoRA of an embedding table"),
+    (r"\.lora_[AB](\.[^.]+)?\.bias$", "a LoRA with biases of its own (lora_bias)"),
+    (r"vera_lambda|fourierft_|\.(hra_u|bone_|miss_|shira_|vblora_|randlora_|c3a_|waveft_|road_)", "one of peft's other methods than LoRA"),
+    (
+        r"^bundle_emb\.",
+        "a LoRA with learned words bundled into it (OneTrainer), which belong into files of their own",
+    ),
     (r"^(unet|text_encoder):\d+:(up|down)$", "a LoRA of cloneofsimo/lora, which numbers its layers instead of naming them"),
 )
 
@@ -106,6 +121,12 @@ class Factors:
 def _as_weight(half: Tensor, weight: Tensor) -> Tensor:
     half = half.float()
     return half[:, :, 0, 0] if weight.dim() == 2 and half.shape[2:] == (1, 1) else half
+
+
+def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return the tensors of a file, and the alphas that a .pt holds as Python numbers, as tensors."""
+    numbers = {name: torch.tensor(number, dtype=torch.float64) for name, number in checkpoint.numbers.items() if ALPHA.fullmatch(name)}
+    return checkpoint.tensors | numbers
 
 
 def parse_factors(tensors: Mapping[str, Tensor], aliases: Aliases, default_alpha: Callable[[str, int], float]) -> dict[str, Factors]:

@@ -26,7 +26,6 @@ STABLE_DIFFUSION_2 = replace(
         "diffusers": shared.DIFFUSERS,
     },
     marker=r"^cond_stage_model\.model\.token_embedding\.weight$",
-    predictions=("eps", "v"),
     image_sizes={"eps": 512, "v": 768},
     unused_text_layers=1,
 )

@@ -17,10 +17,10 @@ def write_folder_config(folder: Path, config: ModelConfig, tokenizer: Tokenizer)
     inpainting = config.unet.in_channels != config.vae.latent_channels
     for name, values in {
         "model_index.json": _model_index(family.pipelines[1 if inpainting else 0]),
-        "unet/config.json": {**_unet_json(config), **family.settings["unet"]},
-        "vae/config.json": {**_vae_json(config), **family.settings["vae"]},
-        "text_encoder/config.json": {**_text_json(config, tokenizer), **family.settings["text_encoder"]},
-        "scheduler/scheduler_config.json": {**_scheduler_json(config.schedule), **family.settings["scheduler"]},
+        "unet/config.json": {**family.settings["unet"], **_unet_json(config)},
+        "vae/config.json": {**family.settings["vae"], **_vae_json(config)},
+        "text_encoder/config.json": {**family.settings["text_encoder"], **_text_json(config, tokenizer)},
+        "scheduler/scheduler_config.json": _scheduler_json(config.schedule),
     }.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, values)
@@ -106,6 +106,8 @@ def _scheduler_json(schedule: ScheduleConfig) -> dict:
         "num_train_timesteps": schedule.timesteps,
         "beta_start": schedule.beta_start,
         "beta_end": schedule.beta_end,
+        "beta_schedule": "scaled_linear",  # what the original calls linear
+        "trained_betas": None,
         "prediction_type": PREDICTION_NAMES[schedule.prediction],
         "rescale_betas_zero_snr": schedule.zero_terminal_snr,
         "timestep_spacing": schedule.spacing,
