@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from minidiff.blocks import add_rows
 from minidiff.conditioning import Conditioning
-from minidiff.config import ModelConfig, UNetConfig, check_choice
+from minidiff.config import ModelConfig, UNetConfig
 from minidiff.unet import UNet, UNetEncoder
 
 HINT_WIDTHS = (16, 32, 96, 256)  # of the authors' hint block, which halves the resolution three times; others take the first ones
@@ -51,11 +51,6 @@ class ControlNetConfig:
     hint_widths: tuple[int, ...] = HINT_WIDTHS
     channel_order: Literal["rgb", "bgr"] = "rgb"
     pooled: bool = False
-
-    def __post_init__(self):
-        check_choice("channel_order", self.channel_order, ("rgb", "bgr"))
-        if self.pooled not in (True, False):
-            raise ValueError(f"pooled {self.pooled!r}: expected True or False")
 
     @property
     def factor(self) -> int:

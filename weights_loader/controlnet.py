@@ -165,7 +165,11 @@ def _config(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], layout: str, 
             f"a ControlNet for latents of {2 ** (len(widths) - 1)} pixels a cell; this model's have {sd.config.vae.factor}; "
             "give one made for it"
         )
-    return replace(own, hint_widths=widths, channel_order=stated.get("channel_order", "rgb"), pooled=stated.get("pooled", False))
+    order, pooled = stated.get("channel_order", "rgb"), stated.get("pooled", False)
+    check_choice("channel_order", order, ("rgb", "bgr"))
+    if not isinstance(pooled, bool):
+        raise ValueError(f"pooled {pooled!r}: expected true or false")
+    return replace(own, hint_widths=widths, channel_order=order, pooled=pooled)
 
 
 def _by_number(item: tuple[str, Tensor]) -> int:
@@ -178,11 +182,12 @@ def _stated_by_diffusers(values: Mapping[str, Any], sd: StableDiffusion) -> dict
     kind = values.get("_class_name", "ControlNetModel")
     if kind != "ControlNetModel":
         raise ValueError(f"a {kind}, not supported; give a ControlNetModel")
-    for name, only in {**family_of_config(sd.config).settings["unet"], "conditioning_channels": 3}.items():
+    known = {**family_of_config(sd.config).settings["unet"], "_class_name": "ControlNetModel", "conditioning_channels": 3}
+    for name, only in known.items():
         if values.get(name, only) != only:
             raise ValueError(f"config.json: {name} is {values[name]!r}, which is not supported; Stable Diffusion's have {only!r}")
     heads = values.get("num_attention_heads") or values.get("attention_head_dim")  # their number, in spite of the name
-    heads = (heads,) * len(sd.config.unet.heads) if isinstance(heads, int) else heads and tuple(heads)
+    heads = (heads,) * len(sd.config.unet.heads) if isinstance(heads, int) else tuple(heads) if isinstance(heads, list) else heads
     if heads and heads != sd.config.unet.heads and values.get("cross_attention_dim") == sd.config.unet.context_width:
         raise ValueError(f"config.json: attention heads {heads}; this model's U-Net has {sd.config.unet.heads}")
     return {
@@ -277,7 +282,7 @@ def write_controlnet(
         write_safetensors(path, {PREFIX + name: tensor for name, tensor in tensors.items()}, metadata)
         return
     with new_folder(path) as folder:
-        write_json(folder / "config.json", {**_diffusers_json(net.config), **family_of_config(sd.config).settings["unet"]})
+        write_json(folder / "config.json", _diffusers_json(net.config))
         write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors, metadata)
 
 
