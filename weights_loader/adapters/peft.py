@@ -28,14 +28,14 @@ METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's config
 CONFIG = "adapter_config.json"  # where peft does
 MATCHING_SECONDS = 0.5  # for a pattern and a name; a hostile pattern would take for ever
 DEFAULT_ALPHA = 8  # peft's lora_alpha where its config does not say one
-# How a LoRA began, where that is no matter of the LoRA alone: with these, training did not start from the base's own weights.
+# How a LoRA began, where that is no matter of the LoRA alone: with these, training did not start from the base's own weights. (EVA, which
+# starts from the activations of its training data, leaves the base as it is.)
 REFUSED_STARTS = {
     "pissa": "PiSSA, which takes the LoRA's first value out of the base",
     "olora": "OLoRA, which takes the LoRA's first value out of the base",
     "corda": "CorDA, which takes the LoRA's first value out of the base",
     "lora_ga": "LoRA-GA, which takes the LoRA's first value out of the base",
     "loftq": "LoftQ, which belongs to a quantised base",
-    "eva": "EVA, which starts from the activations of its training data",
 }
 # Settings of peft that change what a LoRA computes, and their default, the only value that is read. The tensors show the others.
 SETTINGS: Mapping[str, object] = {

@@ -399,7 +399,6 @@ def test_something_else_given_as_a_lora_is_named(tmp_path):
         ('{"unet.init_lora_weights": "OLoRA"}', "init_lora_weights is 'olora': OLoRA"),
         ('{"text_encoder.init_lora_weights": "corda"}', "text_encoder.init_lora_weights is 'corda': CorDA"),
         ('{"unet.init_lora_weights": "loftq"}', "init_lora_weights is 'loftq': LoftQ"),
-        ('{"unet.init_lora_weights": "eva"}', "init_lora_weights is 'eva': EVA"),
         ('{"unet.bias": "all"}', "unet.bias is 'all', which is not supported; expected 'none'"),
         ('{"unet.peft_type": "LOKR"}', "unet.peft_type is 'LOKR', which is not supported"),
         ('{"unet.use_dora": true}', "unet.use_dora is True, which is not supported"),
@@ -410,6 +409,14 @@ def test_a_config_of_peft_that_is_damaged_is_an_error(text, message, sd, tmp_pat
     write_safetensors(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": text})
     with pytest.raises(ValueError, match=message):
         read_lora(tmp_path / "x.safetensors", sd)
+
+
+@pytest.mark.parametrize("start", ['"eva"', '"gaussian"', "true"])
+def test_a_lora_that_began_beside_an_unchanged_base_is_read(start, sd, tmp_path):
+    lora = random_lora(sd, ATTENTION)
+    tensors, _ = pack(lora, sd, "diffusers")
+    write_safetensors(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": f'{{"unet.init_lora_weights": {start}}}'})
+    assert read_lora(tmp_path / "x.safetensors", sd).layers.keys() == lora.layers.keys()
 
 
 def test_writing_says_what_it_cannot(sd, tmp_path):
