@@ -45,16 +45,14 @@ class StableDiffusion:
     def __init__(
         self,
         config: ModelConfig,
-        text_encoder: TextEncoder,
+        text: TextSide,
         unet: UNet,
         vae: VAE,
-        tokenizer: Tokenizer,
         extra_tensors: dict[str, Tensor] | None = None,
         notes: tuple[str, ...] = (),
     ):
         self.config = config
-        self.text = TextSide(tokenizer, text_encoder)
-        self.unet, self.vae = unet, vae
+        self.text, self.unet, self.vae = text, unet, vae
         self.schedule = NoiseSchedule(config.schedule)
         self.extra_tensors = extra_tensors or {}
         self.notes = notes
@@ -63,22 +61,18 @@ class StableDiffusion:
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """Return the modules by name: "text_encoder", "unet" and "vae", in the order in which a picture passes them."""
-        return {**self.text.parts, "unet": self.unet, "vae": self.vae}
+        """Return the modules by name: the text encoders, "unet" and "vae", in the order in which a picture passes them."""
+        return {**self.text.encoders, "unet": self.unet, "vae": self.vae}
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Return the text side's tokenizer."""
-        return self.text.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Tokenizer) -> None:
-        self.text.tokenizer = tokenizer
+        """Return the tokenizer of the first text encoder."""
+        return self.text.tokenizers["text_encoder"]
 
     @property
     def text_encoder(self) -> TextEncoder:
-        """Return the text side's encoder."""
-        return self.text.encoder
+        """Return the first, and mostly the only, text encoder."""
+        return self.text.encoders["text_encoder"]
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +87,7 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
         """Return the context that the U-Net looks at, one row per token; `text(prompts)` gives all of the conditioning."""
-        return self.text(prompts).context
+        return self.text(prompts, (self.config.image_size, self.config.image_size)).context
 
     @torch.no_grad()
     def predict(self, x_t: Float[Tensor, "B C H W"], t: Shaped[Tensor, " B"], conditioning: Conditioning) -> Float[Tensor, "R C_out H W"]:
@@ -114,7 +108,7 @@ class StableDiffusion:
         steps: int = 30,
         sampler: str = "ddim",
         guidance_scale: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         seeds: Sequence[int] = (0,),
         size: int | tuple[int, int] | None = None,
         spacing: str | None = None,
@@ -122,6 +116,7 @@ class StableDiffusion:
         start: int = 0,
         x: Float[Tensor, "B C h w"] | None = None,
         model: Callable[[Tensor, Tensor, Conditioning], Tensor] | None = None,
+        text: TextSide | None = None,
     ) -> Generator[Step, Tensor | None, None]:
         """Denoise from noise to latents; yield one Step per step. The last one's x_t is to be decoded.
 
@@ -132,7 +127,8 @@ class StableDiffusion:
             steps: 1..T.
             sampler: a name in samplers.SAMPLERS.
             guidance_scale: None is the model's own; 1 follows the prompt alone.
-            negative_prompt: what the pictures are guided away from.
+            negative_prompt: what the pictures are guided away from; None is what the model was trained with, the empty prompt or, for
+                SDXL, zeros.
             seeds: one per picture, 0..2^64-1, or a single one for all prompts.
             size: of the pictures, in pixels: a number for a square or (width, height); None is the model's own.
             spacing: leading, linspace or trailing; None is the model's own.
@@ -141,6 +137,7 @@ class StableDiffusion:
             x: the latents at that level, one per picture, in place of the seeds' first noise.
             model: predicts in the U-Net's place, model(x_t, t, conditioning), for B rows of x_t and B or 2 B of conditioning. It usually
                 calls `predict` with more channels, or with residuals in the conditioning.
+            text: encodes the prompts in place of the model's own text side.
 
         Raises ValueError, before the first step, for what the model cannot do.
         """
@@ -158,9 +155,8 @@ class StableDiffusion:
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         pixels = shape[2] * self.config.vae.factor, shape[1] * self.config.vae.factor
         with torch.no_grad():
-            # In one call, so that a text side whose contexts grow with the longest text gives all of them the same length.
-            rows = self.text(prompts if guidance_scale == 1 else [*prompts, negative_prompt], pixels)
-        cond, uncond = rows[: len(prompts)], None if guidance_scale == 1 else rows[-1:].expand(len(prompts))
+            text = text or self.text
+            cond, uncond = (text(prompts, pixels), None) if guidance_scale == 1 else text.guided(prompts, negative_prompt, pixels)
         for part in (self.unet, self.vae):
             channels_last(part)
         return sample(
@@ -179,7 +175,8 @@ class StableDiffusion:
     def decode(self, latents: Float[Tensor, "B C h w"], tiled: bool = True) -> Float[Tensor, "B 3 H W"]:
         """Decode scaled latents to pixels in [-1, 1], float32. tiled: large pictures a few rows at a time, the same but for rounding.
 
-        In half precision the decoder can overflow (the cause of black pictures); then it is run again in float32, with a warning.
+        In half precision the decoder can overflow (the cause of black pictures), SDXL's in float16 nearly always; then it is run again in
+        float32 and stays there, which a warning says once.
         """
         pictures = max(1, 2**18 // (latents[0, 0].numel() * self.config.vae.factor**2))  # at a time: the decoder is the peak of memory
         return torch.cat([self._decode(z, tiled) for z in (latents / self.config.vae.scaling_factor).split(pictures)])
@@ -192,12 +189,13 @@ class StableDiffusion:
         pixels = decode(z.to(dtype))
         if not pixels.isfinite().all() and dtype.itemsize < 4:
             # The stack level points past no_grad's wrapper, to the line that called decode.
-            warnings.warn(f"the decoder overflowed in {dtype}: decoded again in float32", stacklevel=4)
+            warnings.warn(f"the decoder overflowed in {dtype}: decoded again in float32, as all pictures from now on", stacklevel=4)
             try:
                 self.vae.float()
                 pixels = decode(z.float())
-            finally:
+            except BaseException:
                 self.vae.to(dtype)
+                raise
         if not pixels.isfinite().all():
             raise ValueError("the picture is not finite even in float32: the latents or the weights are broken")
         return pixels.float().clamp(-1, 1)
@@ -209,7 +207,7 @@ class StableDiffusion:
         steps: int = 30,
         sampler: str = "ddim",
         guidance_scale: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         seed: int = 0,
         batch: int = 1,
         size: int | tuple[int, int] | None = None,

@@ -8,7 +8,7 @@ import torch
 from minidiff.config import ModelConfig, ScheduleConfig, TextEncoderConfig, TokenizerConfig, UNetConfig, VAEConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
-from minidiff.tokenizer import Tokenizer
+from minidiff.two_encoders import text_configs, text_side
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -38,6 +38,22 @@ def small_config(prediction="v", in_channels=4, image_size=32) -> ModelConfig:
     )
 
 
+def xl_config() -> ModelConfig:
+    """SDXL in small: two encoders, a pooled vector, no transformers at the first level and deeper ones further down."""
+    config = small_config("eps")
+    second = dataclasses.replace(config.tokenizer, cleaning="open_clip", padding="zero")
+    text = dataclasses.replace(config.text_encoder, layers=3, penultimate=True)
+    return dataclasses.replace(
+        config,
+        text_encoder=text,
+        tokenizer_2=second,
+        text_encoder_2=dataclasses.replace(text, width=24, heads=3, activation="gelu", projection=20),
+        unet=dataclasses.replace(config.unet, attention=(0, 1, 2), context_width=16 + 24, linear_projection=True, pooled_width=20),
+        vae=dataclasses.replace(config.vae, scaling_factor=0.13025),
+        schedule=ScheduleConfig(),
+    )
+
+
 def wider_config() -> ModelConfig:
     """With a wider text, so that no file for the small model fits."""
     config = small_config()
@@ -64,7 +80,8 @@ def small_model(config: ModelConfig | None = None, seed=0) -> StableDiffusion:
     config = config or small_config()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        sd = StableDiffusion(config, TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae), Tokenizer(config.tokenizer))
+        encoders = {name: TextEncoder(numbers) for name, (_, numbers) in text_configs(config).items()}
+        sd = StableDiffusion(config, text_side(config, encoders), UNet(config.unet), VAE(config.vae))
     with torch.no_grad():
         sd.unet.conv_out.weight.mul_(4)
         sd.vae.decoder.conv_out.weight.mul_(2)

@@ -7,7 +7,7 @@ from einops import rearrange
 from minidiff.attention_maps import record_cross_attention, with_attention_maps, word_map
 from minidiff.blocks import SpatialTransformer
 from minidiff.samplers import SAMPLERS
-from tests.small_models import small_model
+from tests.small_models import small_model, xl_config
 
 PROMPT = "a red apple on a blue background"
 # Cells of each level at 32 x 32 pixels and at 72 x 56 (width x height), as (H, W); the last level has no attention but the middle's.
@@ -48,6 +48,17 @@ def test_every_transformer_gives_one_map_of_its_size_whose_rows_sum_to_1(sd, siz
     for name, m in step.attention_maps.items():
         torch.testing.assert_close(m.sum(dim=-1), torch.ones(m.shape[:-1]), rtol=0, atol=1e-5, msg=name)  # fp32
         assert m.min() >= 0 and not m.requires_grad
+
+
+def test_each_block_of_sdxls_transformers_gives_a_map():
+    """The two contexts of SDXL have the same tokens at the same places."""
+    sd = small_model(xl_config())
+    step = next(with_attention_maps(sd.denoise([PROMPT], size=32, steps=1), sd.unet))
+    transformers = {name: module for name, module in sd.unet.named_modules() if isinstance(module, SpatialTransformer)}
+    expected = [f"{name}.{i}" if i else name for name, module in transformers.items() for i in range(len(module.blocks))]
+    assert list(step.attention_maps) == expected and len(expected) > len(transformers)
+    for m in step.attention_maps.values():
+        torch.testing.assert_close(m.sum(dim=-1), torch.ones(m.shape[:-1]), rtol=0, atol=1e-5)  # fp32
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

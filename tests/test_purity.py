@@ -7,6 +7,7 @@ anywhere in the arguments are watched: in lists, in the object a method belongs 
 import ast
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +96,7 @@ def examples() -> list[partial]:
     unet_config = UNetConfig(widths=(8, 16), blocks_per_level=1, attention=(True, False), heads=(2, 2), context_width=6, groups=4)
     vae_config = VAEConfig(widths=(8, 16), blocks_per_level=1, groups=4)
     text_config = TextEncoderConfig(vocab_size=50, context_length=6, width=8, layers=1, heads=2)
+    pooling = replace(text_config, penultimate=True, projection=4)
     x_t, eps = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
     gaussian = vae.DiagonalGaussian(x_t, eps)
     schedule = NoiseSchedule(ScheduleConfig())
@@ -208,6 +210,7 @@ def examples() -> list[partial]:
         partial(text_encoder.TextBlock(text_config).forward, q),
         partial(text_encoder.TextEncoder(text_config).embed, torch.tensor([[1, 2, 3]])),
         partial(text_encoder.TextEncoder(text_config).forward, torch.tensor([[1, 2, 3]])),
+        partial(text_encoder.TextEncoder(pooling).pool, torch.randn(1, 3, 8), torch.tensor([2])),
         partial(tasks.to_pixels, np.zeros((1, 4, 4, 3), np.uint8)),
         partial(tasks.resize, x_t, 3),
         partial(tasks.encode_scenes, np.zeros((1, 8, 8, 3), np.uint8), vae.VAE(vae_config), torch.device("cpu")),
@@ -221,7 +224,7 @@ def examples() -> list[partial]:
         partial(memory.bytes_of, [x_t]),
         partial(distributed.average_gradients, [weight], x_t.sum()),
         partial(optimizer.orthogonalise, torch.randn(4, 6)),
-        partial(cache.Batch.concatenate, [cache.Batch(x_t, x_t[:, :1], ("a", "b"), ("", ""))] * 2),
+        partial(cache.Batch.concatenate, [cache.Batch(x_t, x_t[:, :1], ("a", "b"), ("", ""), torch.ones(2, 6))] * 2),
         partial(regularisation.nearest, torch.randn(4), torch.randn(6, 4)),
         partial(kid.kernel, features, features + 1),
         partial(kid.block_sums, features.double(), torch.arange(8) % 2, torch.arange(4) % 2, 2),

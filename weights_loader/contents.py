@@ -24,7 +24,7 @@ from weights_loader.stated import Statement, statements
 
 BUNDLED = {name: Path(__file__).parent / "bundled" / f"{name}.safetensors" for name in ("tiny", "half")}
 EXTRA_FILE = "carried.safetensors"  # beside the parts of a diffusers folder that minidiff wrote, in LDM names
-OTHER_FOLDERS = ("tokenizer", "scheduler")
+OTHER_FOLDERS = ("tokenizer", "tokenizer_2", "scheduler")
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,8 @@ def _check_family(tensors: Mapping[str, Tensor], sd: StableDiffusion) -> None:
     is_xl, model_is_xl = any(re.search(XL, name) for name in tensors), sd.config.unet.pooled_width is not None
     found = next((tensor.shape[1] for name, tensor in tensors.items() if re.search(r"attn2\.to_k\.(weight|down)$", name)), None)
     theirs = "Stable Diffusion XL" if is_xl else FAMILIES.get(found or 0, f"a model whose text is {found} wide")
+    if is_xl and model_is_xl:
+        raise ValueError("a ControlNet for Stable Diffusion XL, which is not supported; choose a 1.x or 2.x")
     if is_xl != model_is_xl or found not in (None, sd.config.unet.context_width):
         ours = family_of_config(sd.config).name_of(sd.config)
         raise ValueError(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minidiff.config import ModelConfig
 from minidiff.pipeline import StableDiffusion
-from minidiff.tokenizer import Tokenizer
+from minidiff.two_encoders import text_side
 from weights_loader.adapters.attach import File, attach
 from weights_loader.contents import Contents, check_parts, find, open_checkpoint, take_averages, take_vae
 from weights_loader.empty_parts import empty_parts
@@ -126,22 +126,24 @@ def load_with_report(path_or_name: str | Path, options: LoadOptions = LoadOption
     config, decided = _choose_config(contents, options)
     check_extent(contents, config)
     parts = empty_parts(config)
-    report, states = match(contents, parts._asdict(), config, options.ignore_pattern)
+    report, states = match(contents, parts.named(), config, options.ignore_pattern)
     device = torch.device(options.device)
     dtype = _choose_dtype(options.dtype, device, states)
-    for name, part in parts._asdict().items():
+    for name, part in parts.named().items():
         part.load_state_dict({ours: tensor.to(device, dtype) for ours, tensor in states[name].items()}, assign=True)
         part.eval().requires_grad_(False)
 
-    tokenizer = Tokenizer(config.tokenizer)
-    if tokenizer.vocab_size > config.text_encoder.vocab_size:
-        raise ValueError(
-            f"{contents.path}: the tokenizer knows {tokenizer.vocab_size} tokens, the text encoder {config.text_encoder.vocab_size}; "
-            "the two do not belong together"
-        )
+    text = text_side(config, parts.encoders)
+    for name, tokenizer in text.tokenizers.items():
+        known = text.encoders[name].config.vocab_size
+        if tokenizer.vocab_size > known:
+            raise ValueError(
+                f"{contents.path}: the tokenizer knows {tokenizer.vocab_size} tokens, the {name.replace('_', ' ')} {known}; "
+                "the two do not belong together"
+            )
     notes, tensors = contents.notes, contents.tensors
     if decided is None:
-        config, decided = ask_prediction(config, parts.unet, parts.text_encoder, tokenizer)
+        config, decided = ask_prediction(config, parts.unet, text)
         config = with_zero_snr(config, config.schedule.zero_terminal_snr)
         if said := [one.where for one in contents.stated if one.prediction]:
             decided += f"; the file contradicts itself: {', '.join(said)}"
@@ -150,8 +152,8 @@ def load_with_report(path_or_name: str | Path, options: LoadOptions = LoadOption
         notes += (f"predicts {config.schedule.prediction}{zero}: decided by {decided}; prediction= (--prediction) overrides it",)
     # Markers of another prediction than the one that was decided would mislead whoever reads the file after it is saved.
     extra = [name for name in report.extra if config.schedule.prediction == "v" or not re.search(MARKERS, name)]
-    sd = StableDiffusion(config, *parts, tokenizer, to_ldm_names({name: tensors[name] for name in extra}, config), notes)
-    return Loaded(sd, contents, report, decided)
+    kept = to_ldm_names({name: tensors[name] for name in extra}, config)
+    return Loaded(StableDiffusion(config, text, parts.unet, parts.vae, kept, notes), contents, report, decided)
 
 
 def _open(path: Path, options: LoadOptions) -> Contents:

@@ -23,14 +23,17 @@ C = TypeVar("C")
 def config_to_json(config: ModelConfig) -> str:
     """Return every number of the config, as a JSON object of the same nesting.
 
-    What Stable Diffusion 1 and 2 do not need is written as before it came: attention is true or false, and there is no pooled_width.
+    What Stable Diffusion 1 and 2 do not need is written as before it came: attention is true or false, and of what only SDXL has, all that
+    is at its default is left out.
     """
     values = asdict(config)
-    unet = values["unet"]
-    if max(unet["attention"]) <= 1:
-        unet["attention"] = [bool(depth) for depth in unet["attention"]]
-    if unet["pooled_width"] is None:
-        del unet["pooled_width"]
+    if max(values["unet"]["attention"]) <= 1:
+        values["unet"]["attention"] = [bool(depth) for depth in values["unet"]["attention"]]
+    for fields, name in ((values["unet"], "pooled_width"), (values["text_encoder"], "penultimate"), (values["text_encoder"], "projection")):
+        if not fields[name]:
+            del fields[name]
+    if config.text_encoder_2 is None:
+        del values["text_encoder_2"], values["tokenizer_2"]
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -64,8 +67,10 @@ def build(cls: type[C], values: object, where: str) -> C:
 
 
 def _value(hint: Any, value: object, where: str) -> object:
-    if isinstance(hint, type) and is_dataclass(hint):
-        return build(hint, value, where)
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    choices = [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
+    if choices and (value is not None or hint is choices[0]):
+        return build(choices[0], value, where)
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(value, int) and hint is float:

@@ -12,9 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from minidiff.conditioning import TextSide
 from minidiff.config import ModelConfig
-from minidiff.text_encoder import TextEncoder
-from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
 from weights_loader.families import family_of_config
 from weights_loader.stated import WAY_OUT, Prediction, Statement
@@ -38,7 +37,7 @@ def apply_statements(config: ModelConfig, found: Sequence[Statement]) -> tuple[M
 
 
 @torch.no_grad()
-def noise_correlation(unet: UNet, text_encoder: TextEncoder, tokenizer: Tokenizer, timesteps: int) -> float:
+def noise_correlation(unet: UNet, text: TextSide, timesteps: int) -> float:
     """Return how much the U-Net's answer looks like its input, at the highest noise level and with an empty prompt: -1..1.
 
     There x_t is almost only noise. An eps-model has to name the noise, so it gives its input back; a v-model has to give
@@ -46,8 +45,7 @@ def noise_correlation(unet: UNet, text_encoder: TextEncoder, tokenizer: Tokenize
 
     Args:
         unet: of any number of input channels; an inpainting model is shown a picture that is masked everywhere.
-        text_encoder: encodes the empty prompt.
-        tokenizer: the text encoder's.
+        text: encodes the empty prompt.
         timesteps: how many the schedule has.
     """
     weight = unet.conv_in.weight
@@ -57,20 +55,19 @@ def noise_correlation(unet: UNet, text_encoder: TextEncoder, tokenizer: Tokenize
         x[:, c_out], x[:, c_out + 1 :] = 1.0, 0.0
     x = x.to(weight)
     t = torch.tensor([timesteps - 1], device=weight.device)
-    answer = unet(x, t, text_encoder(tokenizer([""]).to(weight.device)))
+    answer = unet(x, t, text([""], (128, 128)))
     return _correlation(x[:, :c_out].float(), answer.float())
 
 
-def ask_prediction(config: ModelConfig, unet: UNet, text_encoder: TextEncoder, tokenizer: Tokenizer) -> tuple[ModelConfig, str]:
+def ask_prediction(config: ModelConfig, unet: UNet, text: TextSide) -> tuple[ModelConfig, str]:
     """Find out what a model predicts. Return its config with that, and how it was decided.
 
     Args:
         config: the model's, with a guess.
         unet: answers.
-        text_encoder: encodes the empty prompt.
-        tokenizer: the text encoder's.
+        text: encodes the empty prompt.
     """
-    correlation = noise_correlation(unet, text_encoder, tokenizer, config.schedule.timesteps)
+    correlation = noise_correlation(unet, text, config.schedule.timesteps)
     if not math.isfinite(correlation):
         raise ValueError(
             "the U-Net's answer is not finite: broken weights, or too large for their dtype; prediction= (--prediction) skips the test"

@@ -52,6 +52,8 @@ class Report:
                 self.wrong_shape[name] = f"is {shape}, should be {expected}"
             elif location.qkv_index is not None:
                 self.converted[name] = "stacked query, key and value, taken apart"
+            elif location.transposed:
+                self.converted[name] = "matrix that is applied from the right, transposed"
             elif matrix and len(shape) == 4:
                 self.converted[name] = "1x1 convolution, taken as a matrix"
             else:

@@ -63,7 +63,7 @@ def _save_folder(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
     if path.suffix.lower() in (SUFFIX, *PICKLES):
         raise ValueError(f"{path}: a model in the diffusers layout is a folder; give a name without {path.suffix}, or take layout='ldm'")
     with new_folder(path) as folder:
-        write_folder_config(folder, sd.config, sd.tokenizer)
+        write_folder_config(folder, sd.config, sd.text.tokenizers)
         for part, tensors in _parts_to_file(sd, "diffusers").items():
             name = "model.safetensors" if part.startswith("text_encoder") else "diffusion_pytorch_model.safetensors"
             write_safetensors(folder / part / name, tensors, metadata if part == "unet" else FORMAT)

@@ -83,7 +83,8 @@ def _plain(value: str) -> str:
 def refuse_edm(names: Collection[str]) -> None:
     """Raise ValueError for a model of continuous noise levels, by its marker tensors."""
     if marker := next((name for name in names if _EDM.fullmatch(name)), None):
+        like = "CosXL" if marker.startswith("edm_vpred") else "Playground 2.5"
         raise ValueError(
-            f"a model of continuous noise levels (by the tensor {marker}): its U-Net is told 0.25 ln sigma in place of a timestep, not "
-            "supported; prediction=v (--prediction v) reads it as a model of timesteps all the same"
+            f"a model of continuous noise levels (by the tensor {marker}), such as {like}: its U-Net is told 0.25 ln sigma in place of a "
+            "timestep, not supported; prediction=v (--prediction v) reads it as a model of timesteps all the same"
         )

@@ -31,7 +31,7 @@ PATTERNS = {
     "attention": (r"^unet\..*attention\.to_(q|k|v|out)$",),  # diffusers
     "transformer": (TRANSFORMER,),  # kohya: every linear layer of the transformers, proj_in and proj_out too
     "conv": (TRANSFORMER, r"^unet\..*\.(conv_1|conv_2|skip|time_projection|downsample|upsample)$"),  # kohya with conv_dim, LoCon
-    "text_encoder": (r"^text_encoder\..*attention\.to_(q|k|v|out)$",),  # diffusers
+    "text_encoder": (r"^text_encoder(_2)?\..*attention\.to_(q|k|v|out)$",),  # diffusers
 }
 INITS = ("gaussian", "kaiming")
 Change = TypeVar("Change", bound=LayerChange)

@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from minidiff.config import ModelConfig
+from minidiff.two_encoders import text_configs
 
 KINDS = ("normal", "logits near 60", "one dominant key", "large mean", "equal rows")
 
@@ -45,18 +46,20 @@ def list_cases(name: str, config: ModelConfig, size: int, batch: int, dtype: str
         batch: 2 is one picture with guidance.
         dtype: Of the inputs.
     """
-    unet, text, cells = config.unet, config.text_encoder, size // config.vae.factor
-    words, cases = text.context_length, []
+    unet, cells = config.unet, size // config.vae.factor
+    words, cases = config.text_encoder.context_length, []
     for i, (width, heads) in enumerate(zip(unet.widths, unet.heads)):
-        # Each level on the way down, and one more on the way up; the middle has one, at the last level's resolution.
-        calls = (2 * unet.blocks_per_level + 1) * unet.attention[i] + (i == len(unet.widths) - 1)
+        # Each level on the way down, and one more on the way up; the middle has another, at the last level's resolution.
+        depth = unet.attention[i]
+        calls = (2 * unet.blocks_per_level + 1) * depth + (i == len(unet.widths) - 1) * max(1, depth)
         side = -(-cells // 2**i)
         for kind, keys in (("self", side * side), ("cross", words)) if calls else ():
             cases.append(AttentionCase(f"{name} {size} {kind}", side * side, keys, heads, width // heads, calls, batch, dtype))
-    cases += [
-        AttentionCase(f"{name} text", words, words, text.heads, text.width // text.heads, 0, batch, dtype, causal=True),
-        AttentionCase(f"{name} {size} decoder", cells * cells, cells * cells, 1, config.vae.widths[-1], 0, 1, dtype, backward=False),
-    ]
+    for _, text in text_configs(config).values():
+        cases.append(AttentionCase(f"{name} text", words, words, text.heads, text.width // text.heads, 0, batch, dtype, causal=True))
+    cases.append(
+        AttentionCase(f"{name} {size} decoder", cells * cells, cells * cells, 1, config.vae.widths[-1], 0, 1, dtype, backward=False)
+    )
     return list(dict.fromkeys(cases))
 
 

@@ -10,20 +10,23 @@ from pathlib import Path
 import torch
 
 from minidiff.bundled.tasks import bundled_config
-from minidiff.config import SD1, SD2, ModelConfig
+from minidiff.config import SD1, SD2, SDXL, ModelConfig
 from minidiff.files import write_text
 from minidiff.machine import read_machine
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.art import known
 from minidiff.text_encoder import TextEncoder
-from minidiff.tokenizer import Tokenizer
+from minidiff.two_encoders import text_configs, text_side
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
 
 def model_config(model: str | ModelConfig) -> ModelConfig:
-    """Return the config of "sd1", "sd2" (made for 768 pixels) or "bundled", or a config as it is. Raises ValueError for another name."""
-    configs = {"sd1": SD1, "sd2": SD2, "bundled": bundled_config()}
+    """Return the config of "sd1", "sd2" (made for 768 pixels), "sdxl" or "bundled", or a config as it is.
+
+    Raises ValueError for another name.
+    """
+    configs = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL, "bundled": bundled_config()}
     return configs[known("model", model, configs)] if isinstance(model, str) else model
 
 
@@ -92,7 +95,9 @@ def _read(out: Path | None) -> dict:
 def random_model(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
     """Make a model whose weights are windows onto one pool of random numbers: it takes the memory of its largest matrix."""
     with torch.device("meta"):
-        parts = TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae)
+        encoders = {name: TextEncoder(numbers) for name, (_, numbers) in text_configs(config).items()}
+        unet, vae = UNet(config.unet), VAE(config.vae)
+    parts = *encoders.values(), unet, vae
     generator = torch.Generator().manual_seed(0)
     largest = max(weight.numel() for part in parts for weight in part.parameters())
     # All positive, so that a weight that is lost is lost in the sum.
@@ -103,7 +108,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
             start = int(torch.randint(1000, (), generator=generator))
             windows[name] = pool[start : start + weight.numel()].view(weight.shape)
         part.load_state_dict(windows, assign=True)
-    return StableDiffusion(config, *parts, Tokenizer(config.tokenizer))
+    return StableDiffusion(config, text_side(config, encoders), unet, vae)
 
 
 def random_model_to_run(config: ModelConfig) -> StableDiffusion:

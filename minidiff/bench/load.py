@@ -171,7 +171,7 @@ def write_case(sd: StableDiffusion, case: FileCase, folder: Path) -> Path:
         weights_loader.save(sd, folder / "settings", layout="diffusers")
         return folder / "settings"
     (folder / "settings").mkdir()
-    write_folder_config(folder / "settings", sd.config, sd.tokenizer)
+    write_folder_config(folder / "settings", sd.config, sd.text.tokenizers)
     tensors = tensors_of(sd, "ldm")
     path = folder / f"model{case.kind}"
     if case.kind == ".ckpt":  # torch writes memory that tensors share once; here each has its own

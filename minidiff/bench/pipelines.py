@@ -23,7 +23,7 @@ COMPILED = {"compiled": "reduce-overhead", "max-autotune": "max-autotune"}
 
 @contextmanager
 def model_folder(config: ModelConfig) -> Iterator[Path]:
-    """Write a diffusers folder of float32 weights, 4.3 GB for Stable Diffusion 1.x, to the temporary folder for the block's duration."""
+    """Write a diffusers folder of float32 weights, 4.3 GB for Stable Diffusion 1.x, 13.9 GB for XL, to a temporary folder for the block."""
     import weights_loader
 
     with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
@@ -82,7 +82,7 @@ def start_worker(job: dict) -> tuple[PeakMemory, torch.device, torch.dtype]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if job["library"] == "diffusers":
         # Each class by name: both packages import what they are asked for.
-        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]  # noqa: F401
+        from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]  # noqa: F401
         from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
     else:
         import weights_loader  # noqa: F401
@@ -99,9 +99,9 @@ def diffusers_pipeline(job: dict, device: torch.device, dtype: torch.dtype) -> A
     job["how"] is "eager" for the defaults, "channels-last" for U-Net and VAE in that layout, "compiled" to compile them as well, as
     diffusers' page on speed recommends.
     """
-    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
-    pipe = StableDiffusionPipeline.from_pretrained(f"{job['folder']}/model", torch_dtype=dtype, local_files_only=True).to(device)
+    pipe = DiffusionPipeline.from_pretrained(f"{job['folder']}/model", torch_dtype=dtype, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
     if job["how"] != "eager":
         pipe.unet.to(memory_format=torch.channels_last)

@@ -25,6 +25,7 @@ from minidiff.config import ModelConfig
 T = 501  # of the step
 GUIDANCE = 7.5
 WITH = "with a ControlNet: "  # before the names in the record
+SIZE_NUMBERS = (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0)  # that SDXL is told
 
 
 def bench_step(
@@ -96,13 +97,15 @@ def format_costs(results: dict[str, dict], names: list[str]) -> Iterator[str]:
 
 
 def inputs(config: ModelConfig, size: int) -> dict[str, Tensor]:
-    """Draw a latent of one picture at timestep T, and the contexts of an empty and of another prompt."""
+    """Draw a latent of one picture at timestep T, and context and pooled vector, if there is one, of an empty and of another prompt."""
     generator = torch.Generator().manual_seed(0)
     cells, text = size // config.vae.factor, config.text_encoder
     x_t = torch.randn(1, config.unet.in_channels, cells, cells, generator=generator)
-    uncond, cond = torch.randn(2, 1, text.context_length, text.width, generator=generator)
-    hint = torch.rand(1, 3, size, size, generator=generator)
-    return {"x_t": x_t, "uncond": uncond, "cond": cond, "hint": hint}
+    uncond, cond = torch.randn(2, 1, text.context_length, config.unet.context_width, generator=generator)
+    drawn = {"x_t": x_t, "uncond": uncond, "cond": cond}
+    if width := config.unet.pooled_width:
+        drawn |= {"pooled": torch.randn(2, width, generator=generator)}
+    return drawn | {"hint": torch.rand(1, 3, size, size, generator=generator)}
 
 
 # ------------------------------------------------------------------------------------------------------ the contenders
@@ -122,6 +125,9 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
     unet = diffusers_pipeline(job, device, dtype).unet
     context, t = torch.cat([given["uncond"], given["cond"]]), torch.tensor(T, device=device)
     x_t, hint = torch.cat([given["x_t"]] * 2), torch.cat([given["hint"]] * 2)
+    told: dict = {}
+    if "pooled" in given:
+        told = {"added_cond_kwargs": {"text_embeds": given["pooled"], "time_ids": torch.tensor([SIZE_NUMBERS] * 2, device=device)}}
     net: Any = None
     if job.get("controlnet"):
         from diffusers import ControlNetModel  # pyright: ignore[reportPrivateImportUsage]
@@ -134,9 +140,9 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
     def run() -> Tensor:
         residuals = {}
         if net is not None:
-            skips, middle = net(x_t, t, encoder_hidden_states=context, controlnet_cond=hint, return_dict=False)
+            skips, middle = net(x_t, t, encoder_hidden_states=context, controlnet_cond=hint, return_dict=False, **told)
             residuals = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
-        uncond, cond = unet(x_t, t, encoder_hidden_states=context, return_dict=False, **residuals)[0].chunk(2)
+        uncond, cond = unet(x_t, t, encoder_hidden_states=context, return_dict=False, **told, **residuals)[0].chunk(2)
         return uncond + GUIDANCE * (cond - uncond)
 
     return run
@@ -158,7 +164,11 @@ def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[s
         net = weights_loader.read_controlnet(f"{job['folder']}/controlnet", sd)
         channels_last(net)
         predict = controlled(sd.predict, [Control(net, given["hint"])])
-    model = guided(predict, Conditioning(given["cond"]), Conditioning(given["uncond"]), GUIDANCE, shared_prefix=True)
+    told = [Conditioning(given[name]) for name in ("cond", "uncond")]
+    if "pooled" in given:
+        sizes = torch.tensor([SIZE_NUMBERS], device=device)
+        told = [Conditioning(one.context, pooled[None], sizes) for one, pooled in zip(told, reversed(given["pooled"]))]
+    model = guided(predict, told[0], told[1], GUIDANCE, shared_prefix=True)
     return lambda: model(given["x_t"], t)
 
 

@@ -48,10 +48,10 @@ from minidiff.pictures import grid, save_png
 from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.scenes.prompts import fixed_prompts, prompts
 from minidiff.text_encoder import TextEncoder
-from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine import distributed
 from minidiff.trainers.engine.loop import Training
 from minidiff.trainers.engine.settings import Settings
+from minidiff.two_encoders import text_side
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -176,8 +176,8 @@ def estimate_bundled_seconds(
     settings = judge_settings(recipe, device)
     task = JudgeTask(judge_config(), settings.seed, device)
     judging = settings.steps * time_step(task, settings, device)
-    text_encoder, unet, untrained = TextEncoder(config.text_encoder).to(device), UNet(config.unet).to(device), VAE(config.vae).to(device)
-    sd = StableDiffusion(config, text_encoder, unet, untrained, Tokenizer(config.tokenizer))
+    text = text_side(config, {"text_encoder": TextEncoder(config.text_encoder).to(device)})
+    sd = StableDiffusion(config, text, UNet(config.unet).to(device), VAE(config.vae).to(device))
     _, drawing = time_first(evaluate(sd, task.judge.eval(), seeds=SEEDS[:1], limit=4))
     return estimate_seconds(config, recipe, device, init, vae) | {
         "judge": judging,

@@ -29,13 +29,13 @@ from minidiff.pictures import grid, save_png
 from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.scenes.prompts import prompts
 from minidiff.scenes.scenes import SIZE
-from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine import distributed
 from minidiff.trainers.engine.ema import EMA
 from minidiff.trainers.engine.log import Log
 from minidiff.trainers.engine.loop import Task, Training, train
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.engine.state import read_state, write_state
+from minidiff.two_encoders import text_side
 from minidiff.vae import VAE
 
 SAMPLES_EVERY = 500  # steps
@@ -207,7 +207,7 @@ def assemble_model(task: DiffusionTask, training: Training, vae: VAE) -> StableD
     """Return the model with the EMA weights of a training."""
     text_encoder = copy_averaged(task.text_encoder, training.ema["text_encoder"])
     unet = copy_averaged(task.unet, training.ema["unet"])
-    return StableDiffusion(task.config, text_encoder, unet, vae, Tokenizer(task.config.tokenizer))
+    return StableDiffusion(task.config, text_side(task.config, {"text_encoder": text_encoder}), unet, vae)
 
 
 def save_samples(sd: StableDiffusion, path: Path) -> None:

@@ -19,13 +19,18 @@ def generate(
     prompts: tyro.conf.Positional[tuple[str, ...]],
     /,
     model: str = "tiny",
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
+    prompt_2: str | None = None,
+    empty_negative: Literal["encoded", "zeros"] | None = None,
     steps: int = 30,
     sampler: str = "ddim",
     guidance_scale: float | None = None,
     seed: int = 0,
     batch: int = 1,
     size: str | None = None,
+    original_size: str | None = None,
+    crop: str | None = None,
+    target_size: str | None = None,
     spacing: str | None = None,
     eta: float = 0.0,
     vae: str | None = None,
@@ -34,6 +39,7 @@ def generate(
     ignore: Text = None,
     dtype: DTypes = "auto",
     device: str = "auto",
+    offload: bool = False,
     attention: Attentions = "auto",
     lora: Several = (),
     embedding: Several = (),
@@ -49,12 +55,18 @@ def generate(
         prompts: what a picture shows, in quotes; one picture for each
         model: "tiny" (ships with minidiff), a .safetensors or .ckpt file, or a diffusers folder
         negative_prompt: what it should not show
+        prompt_2: another prompt for SDXL's second text encoder
+        empty_negative: what SDXL is given where nothing is negative: zeros (without --negative-prompt) or the empty prompt encoded (with
+            --negative-prompt "") by default
         steps: how many steps the sampler takes
         sampler: its name; "list" prints all of them
         guidance_scale: how strongly the picture follows the prompt; 1 is the prompt alone, without guidance; the model's own by default
         seed: where the noise comes from; the same seed gives the same picture
         batch: how many pictures of a prompt, on consecutive seeds
         size: in pixels, as 512 or 768x512; the model's own by default
+        original_size: what SDXL is told of the size of the picture before it was scaled, as 1024x1024; the picture's own by default
+        crop: what it is told was cut off, left x top, as 0x128; nothing by default
+        target_size: what it is told of the size of the picture itself; its own by default
         spacing: which timesteps are visited: leading, linspace or trailing; the model's own by default
         eta: how much fresh noise ddim adds at each step, 0 to 1
         vae: a VAE file to use instead of the model's
@@ -64,6 +76,7 @@ def generate(
         dtype: of the weights; float32 on a CPU and the file's own on a GPU by default; bfloat16 takes about half the time on a CPU that
             has it
         device: auto, cpu, cuda, cuda:1, mps
+        offload: keep the parts of the model in main memory and move each to the device while it runs; slower, for small GPUs
         attention: how it is computed: auto takes what is fastest; triton is this package's kernels, on a GPU
         lora: a LoRA file, or FILE:0.7 for a part of its change
         embedding: a file of learned words, for the prompts to use; FILE:WORD gives its word another name
@@ -80,6 +93,7 @@ def generate(
     from minidiff.pictures import check_png
     from minidiff.pipeline import to_images
     from minidiff.samplers import SAMPLERS, levels
+    from minidiff.two_encoders import SizeNumbers, told
 
     if sampler == "list":
         print("\n".join(f"{name:16}  {row.web_name:16}  {row.help}" for name, row in SAMPLERS.items()))
@@ -95,6 +109,7 @@ def generate(
         model,
         dtype,
         device,
+        offload=offload,
         vae=vae,
         ema=ema,
         prediction=prediction,
@@ -103,7 +118,14 @@ def generate(
         embeddings=named(embedding),
         custom_diffusion=custom_diffusion,
     )
-    print_notes(unused_words(sd.tokenizer, [*prompts, negative_prompt]))
+    sizes = SizeNumbers(
+        original=parse_pair("original-size", original_size),
+        crop=parse_pair("crop", crop) or (0, 0),
+        target=parse_pair("target-size", target_size),
+    )
+    text = told(sd.text, prompt_2, sizes)
+    negative = resolve_negative(negative_prompt, empty_negative, len(sd.text.encoders))
+    print_notes(unused_words(sd.tokenizer, [*prompts, prompt_2 or "", negative or ""]))
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
     width, height = sd.pixel_size(parse_size(size))
@@ -116,10 +138,11 @@ def generate(
             steps=steps,
             sampler=sampler,
             guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
+            negative_prompt=negative,
             size=(width, height),
             spacing=spacing,
             eta=eta,
+            text=text,
             model=steered,
         )
         (last,) = deque(tqdm(trajectory, total=steps, unit="step", file=sys.stderr), maxlen=1)
@@ -132,6 +155,11 @@ def generate(
         "Seed": seed,
         "Batch": batch,
         "Size": f"{images[0].width}x{images[0].height}",
+        "Prompt 2": prompt_2,
+        "Empty negative": empty_negative if empty_negative or negative != "" else "encoded",
+        "Original size": original_size,
+        "Crop": crop,
+        "Target size": target_size,
         "Model": model,
         "VAE": vae,
         "EMA": ema,
@@ -145,7 +173,7 @@ def generate(
         "ControlNet": " + ".join(controlnet) or None,
         "Guess mode": guess_mode,
     }
-    write_pictures(out, images, prompts, pairs, negative_prompt, settings)
+    write_pictures(out, images, prompts, pairs, negative or "", settings)
     print(out)
 
 
@@ -175,6 +203,28 @@ def write_pictures(
         for number, ((prompt, seed), image) in enumerate(zip(pairs, images)):
             name = f"{out.stem}-{seed}.png" if len(prompts) == 1 else f"{out.stem}-{number}-{slug(prompt)}-{seed}.png"
             save_png(image, out.with_name(name), picture_settings(prompt, negative_prompt, settings | {"Seed": seed, "Batch": 1}))
+
+
+def resolve_negative(prompt: str | None, empty: str | None, encoders: int) -> str | None:
+    """Return the negative prompt, where None means zeros for a model with two text encoders, and "" is encoded.
+
+    Raises ValueError for zeros that a model with one encoder does not know.
+    """
+    if encoders == 1 and empty == "zeros":
+        raise ValueError("--empty-negative zeros: this model has one text encoder, and was trained with the empty prompt; leave it out")
+    if prompt:
+        return prompt
+    return {None: prompt, "encoded": "", "zeros": None}[empty]
+
+
+def parse_pair(flag: str, text: str | None) -> tuple[int, int] | None:
+    """Read '768x512'. Raises ValueError, naming the flag, for anything else."""
+    if text is None:
+        return None
+    numbers = text.lower().split("x")
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"--{flag} {text}: give two numbers of pixels, as 768x512")
+    return int(numbers[0]), int(numbers[1])
 
 
 def parse_size(size: str | None) -> int | tuple[int, int] | None:

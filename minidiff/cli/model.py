@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from minidiff.tokenizer import Tokenizer
 
 
-def load(model: str, dtype: str, device: "str | torch.device", **options):
+def load(model: str, dtype: str, device: "str | torch.device", *, offload: bool = False, **options):
     """Load a model onto the device asked for, and print what the loader decided.
 
     Args:
         model: a file, a folder, or the name of a bundled model
         dtype: of the weights, as float16; "auto" leaves it to the loader
         device: a device, or its name as `choose_device` takes it
+        offload: keep the model in main memory, and move each part to the device while it runs; with "auto" in the file's own dtype
         options: more arguments of weights_loader.load
     """
     import torch
@@ -28,8 +29,15 @@ def load(model: str, dtype: str, device: "str | torch.device", **options):
     import weights_loader
 
     device = choose_device(device) if isinstance(device, str) else device
-    sd = weights_loader.load(model, dtype=None if dtype == "auto" else getattr(torch, dtype), device=device, **options)
+    if offload and device.type == "cpu":
+        raise ValueError("--offload moves parts of the model to a GPU, and --device is the CPU; leave it out")
+    chosen = getattr(torch, dtype) if dtype != "auto" else "file" if offload else None
+    sd = weights_loader.load(model, dtype=chosen, device="cpu" if offload else device, **options)
     print_notes(sd.notes)
+    if offload:
+        from minidiff.offload import Offload
+
+        Offload(sd, device)
     return sd
 
 

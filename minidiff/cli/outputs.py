@@ -46,10 +46,11 @@ def write_tokens(learned: "NewTokens", sd: "StableDiffusion", out: Path, names: 
     import weights_loader
     from minidiff.adapters.tokens import NewTokens
 
-    one_each = names in ("a1111", "kohya")
+    widths = [encoder.config.width for encoder in sd.text.encoders.values()]
+    one_each = names in ("a1111", "kohya") or len(widths) > 1
     tokens = {slug(word): NewTokens({word: rows}) for word, rows in learned.rows.items()} if one_each else {"embedding": learned}
     for name, words in tokens.items():
-        weights_loader.write_embedding(out / f"{name}.safetensors", words, "a1111" if one_each else "diffusers", settings)
+        weights_loader.write_embedding(out / f"{name}.safetensors", words, "a1111" if one_each else "diffusers", settings, widths)
         yield "--embedding", out / f"{name}.safetensors"
 
 

@@ -8,40 +8,55 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from transformers import CLIPTokenizer
 
 import weights_loader
-from minidiff.config import SD1, SD2, ModelConfig
+from minidiff.config import SD1, SD2, SDXL
 from minidiff.schedule import NoiseSchedule
 from minidiff.tokenizer import Tokenizer
+from minidiff.two_encoders import text_configs
 from tests.checkpoints import assert_same_model, family_configs, family_model, part_to_file
 from weights_loader import prediction
+from weights_loader.families import family_of_config
 from weights_loader.families.shared import SETTINGS
 from weights_loader.folder import folder_config, write_folder_config
 from weights_loader.folder.settings import HARMLESS, NEEDED, READ, SCHEDULERS
 from weights_loader.write import write_safetensors
 
 
+def tokenizers(config):
+    return {name: Tokenizer(numbers) for name, (numbers, _) in text_configs(config).items()}
+
+
 def diffusers_folder(sd, path):
     """Written by diffusers itself, from a folder of ours."""
     weights_loader.save(sd, path.with_name("ours"), layout="diffusers")
-    return StableDiffusionPipeline.from_pretrained(path.with_name("ours"))
+    return DiffusionPipeline.from_pretrained(path.with_name("ours"))
 
 
-@pytest.mark.parametrize("options", [{}, {"safe_serialization": False}, {"max_shard_size": "200KB"}, {"variant": "fp16"}], ids=str)
-def test_a_folder_that_diffusers_wrote_is_read(options, tmp_path):
-    sd = family_model("SD 1")
-    sd.unet.half(), sd.vae.half(), sd.text_encoder.half()
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        *(("SD 1", options) for options in ({}, {"safe_serialization": False}, {"max_shard_size": "200KB"}, {"variant": "fp16"})),
+        *(("SDXL", options) for options in ({"max_shard_size": "200KB"}, {"variant": "fp16"})),
+    ],
+    ids=str,
+)
+def test_a_folder_that_diffusers_wrote_is_read(family, options, tmp_path):
+    sd = family_model(family)
+    for part in sd.parts.values():
+        part.half()
     pipeline = diffusers_folder(sd, tmp_path / "theirs").to(torch.float16)
     pipeline.save_pretrained(tmp_path / "theirs", **options)
     loaded = weights_loader.load(tmp_path / "theirs", dtype="file")
-    # guidance_scale is the one number that such a folder has no place for
-    sd.config = dataclasses.replace(sd.config, guidance_scale=ModelConfig().guidance_scale)
+    # guidance_scale is the one number that such a folder has no place for, and logit_scale no weight that diffusers knows
+    sd.config = dataclasses.replace(sd.config, guidance_scale=family_of_config(sd.config).config.guidance_scale)
+    sd.extra_tensors.pop("conditioner.embedders.1.model.logit_scale", None)
     assert_same_model(loaded, sd)
 
 
-@pytest.mark.parametrize("family", ["SD 1", "SD 2", "bundled"])
+@pytest.mark.parametrize("family", ["SD 1", "SD 2", "SDXL", "bundled"])
 def test_diffusers_runs_a_saved_folder_and_gives_the_same_picture(family, tmp_path):
     sd = family_model(family)
     pipeline = diffusers_folder(sd, tmp_path / "theirs")
@@ -72,7 +87,7 @@ def test_a_text_encoder_without_its_prefix_and_an_old_vae_are_read(tmp_path):
 @pytest.mark.parametrize(
     "file, setting, value, message",
     [
-        ("model_index.json", "_class_name", "StableDiffusionXLPipeline", "a StableDiffusionXLPipeline, not supported"),
+        ("model_index.json", "_class_name", "StableDiffusion3Pipeline", "a StableDiffusion3Pipeline, not supported"),
         ("unet/config.json", "act_fn", "mish", "act_fn is 'mish', which is not supported"),
         ("unet/config.json", "transformer_layers_per_block", [1, 2, 10], "transformer_layers_per_block is"),
         ("unet/config.json", "block_out_channels", None, "block_out_channels is None; expected a list of whole numbers"),
@@ -140,14 +155,14 @@ def test_an_old_folder_that_does_not_say_the_prediction_is_tested(tmp_path, monk
 @pytest.mark.parametrize("family", family_configs())
 def test_a_config_is_read_back_from_the_json_files(family, tmp_path):
     config = family_configs()[family]
-    write_folder_config(tmp_path, config, Tokenizer(config.tokenizer))
+    write_folder_config(tmp_path, config, tokenizers(config))
     # guidance_scale has no place in such a folder
-    assert folder_config(tmp_path) == (dataclasses.replace(config, guidance_scale=ModelConfig().guidance_scale), True)
+    assert folder_config(tmp_path) == (dataclasses.replace(config, guidance_scale=family_of_config(config).config.guidance_scale), True)
 
 
-@pytest.mark.parametrize("config", [SD1, SD2], ids=["SD 1", "SD 2"])
+@pytest.mark.parametrize("config", [SD1, SD2, SDXL], ids=["SD 1", "SD 2", "SDXL"])
 def test_the_public_configs_are_read_back_and_clips_merges_are_recognised(config, tmp_path):
-    write_folder_config(tmp_path, config, Tokenizer(config.tokenizer))
+    write_folder_config(tmp_path, config, tokenizers(config))
     assert folder_config(tmp_path) == (config, True)
 
 
@@ -165,7 +180,7 @@ def without(path, *names):
     ],
 )
 def test_a_missing_setting_is_what_diffusers_takes(scheduler, missing, message, tmp_path):
-    write_folder_config(tmp_path, SD1, Tokenizer(SD1.tokenizer))
+    write_folder_config(tmp_path, SD1, tokenizers(SD1))
     path = tmp_path / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": scheduler}))
     without(path, missing, "timestep_spacing")
@@ -209,7 +224,7 @@ JSON_FILES += [f"tokenizer/{name}.json" for name in ("tokenizer_config", "specia
 @pytest.mark.parametrize("file", JSON_FILES)
 def test_values_of_any_type_end_in_a_config_or_in_one_line(file, tmp_path):
     config = family_configs()["SD 1"]
-    write_folder_config(tmp_path, config, Tokenizer(config.tokenizer))
+    write_folder_config(tmp_path, config, tokenizers(config))
     path, read = tmp_path / file, 0
     if file == "tokenizer/added_tokens.json":
         path.write_text('{"<a>": 3}')
@@ -231,7 +246,7 @@ def test_values_of_any_type_end_in_a_config_or_in_one_line(file, tmp_path):
 @pytest.mark.parametrize("kept", ["vocab.json", "the end token", "the rows"])
 def test_a_merges_file_that_was_cut_short_is_refused(kept, lines, tmp_path):
     config = family_configs()["SD 1"]
-    write_folder_config(tmp_path, config, Tokenizer(config.tokenizer))
+    write_folder_config(tmp_path, config, tokenizers(config))
     merges = tmp_path / "tokenizer/merges.txt"
     merges.write_text("\n".join(merges.read_text().split("\n")[:-lines]))
     if kept != "vocab.json":
@@ -249,8 +264,8 @@ def test_a_merges_file_that_was_cut_short_is_refused(kept, lines, tmp_path):
 @pytest.mark.parametrize("family", ["SD 1", "SD 2"])
 def test_transformers_reads_the_tokenizer_files_and_gives_the_same_tokens(family, tmp_path):
     config = family_configs()[family]
+    write_folder_config(tmp_path, config, tokenizers(config))
     ours = Tokenizer(config.tokenizer)
-    write_folder_config(tmp_path, config, ours)
     theirs = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
     # Without "!", which transformers takes for padding wherever it stands, once that is what pads.
     texts = ["a red apple on a blue background", "sks dog, 42", "", "café"]
@@ -265,7 +280,7 @@ def with_words(sd, words):
     sd.config = dataclasses.replace(config, text_encoder=text, tokenizer=dataclasses.replace(config.tokenizer, added=words))
     rows = torch.randn(len(words), text.width, generator=torch.Generator().manual_seed(4))
     sd.text_encoder.token_embedding = torch.nn.Embedding.from_pretrained(torch.cat([sd.text_encoder.token_embedding.weight.detach(), rows]))
-    sd.tokenizer = Tokenizer(sd.config.tokenizer)
+    sd.text.tokenizers["text_encoder"] = Tokenizer(sd.config.tokenizer)
     return sd
 
 
@@ -287,7 +302,7 @@ def test_words_that_were_added_to_a_model_are_written_read_and_known_to_diffuser
 
 def test_words_in_the_file_of_older_folders_are_read(tmp_path):
     config = family_configs()["SD 1"]
-    write_folder_config(tmp_path, config, Tokenizer(config.tokenizer))
+    write_folder_config(tmp_path, config, tokenizers(config))
     size = config.text_encoder.vocab_size
     for words, expected in (({"<b>": size + 1, "<a>": size, "old": 3}, ("<a>", "<b>")), ({}, ())):
         (tmp_path / "tokenizer" / "added_tokens.json").write_text(json.dumps(words))
@@ -319,7 +334,7 @@ def test_a_folder_that_makes_no_picture_is_said_to_be_left_out(tmp_path):
 
 
 def test_the_padding_of_sd_2_is_in_the_special_tokens_map_of_its_old_files(tmp_path):
-    write_folder_config(tmp_path, SD2, Tokenizer(SD2.tokenizer))
+    write_folder_config(tmp_path, SD2, tokenizers(SD2))
     settings = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
     settings.pop("added_tokens_decoder", None)
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<|endoftext|>"}))
@@ -328,7 +343,7 @@ def test_the_padding_of_sd_2_is_in_the_special_tokens_map_of_its_old_files(tmp_p
 
 
 def test_the_wrong_sample_size_of_old_folders_is_not_believed(tmp_path):
-    write_folder_config(tmp_path, SD1, Tokenizer(SD1.tokenizer))
+    write_folder_config(tmp_path, SD1, tokenizers(SD1))
     path = tmp_path / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 32}))
     assert folder_config(tmp_path)[0].image_size == 512

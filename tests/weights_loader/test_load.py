@@ -179,7 +179,7 @@ def test_broken_weights_are_not_taken_for_a_prediction(tmp_path, monkeypatch):
     monkeypatch.setattr(prediction, "noise_correlation", lambda *parts: float("nan"))
     sd = family_model("SD 2")
     with pytest.raises(ValueError, match="the U-Net's answer is not finite"):
-        prediction.ask_prediction(sd.config, sd.unet, sd.text_encoder, sd.tokenizer)
+        prediction.ask_prediction(sd.config, sd.unet, sd.text)
 
 
 def test_whole_numbers_are_refused_as_weights():

@@ -91,6 +91,6 @@ def test_words_and_custom_diffusion_are_summed_up(tmp_path):
 
 
 def test_a_small_file_that_is_damaged_is_named(tmp_path):
-    write_safetensors(tmp_path / "x.safetensors", {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 2)})
-    with pytest.raises(ValueError, match="x.safetensors: a LoRA for Stable Diffusion XL"):
+    write_safetensors(tmp_path / "x.safetensors", {"lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match="x.safetensors: a DoRA"):
         weights_loader.inspect(tmp_path / "x.safetensors")

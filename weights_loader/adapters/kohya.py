@@ -6,6 +6,7 @@ A layer has the name of a diffusers model with underscores in place of dots, whi
 names that the model really has. Each layer has its alpha; without one it is the rank.
 """
 
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 
@@ -18,8 +19,8 @@ from weights_loader.adapters.lora_file import Dialect, Factors, Placed, named_ha
 from weights_loader.detect import kind
 from weights_loader.read import Checkpoint
 
-PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-ALIASES = ((r"^lora_te1_", "lora_te_"),)
+PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
+ALIASES = ((r"^lora_te1_", "lora_te_"),)  # of two text encoders the first is called so
 
 
 def matches(names: Sequence[str]) -> bool:
@@ -48,7 +49,9 @@ def pack(changes: Placed, sd: StableDiffusion) -> tuple[dict[str, Tensor], dict[
             tensors[f"{location.name}.alpha"] = alpha.float() if alpha.float() == alpha else alpha
     rank, alpha = commonest(layers)
     metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
-    version = {768: "sd_v1", 1024: "sd_v2"}.get(sd.config.unet.context_width)
+    if "text_encoder_2" in sd.parts:
+        tensors = {re.sub("^lora_te_", "lora_te1_", name): tensor for name, tensor in tensors.items()}
+    version = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}.get(sd.config.unet.context_width)
     return tensors, metadata | ({"ss_base_model_version": version} if version else {})
 
 

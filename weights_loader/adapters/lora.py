@@ -28,7 +28,7 @@ from weights_loader.adapters.kohya import KOHYA
 from weights_loader.adapters.lora_file import Dialect, Factors, StoredChange
 from weights_loader.adapters.peft import PEFT
 from weights_loader.detect import describe
-from weights_loader.families import part_names
+from weights_loader.families import family_of_config, part_names
 from weights_loader.metadata import FORMAT, settings_to_metadata
 from weights_loader.name_table import TensorLocation, name_table
 from weights_loader.read import Checkpoint, read
@@ -37,6 +37,7 @@ from weights_loader.write import write_safetensors
 DIALECTS: tuple[Dialect, ...] = (KOHYA, PEFT)  # the first that matches a file reads it
 # In a folder that diffusers' save_lora_weights or peft's save_pretrained made.
 FOLDER = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
+ONLY_XL = r"^lora_te2_|^text_encoder_2\.|transformer_blocks[._][1-9]"  # layers that only Stable Diffusion XL has
 CONTEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 
 
@@ -72,15 +73,20 @@ def parse(checkpoint: Checkpoint) -> Mapping[str, StoredChange]:
     return dialect.parse(checkpoint)
 
 
-def layer_locations(sd: StableDiffusion, dialect: Dialect) -> dict[str, TensorLocation]:
-    """Return {our layer: where a LoRA file has it}, for all linear layers and convolutions of the U-Net and the text encoder."""
+def layer_locations(sd: StableDiffusion, dialect: Dialect, unet_layout: str = "diffusers") -> dict[str, TensorLocation]:
+    """Return {our layer: where a LoRA file has it}, for all linear layers and convolutions of the U-Net and the text encoders.
+
+    unet_layout: whose names and numbers the U-Net's layers have; those of SDXL occur in both.
+    """
     assert dialect.layer_name is not None, f"{dialect.name} has no names of its own"
-    tables = {part: name_table(sd.parts[part], part_names(sd.config, part, "diffusers")) for part in PARTS}
+    names = {part: part_names(sd.config, part, unet_layout if part == "unet" else "diffusers") for part in PARTS if part in sd.parts}
+    tables = {part: name_table(sd.parts[part], own) for part, own in names.items()}
     result = {}
     for ours in layers_of(sd):
         part, layer = ours.split(".", 1)
         location = tables[part][f"{layer}.weight"]
-        result[ours] = TensorLocation(dialect.layer_name(part, location.name.removesuffix(".weight")), convolution=location.convolution)
+        theirs = location.name.removesuffix(".weight").removeprefix(names[part].prefix if part == "unet" else "")
+        result[ours] = TensorLocation(dialect.layer_name(part, theirs), convolution=location.convolution)
     assert len({location.name for location in result.values()}) == len(result), f"two layers have one name in {dialect.name} files"
     return result
 
@@ -105,8 +111,8 @@ def fit(changes: Mapping[str, StoredChange], sd: StableDiffusion) -> dict[str, L
     named = [dialect for dialect in DIALECTS if dialect.layer_name]
     ours_of = {location.name: ours for dialect in named for ours, location in layer_locations(sd, dialect).items()}
     ours_of |= _ldm_layers(sd)
-    # Files of one part alone leave its name out.
-    ours_of |= {name.split(".", 1)[1]: ours for name, ours in ours_of.items() if "." in name}
+    # Files of one part alone leave its name out; of two text encoders the first is meant.
+    ours_of = {name.split(".", 1)[1]: ours for name, ours in reversed(ours_of.items()) if "." in name} | ours_of
     layers, result, unknown, wrong = layers_of(sd), {}, [], []
     for name, change in changes.items():
         if name not in ours_of:
@@ -129,10 +135,14 @@ def _likely_cause(changes: Mapping[str, StoredChange], sd: StableDiffusion) -> s
     factors = {name: one for name, one in changes.items() if isinstance(one, Factors) and one.down.dim() > 1}
     widths = Counter(one.down.shape[1] for name, one in factors.items() if re.search(r"attn2[._]to_[kv]$", name))
     ours = sd.config.unet.context_width
-    if not widths or widths.most_common(1)[0][0] == ours:
-        return ""
-    width = widths.most_common(1)[0][0]
-    return f"\n  likely cause: made for {CONTEXT_WIDTHS.get(width, 'another model')} (context of width {width}; this model's is {ours})"
+    this = family_of_config(sd.config).name_of(sd.config)
+    if widths and widths.most_common(1)[0][0] != ours:
+        width = widths.most_common(1)[0][0]
+        made_for = CONTEXT_WIDTHS.get(width, "another model")
+        return f"\n  likely cause: made for {made_for} (context of width {width}), and this model is {this} (of width {ours})"
+    if "text_encoder_2" not in sd.parts and any(re.search(ONLY_XL, name) for name in changes):
+        return f"\n  likely cause: made for Stable Diffusion XL, and this model is {this}"
+    return ""
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -165,7 +175,8 @@ def pack(lora: LoRA, sd: StableDiffusion, names: str) -> tuple[dict[str, Tensor]
     written = {dialect.name: dialect for dialect in DIALECTS if dialect.pack and dialect.layer_name}
     if names not in written or (write := written[names].pack) is None:
         raise ValueError(f"names {names!r} unknown; choose {' or '.join(sorted(written))}")
-    locations, changes = layer_locations(sd, written[names]), {}
+    layout = family_of_config(sd.config).kohya_layout if names == "kohya" else "diffusers"
+    locations, changes = layer_locations(sd, written[names], layout), {}
     for name, change in lora.layers.items():
         if not isinstance(change, LowRank):
             raise ValueError(f"{name} has a {type(change).__name__}, and files of {names} hold low-rank changes only")

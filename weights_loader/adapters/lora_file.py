@@ -74,7 +74,6 @@ HALVES = {"A": "down", "B": "up", "down": "down", "up": "up"}
 # (pattern of a tensor's name, what a file with such a name is)
 REFUSED = (
     (r"^(lora_)?transformer[._]|(double|single|single_transformer|joint)_blocks", "a LoRA for a diffusion transformer (Flux, SD 3)"),
-    (r"^lora_te2_|^text_encoder_2\.|transformer_blocks[._][1-9]", "a LoRA for Stable Diffusion XL"),
     (r"\.hada_|\.lokr_", "a LoHa or LoKr, which change a weight by another product than a LoRA's"),
     (r"\.b?oft_(blocks|[RS])|^oft_", "an OFT or BOFT, which rotates the weight"),
     (r"dora_scale|lora_magnitude_vector", "a DoRA, which scales the weight too"),

@@ -54,7 +54,7 @@ ALIASES = (
     (r"\.processor\.to_([qkv])$", r".to_\1"),
     (r"self_attn\.to_out$", "self_attn.out_proj"),  # ... and called the text encoder's layers like the U-Net's
     (r"self_attn\.to_([qkv])$", r"self_attn.\1_proj"),
-    (r"^(text_encoder\.)?encoder\.layers\.", r"\1text_model.encoder.layers."),  # transformers 5
+    (r"^(text_encoder(?:_2)?\.)?encoder\.layers\.", r"\1text_model.encoder.layers."),  # transformers 5
 )
 
 

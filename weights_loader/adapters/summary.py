@@ -106,7 +106,7 @@ def inspect_small(given: Path) -> SmallSummary | None:
 def summarise_lora(checkpoint: Checkpoint, dialect: Dialect) -> SmallSummary:
     """Summarise a LoRA in the given dialect."""
     changes = dialect.parse(checkpoint)
-    parts = Counter("text encoder" if re.search(r"^lora_te_|encoder[._]layers", name) else "unet" for name in changes)
+    parts = Counter(_part(name) for name in changes)
     factors = [one for one in changes.values() if isinstance(one, Factors)]
     ranks, alphas = Counter(one.rank for one in factors), Counter(one.alpha for one in factors)
     return replace(_summary(checkpoint, f"LoRA, names of {dialect.name}"), parts=parts, ranks=ranks, alphas=alphas)
@@ -119,6 +119,11 @@ def summarise_controlnet(checkpoint: Checkpoint) -> SmallSummary:
     return replace(
         _summary(replace(checkpoint, tensors=tensors), f"ControlNet, names of {names}{form}"), parts={"U-Net and hint": len(tensors)}
     )
+
+
+def _part(layer: str) -> str:
+    second = re.search(r"^lora_te2_|^text_encoder_2\.", layer)
+    return "text encoder 2" if second else "text encoder" if re.search(r"^lora_te_|encoder[._]layers", layer) else "unet"
 
 
 def summarise_custom_diffusion(checkpoint: Checkpoint, given: Path) -> SmallSummary:

@@ -10,7 +10,7 @@ from weights_loader.families.sizes import Shapes, config_sizes, sizes
 from weights_loader.name_table import LAYOUTS, PartNames
 
 # Models that differ in these numbers alone are of one family: a personalised one has more words, an inpainting one more inputs.
-VARYING = ("vocabulary", "U-Net input channels", "linear projection")
+VARYING = ("vocabulary", "vocabulary 2", "U-Net input channels", "linear projection")
 
 Rules = tuple[tuple[str, str], ...]  # (pattern of a tensor's name, what is said about it)
 
@@ -36,6 +36,8 @@ class Family:
         parts_alone: the same for parts of a model. A whole model has such tensors too, so they count only if it has no U-Net.
         pipelines: diffusers' classes for this family: for pictures from text, for inpainting, and others that load the same parts.
         settings: {part: {setting of its config.json in a diffusers folder: the only value that is supported}}.
+        kohya_layout: in whose names kohya's scripts write the U-Net's layers into a LoRA.
+        distilled: what models are called whose transformers have fewer blocks; they are refused.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Family:
     parts_alone: Rules = field(default=(), repr=False)
     pipelines: tuple[str, ...] = ()
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict, repr=False)
+    kohya_layout: str = "diffusers"
+    distilled: str = "smaller models"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -87,8 +91,10 @@ class Family:
 
     def owns(self, config: ModelConfig) -> bool:
         """Return whether a model with this config has the parts and names of this family."""
-        same_text_encoder = config.text_encoder.activation == self.config.text_encoder.activation
-        return same_text_encoder and (self.any_size or not self.differences(config_sizes(config)))
+        ours = self.config.text_encoder, self.config.text_encoder_2
+        theirs = config.text_encoder, config.text_encoder_2
+        same_text_encoders = [one and one.activation for one in ours] == [one and one.activation for one in theirs]
+        return same_text_encoders and (self.any_size or not self.differences(config_sizes(config)))
 
     def name_of(self, config: ModelConfig) -> str:
         """Return the family's name and that of the variant, as "Stable Diffusion 1.x inpainting"."""

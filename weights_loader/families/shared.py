@@ -64,7 +64,12 @@ EXTRA = (
 # The first that is found decides.
 REFUSED = (
     (r"^control_model\.|controlnet_cond_embedding\.", "a ControlNet, which steers a model and is none; give it beside one (--controlnet)"),
-    (r"^conditioner\.embedders\.|^add_embedding\.linear_", "a Stable Diffusion XL, which is not supported; choose a 1.x or 2.x"),
+    (
+        r"^conditioner\.embedders\.0\.model\.transformer\.resblocks\.24\.",
+        "the refiner of Stable Diffusion XL, which is not supported; load the base",
+    ),
+    (r"cond_proj\.weight$", "a U-Net that guidance is distilled into (LCM), which is not supported; its LoRA on the base model is"),
+    (r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input)$", "a model quantised to 8 bits with scales, which is not supported"),
     (r"joint_blocks\.|double_blocks\.|single_transformer_blocks\.", "a diffusion transformer (Stable Diffusion 3, Flux), not supported"),
 )
 PARTS_ALONE = (
@@ -74,7 +79,10 @@ PARTS_ALONE = (
         "a VAE alone; load a whole model and give this as vae=FILE (--vae)",
     ),
     (r"^(down_blocks|mid_block|up_blocks)\.", "the U-Net of a diffusers model alone; give the folder with model_index.json"),
-    (r"^(text_model\.)?(encoder\.layers|embeddings)\.|^cond_stage_model\.", "a text encoder alone; give the whole model"),
+    (
+        r"^(text_model\.)?(encoder\.layers|embeddings)\.|^cond_stage_model\.|^conditioner\.embedders\.",
+        "a text encoder alone; give the whole model",
+    ),
 )
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionImg2ImgPipeline")

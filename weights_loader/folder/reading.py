@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from minidiff.config import ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from minidiff.blocks import SIZE_WAVES
+from minidiff.config import SIZE_NUMBERS, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.schedule import SPACINGS
 from weights_loader.families import Family, family_of_config, family_of_pipeline
 from weights_loader.folder.settings import read_json, read_settings
@@ -35,13 +36,21 @@ def folder_config(folder: Path) -> tuple[ModelConfig, bool]:
     guidance_scale and the cleaning of text have no place in such a folder: they are the family's.
     Raises FileNotFoundError for a file that is not there, ValueError for a pipeline or a setting that is not supported.
     """
-    only = folder_family(folder).settings
-    text_encoder, end = _text_config(folder / "text_encoder" / "config.json", only["text_encoder"])
+    family = folder_family(folder)
+    only, known = family.settings, family.config
+    text_encoder, end = _text_config(folder / "text_encoder" / "config.json", only["text_encoder"], known.text_encoder)
     unet, latent_size = _unet_config(folder / "unet" / "config.json", only["unet"])
     vae = vae_config(folder / "vae" / "config.json", only["vae"])
     schedule, says_prediction = _schedule_config(folder / "scheduler" / "scheduler_config.json", only["scheduler"])
     tokenizer = tokenizer_config(folder / "tokenizer", text_encoder, end)
-    config = ModelConfig(tokenizer, text_encoder, unet, vae, schedule, image_size=latent_size * vae.factor)
+    config = ModelConfig(
+        tokenizer, text_encoder, unet, vae, schedule, image_size=latent_size * vae.factor, guidance_scale=known.guidance_scale
+    )
+    if known.text_encoder_2 is not None:
+        text_encoder_2, end = _text_config(folder / "text_encoder_2" / "config.json", only["text_encoder_2"], known.text_encoder_2)
+        tokenizer_2 = tokenizer_config(folder / "tokenizer_2", text_encoder_2, end)
+        tokenizer_2 = replace(tokenizer_2, cleaning=known.tokenizer_2.cleaning)
+        config = replace(config, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2)
     cleaning = family_of_config(config).config.tokenizer.cleaning
     return replace(config, tokenizer=replace(tokenizer, cleaning=cleaning)), says_prediction
 
@@ -69,6 +78,11 @@ def _unet_config(path: Path, only: Settings) -> tuple[UNetConfig, int]:
     heads = values["num_attention_heads"] or values["attention_head_dim"]
     size = values["sample_size"] or 64
     size = size if isinstance(size, int) else size[0]
+    depths = values["transformer_layers_per_block"]
+    depths = depths if isinstance(depths, list) else [depths] * len(down)
+    if len(depths) != len(down):
+        raise ValueError(f"{path}: transformer_layers_per_block {depths}; expected a number of blocks for each of {len(down)} levels")
+    told = values["projection_class_embeddings_input_dim"]  # pooled vector and size numbers
     if widths == UNetConfig().widths:
         size = max(size, 64)  # diffusers before 0.9 wrote 32 for models of 64 cells
     return UNetConfig(
@@ -76,10 +90,11 @@ def _unet_config(path: Path, only: Settings) -> tuple[UNetConfig, int]:
         out_channels=values["out_channels"],
         widths=widths,
         blocks_per_level=values["layers_per_block"],
-        attention=tuple(int(name == "CrossAttnDownBlock2D") for name in down),
+        attention=tuple(depth * (name == "CrossAttnDownBlock2D") for name, depth in zip(down, depths)),
         heads=(heads,) * len(widths) if isinstance(heads, int) else tuple(heads),
         context_width=values["cross_attention_dim"],
         linear_projection=values["use_linear_projection"],
+        pooled_width=None if told is None else told - SIZE_NUMBERS * SIZE_WAVES,
         groups=values["norm_num_groups"],
     ), size
 
@@ -96,8 +111,11 @@ def vae_config(path: Path, only: Settings) -> VAEConfig:
     )
 
 
-def _text_config(path: Path, only: Settings) -> tuple[TextEncoderConfig, int | None]:
-    """Return the text encoder's config, and the id of the end token if the file states it."""
+def _text_config(path: Path, only: Settings, known: TextEncoderConfig) -> tuple[TextEncoderConfig, int | None]:
+    """Return a text encoder's config, and the id of the end token if the file states it.
+
+    What is taken of the encoder is no setting: the family's `known` one says it.
+    """
     values = read_settings(path, "text_encoder", only)
     activation, width, between = values["hidden_act"], values["hidden_size"], values["intermediate_size"]
     if activation not in ("quick_gelu", "gelu") or between != 4 * width:
@@ -109,6 +127,8 @@ def _text_config(path: Path, only: Settings) -> tuple[TextEncoderConfig, int | N
         layers=values["num_hidden_layers"],
         heads=values["num_attention_heads"],
         activation=activation,
+        penultimate=known.penultimate,
+        projection=values["projection_dim"] if known.projection else None,
     ), values["eos_token_id"]
 
 

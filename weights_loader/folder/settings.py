@@ -62,6 +62,8 @@ READ: Mapping[str, Mapping[str, tuple[Kind, object]]] = {
         "attention_head_dim": (WHOLE_OR_MORE, 8),
         "num_attention_heads": (MAYBE_WHOLE, None),
         "use_linear_projection": (FLAG, False),
+        "transformer_layers_per_block": (WHOLE_OR_MORE, 1),
+        "projection_class_embeddings_input_dim": (Kind("a whole number, or null", lambda value: value is None or _is_whole(value)), None),
     },
     "vae": {
         "block_out_channels": (WHOLES, NEEDED),
@@ -78,6 +80,7 @@ READ: Mapping[str, Mapping[str, tuple[Kind, object]]] = {
         "num_attention_heads": (WHOLE, NEEDED),
         "max_position_embeddings": (WHOLE, 77),
         "hidden_act": (TEXT, "quick_gelu"),
+        "projection_dim": (WHOLE, 512),
         "eos_token_id": (Kind("a whole number", lambda value: value is None or type(value) is int), None),
     },
     "scheduler": {
@@ -117,7 +120,7 @@ HARMLESS: Mapping[str, re.Pattern[str]] = {
     "vae": re.compile("sample_size|force_upcast"),
     # What transformers writes into every config, and how a model was initialised and trained.
     "text_encoder": re.compile(
-        "architectures|attention_dropout|dropout|initializer_(factor|range)|projection_dim|(bos|pad)_token_id|(torch_)?dtype"
+        "architectures|attention_dropout|dropout|initializer_(factor|range)|(bos|pad)_token_id|(torch_)?dtype"
         "|transformers_version|return_dict|id2label|label2id|max_length|min_length|num_beams|num_return_sequences|temperature|top_[kp]"
         "|typical_p|repetition_penalty|length_penalty|num_beam_groups|use_bfloat16|use_cache|tie_word_embeddings"
     ),

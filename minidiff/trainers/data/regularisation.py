@@ -67,7 +67,7 @@ def class_pictures(
 
     Raises ValueError for a folder that holds another prompt's pictures or another model's, as soon as it is iterated.
     """
-    parts = {name: fingerprint(module) for name, module in (("text_encoder", sd.text_encoder), ("unet", sd.unet), ("vae", sd.vae))}
+    parts = {name: fingerprint(module) for name, module in sd.parts.items()}
     choices = {"prompt": prompt, "seed": seed, "steps": steps, "sampler": sampler, "guidance_scale": guidance_scale, "size": size}
     claim(folder, count, choices | parts)
     given = len([path for path in list_pictures(folder) if not path.name.startswith("class-")])

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from minidiff.adapters.layers import choose
+from minidiff.adapters.layers import PARTS, choose
 from minidiff.adapters.lora import PATTERNS, LoRA, create_lora
 from minidiff.pipeline import StableDiffusion
 from minidiff.trainers.data.augment import SizeAugmentation
@@ -46,7 +46,7 @@ def make_lora(sd: StableDiffusion, options: LowRankOptions, seed: int) -> tuple[
 
 def base_weights(sd: StableDiffusion, patterns: tuple[str, ...], text_scale: float) -> tuple[dict[str, nn.Module], list[Group]]:
     """Return the model's parts with their parameters of these names. Raises ValueError if none has them, or one is not float32."""
-    parts: dict[str, nn.Module] = {"unet": sd.unet, "text_encoder": sd.text_encoder}
+    parts = {part: sd.parts[part] for part in PARTS if part in sd.parts}
     names = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
     params = {name: names[name] for name in choose(list(names), patterns)}
     for name, p in params.items():
@@ -54,15 +54,15 @@ def base_weights(sd: StableDiffusion, patterns: tuple[str, ...], text_scale: flo
             raise ValueError(
                 f"{name} is {p.dtype}, in which small steps are rounded away; load the model in float32 to train its own weights"
             )
-    return {part: module for part, module in parts.items() if any(name.startswith(part) for name in params)}, param_groups(
+    return {part: module for part, module in parts.items() if any(name.startswith(f"{part}.") for name in params)}, param_groups(
         params, text_scale
     )
 
 
 def param_groups(params: Mapping[str, nn.Parameter], text_scale: float) -> list[Group]:
-    """Split parameters into two groups, the U-Net's and the text encoder's, as far as there are such."""
-    text = tuple(p for name, p in params.items() if name.startswith("text_encoder."))
-    unet = tuple(p for name, p in params.items() if not name.startswith("text_encoder."))
+    """Split parameters into two groups, the U-Net's and the text encoders', as far as there are such."""
+    text = tuple(p for name, p in params.items() if name.startswith("text_encoder"))
+    unet = tuple(p for name, p in params.items() if not name.startswith("text_encoder"))
     return [group for group in (Group(unet), Group(text, text_scale)) if group.params]
 
 

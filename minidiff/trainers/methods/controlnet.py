@@ -111,6 +111,8 @@ def build(
     from minidiff.trainers.methods.finetune_task import TrainingRun
 
     sd.check_channels()
+    if sd.config.unet.pooled_width is not None:
+        raise ValueError("a ControlNet of Stable Diffusion XL is not supported; choose a 1.x or 2.x")
     source = make_source(sd, concepts, options, cache or Cache())
     generator = torch.Generator().manual_seed(options.settings.seed)
     net = (create_controlnet(sd.config, sd.unet, generator) if start_from is None else start_from).float()

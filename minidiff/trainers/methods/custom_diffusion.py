@@ -55,6 +55,7 @@ STABLE_DIFFUSION = CustomDiffusionOptions(settings=Settings(steps=250, batch=8, 
 PRESETS: dict[Family, CustomDiffusionOptions] = {
     "sd1": STABLE_DIFFUSION,
     "sd2": STABLE_DIFFUSION,
+    "sdxl": STABLE_DIFFUSION,  # nobody has published numbers for it
     # Tried on five held-out subjects in five pictures each, with 200 steps (minidiff evaluate study). It shows its pictures in one size:
     # subjects of 64 pixels lose what they are known by when they shrink.
     "bundled": CustomDiffusionOptions(

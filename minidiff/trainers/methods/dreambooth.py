@@ -53,6 +53,7 @@ BUNDLED_PRIOR = Prior(kind="generated", count=48, steps=20)
 PRESETS: dict[Family, DreamBoothOptions] = {
     "sd1": STABLE_DIFFUSION,
     "sd2": STABLE_DIFFUSION,
+    "sdxl": STABLE_DIFFUSION,  # diffusers trains a LoRA only: take --low-rank unless memory is plenty
     "bundled": DreamBoothOptions(settings=Settings(steps=300, batch=4, learning_rate=5e-4), prior=BUNDLED_PRIOR),
 }
 
@@ -61,6 +62,8 @@ STABLE_DIFFUSION_LORA = DreamBoothOptions(settings=Settings(steps=500, batch=1, 
 LOW_RANK_PRESETS: dict[Family, DreamBoothOptions] = {
     "sd1": STABLE_DIFFUSION_LORA,
     "sd2": STABLE_DIFFUSION_LORA,
+    # diffusers' train_dreambooth_lora_sdxl: batches of 1, gathered four times
+    "sdxl": DreamBoothOptions(settings=Settings(steps=500, batch=4, learning_rate=1e-4), low_rank=LowRankOptions()),
     "bundled": DreamBoothOptions(
         settings=Settings(steps=300, batch=4, learning_rate=2e-3),
         low_rank=LowRankOptions(rank=8, layers=("conv",)),
@@ -86,7 +89,7 @@ def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: DreamBoot
     for concept in concepts:
         check_token(sd, concept)
     if options.low_rank is None:
-        patterns = (r"^unet\.", r"^text_encoder\.") if options.text_encoder else (r"^unet\.",)
+        patterns = (r"^unet\.", r"^text_encoder(_2)?\.") if options.text_encoder else (r"^unet\.",)
         modules, groups = base_weights(sd, patterns, options.text_scale)
         lora = None
     else:

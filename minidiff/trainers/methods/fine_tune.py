@@ -32,6 +32,7 @@ STABLE_DIFFUSION = FineTuneOptions(settings=Settings(steps=2000, batch=4, learni
 PRESETS: dict[Family, FineTuneOptions] = {
     "sd1": STABLE_DIFFUSION,
     "sd2": STABLE_DIFFUSION,
+    "sdxl": STABLE_DIFFUSION,
     "bundled": FineTuneOptions(settings=Settings(steps=200, batch=4, learning_rate=5e-4)),  # not among the methods of the study
 }
 

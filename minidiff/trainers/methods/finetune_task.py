@@ -27,11 +27,12 @@ from minidiff.adapters.base import Adapter
 from minidiff.adapters.custom_diffusion import CustomDiffusion
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.tokens import NewTokens
+from minidiff.conditioning import Conditioning
 from minidiff.controlnet import Control
 from minidiff.files import digest, fingerprint
 from minidiff.pictures import grid
 from minidiff.pipeline import StableDiffusion
-from minidiff.trainers.data.cache import Batch, Cache, Pictures, cached_contexts
+from minidiff.trainers.data.cache import Batch, Cache, Pictures, cached_texts
 from minidiff.trainers.engine.diffusion_loss import diffusion_loss, sample_noise
 from minidiff.trainers.engine.loop import Task, Training, TrainStep, rng_for
 from minidiff.trainers.engine.optimizer import adamw
@@ -106,7 +107,7 @@ class FinetuneTask:
         self.settings, self.data, self.prior_weight = options.settings, options.data, options.prior.weight
         self.has_prior = any(subject.prior is not None for subject in subjects)
         self.cache = cache or Cache()
-        self.contexts: dict[str, Tensor] | None = None  # by caption; None: the text encoder runs in every step
+        self.contexts: dict[str, Conditioning] | None = None  # by caption; None: the text encoders run in every step
         self.about: dict[str, object] = {"phase": name, "prior weight": self.prior_weight, "data": self._digest()}
         self.about |= {"model": fingerprint(sd.unet.conv_in)} | asdict(self.data)
 
@@ -121,7 +122,7 @@ class FinetuneTask:
     def __enter__(self) -> "FinetuneTask":
         for _ in self.prepare():
             pass
-        for module in (self.sd.unet, self.sd.text_encoder, *self.adapters):
+        for module in (self.sd.unet, *self.sd.text.encoders.values(), *self.adapters):
             module.requires_grad_(False)
         try:
             for adapter in self.adapters:
@@ -147,10 +148,12 @@ class FinetuneTask:
     def _precompute_contexts(self) -> None:
         captions = sorted({caption for subject in self.subjects for caption in possible_captions(subject)} | {""})
         rows = self.sd.tokenizer(captions)  # warns of what is cut off, before the first step
-        parts = list(self.sd.text_encoder.modules())
-        moving = any(p.requires_grad for p in self.sd.text_encoder.parameters()) or any(part._forward_hooks for part in parts)
+        encoders = self.sd.text.encoders.values()
+        parts = [part for encoder in encoders for part in encoder.modules()]
+        moving = any(p.requires_grad for encoder in encoders for p in encoder.parameters()) or any(part._forward_hooks for part in parts)
         if not moving and rows.max() < self.sd.text_encoder.config.vocab_size:
-            self.contexts = dict(zip(captions, cached_contexts(self.sd, self.cache, captions)))
+            kept = cached_texts(self.sd, self.cache, captions)
+            self.contexts = {caption: kept[i : i + 1] for i, caption in enumerate(captions)}
 
     def _all_pictures(self) -> list[Pictures]:
         return [pictures for subject in self.subjects for pictures in (subject.pictures, subject.prior) if pictures is not None]
@@ -166,7 +169,7 @@ class FinetuneTask:
     @property
     def networks(self) -> tuple[nn.Module, ...]:
         """Return the modules that the loss runs through."""
-        return (self.sd.unet,) if self.contexts is not None else (self.sd.unet, self.sd.text_encoder)
+        return (self.sd.unet,) if self.contexts is not None else (self.sd.unet, *self.sd.text.encoders.values())
 
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
         """Return AdamW over the groups."""
@@ -177,12 +180,14 @@ class FinetuneTask:
         sd, B = self.sd, len(sample_ids)
         batch, rngs = self._draw([rng_for(self.settings.seed, step, sample) for sample in sample_ids])
         noise = sample_noise(rngs, batch.latents.shape[1:], sd.config.schedule.timesteps, sd.device, self.data.offset_noise)
-        context = self._context(batch.captions).to(sd.dtype)
+        told = self._encode(batch.captions).to(sd.device, sd.dtype)
+        if told.pooled is not None:  # such a U-Net is told the size of each picture too
+            told = replace(told, size=batch.sizes.to(sd.device))
         losses = diffusion_loss(
             lambda x_t, t, context: sd.unet(x_t.to(sd.dtype), t, context),
             sd.schedule,
             batch.latents,
-            context,
+            told,
             noise,
             mask=batch.mask,
             min_snr=self.data.min_snr,
@@ -214,10 +219,11 @@ class FinetuneTask:
         dropped = [rng.random() < self.data.caption_dropout for rng in rngs]
         return replace(batch, captions=tuple("" if drop else caption for drop, caption in zip(dropped, captions)))
 
-    def _context(self, captions: Sequence[str]) -> Float[Tensor, "B L D"]:
+    def _encode(self, captions: Sequence[str]) -> Conditioning:
         if self.contexts is not None:
-            return torch.stack([self.contexts[caption] for caption in captions])
-        return self.sd.text_encoder(self.sd.tokenizer(list(captions)).to(self.sd.device))
+            rows = [self.contexts[caption] for caption in captions]
+            return rows[0].with_tensors([torch.cat(kind) for kind in zip(*(row.tensors() for row in rows))])
+        return self.sd.text(captions, (self.sd.config.image_size, self.sd.config.image_size))
 
     # --- to look at ---------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,8 @@ STABLE_DIFFUSION = LoRAOptions(settings=Settings(steps=1500, batch=4, learning_r
 PRESETS: dict[Family, LoRAOptions] = {
     "sd1": STABLE_DIFFUSION,
     "sd2": STABLE_DIFFUSION,
+    # diffusers' train_text_to_image_lora_sdxl: constant, batches of 1
+    "sdxl": LoRAOptions(settings=Settings(steps=1500, batch=1, learning_rate=1e-4)),
     # tried on five held-out subjects in five pictures each, with 200 steps (minidiff evaluate study)
     "bundled": LoRAOptions(
         settings=Settings(steps=300, batch=4, learning_rate=2e-3), low_rank=LowRankOptions(rank=8, layers=("transformer",))

@@ -18,14 +18,14 @@ from typing import Annotated, ClassVar, Literal
 from minidiff.config import ModelConfig, check_choice
 from minidiff.trainers.engine.settings import Settings
 
-Family = Literal["sd1", "sd2", "bundled"]
+Family = Literal["sd1", "sd2", "sdxl", "bundled"]
 TemplateSet = Literal["photo", "scenes"]
 YesNo = Annotated[bool, "a flag with yes or no, for presets may have either"]
 
 
 def family_of(config: ModelConfig) -> Family:
     """Return the family whose presets fit a model, by the width of its context."""
-    families: dict[int, Family] = {768: "sd1", 1024: "sd2"}
+    families: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
     return families.get(config.unet.context_width, "bundled")
 
 

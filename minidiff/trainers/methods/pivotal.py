@@ -55,6 +55,7 @@ STABLE_DIFFUSION = PivotalOptions(
 PRESETS: dict[Family, PivotalOptions] = {
     "sd1": STABLE_DIFFUSION,
     "sd2": STABLE_DIFFUSION,
+    "sdxl": STABLE_DIFFUSION,  # the same program, which had no other numbers for it
     # tried on five held-out subjects in five pictures each, with 200 steps (minidiff evaluate study)
     "bundled": PivotalOptions(
         tokens=TextualInversionOptions(settings=Settings(steps=150, batch=4, learning_rate=2e-2), template_set="scenes", vectors=2),

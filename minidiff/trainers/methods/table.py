@@ -18,7 +18,7 @@ METHODS: dict[str, Method[Any]] = {
 
 
 def preset(method: str, family: str) -> Any:
-    """Return the options of a method (their class depends on it) that fit a family of models: "sd1", "sd2" or "bundled".
+    """Return the options of a method (their class depends on it) that fit a family of models: "sd1", "sd2", "sdxl" or "bundled".
 
     "dreambooth-lora" is DreamBooth's with a LoRA. Raises ValueError for an unknown method or family.
     """

@@ -185,5 +185,9 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             build(sd, concepts, options)
+    xl = small_model(training_config())
+    xl.config = replace(xl.config, unet=replace(xl.config.unet, pooled_width=16))
+    with pytest.raises(ValueError, match="a ControlNet of Stable Diffusion XL is not supported"):
+        build(xl, [], OPTIONS)
     with pytest.raises(ValueError, match="this U-Net has 9 input channels"):
         build(small_model(small_config(in_channels=9)), [], OPTIONS)

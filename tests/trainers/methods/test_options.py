@@ -49,8 +49,8 @@ def test_the_published_rates_are_kept():
 def test_unknown_methods_and_families_are_named():
     with pytest.raises(ValueError, match="method 'lorra' unknown; choose lora, dreambooth"):
         preset("lorra", "sd1")
-    with pytest.raises(ValueError, match="family 'sdxl' unknown; choose sd1, sd2, bundled"):
-        preset("lora", "sdxl")
+    with pytest.raises(ValueError, match="family 'sd3' unknown; choose sd1, sd2, sdxl, bundled"):
+        preset("lora", "sd3")
 
 
 def test_a_learning_rate_of_nothing_is_refused():

@@ -94,14 +94,19 @@ def test_a_word_can_be_given_another_name(sd, tmp_path):
 
 def test_another_width_names_both_and_the_likely_model(sd, tmp_path):
     write_safetensors(tmp_path / "x.safetensors", {"<cat>": vectors(1, 1024)})
-    with pytest.raises(ValueError, match=r"x.safetensors: .*'<cat>' are 1024 wide, made for Stable Diffusion 2.x; .* encoder's are 16"):
+    with pytest.raises(
+        ValueError,
+        match=r"x.safetensors: .*'<cat>' are 1024 wide, made for Stable Diffusion 2.x; those of this one, a Stable Diffusion of its own size, are 16",
+    ):
         read_embedding(tmp_path / "x.safetensors", sd)
 
 
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({"clip_l": vectors(1, 768), "clip_g": vectors(1, 1280)}, "an embedding for Stable Diffusion XL"),
+        ({"clip_l": vectors(1, 768), "clip_g": vectors(1, 1280)}, ".* are 2048 wide, made for Stable Diffusion XL"),
+        ({"clip_g": vectors(1, 1280)}, "an embedding for Stable Diffusion XL has clip_l and clip_g; this one has clip_g"),
+        ({"clip_l": vectors(1, 768), "clip_g": vectors(2, 1280)}, "1 vectors in clip_l and 2 in clip_g"),
         ({"emb_params": vectors(), "bias": vectors()}, "beside emb_params it holds bias; expected one word alone"),
         ({"<cat>": torch.zeros(2, 16, 1)}, r"'<cat>' is torch.float32 of shape \(2, 16, 1\); expected vectors"),
         ({"<cat>": torch.zeros(2, 16, dtype=torch.int64)}, r"'<cat>' is torch.int64 of shape \(2, 16\); expected vectors"),

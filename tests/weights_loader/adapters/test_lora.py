@@ -286,8 +286,6 @@ def test_alpha_patterns_mean_what_they_mean_to_peft(patterns, sd, tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "a LoRA for Stable Diffusion XL"),
-        ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn1_to_q.lora_down.weight", "a LoRA for Stable Diffusion XL"),
         ("lora_unet_double_blocks_0_img_attn_proj.lora_down.weight", "diffusion transformer"),
         ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "diffusion transformer"),
         ("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", "a LoHa or LoKr"),
@@ -329,7 +327,9 @@ def test_a_lora_for_another_model_names_layers_widths_and_the_likely_cause(tmp_p
     assert "1 of its 9 layers are not there, 7 have other widths" in text
     assert f"no layer {extra} (nearest: lora_unet_down_blocks_2_resnets_0_conv1)" in text
     assert "attn2_to_k: down (4, 768) and up (16, 4); this layer needs (4, 16) and (16, 4)" in text and "and 3 more" in text
-    assert "made for Stable Diffusion 1.x (context of width 768; this model's is 16)" in text
+    assert (
+        "made for Stable Diffusion 1.x (context of width 768), and this model is a Stable Diffusion of its own size (of width 16)" in text
+    )
 
 
 def broken(change):

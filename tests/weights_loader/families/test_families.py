@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import weights_loader
-from minidiff.config import SD1, SD2, UNetConfig
+from minidiff.config import SD1, SD2, SDXL, UNetConfig
 from tests.checkpoints import assert_same_model, family_configs, ldm_shapes, ldm_tensors, plug_in, public_keys
 from tests.small_models import small_config, small_model
 from weights_loader.detect import describe, foreign
@@ -17,7 +17,9 @@ from weights_loader.name_table import PartNames
 from weights_loader.write import write_safetensors
 
 
-@pytest.mark.parametrize("version, config, name", [(1, SD1, "Stable Diffusion 1.x"), (2, SD2, "Stable Diffusion 2.x")])
+@pytest.mark.parametrize(
+    "version, config, name", [(1, SD1, "Stable Diffusion 1.x"), (2, SD2, "Stable Diffusion 2.x"), ("xl", SDXL, "Stable Diffusion XL")]
+)
 def test_the_public_models_are_recognised_by_their_shapes(version, config, name):
     keys = public_keys(version)
     assert foreign(list(keys)) is None
