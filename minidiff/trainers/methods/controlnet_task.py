@@ -67,7 +67,7 @@ class ControlNetTask:
     def __enter__(self) -> "ControlNetTask":
         for _ in self.prepare():
             pass
-        for module in (self.sd.unet, *self.sd.text.parts.values(), self.net):
+        for module in (self.sd.unet, *self.sd.text.encoders.values(), self.net):
             module.requires_grad_(False)
         for group in self.groups:
             for p in group.params:
