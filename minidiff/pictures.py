@@ -7,7 +7,7 @@ bytes (B, H, W, 3)  -> to_pixels -------------> pixels (B, 3, H, W) in [-1, 1]  
 import math
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,12 +94,22 @@ def check_picture(path: Path, size: int) -> None:
 
 
 def load_picture(path: Path) -> Image.Image:
-    """Open a picture in RGB, rotated by its EXIF data, on white where it is transparent. Raises ValueError if it cannot be read."""
+    """Open a picture in RGB, rotated by its EXIF data, on white where it is transparent. Raises like `open_picture`."""
+    return open_picture(path, to_rgb)
+
+
+def open_picture(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Open a picture, rotate it by its EXIF data and convert it.
+
+    Raises FileNotFoundError if there is none, ValueError if it cannot be read.
+    """
     try:
         with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+            return convert(ImageOps.exif_transpose(image))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such picture; the path is looked up from the folder you are in") from error
     except UNREADABLE as error:
-        raise ValueError(f"{path}: not a picture that can be read ({error}); save it anew, or take it out of the folder") from error
+        raise ValueError(f"{path}: not a picture that can be read ({error}); save it anew, or leave it out") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

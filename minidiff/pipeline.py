@@ -28,6 +28,7 @@ from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
+Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # model(x_t, t, conditioning) -> prediction
 GRAPH_DEVICES = ("cuda",)  # where the U-Net runs by a captured graph; see cuda_graph.py
 
 
@@ -115,7 +116,7 @@ class StableDiffusion:
         eta: float = 0.0,
         start: int = 0,
         x: Float[Tensor, "B C h w"] | None = None,
-        model: Callable[[Tensor, Tensor, Conditioning], Tensor] | None = None,
+        model: Model | None = None,
         text: TextSide | None = None,
     ) -> Generator[Step, Tensor | None, None]:
         """Denoise from noise to latents; yield one Step per step. The last one's x_t is to be decoded.

@@ -34,7 +34,7 @@ ORDER = (
     ("kernels",),
     (*CORE, "tiled_decode", "cuda_graph"),
     ("attention_maps", "compare", "controlnet", "hints", "offload"),
-    ("adapters",),
+    ("adapters", "editing"),
     ("scenes",),
     ("trainers",),
     ("evaluation",),

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import minidiff
@@ -39,11 +40,14 @@ from minidiff import (
 from minidiff.adapters import custom_diffusion, extraction, layer_change, low_rank, merge_concepts, parallel
 from minidiff.bench import attention_cases
 from minidiff.bench import race as bench_race
-from minidiff.bundled import evaluate, tasks
+from minidiff.bundled import edits, evaluate, tasks
 from minidiff.bundled import judge as judge_network
 from minidiff.bundled import train_judge as judge_trainer
 from minidiff.bundled.train_judge import JudgeTask, judge_config
+from minidiff.cli import edit as cli_edit
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from minidiff.editing import canvas, image_to_image, inpaint, inversion, masks
+from minidiff.editing import start as edit_start
 from minidiff.evaluation import alignment, kid, pairs, weights
 from minidiff.evaluation.open_clip import OpenClip
 from minidiff.kernels import cross_attention, dispatch, geglu, group_norm_silu, self_attention, tiles
@@ -67,7 +71,7 @@ PACKAGE = Path(minidiff.__file__).parent
 def takes_tensors(function: ast.FunctionDef) -> bool:
     arguments = function.args
     annotations = [a.annotation for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs] if a.annotation]
-    return any(kind in ast.unparse(annotation) for annotation in annotations for kind in ("Tensor", "ndarray"))
+    return any(kind in ast.unparse(annotation) for annotation in annotations for kind in ("Tensor", "ndarray", "Mask"))
 
 
 def holds_tensors(cls: ast.ClassDef) -> bool:
@@ -120,6 +124,8 @@ def examples() -> list[partial]:
     )
     with torch.no_grad():
         reading = judge.read(pixels)
+    picture, hole = torch.rand(1, 3, 32, 32), F.pad(torch.ones(1, 1, 16, 16), (8, 8, 8, 8))
+    few, x_0, cells_of_hole = edit_start.Sampling(2), torch.randn(1, 4, 8, 8), masks.to_cells(hole, 4)
     verdict = evaluate.Verdict(True, True, None, None, None, 0.5)
     public_clip = OpenClip.__new__(OpenClip)  # around any network
     public_clip.model, public_clip.image_size, public_clip.device = (
@@ -235,6 +241,42 @@ def examples() -> list[partial]:
         partial(alignment.image_alignment, features, features + 1),
         partial(pairs.dependence, np.array([[1.0, -1.0, 0.0]])),
         partial(alignment.check_size, pixels, 64, "judge"),
+        partial(few.denoise, sd, ["a cat"], [0], x_0),
+        partial(edit_start.encode, sd, picture),
+        partial(edit_start.encode_rows, sd, picture, 2),
+        partial(edit_start.first_noise, [0], x_0),
+        partial(edit_start.add_noise, x_0, now, x_0 + 1),
+        partial(image_to_image.image_to_image, sd, "a cat", picture, sampling=few),
+        partial(image_to_image.unchanged, x_0, 2),
+        partial(inpaint.inpaint, sd, "a cat", picture, hole, sampling=few),
+        partial(inpaint.size_of, picture),
+        partial(inpaint.same_noise, x_0, x_0 + 1, few.levels(sd.schedule)),
+        partial(inpaint.keep_known, few.denoise(sd, ["a cat"], [0], x_0), lambda i: x_0, cells_of_hole),
+        partial(inpaint.with_hole, sd, picture, hole),
+        partial(inversion.invert, sd, ["a cat"], x_0, steps=2),
+        partial(canvas.resize, picture, 20, 10),
+        partial(canvas.fit, picture, 20, 10, "pad"),
+        partial(canvas.pad_to_cells, picture, 5),
+        partial(canvas.outpaint, picture, {"left": 4}, hole),
+        partial(canvas.Crop(2, 3, 8, 6).cut, picture),
+        partial(canvas.Crop(2, 3, 8, 6).put_back, torch.rand(1, 3, 12, 16), picture),
+        partial(canvas.crop_around, hole, 64, 64),
+        partial(canvas.make_canvas, picture, hole, 4, (64, 64)),
+        partial(canvas.make_canvas(picture, hole, 4).finish, picture + 1),
+        partial(masks.check_mask, hole),
+        partial(masks.mask_box, hole),
+        partial(masks.to_cells, hole, 4),
+        partial(masks.cover_cells, hole, 4),
+        partial(masks.grow_small_mask, hole, 4),
+        partial(masks.feather, hole, 3),
+        partial(masks.paste, picture, picture + 1, hole),
+        partial(cli_edit.prepare_edit, cli_edit.EditFlags(), (picture, hole), sd, None),
+        partial(cli_edit.Edit(picture, None, 0.5).denoise, sd, ["a cat"], [0], few),
+        partial(cli_edit.Edit(picture, canvas.make_canvas(picture, hole, 4), 0.5).finish, picture + 1),
+        partial(edits.known_latents, "fresh", x_0, [0], few.levels(sd.schedule)),
+        partial(edits.found, judge, pixels, "cat"),
+        partial(edits.mean_change, picture, picture + 1, hole),
+        partial(edits.rim_of, hole, 2),
         partial(alignment.drift, features, features + 1),
         partial(judge_network.contrastive_loss, features, features + 1, torch.tensor(1.0)),
         partial(judge_network.AttentionPool(8, 4, 2).forward, x),

@@ -219,6 +219,52 @@ def bundled(
         print(format_figures(figures))
 
 
+def edits(
+    model: tyro.conf.Positional[str] = "tiny",
+    /,
+    part: Literal["all", "blends", "edits", "inversion"] = "all",
+    count: int = 40,
+    blends: int = 24,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    steps: int = 20,
+    readme: File = None,
+    device: str = "auto",
+    threads: Whole = None,
+) -> None:
+    """Measure how a model of the bundled scenes edits: image to image and inpainting, ways to blend, inversion.
+
+    Args:
+        model: the bundled one, or another that was trained on the scenes
+        part: one table, or all three
+        count: scenes to edit, each on every seed
+        blends: scenes to try the ways to blend on, each on the first seed
+        seeds: of the noise
+        steps: of the sampler
+        readme: a Markdown file whose tables are made anew, between marks as <!-- edits --> and <!-- end of edits -->
+        device: auto, cpu, cuda, cuda:1, mps
+        threads: CPU threads to use; all cores by default
+    """
+    import torch
+
+    import weights_loader
+    from minidiff.bundled.edits import measure, renew_tables
+    from minidiff.cli.model import training_on
+    from minidiff.files import write_text
+
+    parts = ("blends", "edits", "inversion") if part == "all" else (part,)
+    text = None if readme is None else readme.read_text(encoding="utf-8")
+    if text is not None:
+        renew_tables(text, dict.fromkeys(parts, ""))  # only to learn whether it has the marks
+    with training_on(device, threads) as chosen, torch.no_grad():
+        sd, judge = load(model, "float32", chosen), weights_loader.load_judge(device=chosen)
+        for name in parts:
+            table = measure(name, sd, judge, count=blends if name == "blends" else count, seeds=seeds, steps=steps)
+            print(f"{table}\n", flush=True)
+            text = None if text is None else renew_tables(text, {name: table})
+    if readme is not None and text is not None:
+        write_text(readme, text)
+
+
 def study(
     out: tyro.conf.Positional[Path],
     /,
@@ -275,6 +321,7 @@ COMMANDS = {
     "pairs": pairs,
     "tally": tally,
     "bundled": bundled,
+    "edits": edits,
     "study": study,
     "report": report,
 }

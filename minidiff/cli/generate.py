@@ -2,17 +2,23 @@
 
 import sys
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from minidiff.cli.control import parse_controls, steer
+from minidiff.cli.edit import EditFlags, check_model, prepare_edit, read_edit
 from minidiff.cli.flags import Attentions, DTypes, Several, Text
 from minidiff.cli.model import free_name, load, named, print_notes, slug, unused_words, weighted
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from PIL import Image
+
+    from minidiff.pipeline import StableDiffusion
 
 
 def generate(
@@ -48,11 +54,12 @@ def generate(
     controlnet: Several = (),
     guess_mode: bool = False,
     out: Path | None = None,
+    edit: EditFlags = EditFlags(),
 ) -> None:
-    """Make pictures from words.
+    """Make pictures from words, or from a picture and words.
 
     Args:
-        prompts: what a picture shows, in quotes; one picture for each
+        prompts: what a picture shows, in quotes; one picture for each. (small:1.3) makes a word count more, (small:0.7) less
         model: "tiny" (ships with minidiff), a .safetensors or .ckpt file, or a diffusers folder
         negative_prompt: what it should not show
         prompt_2: another prompt for SDXL's second text encoder
@@ -63,7 +70,7 @@ def generate(
         guidance_scale: how strongly the picture follows the prompt; 1 is the prompt alone, without guidance; the model's own by default
         seed: where the noise comes from; the same seed gives the same picture
         batch: how many pictures of a prompt, on consecutive seeds
-        size: in pixels, as 512 or 768x512; the model's own by default
+        size: in pixels, as 512 or 768x512; the model's own by default (its shorter side, of a picture in another shape)
         original_size: what SDXL is told of the size of the picture before it was scaled, as 1024x1024; the picture's own by default
         crop: what it is told was cut off, left x top, as 0x128; nothing by default
         target_size: what it is told of the size of the picture itself; its own by default
@@ -86,9 +93,11 @@ def generate(
             --control and --controlnet may be given several times, in the same order
         guess_mode: let the hint decide what is seen, also without a prompt; a guidance scale of 3 to 5 suits it
         out: a .png file, named after the prompt by default; several pictures make a grid, with each picture in a file alongside
+        edit: start from a picture
     """
     from tqdm import tqdm
 
+    from minidiff.editing.start import Sampling, find_start
     from minidiff.kernels.dispatch import attention_backend
     from minidiff.pictures import check_png
     from minidiff.pipeline import to_images
@@ -105,6 +114,9 @@ def generate(
     requests = parse_controls(control, controlnet)
     if guess_mode and not requests:
         raise ValueError("--guess-mode without a ControlNet; give --control and --controlnet, or leave it out")
+    pictures = read_edit(edit)
+    if requests and pictures is not None:
+        raise ValueError("--controlnet and --image together are for Python: sd.denoise takes start, x and model; leave one of them out")
     sd = load(
         model,
         dtype,
@@ -118,35 +130,35 @@ def generate(
         embeddings=named(embedding),
         custom_diffusion=custom_diffusion,
     )
+    check_model(edit, sd)
+    negative = resolve_negative(negative_prompt, empty_negative, len(sd.text.encoders))
+    read_weights(sd, [*prompts, negative or ""])
     sizes = SizeNumbers(
         original=parse_pair("original-size", original_size),
         crop=parse_pair("crop", crop) or (0, 0),
         target=parse_pair("target-size", target_size),
     )
-    text = told(sd.text, prompt_2, sizes)
-    negative = resolve_negative(negative_prompt, empty_negative, len(sd.text.encoders))
+    sd.text = told(sd.text, prompt_2, sizes)
     print_notes(unused_words(sd.tokenizer, [*prompts, prompt_2 or "", negative or ""]))
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
+    texts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
-    width, height = sd.pixel_size(parse_size(size))
-    timesteps = [level.t for level in levels(sd.schedule, sampler, steps, spacing)[:-1]]
+    sampling, left = Sampling(steps, sampler, guidance_scale, negative, spacing, eta), steps
     with attention_backend(attention):
-        steered = steer(sd, requests, count=len(pairs), size=(width, height), timesteps=timesteps, guess_mode=guess_mode)
-        trajectory = sd.denoise(
-            [prompt for prompt, _ in pairs],
-            seeds=[seed for _, seed in pairs],
-            steps=steps,
-            sampler=sampler,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative,
-            size=(width, height),
-            spacing=spacing,
-            eta=eta,
-            text=text,
-            model=steered,
-        )
-        (last,) = deque(tqdm(trajectory, total=steps, unit="step", file=sys.stderr), maxlen=1)
-        images = to_images(sd.decode(last.x_t))
+        if pictures is None:
+            job, wanted = None, sd.pixel_size(parse_size(size))
+            timesteps = [level.t for level in levels(sd.schedule, sampler, steps, spacing)[:-1]]
+            steered = steer(sd, requests, count=len(pairs), size=wanted, timesteps=timesteps, guess_mode=guess_mode)
+            trajectory = sd.denoise(texts, seeds=seeds, size=wanted, model=steered, **asdict(sampling))
+        else:
+            job = prepare_edit(edit, pictures, sd, parse_size(size))
+            trajectory = job.denoise(sd, texts, seeds, sampling)
+            start = find_start(sd.schedule, job.strength, sampling)
+            left = steps - start.index
+            print_notes([str(start)])
+        (last,) = deque(tqdm(trajectory, total=left, unit="step", file=sys.stderr), maxlen=1)
+        pixels = sd.decode(last.x_t)
+        images = to_images(pixels if job is None else job.finish(pixels))
     settings = {
         "Steps": steps,
         "Sampler": sampler,
@@ -172,6 +184,7 @@ def generate(
         "Control": " + ".join(control) or None,
         "ControlNet": " + ".join(controlnet) or None,
         "Guess mode": guess_mode,
+        **edit.settings(),
     }
     write_pictures(out, images, prompts, pairs, negative or "", settings)
     print(out)
@@ -203,6 +216,27 @@ def write_pictures(
         for number, ((prompt, seed), image) in enumerate(zip(pairs, images)):
             name = f"{out.stem}-{seed}.png" if len(prompts) == 1 else f"{out.stem}-{number}-{slug(prompt)}-{seed}.png"
             save_png(image, out.with_name(name), picture_settings(prompt, negative_prompt, settings | {"Seed": seed, "Batch": 1}))
+
+
+def read_weights(sd: "StableDiffusion", prompts: "Sequence[str]") -> None:
+    """Let a model with one text encoder read weights and prompts of any length, and say which prompts are long.
+
+    Raises ValueError for a weight in a prompt for two text encoders.
+    """
+    from minidiff.editing.prompt_weights import WeightedText, parse_weights
+
+    parts = {prompt: parse_weights(prompt) for prompt in prompts}
+    if len(sd.text.encoders) > 1:
+        if weighted := next((prompt for prompt, own in parts.items() if any(part.weight != 1 for part in own)), None):
+            raise ValueError(f"prompt {weighted!r} has weights, which a model with two text encoders does not read; leave them out")
+        return
+    sd.text = text = WeightedText(sd.text.tokenizers, sd.text.encoders)
+    room = sd.config.tokenizer.context_length - 2
+    print_notes(
+        f"a prompt of {sum(map(len, chunks))} tokens is read in {len(chunks)} chunks; the model reads {room} at once"
+        for own in parts.values()
+        if len(chunks := text.chunks(own)) > 1
+    )
 
 
 def resolve_negative(prompt: str | None, empty: str | None, encoders: int) -> str | None:

@@ -116,6 +116,7 @@ def diffusers_unet(config: UNetConfig, dtype: torch.dtype) -> diffusers.UNet2DCo
         attention_head_dim=config.heads,  # its name notwithstanding, the number of heads
         cross_attention_dim=config.context_width,
         use_linear_projection=config.linear_projection,
+        sample_size=64,  # the image-to-image pipelines compare it with 64, and nothing else here depends on it
         norm_num_groups=config.groups,
         **({} if config.pooled_width is None else added_embedding(config)),
     )
