@@ -14,6 +14,7 @@ from weights_loader.adapters.custom_diffusion import read_custom_diffusion, writ
 from weights_loader.adapters.embedding import read_embedding, write_embedding
 from weights_loader.adapters.lora import read_lora, write_lora
 from weights_loader.adapters.summary import SmallSummary
+from weights_loader.controlnet import read_controlnet, write_controlnet
 from weights_loader.judge import load_judge, save_judge
 from weights_loader.load import load
 from weights_loader.save import convert, save, save_parts
@@ -27,12 +28,14 @@ __all__ = [
     "inspect",
     "load",
     "load_judge",
+    "read_controlnet",
     "read_custom_diffusion",
     "read_embedding",
     "read_lora",
     "save",
     "save_judge",
     "save_parts",
+    "write_controlnet",
     "write_custom_diffusion",
     "write_embedding",
     "write_lora",

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from minidiff.cli.control import parse_controls, steer
 from minidiff.cli.edit import EditFlags, check_model, prepare_edit, read_edit
 from minidiff.cli.flags import Attentions, DTypes, Several, Text
-from minidiff.cli.model import load, named, print_notes, slug, unused_words, weighted
+from minidiff.cli.model import free_name, load, named, print_notes, slug, unused_words, weighted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,6 +50,9 @@ def generate(
     lora: Several = (),
     embedding: Several = (),
     custom_diffusion: Several = (),
+    control: Several = (),
+    controlnet: Several = (),
+    guess_mode: bool = False,
     out: Path | None = None,
     edit: EditFlags = EditFlags(),
 ) -> None:
@@ -84,6 +88,10 @@ def generate(
         lora: a LoRA file, or FILE:0.7 for a part of its change
         embedding: a file of learned words, for the prompts to use; FILE:WORD gives its word another name
         custom_diffusion: a Custom Diffusion file or folder
+        control: a hint that a ControlNet follows, such as a picture of edges (see `minidiff hint`), or a folder with one for each picture
+        controlnet: a ControlNet file or folder, FILE or FILE:scale:start:end, as net.safetensors:0.8:0:0.5 for the first half of the steps;
+            --control and --controlnet may be given several times, in the same order
+        guess_mode: let the hint decide what is seen, also without a prompt; a guidance scale of 3 to 5 suits it
         out: a .png file, named after the prompt by default; several pictures make a grid, with each picture in a file alongside
         edit: start from a picture
     """
@@ -93,7 +101,7 @@ def generate(
     from minidiff.kernels.dispatch import attention_backend
     from minidiff.pictures import check_png
     from minidiff.pipeline import to_images
-    from minidiff.samplers import SAMPLERS
+    from minidiff.samplers import SAMPLERS, levels
     from minidiff.two_encoders import SizeNumbers, told
 
     if sampler == "list":
@@ -103,7 +111,12 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts and --batch {batch} make no picture; give at least one of each")
     out = out or free_name(f"{slug(prompts[0])}-{seed}")
     check_png(out)
+    requests = parse_controls(control, controlnet)
+    if guess_mode and not requests:
+        raise ValueError("--guess-mode without a ControlNet; give --control and --controlnet, or leave it out")
     pictures = read_edit(edit)
+    if requests and pictures is not None:
+        raise ValueError("--controlnet and --image together are for Python: sd.denoise takes start, x and model; leave one of them out")
     sd = load(
         model,
         dtype,
@@ -133,8 +146,10 @@ def generate(
     sampling, left = Sampling(steps, sampler, guidance_scale, negative, spacing, eta), steps
     with attention_backend(attention):
         if pictures is None:
-            job = None
-            trajectory = sd.denoise(texts, seeds=seeds, size=parse_size(size), **asdict(sampling))
+            job, wanted = None, sd.pixel_size(parse_size(size))
+            timesteps = [level.t for level in levels(sd.schedule, sampler, steps, spacing)[:-1]]
+            steered = steer(sd, requests, count=len(pairs), size=wanted, timesteps=timesteps, guess_mode=guess_mode)
+            trajectory = sd.denoise(texts, seeds=seeds, size=wanted, model=steered, **asdict(sampling))
         else:
             job = prepare_edit(edit, pictures, sd, parse_size(size))
             trajectory = job.denoise(sd, texts, seeds, sampling)
@@ -166,6 +181,9 @@ def generate(
         "LoRA": " + ".join(lora) or None,
         "Embedding": " + ".join(embedding) or None,
         "Custom Diffusion": " + ".join(custom_diffusion) or None,
+        "Control": " + ".join(control) or None,
+        "ControlNet": " + ".join(controlnet) or None,
+        "Guess mode": guess_mode,
         **edit.settings(),
     }
     write_pictures(out, images, prompts, pairs, negative or "", settings)
@@ -198,12 +216,6 @@ def write_pictures(
         for number, ((prompt, seed), image) in enumerate(zip(pairs, images)):
             name = f"{out.stem}-{seed}.png" if len(prompts) == 1 else f"{out.stem}-{number}-{slug(prompt)}-{seed}.png"
             save_png(image, out.with_name(name), picture_settings(prompt, negative_prompt, settings | {"Seed": seed, "Batch": 1}))
-
-
-def free_name(stem: str) -> Path:
-    """Return a .png of this name, numbered if there is one already: without --out nothing is overwritten."""
-    names = (Path(f"{stem}.png"), *(Path(f"{stem}-{i}.png") for i in range(2, 10_000)))
-    return next(path for path in names if not path.exists())
 
 
 def read_weights(sd: "StableDiffusion", prompts: "Sequence[str]") -> None:

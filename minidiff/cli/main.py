@@ -1,5 +1,5 @@
-"""The command line: `minidiff generate`, `inspect`, `convert`, `compare`, `train METHOD`, `merge`, `compress`, `extract`, `evaluate WHAT`,
-`bench WHAT`.
+"""The command line: `minidiff generate`, `hint KIND`, `inspect`, `convert`, `compare`, `train METHOD`, `merge`, `compress`, `extract`,
+`evaluate WHAT`, `bench WHAT`.
 
 A command is a function, whose arguments and docstring are what `--help` shows, or a training method, whose flags are made from its
 options. What a user can get wrong ends in one line and exit code 2. This room and bench/ are the only ones here that know weights_loader.
@@ -15,7 +15,7 @@ from functools import partial
 import tyro
 
 from minidiff import __version__
-from minidiff.cli import bench, evaluate, merge
+from minidiff.cli import bench, evaluate, hint, merge
 from minidiff.cli.checkpoints import compare, convert, inspect
 from minidiff.cli.flags import CONFIG, summary
 from minidiff.cli.from_scratch import ScratchFlags, from_scratch
@@ -43,6 +43,7 @@ def commands() -> dict[str, Command]:
         "extract": merge.extract,
         "merge lora": merge.merge_lora,
         "merge concepts": merge.merge_concepts,
+        **{f"hint {name}": function for name, function in hint.COMMANDS.items()},
         **{f"evaluate {name}": function for name, function in evaluate.COMMANDS.items()},
         **{f"bench {name}": function for name, function in bench.COMMANDS.items()},
     }

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from minidiff.adapters.custom_diffusion import CustomDiffusion
     from minidiff.adapters.lora import LoRA
     from minidiff.adapters.tokens import NewTokens
+    from minidiff.controlnet import Control
     from minidiff.pipeline import StableDiffusion
     from minidiff.trainers.methods.finetune_task import TrainingRun
 
@@ -30,7 +31,8 @@ def write_results(training: "TrainingRun", sd: "StableDiffusion", out: Path, nam
     """
     (out / "settings.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
     learned = [(write, getattr(training, kind)) for kind, write in WRITERS.items() if getattr(training, kind) is not None]
-    for write, result in learned or [(write_model, sd)]:
+    learned += [(write_model, sd)] if training.trains_model or not learned else []
+    for write, result in learned:
         yield from write(result, sd, out, names, settings)
 
 
@@ -82,6 +84,27 @@ def write_custom_diffusion(learned: "CustomDiffusion", sd: "StableDiffusion", ou
     yield "--custom-diffusion", path
 
 
+def write_controlnet(learned: "Control", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:
+    """Write a ControlNet, and a hint beside it, so that it can be tried at once.
+
+    Args:
+        learned: what the run has learned
+        sd, out, names, settings: as in `write_results`
+    """
+    import weights_loader
+    from minidiff.pictures import save_png
+    from minidiff.pipeline import to_images
+
+    save_png(to_images(2 * learned.hint - 1)[0], out / "hint.png")
+    path = out / {"original": "controlnet.safetensors", "diffusers": "controlnet"}[names]
+    if path.is_dir():
+        print_notes([f"{path} is there already and is left as it is"])
+    else:
+        weights_loader.write_controlnet(path, learned.net, sd, names, settings)
+    yield "--control", out / "hint.png"
+    yield "--controlnet", path
+
+
 def write_model(learned: "StableDiffusion", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:
     """Write the whole model, whose own weights were trained.
 
@@ -100,4 +123,5 @@ WRITERS: "dict[str, Callable[[Any, StableDiffusion, Path, str, Settings], Writte
     "tokens": write_tokens,
     "lora": write_lora,
     "custom_diffusion": write_custom_diffusion,
+    "controlnet": write_controlnet,
 }

@@ -12,9 +12,10 @@ where it, or a word, is trained or has an adapter on it.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,11 +28,13 @@ from minidiff.adapters.custom_diffusion import CustomDiffusion
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.tokens import NewTokens
 from minidiff.conditioning import Conditioning
+from minidiff.controlnet import Control
 from minidiff.files import digest, fingerprint
+from minidiff.pictures import grid
 from minidiff.pipeline import StableDiffusion
 from minidiff.trainers.data.cache import Batch, Cache, Pictures, cached_texts
 from minidiff.trainers.engine.diffusion_loss import diffusion_loss, sample_noise
-from minidiff.trainers.engine.loop import Training, TrainStep, rng_for
+from minidiff.trainers.engine.loop import Task, Training, TrainStep, rng_for
 from minidiff.trainers.engine.optimizer import adamw
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.options import PhaseOptions
@@ -53,6 +56,14 @@ class Group:
 
     params: tuple[nn.Parameter, ...]
     scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """Pictures to look at during training, and what was measured on them."""
+
+    image: Image.Image
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 class FinetuneTask:
@@ -216,6 +227,21 @@ class FinetuneTask:
 
     # --- to look at ---------------------------------------------------------------------------------------------------
 
+    @property
+    def picture_count(self) -> int:
+        """Return how many pictures are learned from, class pictures left out."""
+        return sum(len(subject.pictures) for subject in self.subjects)
+
+    @property
+    def prompts(self) -> list[str]:
+        """Return what each subject is asked for by."""
+        return [(subject.templates or (subject.pictures.examples[0].caption,))[0] for subject in self.subjects]
+
+    def sheet(self, prompts: Sequence[str], *, count: int, steps: int) -> Sheet:
+        """Draw one row per prompt, the same seeds 0..count-1 every time."""
+        columns = [self.pictures(prompts, seed=seed, steps=steps) for seed in range(count)]
+        return Sheet(grid([column[row] for row in range(len(prompts)) for column in columns], columns=count))
+
     def pictures(self, prompts: Sequence[str], *, seed: int = 0, steps: int = 30) -> list[Image.Image]:
         """Generate a picture per prompt with the model as it is now, between two steps; all on the same seed, without dropout."""
         for adapter in self.adapters:
@@ -237,16 +263,46 @@ def possible_captions(subject: Subject) -> Iterable[str]:
             yield from (caption if sizes is None else sizes.with_phrase(caption, phrase) for caption in captions for phrase in phrases)
 
 
+@runtime_checkable
+class Phase(Task, Protocol):
+    """A phase of a method: a Task, a context manager in which it can be trained, and what the command line shows of it."""
+
+    name: str
+    settings: Settings
+
+    @property
+    def groups(self) -> Sequence[Group]: ...
+
+    @property
+    def picture_count(self) -> int: ...
+
+    @property
+    def prompts(self) -> list[str]: ...
+
+    def prepare(self) -> Iterator[int]: ...
+
+    def sheet(self, prompts: Sequence[str], *, count: int, steps: int) -> Sheet: ...
+
+    def __enter__(self) -> "Phase": ...
+
+    def __exit__(self, *_) -> None: ...
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
-    """The phases of a method, and the adapters that are its result; without any, the result is the model's own weights."""
+    """The phases of a method, and what is its result; without any, the result is the model's own weights.
 
-    phases: tuple[FinetuneTask, ...]
+    trains_model: whether these are a result too, where there is another one.
+    """
+
+    phases: tuple[Phase, ...]
     lora: LoRA | None = None
     tokens: NewTokens | None = None
     custom_diffusion: CustomDiffusion | None = None
+    controlnet: Control | None = None
+    trains_model: bool = False
 
-    def run(self, device: torch.device, folder: Path | None = None) -> Generator[tuple[FinetuneTask, TrainStep], None, None]:
+    def run(self, device: torch.device, folder: Path | None = None) -> Generator[tuple[Phase, TrainStep], None, None]:
         """Train one phase after the other, a step an iteration, each with its state in folder/NAME.state; EMAs become the weights."""
         for phase in self.phases:
             with phase:
