@@ -97,6 +97,13 @@ class UNetConfig:
             if heads < 1 or width % heads:
                 raise ValueError(f"UNetConfig: width {width} does not divide into {heads} heads")
 
+    @property
+    def skip_widths(self) -> tuple[int, ...]:
+        """Return the channels of each skip, in the order of the way down: of the first convolution, every block, every downsampling."""
+        *others, last = self.widths
+        levels = [width for width in others for _ in range(self.blocks_per_level + 1)]
+        return (self.widths[0], *levels, *(last,) * self.blocks_per_level)
+
 
 @dataclass(frozen=True)
 class VAEConfig:

@@ -47,15 +47,20 @@ def check_png(path: Path) -> None:
         raise FileNotFoundError(f"{path.parent}: no such folder; make it, or choose another place")
 
 
-def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> None:
+def save_png(image: Image.Image, path: Path, parameters: str | None = None, hint: str | None = None) -> None:
     """Write a PNG, whole or not at all. Raises like `check_png`.
 
-    parameters: the settings that made the picture, for the text chunk of that name, where Stable Diffusion web interfaces look.
+    Args:
+        image: the picture.
+        path: of the file.
+        parameters: the settings that made the picture, for the text chunk of that name, where Stable Diffusion web interfaces look.
+        hint: which kind of hint the picture is, for a text chunk that minidiff reads (see hints.py).
     """
     check_png(path)
     info = PngImagePlugin.PngInfo()
-    if parameters is not None:
-        info.add_text("parameters", parameters)
+    for name, text in (("parameters", parameters), ("hint", hint)):
+        if text is not None:
+            info.add_text(name, text)
     with atomic_write(path) as file:
         image.save(file, format="PNG", pnginfo=info)
 

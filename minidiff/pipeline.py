@@ -146,7 +146,7 @@ class StableDiffusion:
         if start and x is None:
             raise ValueError(f"start {start} needs x, the latents at that level: samplers.levels tells how much noise they have")
         if model is None:
-            self._check_channels()
+            self.check_channels()
         model = self.predict if model is None else torch.no_grad()(model)
         shape = self._latent_shape(size)
         if x is not None and x.shape != (len(prompts), *shape):
@@ -237,7 +237,8 @@ class StableDiffusion:
         )
         return to_images(self.decode(last.x_t))
 
-    def _check_channels(self) -> None:
+    def check_channels(self) -> None:
+        """Raise ValueError for a U-Net that is told more than text, as an inpainting model's."""
         latent_channels = self.config.vae.latent_channels
         if self.config.unet.in_channels != latent_channels:
             raise ValueError(
@@ -245,13 +246,18 @@ class StableDiffusion:
                 "which needs a picture and a mask beside the prompt; for text alone load a text-to-image checkpoint"
             )
 
-    def _latent_shape(self, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
+    def pixel_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        """Return the (width, height) of pictures: of `size`, as `denoise` takes it. Raises ValueError for what the VAE cannot do."""
         size = self.config.image_size if size is None else size
         width, height = (size, size) if isinstance(size, int) else size
         factor = self.config.vae.factor
         if width < factor or height < factor or width % factor or height % factor:
             raise ValueError(f"size {width} x {height}: width and height must be multiples of {factor} pixels, at least {factor}")
-        return self.config.vae.latent_channels, height // factor, width // factor
+        return width, height
+
+    def _latent_shape(self, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
+        width, height = self.pixel_size(size)
+        return self.config.vae.latent_channels, height // self.config.vae.factor, width // self.config.vae.factor
 
 
 def pair_prompts(prompts: str | Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:

@@ -25,9 +25,11 @@ from minidiff import (
     blocks,
     compare,
     conditioning,
+    controlnet,
     cuda_graph,
     files,
     guidance,
+    hints,
     pipeline,
     samplers,
     text_encoder,
@@ -51,12 +53,13 @@ from minidiff.evaluation.open_clip import OpenClip
 from minidiff.kernels import cross_attention, dispatch, geglu, group_norm_silu, self_attention, tiles
 from minidiff.samplers import Denoiser, Level
 from minidiff.scenes import art
+from minidiff.scenes import hints as scene_hints
 from minidiff.scenes.prompts import fixed_prompts
 from minidiff.schedule import NoiseSchedule, zero_terminal_snr
 from minidiff.study import measure
 from minidiff.trainers.data import cache, regularisation
 from minidiff.trainers.engine import diffusion_loss, distributed, loop, memory, optimizer
-from minidiff.trainers.methods import prior_preservation
+from minidiff.trainers.methods import controlnet_task, prior_preservation
 from tests.small_models import small_model
 
 SOURCES = ("model", "real", "reconstructed")  # of the evaluation's figures
@@ -106,6 +109,8 @@ def examples() -> list[partial]:
     alpha_bar = schedule.alpha_bar.numpy()
     sd = small_model()
     full = conditioning.Conditioning(torch.randn(2, 3, 16))
+    net, hint = controlnet.create_controlnet(sd.config, sd.unet, torch.Generator()), torch.rand(2, 3, 16, 16)
+    control, photograph = controlnet.Control(net, hint), np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     cells, ones = x.to(tiles.DEVICE, memory_format=torch.channels_last), torch.ones(8, device=tiles.DEVICE)
     conversions = [schedule.x0_from_eps, schedule.eps_from_x0, schedule.x0_from_v, schedule.eps_from_v]
     weight = nn.Parameter(torch.ones(3))
@@ -161,6 +166,7 @@ def examples() -> list[partial]:
         partial(blocks.norm_silu, nn.GroupNorm(4, 8), x),
         partial(blocks.geglu, q),
         partial(blocks.tile_rows, x, 4),
+        partial(blocks.add_rows, x, x[:1]),
         partial(blocks.ResBlock(8, 16, 4, 1e-5, 32).forward, x, time),
         partial(blocks.FeedForward(8).forward, q),
         partial(blocks.TransformerBlock(8, 2, 6).forward, q, context),
@@ -174,6 +180,17 @@ def examples() -> list[partial]:
         partial(full.to, torch.device("cpu"), torch.float64),
         partial(conditioning.Conditioning(q[:1]).expand, 3),
         partial(conditioning.as_conditioning, q),
+        partial(net.hint_block.forward, hint),
+        partial(net.forward, x_t, t, full, torch.randn(2, 16, 4, 4)),
+        partial(control.interval, [900, 500]),
+        partial(controlnet.prepare_hint, hint, net),
+        partial(controlnet.scaled_residuals, control, x_t, t, full, torch.randn(2, 16, 4, 4), True),
+        *(partial(function, photograph) for function in hints.HINTS.values()),
+        partial(hints.inpaint, photograph, photograph[..., 0]),
+        partial(hints.edge_f1, photograph, photograph[::-1]),
+        partial(scene_hints.rim, photograph[..., 0] > 99),
+        partial(controlnet_task.edges_of, hint[0], "tile"),
+        partial(controlnet_task.mean_f1, [[photograph]], [photograph]),
         partial(sd.predict, x_t, t, full),
         partial(sd.denoise, "a cat", x=torch.randn(1, 4, 8, 8), start=1, steps=2),
         partial(sd.decode, torch.randn(1, 4, 8, 8)),

@@ -17,6 +17,7 @@ from weights_loader.adapters.lora import check_names as check_lora_names
 from weights_loader.adapters.lora import read_lora, write_lora
 from weights_loader.adapters.rewrite import rewrite, small_kind
 from weights_loader.adapters.summary import SmallSummary
+from weights_loader.controlnet import read_controlnet, write_controlnet
 from weights_loader.judge import load_judge, save_judge
 from weights_loader.load import load
 from weights_loader.save import convert, save, save_parts
@@ -32,6 +33,7 @@ __all__ = [
     "inspect",
     "load",
     "load_judge",
+    "read_controlnet",
     "read_custom_diffusion",
     "read_embedding",
     "read_lora",
@@ -40,6 +42,7 @@ __all__ = [
     "save_judge",
     "save_parts",
     "small_kind",
+    "write_controlnet",
     "write_custom_diffusion",
     "write_embedding",
     "write_lora",

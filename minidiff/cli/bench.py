@@ -74,6 +74,7 @@ def step(
     size: Whole = None,
     device: str = "auto",
     max_autotune: bool = False,
+    controlnet: bool = False,
 ) -> None:
     """Time, memory and errors of a U-Net step of one picture with guidance, beside diffusers, on made-up weights.
 
@@ -87,10 +88,11 @@ def step(
         size: of the picture, in pixels; the model's own by default
         device: auto, cpu, cuda, cuda:1
         max_autotune: diffusers compiled by max-autotune as well, which takes minutes
+        controlnet: measure all of it again with a ControlNet, and what that adds; 1.4 GB more of disk
     """
     from minidiff.bench.step import bench_step
 
-    show(bench_step(against, out, rounds, model, size, str(choose_device(device)), max_autotune))
+    show(bench_step(against, out, rounds, model, size, str(choose_device(device)), max_autotune, controlnet))
 
 
 def image(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from minidiff import __version__
+from minidiff.cli.control import parse_controls, steer
 from minidiff.cli.edit import EditFlags, check_model, prepare_edit, read_edit
 from minidiff.cli.flags import Attentions, DTypes, File, Several, Text
 from minidiff.cli.model import load, named, print_notes, unused_words, weighted
@@ -51,6 +52,9 @@ def generate(
     lora: Several = (),
     embedding: Several = (),
     custom_diffusion: Several = (),
+    control: Several = (),
+    controlnet: Several = (),
+    guess_mode: bool = False,
     settings: File = None,
     out: Path | None = None,
     edit: EditFlags = EditFlags(),
@@ -87,6 +91,10 @@ def generate(
         lora: a LoRA file, or FILE:0.7 for a part of its change
         embedding: a file of learned words, for the prompts to use; FILE:WORD gives its word another name
         custom_diffusion: a Custom Diffusion file or folder
+        control: a hint that a ControlNet follows, such as a picture of edges (see `minidiff hint`), or a folder with one for each picture
+        controlnet: a ControlNet file or folder, FILE or FILE:scale:start:end, as net.safetensors:0.8:0:0.5 for the first half of the steps;
+            --control and --controlnet may be given several times, in the same order
+        guess_mode: let the hint decide what is seen, also without a prompt; a guidance scale of 3 to 5 suits it
         settings: a picture that generate or a web interface made, to make it again; flags and prompts beside it win over its own
         out: a .png file, named after the prompt by default; several pictures make a grid, with each picture in a file alongside
         edit: start from a picture
@@ -97,7 +105,7 @@ def generate(
     from minidiff.kernels.dispatch import attention_backend
     from minidiff.pictures import check_png
     from minidiff.pipeline import to_images
-    from minidiff.samplers import SAMPLERS
+    from minidiff.samplers import SAMPLERS, levels
     from minidiff.two_encoders import SizeNumbers, told
 
     if sampler == "list":
@@ -111,7 +119,12 @@ def generate(
     for file in files:
         check_png(file)
         check_writable(file)
+    requests = parse_controls(control, controlnet)
+    if guess_mode and not requests:
+        raise ValueError("--guess-mode without a ControlNet; give --control and --controlnet, or leave it out")
     pictures = read_edit(edit)
+    if requests and pictures is not None:
+        raise ValueError("--controlnet and --image together are for Python: sd.denoise takes start, x and model; leave one of them out")
     sd = load(
         model,
         dtype,
@@ -144,8 +157,10 @@ def generate(
     sampling, left = Sampling(steps, sampler, guidance_scale, negative, spacing, eta), steps
     with attention_backend(attention):
         if pictures is None:
-            job = None
-            trajectory = sd.denoise(texts, seeds=seeds, size=parse_size(size), **asdict(sampling))
+            job, wanted = None, sd.pixel_size(parse_size(size))
+            timesteps = [level.t for level in levels(sd.schedule, sampler, steps, spacing)[:-1]]
+            steered = steer(sd, requests, count=len(pairs), size=wanted, timesteps=timesteps, guess_mode=guess_mode)
+            trajectory = sd.denoise(texts, seeds=seeds, size=wanted, model=steered, **asdict(sampling))
         else:
             job = prepare_edit(edit, pictures, sd, parse_size(size))
             trajectory = job.denoise(sd, texts, seeds, sampling)
@@ -180,6 +195,9 @@ def generate(
         "LoRA": lora,
         "Embedding": embedding,
         "Custom Diffusion": custom_diffusion,
+        "Control": control,
+        "ControlNet": controlnet,
+        "Guess mode": guess_mode,
         **edit.settings(),
         "Version": f"minidiff {__version__}",
     }

@@ -1,4 +1,4 @@
-"""The command line: `minidiff generate`, `inspect`, `convert`, `compare`, `verify`, `train METHOD`, `merge`, `compress`, `extract`,
+"""The command line: `generate`, `hint KIND`, `inspect`, `convert`, `compare`, `verify`, `train METHOD`, `merge`, `compress`, `extract`,
 `evaluate WHAT`, `bench WHAT`.
 
 A command is a function, whose arguments and docstring are what `--help` shows, or a training method, whose flags are made from its
@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from functools import partial
 
 from minidiff import __version__
-from minidiff.cli import bench, evaluate, merge
+from minidiff.cli import bench, evaluate, hint, merge
 from minidiff.cli.again import call_with_settings
 from minidiff.cli.checkpoints import compare, convert, inspect
 from minidiff.cli.failures import explain
@@ -48,6 +48,7 @@ def commands() -> dict[str, Command]:
         "extract": merge.extract,
         "merge lora": merge.merge_lora,
         "merge concepts": merge.merge_concepts,
+        **{f"hint {name}": function for name, function in hint.COMMANDS.items()},
         **{f"evaluate {name}": function for name, function in evaluate.COMMANDS.items()},
         **{f"bench {name}": function for name, function in bench.COMMANDS.items()},
     }

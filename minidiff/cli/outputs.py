@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from minidiff.adapters.custom_diffusion import CustomDiffusion
     from minidiff.adapters.lora import LoRA
     from minidiff.adapters.tokens import NewTokens
+    from minidiff.controlnet import Control
     from minidiff.pipeline import StableDiffusion
     from minidiff.trainers.methods.finetune_task import TrainingRun
 
@@ -34,7 +35,9 @@ def write_results(training: "TrainingRun", sd: "StableDiffusion", out: Path, nam
     from minidiff.files import write_text
 
     write_text(out / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False))
-    for write, result in results_of(training) or [(write_model, sd)]:
+    learned = results_of(training)
+    learned += [(write_model, sd)] if training.trains_model or not learned else []
+    for write, result in learned:
         yield from write(result, sd, out, names, settings)
 
 
@@ -100,6 +103,27 @@ def write_custom_diffusion(learned: "CustomDiffusion", sd: "StableDiffusion", ou
     yield "--custom-diffusion", path
 
 
+def write_controlnet(learned: "Control", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:
+    """Write a ControlNet, and a hint beside it, so that it can be tried at once.
+
+    Args:
+        learned: what the run has learned
+        sd, out, names, settings: as in `write_results`
+    """
+    import weights_loader
+    from minidiff.pictures import save_png
+    from minidiff.pipeline import to_images
+
+    save_png(to_images(2 * learned.hint - 1)[0], out / "hint.png")
+    path = out / {"original": "controlnet.safetensors", "diffusers": "controlnet"}[names]
+    if path.is_dir():
+        print_notes([f"{path} is there already and is left as it is"])
+    else:
+        weights_loader.write_controlnet(path, learned.net, sd, names, settings)
+    yield "--control", out / "hint.png"
+    yield "--controlnet", path
+
+
 def write_model(learned: "StableDiffusion", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:
     """Write the whole model, whose own weights were trained.
 
@@ -118,4 +142,5 @@ WRITERS: dict[str, Write] = {
     "tokens": write_tokens,
     "lora": write_lora,
     "custom_diffusion": write_custom_diffusion,
+    "controlnet": write_controlnet,
 }

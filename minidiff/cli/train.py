@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from minidiff.pipeline import StableDiffusion
     from minidiff.trainers.engine.loop import TrainStep
-    from minidiff.trainers.methods.finetune_task import FinetuneTask, Subject, TrainingRun
+    from minidiff.trainers.methods.finetune_task import Phase, TrainingRun
 
 SAMPLE_STEPS = 20
 CONCEPT_NAMES = {"class" if name == "class_word" else name.replace("_", "-"): name for name in documented(Concept)}
@@ -108,7 +108,7 @@ def train(name: str, args: list[str]) -> None:
     asked = vars(parse_flags(flag_class(method), f"train {name}", description, args))
     run: RunFlags = asked["run"]
     run.check()
-    concepts = read_concepts(given([asked["concept"]], Concept), asked["more"])
+    concepts = read_concepts(given([asked["concept"]], Concept), asked["more"], method.needs_images)
     with training_on(run.device, run.threads, run.attention) as device:
         sd = load(run.model, "float32" if run.dtype == "auto" else run.dtype, device, prediction=run.prediction)
         presets = method.low_rank_presets if asked.get("as_lora") else method.presets
@@ -128,7 +128,7 @@ def learn(job: Job, sd: "StableDiffusion", device: "torch.device") -> None:
     with ExitStack() as stack:
         training = prepare(job, sd, stack)
         print_forecast(training, device)
-        prompts = list(run.sample_prompt) or [first_caption(subject) for subject in training.phases[0].subjects]
+        prompts = list(run.sample_prompt) or training.phases[0].prompts
         try:
             take_steps(training, job, prompts, sd, device)
         except KeyboardInterrupt:
@@ -179,13 +179,13 @@ def option_flags(asked: dict[str, Any], method: Method[Any]) -> list[Any]:
     return [part for name, part in asked.items() if name in flag_groups(method.options)]
 
 
-def read_concepts(values: dict[str, Any], more: tuple[str, ...]) -> list[Concept]:
-    """Return the concept of --images and its companions, and those of --concept. Raises ValueError where there is none."""
+def read_concepts(values: dict[str, Any], more: tuple[str, ...], needed: bool = True) -> list[Concept]:
+    """Return the concept of --images and its companions, and those of --concept. Raises ValueError where one is `needed` and missing."""
     if values and "images" not in values:
         raise ValueError(
             f"--{next(iter(values)).replace('_', '-')} without --images; give the folder of the pictures, or --concept {EXAMPLE}"
         )
-    if not values and not more:
+    if not values and not more and needed:
         raise ValueError(f"nothing to learn; give --images DIR, or --concept {EXAMPLE}")
     return [*([Concept(**values)] if values else []), *(parse_concept(text) for text in more)]
 
@@ -316,15 +316,9 @@ def print_forecast(training: "TrainingRun", device: "torch.device") -> None:
             memory = estimate_memory(phase, phase.settings, device)
         settings = phase.settings
         trained = sum(p.numel() for group in phase.groups for p in group.params)
-        pictures = sum(len(subject.pictures) for subject in phase.subjects)
         samples = settings.batch * settings.gradient_accumulation * world_size()
         how = f"{settings.steps} steps of {samples} samples, learning rate {settings.learning_rate:g}"
-        print_notes([f"{phase.name}: {trained:,} numbers are trained on {pictures} pictures, {how}", f"{memory}{taken}"])
-
-
-def first_caption(subject: "Subject") -> str:
-    """Return what a subject is asked for by."""
-    return (subject.templates or (subject.pictures.examples[0].caption,))[0]
+        print_notes([f"{phase.name}: {trained:,} numbers are trained on {phase.picture_count} pictures, {how}", f"{memory}{taken}"])
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -350,9 +344,7 @@ def take_steps(training: "TrainingRun", job: Job, prompts: list[str], sd: "Stabl
         print_notes(["all steps were taken before; the files are written again; a larger --steps goes on from there"])
 
 
-def show_phase(
-    phase: "FinetuneTask", steps: "Iterator[TrainStep]", run: RunFlags, prompts: list[str], device: "torch.device"
-) -> Iterator[int]:
+def show_phase(phase: "Phase", steps: "Iterator[TrainStep]", run: RunFlags, prompts: list[str], device: "torch.device") -> Iterator[int]:
     """Take the steps of one phase, with a bar, a log and sheets of pictures; yield how many are done after each sheet but the last.
 
     Args:
@@ -380,12 +372,14 @@ def show_phase(
             is_due = step.done == step.steps or (run.sample_every and step.done % run.sample_every == 0)
             if is_due and rank() == 0:
                 with averaged(phase):
-                    save_sheet(phase, prompts, run.num_samples, run.out / f"{phase.name}-{step.done:06d}.png")
+                    numbers = save_sheet(phase, prompts, run, step.done)
+                    if numbers:
+                        bar.write(f"minidiff: step {step.done}: {numbers}", file=sys.stderr)
                     if step.done < step.steps:
                         yield step.done
 
 
-def keep_results(training: "TrainingRun", phase: "FinetuneTask", sd: "StableDiffusion", job: Job, done: int) -> None:
+def keep_results(training: "TrainingRun", phase: "Phase", sd: "StableDiffusion", job: Job, done: int) -> None:
     """Write what the phase has learned so far beside its sheet, as lora-000100.safetensors; a whole model, which is large, is not kept.
 
     Args:
@@ -399,30 +393,40 @@ def keep_results(training: "TrainingRun", phase: "FinetuneTask", sd: "StableDiff
         rmtree(leftover, ignore_errors=True)
     with TemporaryDirectory(dir=job.run.out, prefix=".results-") as folder:
         for write, result in results_of(training):
-            if any(result is adapter for adapter in phase.adapters):
+            if any(result is adapter for adapter in getattr(phase, "adapters", ())):
                 for _, path in write(result, sd, Path(folder), job.names, settings_of(job)):
                     target = job.run.out / f"{path.stem}-{done:06d}{path.suffix}"
                     if not target.is_dir():
                         path.rename(target)
 
 
-def save_sheet(phase: "FinetuneTask", prompts: list[str], count: int, path: Path) -> None:
-    """Write one row per prompt, the same seeds every time.
+def save_sheet(phase: "Phase", prompts: list[str], run: RunFlags, done: int) -> str:
+    """Write a sheet of pictures, one row per prompt, and a line of what was measured on it, if anything was, to NAME-sheets.csv.
 
     Args:
         phase: draws the pictures
         prompts: one per row
-        count: pictures in a row, on the seeds 0..count-1
-        path: of the PNG
-    """
-    from minidiff.pictures import grid, save_png
+        run: how many in a row, and the folder
+        done: steps that are over
 
-    columns = [phase.pictures(prompts, seed=seed, steps=SAMPLE_STEPS) for seed in range(count)]
-    save_png(grid([column[row] for row in range(len(prompts)) for column in columns], columns=count), path)
+    Return what was measured, as text.
+    """
+    from minidiff.files import write_text
+    from minidiff.pictures import save_png
+
+    sheet = phase.sheet(prompts, count=run.num_samples, steps=SAMPLE_STEPS)
+    save_png(sheet.image, run.out / f"{phase.name}-{done:06d}.png")
+    if sheet.numbers:
+        path = run.out / f"{phase.name}-sheets.csv"
+        lines = path.read_text().splitlines() if path.exists() else [",".join(["step", *sheet.numbers])]
+        lines.append(",".join([str(done), *(f"{value:.4f}" for value in sheet.numbers.values())]))
+        write_text(path, "\n".join(lines) + "\n")
+    return ", ".join(f"{name} {value:.2f}" for name, value in sheet.numbers.items())
 
 
 def settings_of(job: Job) -> dict[str, object]:
     """Return all that was asked for, for the metadata of the files; of folders their names alone, for files are passed on."""
     named = [{k: value.name if isinstance(value, Path) else value for k, value in asdict(concept).items()} for concept in job.concepts]
     options: Any = job.options  # a dataclass
-    return {"method": job.name, "model": Path(job.run.model).name, "concepts": named, **asdict(options)}
+    values = {k: value.name if isinstance(value, Path) else value for k, value in asdict(options).items()}
+    return {"method": job.name, "model": Path(job.run.model).name, "concepts": named, **values}

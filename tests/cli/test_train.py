@@ -54,6 +54,7 @@ def run(monkeypatch, tmp_path, capsys):
     weights_loader.save(small_model(), tmp_path / "model.safetensors")
     picture_folder(tmp_path / "cat", seed=1)
     picture_folder(tmp_path / "dog", seed=2)
+    picture_folder(tmp_path / "cat-hints", seed=4)
     picture_folder(tmp_path / "class", count=2, seed=3)
     return runner(monkeypatch, tmp_path, capsys)
 
@@ -97,6 +98,11 @@ CASES = {
         ["delta.bin"],
     ),
     "fine-tune": (("fine-tune", "--class-word", "cat", "--weights", r"^unet\.up"), ["model.safetensors"]),
+    "controlnet": (("controlnet", "--class-word", "cat", "--hint", "canny"), ["controlnet.safetensors", "hint.png"]),
+    "controlnet with the decoder, for diffusers": (
+        ("controlnet", "--prompt", "a cat", "--hints", "cat-hints", "--decoder", "--names", "diffusers"),
+        ["controlnet", "model.safetensors"],
+    ),
 }
 
 
@@ -259,6 +265,12 @@ BAD = {
     ("fine-tune", "--images", "cat", "--class-word", "cat", "--weights", "nothing"): "nothing",
     (*LORA, "--images", "cat", "--names", "diffusers", "--alpha", "1"): "take the names 'kohya', or an alpha that is the rank",
     ("lora", "--images", "cat", "--token", "sks", "--prompt", "many tasks"): "does not name sks",
+    ("controlnet",): "scenes have 64 pixels, this model 32; give pictures of your own, --images",
+    ("controlnet", "--images", "cat", "--prompt", "a cat"): "hint 'outline' cannot be made from a picture; choose canny, scribble, tile",
+    ("controlnet", "--images", "cat", "--prompt", "a cat", "--hints", "class"): "class: no hint for 2.png",
+    ("controlnet", "--hints", "cat-hints"): "cat-hints without pictures; give the folder of the pictures, --images",
+    ("controlnet", "--images", "cat", "--class-word", "cat", "--class-images", "class"): "a ControlNet has no class pictures",
+    ("controlnet", "--images", "cat", "--start-from", "model.safetensors"): "given as a ControlNet, but it is a whole model",
 }
 
 

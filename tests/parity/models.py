@@ -97,7 +97,7 @@ def randomise(module: nn.Module) -> nn.Module:
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             if p.ndim == 1:
                 noise = 0.3 * noise + (1.0 if id(p) in norms and name.endswith("weight") else 0.0)
-            elif "embedding" not in name or "time" in name:
+            elif "embedding" not in name or "time" in name or "controlnet" in name:
                 noise = noise / p[0].numel() ** 0.5
             p.copy_(noise)
     return module.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What `minidiff inspect` says of a small file that changes a model: a LoRA, learned words, a Custom Diffusion."""
+"""What `minidiff inspect` says of a small file that changes or steers a model: a LoRA, learned words, a Custom Diffusion, a ControlNet."""
 
 import re
 from collections import Counter
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from weights_loader import controlnet
 from weights_loader.adapters import custom_diffusion, embedding, lora
 from weights_loader.adapters.lora_file import Dialect, Factors
 from weights_loader.detect import FEW, kind
@@ -81,13 +82,16 @@ def inspect_small(given: Path) -> SmallSummary | None:
     """Summarise a file or folder that changes a model. Return None for anything else."""
     path = given
     if given.is_dir():
-        path = next((given / name for name in (*lora.FOLDER, *custom_diffusion.FOLDER) if (given / name).is_file()), None)
+        folders = (*lora.FOLDER, *custom_diffusion.FOLDER, *controlnet.FOLDER)
+        path = next((given / name for name in folders if (given / name).is_file()), None)
         if path is None or (given / INDEX).is_file():
             return None
     checkpoint = read(path)
     names = list(checkpoint.tensors)
     change = kind(names)
     try:
+        if controlnet.is_controlnet(names):
+            return summarise_controlnet(checkpoint)
         if dialect := lora.dialect_of(names):
             return summarise_lora(checkpoint, dialect)
         if change == "custom_diffusion":
@@ -106,6 +110,15 @@ def summarise_lora(checkpoint: Checkpoint, dialect: Dialect) -> SmallSummary:
     factors = [one for one in changes.values() if isinstance(one, Factors)]
     ranks, alphas = Counter(one.rank for one in factors), Counter(one.alpha for one in factors)
     return replace(_summary(checkpoint, f"LoRA, names of {dialect.name}"), parts=parts, ranks=ranks, alphas=alphas)
+
+
+def summarise_controlnet(checkpoint: Checkpoint) -> SmallSummary:
+    """Summarise a ControlNet. Raises ValueError for its relatives, by name."""
+    tensors, names = controlnet.parse(checkpoint)
+    form = next((f", {what}" for key, what in controlnet.ADDED.items() if key in tensors), "")
+    return replace(
+        _summary(replace(checkpoint, tensors=tensors), f"ControlNet, names of {names}{form}"), parts={"U-Net and hint": len(tensors)}
+    )
 
 
 def _part(layer: str) -> str:

@@ -63,7 +63,7 @@ EXTRA = (
 
 # The first that is found decides.
 REFUSED = (
-    (r"^control_model\.|controlnet_cond_embedding\.", "a ControlNet, which steers a model and is none; it is not supported"),
+    (r"^control_model\.|controlnet_cond_embedding\.", "a ControlNet, which steers a model and is none; give it beside one (--controlnet)"),
     (
         r"^conditioner\.embedders\.0\.model\.transformer\.resblocks\.24\.",
         "the refiner of Stable Diffusion XL, which is not supported; load the base",

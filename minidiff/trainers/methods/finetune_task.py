@@ -13,9 +13,10 @@ where it, or a word, is trained or has an adapter on it.
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,12 +30,14 @@ from minidiff.adapters.dropout import set_row_seeds
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.tokens import NewTokens
 from minidiff.conditioning import Conditioning
+from minidiff.controlnet import Control
 from minidiff.files import digest, fingerprint
+from minidiff.pictures import grid
 from minidiff.pipeline import StableDiffusion
 from minidiff.trainers.data.cache import Batch, Cache, Pictures, cached_texts
 from minidiff.trainers.engine.diffusion_loss import diffusion_loss, sample_noise
 from minidiff.trainers.engine.ema import EMA
-from minidiff.trainers.engine.loop import Training, TrainStep, rng_for
+from minidiff.trainers.engine.loop import Task, Training, TrainStep, rng_for
 from minidiff.trainers.engine.optimizer import adamw
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.options import PhaseOptions
@@ -56,6 +59,14 @@ class Group:
 
     params: tuple[nn.Parameter, ...]
     scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """Pictures to look at during training, and what was measured on them."""
+
+    image: Image.Image
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 class FinetuneTask:
@@ -224,6 +235,21 @@ class FinetuneTask:
 
     # --- to look at ---------------------------------------------------------------------------------------------------
 
+    @property
+    def picture_count(self) -> int:
+        """Return how many pictures are learned from, class pictures left out."""
+        return sum(len(subject.pictures) for subject in self.subjects)
+
+    @property
+    def prompts(self) -> list[str]:
+        """Return what each subject is asked for by."""
+        return [(subject.templates or (subject.pictures.examples[0].caption,))[0] for subject in self.subjects]
+
+    def sheet(self, prompts: Sequence[str], *, count: int, steps: int) -> Sheet:
+        """Draw one row per prompt, the same seeds 0..count-1 every time."""
+        columns = [self.pictures(prompts, seed=seed, steps=steps) for seed in range(count)]
+        return Sheet(grid([column[row] for row in range(len(prompts)) for column in columns], columns=count))
+
     def pictures(self, prompts: Sequence[str], *, seed: int = 0, steps: int = 30) -> list[Image.Image]:
         """Generate a picture per prompt with the model as it is now, between two steps; all on the same seed, without dropout."""
         for adapter in self.adapters:
@@ -245,16 +271,47 @@ def possible_captions(subject: Subject) -> Iterable[str]:
             yield from (caption if sizes is None else sizes.with_phrase(caption, phrase) for caption in captions for phrase in phrases)
 
 
+@runtime_checkable
+class Phase(Task, Protocol):
+    """A phase of a method: a Task, a context manager in which it can be trained, and what the command line shows of it."""
+
+    name: str
+    settings: Settings
+    averages: Mapping[str, EMA]
+
+    @property
+    def groups(self) -> Sequence[Group]: ...
+
+    @property
+    def picture_count(self) -> int: ...
+
+    @property
+    def prompts(self) -> list[str]: ...
+
+    def prepare(self) -> Iterator[int]: ...
+
+    def sheet(self, prompts: Sequence[str], *, count: int, steps: int) -> Sheet: ...
+
+    def __enter__(self) -> "Phase": ...
+
+    def __exit__(self, *_) -> None: ...
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
-    """The phases of a method, and the adapters that are its result; without any, the result is the model's own weights."""
+    """The phases of a method, and what is its result; without any, the result is the model's own weights.
 
-    phases: tuple[FinetuneTask, ...]
+    trains_model: whether these are a result too, where there is another one.
+    """
+
+    phases: tuple[Phase, ...]
     lora: LoRA | None = None
     tokens: NewTokens | None = None
     custom_diffusion: CustomDiffusion | None = None
+    controlnet: Control | None = None
+    trains_model: bool = False
 
-    def run(self, device: torch.device, folder: Path | None = None) -> Generator[tuple[FinetuneTask, TrainStep], None, None]:
+    def run(self, device: torch.device, folder: Path | None = None) -> Generator[tuple[Phase, TrainStep], None, None]:
         """Train one phase after the other, a step an iteration, each with its state in folder/NAME.state; EMAs become the weights."""
         for number, phase in enumerate(self.phases):
             with phase:
@@ -268,14 +325,14 @@ class TrainingRun:
                     ema.copy_to(phase.modules[name])
                 phase.averages = {}
 
-    def _check_later(self, phase: FinetuneTask, later: Sequence[FinetuneTask], folder: Path | None) -> None:
+    def _check_later(self, phase: Phase, later: Sequence[Phase], folder: Path | None) -> None:
         """Raise ValueError if a later phase has begun on what this one had learned before it was given more steps."""
         if begun := [one.name for one in later if (path := state_file(one, folder)) is not None and path.exists()]:
             raise ValueError(f"{folder}: {begun[0]} was trained on {phase.name} as it was with fewer steps; choose another folder")
 
 
 @contextmanager
-def averaged(phase: FinetuneTask) -> Iterator[None]:
+def averaged(phase: Phase) -> Iterator[None]:
     """Let a phase hold, within the block and between two steps, the weights that would be written if the run ended now."""
     with ExitStack() as stack:
         for name, ema in phase.averages.items():
@@ -283,6 +340,6 @@ def averaged(phase: FinetuneTask) -> Iterator[None]:
         yield
 
 
-def state_file(phase: FinetuneTask, folder: Path | None) -> Path | None:
+def state_file(phase: Phase, folder: Path | None) -> Path | None:
     """Return the file with the state of a phase, None without a folder."""
     return None if folder is None else folder / f"{phase.name}.state"

@@ -38,10 +38,11 @@ class Method(Generic[Numbers]):
         summary: what it does, a sentence or two for --help
         presets: numbers that work, for each family
         build: build(sd, concepts, options, cache=None) puts the run together, and raises ValueError for all that is wrong. The results in
-            its TrainingRun (lora, tokens, custom_diffusion, or none: the model itself) say which files are written
+            its TrainingRun (lora, tokens, custom_diffusion, controlnet, or none: the model itself) say which files are written
         formats: spellings of these files, and for whom each is; the first one is taken by default
         low_rank_presets: presets behind --low-rank, where the method can train a LoRA in place of the model's weights
         start_from: a kind of result, as "custom_diffusion", that training can add to; build then takes it as start_from=
+        needs_images: whether there is nothing to learn without a folder of pictures
     """
 
     summary: str
@@ -50,6 +51,7 @@ class Method(Generic[Numbers]):
     formats: Mapping[str, str] = field(default_factory=dict)
     low_rank_presets: Mapping[Family, Numbers] = field(default_factory=dict)
     start_from: str | None = None
+    needs_images: bool = True
 
     @property
     def options(self) -> type:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from minidiff.config import check_choice
-from minidiff.trainers.methods import custom_diffusion, dreambooth, fine_tune, lora, pivotal, textual_inversion
+from minidiff.trainers.methods import controlnet, custom_diffusion, dreambooth, fine_tune, lora, pivotal, textual_inversion
 from minidiff.trainers.methods.method import Method
 
 METHODS: dict[str, Method[Any]] = {
@@ -13,6 +13,7 @@ METHODS: dict[str, Method[Any]] = {
     "pivotal-tuning": pivotal.METHOD,
     "custom-diffusion": custom_diffusion.METHOD,
     "fine-tune": fine_tune.METHOD,
+    "controlnet": controlnet.METHOD,
 }
 
 

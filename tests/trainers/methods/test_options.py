@@ -30,7 +30,7 @@ def test_every_method_has_numbers_for_every_family():
     for method in [*METHODS, "dreambooth-lora"]:
         assert type(preset(method, "sd1")) is type(preset(method, "sd2")) is type(preset(method, "bundled"))
         assert isinstance(preset(method, "bundled"), MethodOptions)
-        assert re.match(r"\d+ steps of \d samples?, learning rate ", describe(preset(method, "bundled")))
+        assert re.match(r"\d+ steps of \d+ samples?, learning rate ", describe(preset(method, "bundled")))
 
 
 def test_the_published_rates_are_kept():
