@@ -104,11 +104,13 @@ def their_pipeline(file: str, sd: "StableDiffusion") -> Any:
     from weights_loader.contents import find
     from weights_loader.folder import write_folder_config
 
+    if len(sd.text.encoders) > 1:
+        raise ValueError(f"{file}: verify compares models of one text encoder alone, and this one has {len(sd.text.encoders)}")
     diffusers: Any = importlib.import_module("diffusers")
     diffusers.utils.logging.set_verbosity_error()  # its warnings are of its own loading
     path = find(file)
     with tempfile.TemporaryDirectory() as settings:
-        write_folder_config(Path(settings), sd.config, sd.tokenizer)
+        write_folder_config(Path(settings), sd.config, sd.text.tokenizers)
         common: dict[str, Any] = {"local_files_only": True, "safety_checker": None, "torch_dtype": torch.float32}
         read = diffusers.StableDiffusionPipeline
         try:
