@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from minidiff.trainers.methods.options import Concept
+from minidiff.trainers.methods.override import places
 
 NO_CLASS_PICTURES = "there are no class pictures; --prior says which"
 Rule = tuple[str, Callable[[Any], bool], str]
@@ -43,8 +44,9 @@ def without_effect(given: Collection[str], options: Any, concepts: Collection[Co
         options: of the method, with these flags in them
         concepts: what is learned
     """
-    last = options.phases()[-1]
-    lines = [f"--{flag.replace('_', '-')} has no effect: {why}" for flag, is_idle, why in RULES if flag in given and is_idle(last)]
+    last, has_prior = options.phases()[-1], "prior" in {flat.name for flat in places(options)}
+    rules = [rule for rule in RULES if has_prior or not rule[0].startswith(("prior", "class"))]  # others refuse class pictures themselves
+    lines = [f"--{flag.replace('_', '-')} has no effect: {why}" for flag, is_idle, why in rules if flag in given and is_idle(last)]
     if all(concept.captions or concept.prompt for concept in concepts):
         templates = [flag for flag in ("kind", "template_set") if flag in given and hasattr(options.phases()[0], flag)]
         lines += [f"--{flag.replace('_', '-')} has no effect: every concept brings its own captions" for flag in templates]
