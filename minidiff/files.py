@@ -188,6 +188,30 @@ def ensure_same_run(
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(asked, indent=1))
-    found = json.loads(json.dumps(defaults or {})) | parse_json(read_text(path), str(path), "; choose an empty folder")
+    found = parse_json(read_text(path), str(path), "; choose an empty folder")
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: no settings of a run; choose an empty folder")
     same = {name: asked.get(name) for name in ignore}
-    check_same(path.parent, {**found, **same}, {**asked, **same}, holds)
+    older = json.loads(json.dumps(defaults or {}))
+    check_same(path.parent, {**older, **found, **same}, {**asked, **same}, holds)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process within the block. Raises ValueError if another has it. Does nothing without Unix' locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another run is at work there; wait for its end, or choose another folder") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)

@@ -407,7 +407,7 @@ class Sampler:
 
     step: (denoise, x_t, level, next_level) -> (x_t, x0_hat). It also takes `noise` if it draws any, `eta` and `noise` if it takes eta, and
         a multistep sampler takes its history, () at first, and returns it as a third value.
-    web_name: what web interfaces call it. help: one line for lists of samplers.
+    web_name, web_schedule: what web interfaces call it, and the schedule type to choose beside it there; help: one line for lists.
     order: the power of the step's length with which the error of the trajectory falls.
     calls: model calls of each step, and how many more (or fewer) the whole loop takes.
     levels: (schedule, alpha_bar, steps, spacing) -> the levels to visit, without the end.
@@ -424,6 +424,7 @@ class Sampler:
     calls: tuple[int, int] = (1, 0)
     levels: Callable[[NoiseSchedule, np.ndarray, int, str], list[Level]] = timestep_levels
     own_spacing: str | None = None
+    web_schedule: str | None = None
     draws_noise: bool = False
     takes_eta: bool = False
     multistep: bool = False
@@ -450,14 +451,17 @@ SAMPLERS = {
         euler_ancestral, "Euler a", "Euler below the next level, then noise up to it", levels=fractional_levels, draws_noise=True
     ),
     "heun": Sampler(heun, "Heun", "Karras et al. 2022, algorithm 1; two model calls", order=2, calls=(2, -1), levels=fractional_levels),
-    "dpmpp_2m": Sampler(dpmpp_2m, "DPM++ 2M", "DPM-Solver++, first and last step of first order", order=2, multistep=True, counts_end=True),
+    "dpmpp_2m": Sampler(
+        dpmpp_2m, "DPM++ 2M", "DPM-Solver++, ends of first order", order=2, multistep=True, counts_end=True, web_schedule="Uniform"
+    ),
     "dpmpp_2m_karras": Sampler(
         dpmpp_2m,
-        "DPM++ 2M Karras",
+        "DPM++ 2M",
         "the same over the levels of Karras et al. 2022, eq. 5",
         order=2,
         multistep=True,
         levels=karras_levels,
         own_spacing="Karras",
+        web_schedule="Karras",
     ),
 }

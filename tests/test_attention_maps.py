@@ -1,5 +1,7 @@
 """Recorded cross-attention: rows of one, the picture as it was, the prompt's half alone, no hook left behind."""
 
+import threading
+
 import pytest
 import torch
 from einops import rearrange
@@ -197,3 +199,29 @@ def test_positions_that_are_not_there_are_refused(sd, positions):
 def test_no_maps_are_refused():
     with pytest.raises(ValueError, match="with_attention_maps"):
         word_map({}, [1], (8, 8))
+
+
+def test_threads_record_their_own_calls_alone(sd):
+    """Both hold their recorder open while the other runs the U-Net."""
+    inputs = {"a": torch.zeros(1, 4, 8, 8), "b": torch.ones(2, 4, 8, 8)}
+    context = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
+    both, found = threading.Barrier(2, timeout=60), {}
+
+    def run(name):
+        x = inputs[name]
+        with torch.no_grad(), record_cross_attention(sd.unet) as maps:
+            both.wait()
+            sd.unet(x, torch.tensor([500] * len(x)), context[: len(x)])
+            both.wait()
+            found[name] = dict(maps)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, x in inputs.items():
+        with torch.no_grad(), record_cross_attention(sd.unet) as alone:
+            sd.unet(x, torch.tensor([500] * len(x)), context[: len(x)])
+        assert found[name].keys() == alone.keys() and all(torch.equal(found[name][layer], alone[layer]) for layer in alone)
+    assert hooks_of(sd.unet) == 0

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from minidiff.files import atomic_write, check_same, checksum, digest, ensure_same_run, fingerprint, remove_leftovers, write_text
+from minidiff.files import atomic_write, check_same, checksum, digest, ensure_same_run, exclusive, fingerprint, remove_leftovers, write_text
 from tests.small_task import SmallTask, forked
 
 # --- whole or not at all ----------------------------------------------------------------------------------------------
@@ -134,3 +134,20 @@ def test_a_file_that_is_no_json_is_said_to_be_none(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json: no JSON .*; choose an empty folder"):
         ensure_same_run(tmp_path / "run.json", {})
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"a"', "null"])
+def test_a_file_that_holds_no_settings_is_said_to(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json: no settings of a run; choose an empty folder"):
+        ensure_same_run(tmp_path / "run.json", {"seed": 0})
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    with exclusive(tmp_path):
+        with pytest.raises(ValueError, match="another run is at work there; wait for its end, or choose another folder"):
+            with exclusive(tmp_path):
+                pass
+    with exclusive(tmp_path):  # given free again
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -37,7 +37,7 @@ from minidiff import (
     unet,
     vae,
 )
-from minidiff.adapters import custom_diffusion, extraction, layer_change, low_rank, merge_concepts, parallel
+from minidiff.adapters import custom_diffusion, dropout, extraction, layer_change, low_rank, merge_concepts, parallel
 from minidiff.bench import attention_cases
 from minidiff.bench import race as bench_race
 from minidiff.bundled import edits, evaluate, tasks
@@ -318,6 +318,10 @@ def examples() -> list[partial]:
         partial(cuda_graph.UNetGraph(sd.unet, []).__call__, x_t, t, full),
         partial(gaussian.sample, torch.Generator()),
         partial(gaussian.kl),
+        partial(dropout.SampleDropout(0.5).forward, x),
+        partial(dropout.set_row_seeds, nn.ModuleList([dropout.SampleDropout(0.5)]), torch.tensor([1, 2])),
+        partial(dropout.uniform, torch.tensor([1, 2]), 0, 4),
+        partial(loop.LossWatch().add, 1, torch.tensor(1.0), 0.1),
         partial(vae.AttentionBlock(8, 4).forward, x),
         partial(vae.Middle(8, 4).forward, x),
         partial(vae.DownLevel(8, 8, False, vae_config).forward, x),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minidiff.config import check_choice
+from minidiff.files import write_text
 from minidiff.pipeline import StableDiffusion
 from weights_loader.contents import EXTRA_FILE, find
 from weights_loader.families import family_of_config
@@ -91,7 +92,7 @@ def save_parts(sd: StableDiffusion, folder: str | Path, dtype: torch.dtype = tor
         tensors = {name: tensor.to(dtype) for name, tensor in named.items()}
         write_safetensors(folder / f"{part}.safetensors", tensors, metadata)
         index |= dict.fromkeys(tensors, f"{part}.safetensors")
-    (folder / PARTS_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1), encoding="utf-8")
+    write_text(folder / PARTS_INDEX, json.dumps({"metadata": {}, "weight_map": index}, indent=1))
 
 
 def convert(

@@ -46,8 +46,7 @@ class EditFlags:
             return {}
         strength = self.strength if self.strength is not None else STRENGTH[self.has_mask]
         names = {"Image": self.image, "Denoising strength": strength, "Fit": self.fit, "Mask": self.mask}
-        sides = None if self.outpaint is None else self.outpaint.replace(",", " ")  # commas part the settings
-        return {**names, "Outpaint": sides, "Only masked": self.only_masked, "Feather": self.feather}
+        return {**names, "Outpaint": self.outpaint, "Only masked": self.only_masked, "Feather": self.feather}
 
     @property
     def has_mask(self) -> bool:

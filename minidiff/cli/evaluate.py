@@ -13,6 +13,7 @@ import tyro
 
 from minidiff.cli.flags import File, Folder, Text, Whole
 from minidiff.cli.model import load, print_notes
+from minidiff.cli.names import check_writable
 
 if TYPE_CHECKING:
     from minidiff.evaluation.alignment import Encoder
@@ -50,8 +51,8 @@ def pictures(
     from minidiff.evaluation.alignment import drift, image_alignment, text_alignment
     from minidiff.evaluation.folder import find_drawn_pictures, read_prompts
 
-    if out is not None and not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
+    if out is not None:
+        check_writable(out)
     paths = find_drawn_pictures(folder)
     prompts = read_prompts(folder, paths)
     counterparts = [] if before is None else same_names(paths, find_drawn_pictures(before), before)

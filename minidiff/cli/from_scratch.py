@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from minidiff.bundled.recipe import RECIPES, Recipe
-from minidiff.cli.flags import CONFIG, Attentions, Text, Whole, command_class, flag_groups, given, summary
+from minidiff.cli.flags import Attentions, Text, Whole, command_class, flag_groups, given, parse_flags, summary
 from minidiff.cli.model import load, print_notes, training_on
 from minidiff.trainers.methods.override import override
 
@@ -57,7 +57,7 @@ def from_scratch(args: list[str]) -> None:
 
     command = command_class({"run": (ScratchFlags,)} | flag_groups(Recipe))
     about = f"{summary(ScratchFlags)}\n\n{recipe_numbers()}"
-    asked = vars(tyro.cli(command, prog="minidiff train from-scratch", description=about, args=args, config=CONFIG))
+    asked = vars(parse_flags(command, "train from-scratch", about, args))
     flags: ScratchFlags = asked["run"]
     out, recipe = flags.out, override(RECIPES[flags.recipe or "bundled"], given(asked.values(), Recipe))
     with training_on(flags.device, flags.threads, flags.attention) as device:

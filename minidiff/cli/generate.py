@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from minidiff import __version__
 from minidiff.cli.control import parse_controls, steer
 from minidiff.cli.edit import EditFlags, check_model, prepare_edit, read_edit
-from minidiff.cli.flags import Attentions, DTypes, Several, Text
-from minidiff.cli.model import free_name, load, named, print_notes, slug, unused_words, weighted
+from minidiff.cli.flags import Attentions, DTypes, File, Several, Text
+from minidiff.cli.model import load, named, print_notes, unused_words, weighted
+from minidiff.cli.names import check_writable, free_path, slug
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +55,7 @@ def generate(
     control: Several = (),
     controlnet: Several = (),
     guess_mode: bool = False,
+    settings: File = None,
     out: Path | None = None,
     edit: EditFlags = EditFlags(),
 ) -> None:
@@ -92,6 +95,7 @@ def generate(
         controlnet: a ControlNet file or folder, FILE or FILE:scale:start:end, as net.safetensors:0.8:0:0.5 for the first half of the steps;
             --control and --controlnet may be given several times, in the same order
         guess_mode: let the hint decide what is seen, also without a prompt; a guidance scale of 3 to 5 suits it
+        settings: a picture that generate or a web interface made, to make it again; flags and prompts beside it win over its own
         out: a .png file, named after the prompt by default; several pictures make a grid, with each picture in a file alongside
         edit: start from a picture
     """
@@ -105,12 +109,16 @@ def generate(
     from minidiff.two_encoders import SizeNumbers, told
 
     if sampler == "list":
-        print("\n".join(f"{name:16}  {row.web_name:16}  {row.help}" for name, row in SAMPLERS.items()))
+        web_names = {name: f"{row.web_name} {row.web_schedule or ''}".strip() for name, row in SAMPLERS.items()}
+        print("\n".join(f"{name:16}  {web_names[name]:16}  {row.help}" for name, row in SAMPLERS.items()))
         return
     if not prompts or batch < 1:
         raise ValueError(f"{len(prompts)} prompts and --batch {batch} make no picture; give at least one of each")
-    out = out or free_name(f"{slug(prompts[0])}-{seed}")
-    check_png(out)
+    pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
+    files = picture_files(out, prompts, pairs)
+    for file in files:
+        check_png(file)
+        check_writable(file)
     requests = parse_controls(control, controlnet)
     if guess_mode and not requests:
         raise ValueError("--guess-mode without a ControlNet; give --control and --controlnet, or leave it out")
@@ -140,9 +148,12 @@ def generate(
     )
     sd.text = told(sd.text, prompt_2, sizes)
     print_notes(unused_words(sd.tokenizer, [*prompts, prompt_2 or "", negative or ""]))
-    pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
     texts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
+    if negative_prompt and guidance_scale == 1:
+        print_notes(["--negative-prompt has no effect at --guidance-scale 1, which draws the prompt alone; give a larger scale"])
+    if spacing and sampler in SAMPLERS and SAMPLERS[sampler].own_spacing:
+        print_notes([f"--spacing has no effect on the sampler {sampler}, which has its own"])
     sampling, left = Sampling(steps, sampler, guidance_scale, negative, spacing, eta), steps
     with attention_backend(attention):
         if pictures is None:
@@ -159,13 +170,13 @@ def generate(
         (last,) = deque(tqdm(trajectory, total=left, unit="step", file=sys.stderr), maxlen=1)
         pixels = sd.decode(last.x_t)
         images = to_images(pixels if job is None else job.finish(pixels))
-    settings = {
+    row = SAMPLERS[sampler]
+    values = {
         "Steps": steps,
-        "Sampler": sampler,
-        "Schedule type": SAMPLERS[sampler].own_spacing or spacing or sd.config.schedule.spacing,
+        "Sampler": row.web_name,
+        "Schedule type": row.web_schedule,
         "CFG scale": guidance_scale,
         "Seed": seed,
-        "Batch": batch,
         "Size": f"{images[0].width}x{images[0].height}",
         "Prompt 2": prompt_2,
         "Empty negative": empty_negative if empty_negative or negative != "" else "encoded",
@@ -176,46 +187,67 @@ def generate(
         "VAE": vae,
         "EMA": ema,
         "Prediction": prediction,
-        "Eta": eta,
+        "Ignore": ignore,
+        "Spacing": None if row.own_spacing else spacing or sd.config.schedule.spacing,
+        "Eta DDIM": eta or None,
+        "RNG": "CPU",
         "dtype": str(sd.dtype).removeprefix("torch."),
-        "LoRA": " + ".join(lora) or None,
-        "Embedding": " + ".join(embedding) or None,
-        "Custom Diffusion": " + ".join(custom_diffusion) or None,
-        "Control": " + ".join(control) or None,
-        "ControlNet": " + ".join(controlnet) or None,
+        "LoRA": lora,
+        "Embedding": embedding,
+        "Custom Diffusion": custom_diffusion,
+        "Control": control,
+        "ControlNet": controlnet,
         "Guess mode": guess_mode,
         **edit.settings(),
+        "Version": f"minidiff {__version__}",
     }
-    write_pictures(out, images, prompts, pairs, negative or "", settings)
-    print(out)
+    write_pictures(files, images, prompts, pairs, negative or "", values, batch)
+    print(files[0])
+
+
+def picture_files(out: Path | None, prompts: tuple[str, ...], pairs: list[tuple[str, int]]) -> list[Path]:
+    """Return the names of all files: of the picture, or of the grid and each picture in it. Only `out` may be a file that is there.
+
+    Args:
+        out: the first one; a free name made of the first prompt and its seed by default
+        prompts: those that were given
+        pairs: prompt and seed of each picture
+    """
+    out = out or free_path(Path(f"{slug(prompts[0])}-{pairs[0][1]}.png"))
+    if len(pairs) == 1:
+        return [out]
+    alone = len(prompts) == 1
+    names = [f"{out.stem}-{seed}.png" if alone else f"{out.stem}-{i}-{slug(prompt)}-{seed}.png" for i, (prompt, seed) in enumerate(pairs)]
+    return [out, *(free_path(out.with_name(name)) for name in names)]
 
 
 def write_pictures(
-    out: Path,
+    files: list[Path],
     images: "list[Image.Image]",
     prompts: tuple[str, ...],
     pairs: list[tuple[str, int]],
     negative_prompt: str,
-    settings: dict[str, object],
+    values: dict[str, object],
+    batch: int,
 ) -> None:
     """Write the picture, or the grid of several and each of them alongside.
 
     Args:
-        out: the file of the picture or the grid
+        files: as `picture_files` names them
         images: the pictures
         prompts: those that were given
         pairs: prompt and seed of each picture
         negative_prompt: of all
-        settings: of all, under the names that web interfaces use; None and False are left out
+        values: settings of all, under the names that web interfaces use
+        batch: pictures of each prompt
     """
     from minidiff.pictures import grid, save_png
     from minidiff.png_settings import picture_settings
 
-    save_png(grid(images), out, picture_settings(" | ".join(prompts), negative_prompt, settings))
-    if len(pairs) > 1:
-        for number, ((prompt, seed), image) in enumerate(zip(pairs, images)):
-            name = f"{out.stem}-{seed}.png" if len(prompts) == 1 else f"{out.stem}-{number}-{slug(prompt)}-{seed}.png"
-            save_png(image, out.with_name(name), picture_settings(prompt, negative_prompt, settings | {"Seed": seed, "Batch": 1}))
+    size = {"Batch size": batch} if batch > 1 else {}
+    save_png(grid(images), files[0], picture_settings(prompts, negative_prompt, values | size))
+    for (prompt, seed), image, file in zip(pairs, images, files[1:]):
+        save_png(image, file, picture_settings([prompt], negative_prompt, values | {"Seed": seed}))
 
 
 def read_weights(sd: "StableDiffusion", prompts: "Sequence[str]") -> None:

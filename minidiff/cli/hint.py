@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from minidiff.cli.flags import UNSET, Whole
-from minidiff.cli.model import free_name, print_notes
+from minidiff.cli.model import print_notes
+from minidiff.cli.names import free_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -99,7 +100,7 @@ def make(kind: str, picture: Path, out: Path | None, size: int | None, convert) 
     from minidiff.hints import looks_like_lines
     from minidiff.pictures import check_png, load_picture, save_png
 
-    out = out or free_name(f"{picture.stem}-{kind}")
+    out = out or free_path(Path(f"{picture.stem}-{kind}.png"))
     check_png(out)
     image = load_picture(picture)
     with Image.open(picture) as file:

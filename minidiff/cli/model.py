@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from os import devnull
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -104,15 +103,3 @@ def training_on(device: str, threads: int | None, attention: str = "auto"):
             yield joined
     finally:
         distributed.destroy_distributed()
-
-
-def free_name(stem: str) -> Path:
-    """Return a .png of this name, numbered if there is one already: without --out nothing is overwritten."""
-    names = (Path(f"{stem}.png"), *(Path(f"{stem}-{i}.png") for i in range(2, 10_000)))
-    return next(path for path in names if not path.exists())
-
-
-def slug(prompt: str) -> str:
-    """Turn a prompt into a file name."""
-    words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
-    return "-".join(words)[:60] or "picture"

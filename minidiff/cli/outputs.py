@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minidiff.cli.model import print_notes, slug
+from minidiff.cli.model import print_notes
+from minidiff.cli.names import slug
 
 if TYPE_CHECKING:
     from minidiff.adapters.custom_diffusion import CustomDiffusion
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 Settings = dict[str, object]
 Written = Iterator[tuple[str, Path]]
+Write = Callable[[Any, "StableDiffusion", Path, str, Settings], Written]
+ONE_EACH = ("a1111", "kohya")  # names of programs that call a word by its file's name
 
 
 def write_results(training: "TrainingRun", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:
@@ -29,11 +32,27 @@ def write_results(training: "TrainingRun", sd: "StableDiffusion", out: Path, nam
         names: spelling of the files, as in Method.formats
         settings: for the metadata
     """
-    (out / "settings.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
-    learned = [(write, getattr(training, kind)) for kind, write in WRITERS.items() if getattr(training, kind) is not None]
+    from minidiff.files import write_text
+
+    write_text(out / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False))
+    learned = results_of(training)
     learned += [(write_model, sd)] if training.trains_model or not learned else []
     for write, result in learned:
         yield from write(result, sd, out, names, settings)
+
+
+def results_of(training: "TrainingRun") -> "list[tuple[Write, Any]]":
+    """Return what a run has learned beside the model's own weights, each with the function that writes it."""
+    return [(write, getattr(training, kind)) for kind, write in WRITERS.items() if getattr(training, kind) is not None]
+
+
+def result_names(training: "TrainingRun", names: str) -> list[str]:
+    """Return the names of files that are made of what the user called things, with the longest number that a sheet's file has."""
+    words = training.tokens.names if training.tokens and names in ONE_EACH else ()
+    files = [f"{slug(word)}-000000.safetensors" for word in words]
+    if len(set(files)) < len(files):
+        raise ValueError(f"the words {', '.join(words)} would have one file name; choose words that differ in letters or digits")
+    return files
 
 
 def write_tokens(learned: "NewTokens", sd: "StableDiffusion", out: Path, names: str, settings: Settings) -> Written:
@@ -47,10 +66,10 @@ def write_tokens(learned: "NewTokens", sd: "StableDiffusion", out: Path, names: 
     from minidiff.adapters.tokens import NewTokens
 
     widths = [encoder.config.width for encoder in sd.text.encoders.values()]
-    one_each = names in ("a1111", "kohya") or len(widths) > 1
+    one_each = names in ONE_EACH or len(widths) > 1
     tokens = {slug(word): NewTokens({word: rows}) for word, rows in learned.rows.items()} if one_each else {"embedding": learned}
     for name, words in tokens.items():
-        weights_loader.write_embedding(out / f"{name}.safetensors", words, "a1111" if one_each else "diffusers", settings, widths)
+        weights_loader.write_embedding(out / f"{name}.safetensors", words, "a1111" if one_each else "diffusers", settings, widths, sd)
         yield "--embedding", out / f"{name}.safetensors"
 
 
@@ -119,7 +138,7 @@ def write_model(learned: "StableDiffusion", sd: "StableDiffusion", out: Path, na
 
 
 # By the field of TrainingRun that holds the result; a run without any has trained the model itself.
-WRITERS: "dict[str, Callable[[Any, StableDiffusion, Path, str, Settings], Written]]" = {
+WRITERS: dict[str, Write] = {
     "tokens": write_tokens,
     "lora": write_lora,
     "custom_diffusion": write_custom_diffusion,

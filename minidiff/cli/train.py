@@ -11,16 +11,20 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
+from shutil import rmtree
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from minidiff.cli.flags import CONFIG, Attentions, DTypes, File, Several, Whole, command_class, flag_groups, given
+from minidiff.cli.effects import without_effect
+from minidiff.cli.flags import Attentions, DTypes, File, Several, Whole, command_class, flag_groups, given, parse_flags
 from minidiff.cli.model import load, print_notes, training_on
+from minidiff.cli.names import check_writable
 from minidiff.trainers.methods.method import Method, MethodOptions, describe
 from minidiff.trainers.methods.options import Concept, PhaseOptions, family_of
 from minidiff.trainers.methods.override import documented, override, places
@@ -50,7 +54,8 @@ class RunFlags:
         device: auto, cpu, cuda, cuda:1, mps
         attention: how it is computed: auto takes what is fastest; triton is this package's kernels, on a GPU
         threads: CPU threads to use; all cores by default
-        sample_every: steps between two sheets of validation pictures, always on the same seeds; 0 for none but at the end
+        sample_every: steps between two sheets of validation pictures, always on the same seeds; beside each the small file of what is
+            learned so far; 0 for none but at the end
         sample_prompt: what they show; the first caption of each concept by default
         num_samples: how many pictures of each prompt
     """
@@ -100,7 +105,7 @@ def train(name: str, args: list[str]) -> None:
     method = METHODS[name]
     bundled, sd1 = describe(method.presets["bundled"]), describe(method.presets["sd1"])
     description = f"{method.summary}\n\nPresets of the bundled model: {bundled}.\n\nPresets of Stable Diffusion: {sd1}."
-    asked = vars(tyro.cli(flag_class(method), prog=f"minidiff train {name}", description=description, args=args, config=CONFIG))
+    asked = vars(parse_flags(flag_class(method), f"train {name}", description, args))
     run: RunFlags = asked["run"]
     run.check()
     concepts = read_concepts(given([asked["concept"]], Concept), asked["more"], method.needs_images)
@@ -108,6 +113,8 @@ def train(name: str, args: list[str]) -> None:
         sd = load(run.model, "float32" if run.dtype == "auto" else run.dtype, device, prediction=run.prediction)
         presets = method.low_rank_presets if asked.get("as_lora") else method.presets
         options = apply_flags(presets[family_of(sd.config)], method, asked)
+        given_flags = {*given(option_flags(asked, method), method.options), *given([asked["concept"]], Concept)}
+        print_notes(without_effect(given_flags, options, concepts))
         concepts = [with_class_folder(concept, i, run.out, options.phases()[-1]) for i, concept in enumerate(concepts, start=1)]
         learn(Job(name, options, concepts, run, asked.get("names", "diffusers"), asked.get("start_from")), sd, device)
 
@@ -118,15 +125,17 @@ def learn(job: Job, sd: "StableDiffusion", device: "torch.device") -> None:
     from minidiff.trainers.engine.distributed import rank
 
     run = job.run
-    training = prepare(job, sd)
-    print_forecast(training, device)
-    prompts = list(run.sample_prompt) or training.phases[0].prompts
-    try:
-        take_steps(training, run, prompts, device)
-    except KeyboardInterrupt:
-        print_notes([f"stopped; the same command resumes from what is saved in {run.out}"])
-        raise
-    if rank() == 0:
+    with ExitStack() as stack:
+        training = prepare(job, sd, stack)
+        print_forecast(training, device)
+        prompts = list(run.sample_prompt) or training.phases[0].prompts
+        try:
+            take_steps(training, job, prompts, sd, device)
+        except KeyboardInterrupt:
+            print_notes([f"stopped; the same command resumes from what is saved in {run.out}"])
+            raise
+        if rank() > 0:
+            return
         flags = [text for flag, path in write_results(training, sd, run.out, job.names, settings_of(job)) for text in (flag, str(path))]
         model = [] if "--model" in flags or run.model == "tiny" else ["--model", run.model]
         prediction = ["--prediction", run.prediction] if model and run.prediction else []
@@ -155,7 +164,7 @@ def flag_class(method: Method[Any]) -> type:
 
 def apply_flags(preset: MethodOptions, method: Method[Any], asked: dict[str, Any]) -> MethodOptions:
     """Return the preset with the flags that were given. Raises ValueError for one that these options have no place for."""
-    changes = given([part for name, part in asked.items() if name in flag_groups(method.options)], method.options)
+    changes = given(option_flags(asked, method), method.options)
     known = {flat.name for flat in places(preset)}
     lost = [name for name in changes if name not in known]
     if method.low_rank_presets and not asked["as_lora"] and asked.get("names") != next(iter(method.formats)):
@@ -163,6 +172,11 @@ def apply_flags(preset: MethodOptions, method: Method[Any], asked: dict[str, Any
     if lost:
         raise ValueError(f"--{lost[0].replace('_', '-')} is of a LoRA; give --low-rank too, or leave it out")
     return override(preset, changes)
+
+
+def option_flags(asked: dict[str, Any], method: Method[Any]) -> list[Any]:
+    """Return those of the parsed parts that are flags of the method's options."""
+    return [part for name, part in asked.items() if name in flag_groups(method.options)]
 
 
 def read_concepts(values: dict[str, Any], more: tuple[str, ...], needed: bool = True) -> list[Concept]:
@@ -211,11 +225,15 @@ def with_class_folder(concept: Concept, number: int, out: Path, options: PhaseOp
     return concept if has_folder else replace(concept, class_images=out / f"class-{number}")
 
 
-def prepare(job: Job, sd: "StableDiffusion") -> "TrainingRun":
+def prepare(job: Job, sd: "StableDiffusion", stack: ExitStack) -> "TrainingRun":
     """Check everything, claim the folder of the run, fill the folders of class pictures, and put the run together.
 
+    The folder is this run's alone until the stack is closed.
     Making class pictures may take long, so what can be wrong is found before: the run is put together without them first.
     """
+    import weights_loader
+    from minidiff.cli.outputs import result_names
+    from minidiff.files import exclusive
     from minidiff.trainers.engine.distributed import barrier, rank
     from minidiff.trainers.methods.prior_preservation import class_caption
 
@@ -227,8 +245,11 @@ def prepare(job: Job, sd: "StableDiffusion") -> "TrainingRun":
             for concept in job.concepts:
                 class_caption(concept, last.prompt)
         training = build(replace(job, options=override(job.options, {"prior": "none"})) if is_made else job, sd)
+    if training.lora is not None:
+        weights_loader.check_lora_names(training.lora, job.names)
     if rank() == 0:
-        claim(job.run.out, {"method": job.name, "model": job.run.model, "names": job.names})
+        claim(job.run.out, {"method": job.name, "model": job.run.model, "names": job.names}, result_names(training, job.names))
+        stack.enter_context(exclusive(job.run.out))
         fill_class_folders(job, sd)
     barrier()
     return build(job, sd) if is_made else training
@@ -244,14 +265,25 @@ def build(job: Job, sd: "StableDiffusion") -> "TrainingRun":
     return method.build(sd, job.concepts, job.options, Cache(job.run.out / "cache"), **more)
 
 
-def claim(out: Path, asked: dict[str, str]) -> None:
-    """Claim the folder for the run. Raises ValueError if it holds another's, OSError for a file."""
+def claim(out: Path, asked: dict[str, str], names: list[str]) -> None:
+    """Claim the folder for the run. Raises ValueError if it holds another's, or files that are no run's; OSError if it cannot be written.
+
+    Args:
+        out: the folder, which is made if it is not there
+        asked: what makes the run this one
+        names: of the files that it ends in
+    """
     from minidiff.files import ensure_same_run
 
+    held = [path.name for path in out.iterdir() if path.is_file() and not path.name.startswith(".")] if out.is_dir() else []
+    if held and not (out / "run.json").exists():
+        raise ValueError(f"--out {out}: holds {held[0]}, and no run; choose a new folder, or an empty one")
     try:
         ensure_same_run(out / "run.json", asked)
     except OSError as error:
         raise OSError(f"--out {out}: no folder to write to ({error.strerror}); choose another place") from error
+    for name in names:
+        check_writable(out / name)
 
 
 def fill_class_folders(job: Job, sd: "StableDiffusion") -> None:
@@ -292,36 +324,40 @@ def print_forecast(training: "TrainingRun", device: "torch.device") -> None:
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def take_steps(training: "TrainingRun", run: RunFlags, prompts: list[str], device: "torch.device") -> None:
+def take_steps(training: "TrainingRun", job: Job, prompts: list[str], sd: "StableDiffusion", device: "torch.device") -> None:
     """Take the steps that are left, phase by phase.
 
     Args:
         training: the run
-        run: the flags of the run: its folder, and when to draw a sheet of pictures
+        job: its folder, and when to draw a sheet of pictures
         prompts: of the sheets, one per row
-        device: where the model is trained
+        sd: the model
+        device: where it is trained
     """
     phases = 0
-    with closing(training.run(device, run.out)) as steps:
+    with closing(training.run(device, job.run.out)) as steps:
         for phase, own in groupby(steps, key=lambda pair: pair[0]):
-            show_phase(phase, (step for _, step in own), run, prompts, device)
+            for done in show_phase(phase, (step for _, step in own), job.run, prompts, device):
+                keep_results(training, phase, sd, job, done)
             phases += 1
     if not phases:
-        print_notes(["all steps were taken before; the files are written again"])
+        print_notes(["all steps were taken before; the files are written again; a larger --steps goes on from there"])
 
 
-def show_phase(phase: "Phase", steps: "Iterator[TrainStep]", run: RunFlags, prompts: list[str], device: "torch.device") -> None:
-    """Take the steps of one phase, with a bar, a log and sheets of pictures.
+def show_phase(phase: "Phase", steps: "Iterator[TrainStep]", run: RunFlags, prompts: list[str], device: "torch.device") -> Iterator[int]:
+    """Take the steps of one phase, with a bar, a log and sheets of pictures; yield how many are done after each sheet but the last.
 
     Args:
         phase: the phase's task
         steps: those that are left of it, at least one
-        run, prompts, device: as in `take_steps`
+        run: the flags of the run
+        prompts, device: as in `take_steps`
     """
     from tqdm import tqdm
 
     from minidiff.trainers.engine.distributed import rank
     from minidiff.trainers.engine.log import Log
+    from minidiff.trainers.methods.finetune_task import averaged
 
     first, announced = next(steps), False
     bar = tqdm(desc=phase.name, total=first.steps, initial=first.done - 1, unit="step", file=sys.stderr)
@@ -335,9 +371,33 @@ def show_phase(phase: "Phase", steps: "Iterator[TrainStep]", run: RunFlags, prom
                 bar.write(f"minidiff: {log.pace.forecast()}", file=sys.stderr)
             is_due = step.done == step.steps or (run.sample_every and step.done % run.sample_every == 0)
             if is_due and rank() == 0:
-                numbers = save_sheet(phase, prompts, run, step.done)
-                if numbers:
-                    bar.write(f"minidiff: step {step.done}: {numbers}", file=sys.stderr)
+                with averaged(phase):
+                    numbers = save_sheet(phase, prompts, run, step.done)
+                    if numbers:
+                        bar.write(f"minidiff: step {step.done}: {numbers}", file=sys.stderr)
+                    if step.done < step.steps:
+                        yield step.done
+
+
+def keep_results(training: "TrainingRun", phase: "Phase", sd: "StableDiffusion", job: Job, done: int) -> None:
+    """Write what the phase has learned so far beside its sheet, as lora-000100.safetensors; a whole model, which is large, is not kept.
+
+    Args:
+        training, sd, job: the run
+        phase: its adapters are written
+        done: steps that are over
+    """
+    from minidiff.cli.outputs import results_of
+
+    for leftover in job.run.out.glob(".results-*"):  # of a run that was killed meanwhile; the folder is this run's alone
+        rmtree(leftover, ignore_errors=True)
+    with TemporaryDirectory(dir=job.run.out, prefix=".results-") as folder:
+        for write, result in results_of(training):
+            if any(result is adapter for adapter in getattr(phase, "adapters", ())):
+                for _, path in write(result, sd, Path(folder), job.names, settings_of(job)):
+                    target = job.run.out / f"{path.stem}-{done:06d}{path.suffix}"
+                    if not target.is_dir():
+                        path.rename(target)
 
 
 def save_sheet(phase: "Phase", prompts: list[str], run: RunFlags, done: int) -> str:

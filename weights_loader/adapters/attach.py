@@ -5,7 +5,7 @@
 Words, then Custom Diffusion, whose weights take the place of the model's, then the LoRAs, which add to either (minidiff/adapters/base.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from minidiff.pipeline import StableDiffusion
 from weights_loader.adapters.custom_diffusion import read_custom_diffusion
 from weights_loader.adapters.embedding import read_embedding
 from weights_loader.adapters.lora import read_lora
+from weights_loader.adapters.origin import base_note
+from weights_loader.read import read
 
 File = str | Path
 
@@ -28,7 +30,8 @@ def attach(
 ) -> None:
     """Attach files to a model, all of them or none.
 
-    sd.attached lists them, each with its file as title, and `detach()` takes one off again; sd.notes says the words that they add.
+    sd.attached lists them, each with its file as title, and `detach()` takes one off again; sd.notes says the words that they add,
+    and which files were learned on another model.
 
     Args:
         sd: the model
@@ -53,7 +56,8 @@ def attach(
             way_out = "; embeddings=((FILE, WORD),) (--embedding FILE:WORD) gives it another word" * (kind == "embedding")
             raise ValueError(f"{path}: {error}{way_out}") from error
         adapter.title = f"{kind} {path}"
-    sd.notes += tuple(note for _, path, adapter in read if (note := words_note(path, adapter)))
+    words = [note for _, path, adapter in read if (note := words_note(path, adapter))]
+    sd.notes += (*words, *(note for _, path, _ in read for note in base_notes(path, sd)))
 
 
 def words_note(path: File, adapter: Adapter) -> str | None:
@@ -63,6 +67,19 @@ def words_note(path: File, adapter: Adapter) -> str | None:
         return None
     words = ", ".join(f"{name} ({len(rows)} vector{'s' * (len(rows) > 1)})" for name, rows in tokens.rows.items())
     return f"{path} adds the word{'s' * (len(tokens.rows) > 1)} {words}"
+
+
+def base_notes(path: File, sd: StableDiffusion) -> list[str]:
+    """Return what a user should know before a small file changes a model: that it was learned on another one, if it was."""
+    note = base_note(path, metadata_of(path), sd)
+    return [note] if note else []
+
+
+def metadata_of(path: File) -> Mapping[str, str]:
+    """Return the metadata of a small file, or of the safetensors files of a folder; nothing for pickles, which have none."""
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.suffix == ".safetensors" else []
+    return {key: text for file in files for key, text in read(file).metadata.items()}
 
 
 def pairs(files: File | Sequence[Any], otherwise: Any) -> list[tuple[File, Any]]:

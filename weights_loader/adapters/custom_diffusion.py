@@ -24,6 +24,7 @@ from minidiff.adapters.tokens import NewTokens
 from minidiff.pipeline import StableDiffusion
 from weights_loader.adapters import embedding
 from weights_loader.adapters.common import misfit, weights_file
+from weights_loader.adapters.origin import describe_origin
 from weights_loader.detect import describe, kind
 from weights_loader.families import part_names
 from weights_loader.metadata import FORMAT, settings_to_metadata
@@ -195,7 +196,7 @@ def write_custom_diffusion(
     changes |= {f"{name}.bias": bias for name, bias in delta.biases.items()}
     rows: Mapping[str, Tensor] = delta.tokens.rows if delta.tokens else {}
     path = Path(path)
-    metadata = FORMAT | settings_to_metadata(settings or {})
+    metadata = FORMAT | settings_to_metadata(settings or {}) | describe_origin("custom-diffusion", path, sd, settings)
     if settings and path.suffix in (".bin", ".ckpt"):
         raise ValueError(f"{path}: settings are kept in .safetensors and folders only; leave them out, or change the name")
     layout = "ldm" if path.suffix == ".ckpt" else "diffusers"

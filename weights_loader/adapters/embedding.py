@@ -18,6 +18,7 @@ from torch import Tensor
 from minidiff.adapters.tokens import NewTokens, words_width
 from minidiff.config import check_choice
 from minidiff.pipeline import StableDiffusion
+from weights_loader.adapters.origin import describe_origin
 from weights_loader.detect import FEW, describe, kind
 from weights_loader.families import family_of_config
 from weights_loader.metadata import FORMAT, settings_to_metadata
@@ -125,6 +126,7 @@ def write_embedding(
     form: str = "diffusers",
     settings: dict[str, object] | None = None,
     widths: Sequence[int] = (),
+    sd: StableDiffusion | None = None,
 ) -> None:
     """Write learned words.
 
@@ -135,6 +137,7 @@ def write_embedding(
         form: "diffusers" as .safetensors or .bin, "a1111" as .safetensors or .pt
         settings: what they were made with, kept as JSON in the metadata of a .safetensors file
         widths: of the vectors of each text encoder; two make a pair for SDXL, in a .safetensors file that both forms share
+        sd: the model that they were learned on, for the metadata (origin.py)
 
     Raises ValueError for an unknown form or another suffix, for several words for a1111, and for settings that the file has no place for;
     FileNotFoundError without the folder.
@@ -155,6 +158,8 @@ def write_embedding(
     word, vectors = next(iter(rows.items()))
     if path.suffix == ".safetensors":
         metadata = FORMAT | settings_to_metadata(settings or {})
+        if sd is not None:
+            metadata |= describe_origin("textual-inversion", path, sd, settings)
         if pair:
             rows, metadata = dict(zip(PAIR, vectors.split(list(widths), dim=1), strict=True)), metadata | {NAME_KEY: word}
         elif form == "a1111":

@@ -26,6 +26,7 @@ from minidiff.pipeline import StableDiffusion
 from weights_loader.adapters.common import misfit, weights_file
 from weights_loader.adapters.kohya import KOHYA
 from weights_loader.adapters.lora_file import Dialect, Factors, StoredChange
+from weights_loader.adapters.origin import describe_origin
 from weights_loader.adapters.peft import PEFT
 from weights_loader.detect import describe
 from weights_loader.families import family_of_config, part_names
@@ -148,26 +149,38 @@ def _likely_cause(changes: Mapping[str, StoredChange], sd: StableDiffusion) -> s
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_lora(
-    path: str | Path, lora: LoRA, sd: StableDiffusion, names: str = "diffusers", settings: dict[str, object] | None = None
-) -> None:
+def write_lora(path: str | Path, lora: LoRA, sd: StableDiffusion, names: str = "kohya", settings: dict[str, object] | None = None) -> None:
     """Write a LoRA of low-rank changes as .safetensors, in the dtype it has. The multiplier lora.weight belongs to its use: it stays out.
 
     Args:
         path: the file
         lora: attached or not
         sd: a model that it fits
-        names: the dialect, "diffusers" for diffusers and peft or "kohya" for the web interfaces. diffusers reads kohya's names too, but
-            takes the commonest alpha for all layers: write a LoRA of several alphas in its own dialect
-        settings: what it was made with, kept as JSON in the metadata
+        names: the dialect, "kohya", which the web interfaces and diffusers read, or "diffusers" for diffusers and peft alone
+        settings: what it was made with, kept as JSON in the metadata; the rest of the metadata is that of origin.py
 
-    Raises ValueError for an unknown dialect, another suffix and other changes than low-rank ones, FileNotFoundError without the folder.
+    Raises ValueError for an unknown dialect, another suffix, other changes than low-rank ones and as `check_names` does, FileNotFoundError
+    without the folder.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a LoRA is written as .safetensors; name it {path.with_suffix('.safetensors').name}")
+    check_names(lora, names)
     tensors, metadata = pack(lora, sd, names)
-    write_safetensors(path, tensors, FORMAT | settings_to_metadata(settings or {}) | metadata)
+    origin = describe_origin("lora", path, sd, settings)
+    write_safetensors(path, tensors, FORMAT | settings_to_metadata(settings or {}) | origin | metadata)
+
+
+def check_names(lora: LoRA, names: str) -> None:
+    """Raise ValueError where a dialect's readers would take another alpha than the LoRA has: they take the rank where they find none."""
+    tells_alpha = {dialect.name: dialect.tells_alpha for dialect in DIALECTS}.get(names, True)
+    scaled = {name: one for name, one in lora.layers.items() if isinstance(one, LowRank) and one.alpha != one.rank}
+    if scaled and not tells_alpha:
+        name, one = next(iter(scaled.items()))
+        raise ValueError(
+            f"names {names!r}: most programs that read them take the rank for alpha, and {len(scaled)} layers have another ({name}: rank "
+            f"{one.rank}, alpha {one.alpha:g}); take the names 'kohya', or an alpha that is the rank"
+        )
 
 
 def pack(lora: LoRA, sd: StableDiffusion, names: str) -> tuple[dict[str, Tensor], dict[str, str]]:

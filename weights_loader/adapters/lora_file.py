@@ -43,6 +43,7 @@ class Dialect:
     layer_name: (part, the layer's name in that part of a diffusers model) -> its name in the file; None if layers have the names of another
         dialect.
     pack: (changes, the model they belong to) -> the tensors and metadata of a file; None for a dialect that is only read.
+    tells_alpha: whether every program that reads such files finds each layer's alpha in them.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Dialect:
     parse: Callable[[Checkpoint], Mapping[str, StoredChange]]
     layer_name: Callable[[str, str], str] | None = None
     pack: Callable[[Placed, StableDiffusion], tuple[dict[str, Tensor], dict[str, str]]] | None = None
+    tells_alpha: bool = True
 
 
 def named_halves(changes: Placed, down: str, up: str) -> dict[str, Tensor]:

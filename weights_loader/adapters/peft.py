@@ -161,4 +161,5 @@ def _config(changes: Placed) -> dict[str, object]:
     return result
 
 
-PEFT = Dialect("diffusers", matches, parse, layer_name, pack)
+# Of the programs that read these names, only diffusers itself, from 0.34 on, looks for alphas in the metadata.
+PEFT = Dialect("diffusers", matches, parse, layer_name, pack, tells_alpha=False)

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff.config import check_choice
-from minidiff.files import ensure_same_run, fingerprint
+from minidiff.files import ensure_same_run, fingerprint, write_text
 from minidiff.pictures import list_pictures, save_png
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.scenes import sample_scene
@@ -190,6 +190,6 @@ def scene_pictures(
         path = folder / f"scene-{done:05d}.png"
         if not path.exists():
             scene = sample_scene(np.random.default_rng([seed, i]))
-            path.with_suffix(".txt").write_text(scene.caption, encoding="utf-8")
+            write_text(path.with_suffix(".txt"), scene.caption)
             save_png(Image.fromarray(scene.image), path)
         yield Filled(done + 1, count)

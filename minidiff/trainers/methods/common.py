@@ -8,6 +8,7 @@ All that is wrong with what was asked for is found here, before training: ValueE
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from minidiff.adapters.layers import PARTS, choose
 from minidiff.adapters.lora import PATTERNS, LoRA, create_lora
 from minidiff.pipeline import StableDiffusion
+from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.data.augment import SizeAugmentation
 from minidiff.trainers.data.cache import Cache, Pictures
 from minidiff.trainers.data.folder import Example, check_distinct, read_folder
@@ -125,7 +127,7 @@ def make_subject(
     templates = () if concept.captions or concept.prompt else tuple(fill_in(template, phrase) for template in templates)
     examples = captioned_examples(concept, concept.prompt or options.prompt, phrase, size)
     for caption in templates or [example.caption for example in examples]:
-        if concept.token not in caption:
+        if concept.token and not names_token(sd.tokenizer, caption, concept.token):
             raise ValueError(f"{concept.images}: the caption {caption!r} does not name {concept.token}; write {{}} where it belongs")
     cache = cache or Cache()
     crop, flip = options.data.crop, options.data.flip
@@ -133,6 +135,14 @@ def make_subject(
     class_examples = prior_examples(sd, concept, options, size)
     prior = Pictures(sd, class_examples, cache, size=size, crop=crop, flip=flip) if class_examples else None
     return Subject(pictures, templates, prior)
+
+
+def names_token(tokenizer: Tokenizer, caption: str, token: str) -> bool:
+    """Say whether a caption has the token among its words, as the tokenizer splits them: "many tasks" does not name sks."""
+    with suppress(ValueError):  # it is a word of the vocabulary, was added before, or is several words
+        tokenizer = tokenizer.with_added({token: (-1,)})
+    words, own = ([word for word, _ in tokenizer.words(text)] for text in (caption, token))
+    return any(words[i : i + len(own)] == own for i in range(len(words)))
 
 
 def captioned_examples(concept: Concept, prompt: str, phrase: str, size: int) -> list[Example]:

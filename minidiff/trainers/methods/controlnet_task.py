@@ -9,7 +9,7 @@ them gets a gradient; after some thousand steps the pictures follow the hint fro
 loss does not show. So each sheet is drawn on fixed hints, and says how well the edges of its pictures agree with them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -25,6 +25,7 @@ from minidiff.pictures import grid
 from minidiff.pipeline import StableDiffusion, to_images
 from minidiff.trainers.data.hinted import HintedSource
 from minidiff.trainers.engine.diffusion_loss import diffusion_loss, sample_noise
+from minidiff.trainers.engine.ema import EMA
 from minidiff.trainers.engine.loop import rng_for
 from minidiff.trainers.engine.optimizer import adamw
 from minidiff.trainers.engine.settings import Settings
@@ -48,6 +49,7 @@ class ControlNetTask:
     def __init__(self, sd: StableDiffusion, net: ControlNet, source: HintedSource, options: ControlNetOptions):
         self.sd, self.net, self.source, self.options, self.settings = sd, net, source, options, options.settings
         self.name = "controlnet"
+        self.averages: Mapping[str, EMA] = {}  # see FinetuneTask
         silent = list(net.zero_convs[:-1].parameters()) if options.middle_only else []
         self.groups = [Group(tuple(p for p in net.parameters() if all(p is not other for other in silent)))]
         self.modules: dict[str, nn.Module] = {"controlnet": net}

@@ -12,6 +12,7 @@ where it, or a word, is trained or has an adapter on it.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from minidiff.adapters.base import Adapter
 from minidiff.adapters.custom_diffusion import CustomDiffusion
+from minidiff.adapters.dropout import set_row_seeds
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.tokens import NewTokens
 from minidiff.conditioning import Conditioning
@@ -34,6 +36,7 @@ from minidiff.pictures import grid
 from minidiff.pipeline import StableDiffusion
 from minidiff.trainers.data.cache import Batch, Cache, Pictures, cached_texts
 from minidiff.trainers.engine.diffusion_loss import diffusion_loss, sample_noise
+from minidiff.trainers.engine.ema import EMA
 from minidiff.trainers.engine.loop import Task, Training, TrainStep, rng_for
 from minidiff.trainers.engine.optimizer import adamw
 from minidiff.trainers.engine.settings import Settings
@@ -107,6 +110,7 @@ class FinetuneTask:
         self.settings, self.data, self.prior_weight = options.settings, options.data, options.prior.weight
         self.has_prior = any(subject.prior is not None for subject in subjects)
         self.cache = cache or Cache()
+        self.averages: Mapping[str, EMA] = {}  # by module, while the run keeps some: the weights that are its result
         self.contexts: dict[str, Conditioning] | None = None  # by caption; None: the text encoders run in every step
         self.about: dict[str, object] = {"phase": name, "prior weight": self.prior_weight, "data": self._digest()}
         self.about |= {"model": fingerprint(sd.unet.conv_in)} | asdict(self.data)
@@ -140,6 +144,7 @@ class FinetuneTask:
         for adapter in reversed(self.adapters):
             adapter.detach()
             adapter.eval()
+            set_row_seeds(adapter, None)
         for p in self.trained:
             p.requires_grad_(False)
             p.grad = None
@@ -180,6 +185,9 @@ class FinetuneTask:
         sd, B = self.sd, len(sample_ids)
         batch, rngs = self._draw([rng_for(self.settings.seed, step, sample) for sample in sample_ids])
         noise = sample_noise(rngs, batch.latents.shape[1:], sd.config.schedule.timesteps, sd.device, self.data.offset_noise)
+        seeds = torch.tensor([int(rng.spawn(1)[0].integers(2**62)) for rng in rngs])  # beside the stream of the noise
+        for adapter in self.adapters:
+            set_row_seeds(adapter, seeds.to(sd.device))
         told = self._encode(batch.captions).to(sd.device, sd.dtype)
         if told.pooled is not None:  # such a U-Net is told the size of each picture too
             told = replace(told, size=batch.sizes.to(sd.device))
@@ -269,6 +277,7 @@ class Phase(Task, Protocol):
 
     name: str
     settings: Settings
+    averages: Mapping[str, EMA]
 
     @property
     def groups(self) -> Sequence[Group]: ...
@@ -304,10 +313,33 @@ class TrainingRun:
 
     def run(self, device: torch.device, folder: Path | None = None) -> Generator[tuple[Phase, TrainStep], None, None]:
         """Train one phase after the other, a step an iteration, each with its state in folder/NAME.state; EMAs become the weights."""
-        for phase in self.phases:
+        for number, phase in enumerate(self.phases):
             with phase:
-                training = Training(phase, phase.settings, device, folder / f"{phase.name}.state" if folder is not None else None)
+                training = Training(phase, phase.settings, device, state_file(phase, folder))
+                if training.extended:
+                    self._check_later(phase, self.phases[number + 1 :], folder)
+                phase.averages = training.ema
                 for step in training.run():
                     yield phase, step
                 for name, ema in training.ema.items():
                     ema.copy_to(phase.modules[name])
+                phase.averages = {}
+
+    def _check_later(self, phase: Phase, later: Sequence[Phase], folder: Path | None) -> None:
+        """Raise ValueError if a later phase has begun on what this one had learned before it was given more steps."""
+        if begun := [one.name for one in later if (path := state_file(one, folder)) is not None and path.exists()]:
+            raise ValueError(f"{folder}: {begun[0]} was trained on {phase.name} as it was with fewer steps; choose another folder")
+
+
+@contextmanager
+def averaged(phase: Phase) -> Iterator[None]:
+    """Let a phase hold, within the block and between two steps, the weights that would be written if the run ended now."""
+    with ExitStack() as stack:
+        for name, ema in phase.averages.items():
+            stack.enter_context(ema.swapped_in(phase.modules[name]))
+        yield
+
+
+def state_file(phase: Phase, folder: Path | None) -> Path | None:
+    """Return the file with the state of a phase, None without a folder."""
+    return None if folder is None else folder / f"{phase.name}.state"

@@ -62,7 +62,7 @@ def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: LoRAOptio
     return TrainingRun((phase,), lora=adapter)
 
 
-FORMATS = {"diffusers": "the names of diffusers", "kohya": "those of the web interfaces"}
+FORMATS = {"kohya": "the names that the web interfaces read, and diffusers too", "diffusers": "those of diffusers alone"}
 METHOD = Method(
     summary="Train a LoRA: small changes beside chosen layers, from a folder of pictures with one caption for all or one for each.",
     presets=PRESETS,

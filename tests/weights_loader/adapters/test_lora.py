@@ -65,7 +65,7 @@ def outputs(unet, text_encoder, sd):
 
 @pytest.mark.parametrize("names", NAMES)
 def test_a_lora_on_every_layer_is_read_back_bit_for_bit(names, sd, tmp_path):
-    lora = random_lora(sd)
+    lora = random_lora(sd) if names == "kohya" else random_lora(sd, "", (2,), (2.0,))
     assert {weight_of(sd, name).dim() for name in lora.layers} == {2, 4}, "convolutions too"
     write_lora(tmp_path / "x.safetensors", lora, sd, names)
     assert_same(read_lora(tmp_path / "x.safetensors", sd), lora)
@@ -73,8 +73,9 @@ def test_a_lora_on_every_layer_is_read_back_bit_for_bit(names, sd, tmp_path):
 
 def test_the_same_lora_gives_the_same_bytes(sd, tmp_path):
     for name in ("a", "b"):
-        write_lora(tmp_path / f"{name}.safetensors", random_lora(sd, ATTENTION), sd, settings={"steps": 3, "images": ["a.png"]})
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+        (tmp_path / name).mkdir()
+        write_lora(tmp_path / name / "x.safetensors", random_lora(sd, ATTENTION), sd, settings={"steps": 3, "images": ["a.png"]})
+    assert (tmp_path / "a" / "x.safetensors").read_bytes() == (tmp_path / "b" / "x.safetensors").read_bytes()
 
 
 def test_names_are_those_that_other_programs_look_for(tmp_path):
@@ -94,6 +95,20 @@ def test_names_are_those_that_other_programs_look_for(tmp_path):
         "lora_unet_down_blocks_2_resnets_0_conv1.lora_up.weight",
         "lora_te_text_model_encoder_layers_1_self_attn_q_proj.alpha",
     } <= keys["kohya"]
+
+
+def test_names_whose_readers_lose_an_alpha_are_refused_for_one_that_is_not_the_rank(sd, tmp_path):
+    lora = random_lora(sd, ATTENTION, (4,), (1.0,))
+    with pytest.raises(ValueError, match=r"names 'diffusers': most programs .* (\d+) layers .* rank 4, alpha 1\); take the names 'kohya'"):
+        write_lora(tmp_path / "x.safetensors", lora, sd, "diffusers")
+    assert not list(tmp_path.iterdir())
+    write_lora(tmp_path / "x.safetensors", lora, sd)  # kohya's by default, with an alpha in each layer
+    assert all(
+        f"{name.removesuffix('.lora_up.weight')}.alpha" in read(tmp_path / "x.safetensors").tensors
+        for name in read(tmp_path / "x.safetensors").tensors
+        if name.endswith("lora_up.weight")
+    )
+    write_lora(tmp_path / "y.safetensors", random_lora(sd, ATTENTION, (4,), (4.0,)), sd, "diffusers")
 
 
 def test_settings_are_kept_as_json(sd, tmp_path):
@@ -126,7 +141,7 @@ def test_half_precision_files_are_read_as_float32(sd, tmp_path):
 def test_diffusers_gives_the_same_with_our_file(names, ranks, alphas, sd, pipe, tmp_path):
     before = outputs(sd.unet, sd.text_encoder, sd)
     lora = random_lora(sd, "", ranks, alphas)
-    write_lora(tmp_path / "x.safetensors", lora, sd, names)
+    write_safetensors(tmp_path / "x.safetensors", *pack(lora, sd, names))
     lora.attach(sd)
     pipe.load_lora_weights(tmp_path, weight_name="x.safetensors")
     try:
