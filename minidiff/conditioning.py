@@ -69,10 +69,7 @@ def concatenate(first: Conditioning, second: Conditioning) -> Conditioning:
     shapes = [[(f.name, _shape(getattr(one, f.name))) for f in fields(one)] for one in (first, second)]
     if differing := [(name, a, b) for (name, a), (_, b) in zip(*shapes) if a != b]:
         name, a, b = differing[0]
-        raise ValueError(
-            f"two conditionings do not match: {name} has shape {a} and {b}; give one negative (or empty) prompt per prompt, "
-            "from the same text encoder"
-        )
+        raise ValueError(f"two conditionings do not match: {name} has shape {a} and {b}; give one negative (or empty) prompt per prompt")
     return first.with_tensors([torch.cat(pair) for pair in zip(first.tensors(), second.tensors())])
 
 

@@ -90,9 +90,7 @@ class UNetConfig:
         _check_levels("UNetConfig", self.widths, self.groups)
         for name in ("attention", "heads"):
             if len(getattr(self, name)) != len(self.widths):
-                raise ValueError(
-                    f"UNetConfig: {name} has {len(getattr(self, name))} entries, widths {len(self.widths)}; give one per level"
-                )
+                raise ValueError(f"UNetConfig: {name} {getattr(self, name)}, widths {self.widths}; give one of each per level")
         for width, heads in zip(self.widths, self.heads):
             if heads < 1 or width % heads:
                 raise ValueError(f"UNetConfig: width {width} does not divide into {heads} heads")

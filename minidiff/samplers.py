@@ -407,7 +407,7 @@ class Sampler:
 
     step: (denoise, x_t, level, next_level) -> (x_t, x0_hat). It also takes `noise` if it draws any, `eta` and `noise` if it takes eta, and
         a multistep sampler takes its history, () at first, and returns it as a third value.
-    web_name, web_schedule: what web interfaces call it, and the schedule type to choose beside it there; help: one line for lists.
+    web_name: what web interfaces call it, beside the schedule type web_schedule or own_spacing. help: one line for lists.
     order: the power of the step's length with which the error of the trajectory falls.
     calls: model calls of each step, and how many more (or fewer) the whole loop takes.
     levels: (schedule, alpha_bar, steps, spacing) -> the levels to visit, without the end.
@@ -455,13 +455,6 @@ SAMPLERS = {
         dpmpp_2m, "DPM++ 2M", "DPM-Solver++, ends of first order", order=2, multistep=True, counts_end=True, web_schedule="Uniform"
     ),
     "dpmpp_2m_karras": Sampler(
-        dpmpp_2m,
-        "DPM++ 2M",
-        "the same over the levels of Karras et al. 2022, eq. 5",
-        order=2,
-        multistep=True,
-        levels=karras_levels,
-        own_spacing="Karras",
-        web_schedule="Karras",
+        dpmpp_2m, "DPM++ 2M", "the same over Karras et al. 2022, eq. 5", order=2, multistep=True, levels=karras_levels, own_spacing="Karras"
     ),
 }

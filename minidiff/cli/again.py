@@ -97,7 +97,9 @@ def sampler_of(picture: Path, web_name: str, schedule: str | None) -> str:
     """Return the sampler that a web interface calls by a name and a schedule type. Raises ValueError for one that is not here."""
     from minidiff.samplers import SAMPLERS
 
-    by_name: Mapping[tuple[str, str | None], str] = {(row.web_name, row.web_schedule): name for name, row in SAMPLERS.items()}
+    by_name: Mapping[tuple[str, str | None], str] = {
+        (row.web_name, row.web_schedule or row.own_spacing): name for name, row in SAMPLERS.items()
+    }
     older = web_name.removesuffix(" Karras"), "Karras" if web_name.endswith(" Karras") else schedule
     loose = next((name for name, row in SAMPLERS.items() if row.web_name == web_name and schedule in (None, "Automatic", "Uniform")), None)
     found = by_name.get((web_name, schedule)) or by_name.get(older) or loose or (web_name if web_name in SAMPLERS else None)

@@ -109,7 +109,7 @@ def generate(
     from minidiff.two_encoders import SizeNumbers, told
 
     if sampler == "list":
-        web_names = {name: f"{row.web_name} {row.web_schedule or ''}".strip() for name, row in SAMPLERS.items()}
+        web_names = {name: f"{row.web_name} {row.web_schedule or row.own_spacing or ''}".strip() for name, row in SAMPLERS.items()}
         print("\n".join(f"{name:16}  {web_names[name]:16}  {row.help}" for name, row in SAMPLERS.items()))
         return
     if not prompts or batch < 1:
@@ -174,7 +174,7 @@ def generate(
     values = {
         "Steps": steps,
         "Sampler": row.web_name,
-        "Schedule type": row.web_schedule,
+        "Schedule type": row.web_schedule or row.own_spacing,
         "CFG scale": guidance_scale,
         "Seed": seed,
         "Size": f"{images[0].width}x{images[0].height}",
