@@ -59,6 +59,10 @@ class OneLayer(StableDiffusion):
     def __init__(self, layer):
         self.unet, self.attached = nn.Sequential(copy.deepcopy(layer)), []
 
+    @property
+    def parts(self):
+        return {"text_encoder": self.text_encoder, "unet": self.unet}
+
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_layer_with_lora_gives_what_it_gives_in_peft(kind):
@@ -288,7 +292,7 @@ def test_the_named_sets_choose_what_the_public_trainers_do(sd):
 def test_on_stable_diffusion_1_the_sets_are_as_large_as_the_public_trainers_say():
     sd = object.__new__(StableDiffusion)
     with torch.device("meta"):
-        sd.unet, sd.text = UNet(SD1.unet), SimpleNamespace(encoder=TextEncoder(SD1.text_encoder))
+        sd.unet, sd.vae, sd.text = UNet(SD1.unet), nn.Identity(), SimpleNamespace(encoders={"text_encoder": TextEncoder(SD1.text_encoder)})
     layers = layers_of(sd)
     # kohya prints 192 modules for the U-Net, 278 with convolutions; diffusers has 16 transformers with two attentions, CLIP 12 blocks.
     counts = {"attention": 128, "transformer": 192, "conv": 278, "text_encoder": 48}
