@@ -86,7 +86,7 @@ def compose(count, seed):
 # %%
 def draw(text_encoder, unet, prompts):
     sd = copy.copy(done)
-    sd.text_encoder, sd.unet = text_encoder, unet
+    sd.text.encoders["text_encoder"], sd.unet = text_encoder, unet
     *_, last = sd.denoise(prompts, seeds=range(len(prompts)), steps=drawing_steps)
     pixels = sd.decode(last.x_t)
     assert pixels.shape == (len(prompts), 3, size, size)

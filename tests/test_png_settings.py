@@ -16,10 +16,10 @@ NUMBERS = "Steps: 3, Sampler: ddim, Size: 64x32, Model: tiny"
         (f"\n{NUMBERS}", ("", (64, 32))),
         (f"a cat\nSteps: many, Size: any\n{NUMBERS}", ("a cat\nSteps: many, Size: any", (64, 32))),
         ("a cat\nSteps: 3, Sampler: ddim", None),
-        (NUMBERS, None),
+        (NUMBERS, ("", (64, 32))),
         ("", None),
         ("a cat\nSteps: 3, Size: " + "1" * 5000 + "x3", None),
-        (picture_settings("a cat", "a dog", {"Steps": 3, "Size": "64x32"}), ("a cat", (64, 32))),
+        (picture_settings(["a cat"], "a dog", {"Steps": 3, "Size": "64x32"}), ("a cat", (64, 32))),
     ],
 )
 def test_prompt_and_size_are_read(text, expected):

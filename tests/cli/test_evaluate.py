@@ -123,7 +123,7 @@ def test_features_of_any_length_have_the_same_kid():
     "words, message",
     [
         (("--real", "few"), "cats and few have 2 and 3 pictures; KID needs 4 of either"),
-        (("--references", "few", "--out", "nowhere/out.json"), "there is no folder nowhere; make it first"),
+        (("--references", "few", "--out", "nowhere/out.json"), "nowhere: no such folder; make it, or choose another place"),
         (("--references", "few", "--clip-model", "ViT-L-14"), "--clip-model ViT-L-14 without its weights; give them as --clip FILE"),
         (("--references", "empty"), "empty: no picture in it"),
     ],

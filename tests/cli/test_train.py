@@ -547,12 +547,12 @@ def build_toy(sd, concepts, options, cache=None):
 
 def test_a_method_is_a_file_and_a_line_in_the_table(run, tmp_path, monkeypatch):
     presets = dict.fromkeys(("sd1", "sd2", "bundled"), ToyOptions(settings=Settings(steps=5, batch=1, learning_rate=1e-2)))
-    toy = Method(summary="Train a toy.", presets=presets, build=build_toy, formats={"diffusers": "theirs", "kohya": "the others'"})
+    toy = Method(summary="Train a toy.", presets=presets, build=build_toy, formats={"kohya": "theirs", "diffusers": "the others'"})
     monkeypatch.setitem(METHODS, "toy", toy)
     assert "train toy" in commands()
     code, out, _ = run("train", "toy", "--help")
     assert code == 0 and "Train a toy." in out and "learning rate 0.01, glow 1" in out
-    assert re.search(r"--glow FLOAT +how much it glows", out) and "--prior-count INT" in out and "--names {diffusers,kohya}" in out
+    assert re.search(r"--glow FLOAT +how much it glows", out) and "--prior-count INT" in out and "--names {kohya,diffusers}" in out
     code, out, err = run("train", "toy", "--images", "cat", "--class-word", "cat", "--glow", "3", "--out", "run", *QUICK)
     assert code == 0, err
     assert shlex.split(out)[-2:] == ["--lora", "run/lora.safetensors"]
