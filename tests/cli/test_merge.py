@@ -144,7 +144,7 @@ def test_pictures_take_small_files_and_name_them(run, tmp_path):
     assert picture.tobytes() == sd.generate("a <new> and a <it>", steps=2, seed=0)[0].tobytes()
     text = picture.text["parameters"]
     assert 'LoRA: "a.safetensors:0.5", LoRA 2: b.safetensors, Embedding: word.safetensors, Custom Diffusion: it.safetensors' in text
-    for name, kind in (("a", "LoRA, names of diffusers"), ("b", "LoRA, names of kohya"), ("word", "embedding"), ("it", "Custom Diffusion")):
+    for name, kind in (("a", "LoRA, names of kohya"), ("b", "LoRA, names of kohya"), ("word", "embedding"), ("it", "Custom Diffusion")):
         code, out, _ = run("inspect", f"{name}.safetensors")
         assert code == 0 and kind in out
 
