@@ -112,7 +112,9 @@ def train(name: str, args: list[str]) -> None:
     with training_on(run.device, run.threads, run.attention) as device:
         sd = load(run.model, "float32" if run.dtype == "auto" else run.dtype, device, prediction=run.prediction)
         presets = method.low_rank_presets if asked.get("as_lora") else method.presets
-        options = apply_flags(presets[family_of(sd.config)], method, asked)
+        if (family := family_of(sd.config)) not in presets:
+            raise ValueError(f"--model {run.model}: {name} is not taught to models like it ({family}); take one of {', '.join(presets)}")
+        options = apply_flags(presets[family], method, asked)
         given_flags = {*given(option_flags(asked, method), method.options), *given([asked["concept"]], Concept)}
         print_notes(without_effect(given_flags, options, concepts))
         concepts = [with_class_folder(concept, i, run.out, options.phases()[-1]) for i, concept in enumerate(concepts, start=1)]

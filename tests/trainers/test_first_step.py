@@ -17,7 +17,7 @@ from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents
 from minidiff.bundled.train_judge import JudgeTask
 from minidiff.kernels import dispatch, tiles
-from minidiff.trainers.engine import memory
+from minidiff.trainers.engine import loop, memory
 from minidiff.trainers.engine.loop import Training, to_device, trainable_weights
 from minidiff.trainers.engine.memory import estimate_memory
 from tests.bundled.test_train_judge import SMALL as SMALL_JUDGE
@@ -46,6 +46,7 @@ def gpu(monkeypatch):
         pytest.skip("this version of PyTorch needs a GPU for CUDA tensors without contents")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     monkeypatch.setattr(memory, "FakeTensorMode", lambda **_: mode)  # tensors of two modes do not mix
+    monkeypatch.setattr(loop.LossWatch, "add", lambda *_: None)  # there is no number to look at
     monkeypatch.setattr(tiles, "DEVICE", "cuda")
     monkeypatch.setattr(dispatch, "triton_works", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))

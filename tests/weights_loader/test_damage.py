@@ -87,7 +87,7 @@ def originals(folder: Path) -> dict[str, tuple[str, Path]]:
     save_parts(sd, folder)
     weights_loader.save(sd, folder / "diffusers", layout="diffusers")
     write_safetensors(folder / "alone.safetensors", part_to_file(sd, "vae", "diffusers"))
-    lora, words = random_lora(sd, r"attention\.to_[kv]"), NewTokens({"<cat>": torch.ones(2, 16)})
+    lora, words = random_lora(sd, r"attention\.to_[kv]", (2,), (2.0,)), NewTokens({"<cat>": torch.ones(2, 16)})
     write_lora(folder / "lora.safetensors", lora, sd, "diffusers")
     write_lora(folder / "kohya.safetensors", lora, sd, "kohya")
     torch.save(lora_files.pack(lora, sd, "kohya")[0], folder / "lora.pt")
