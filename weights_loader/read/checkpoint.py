@@ -116,6 +116,8 @@ def _read_by_content(path: Path, buffer: mmap.mmap, is_shard: bool) -> Checkpoin
         raise ValueError("a Git LFS pointer, a few lines in place of the weights; run `git lfs pull`, or download the file itself")
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise ValueError("a web page, not weights: the download led to an error or log-in page; download it again")
+    if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF")):
+        raise ValueError("a picture, not weights")
     if text.startswith(b"{") and is_shard:
         raise ValueError("an index, named as one of the shards of another")
     if text.startswith(b"{"):
