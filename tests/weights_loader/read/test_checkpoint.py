@@ -216,7 +216,7 @@ def test_an_empty_folder_and_a_whole_diffusers_model_are_told_apart(tmp_path):
         (b"<HTML><body>404", "a web page"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a picture, not weights"),
         (b"Entry not found", "truncated download, or no checkpoint. 15 bytes that begin with b'Entry not fo'"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(100), "truncated download, or no checkpoint"),
+        (b"PK" + bytes(100), "truncated download, or no checkpoint"),
         (bytes(1000), "truncated download, or no checkpoint"),
         (bytes(257) + b"ustar" + bytes(300), "a tar archive"),
         (b"N.", "no tensors in it"),
