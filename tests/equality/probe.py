@@ -168,7 +168,7 @@ def adapters(api) -> Items:
         sd = api.load()
         with tempfile.TemporaryDirectory() as folder:
             paths = [Path(folder, f"{i}.safetensors") for i in range(4)]
-            api.loader.write_lora(paths[0], lora(api, sd, "transformer"), sd, "diffusers")
+            api.loader.write_lora(paths[0], lora(api, sd, "transformer", alpha=4.0), sd, "diffusers")
             api.loader.write_lora(paths[1], lora(api, sd, seed=1, rank=2), sd, "kohya")
             api.loader.write_embedding(paths[2], words(api, sd, "<dog>"), "diffusers")
             api.loader.write_custom_diffusion(paths[3], concept(api, sd), sd)
@@ -292,7 +292,9 @@ def files(api) -> Items:
     for naming in ("diffusers", "kohya"):
         for sets in (("attention",), ("conv", "text_encoder")):
             write = partial(
-                lambda path, sd, naming, sets: api.loader.write_lora(path, lora(api, sd, *sets), sd, naming), naming=naming, sets=sets
+                lambda path, sd, naming, sets: api.loader.write_lora(path, lora(api, sd, *sets, alpha=4.0), sd, naming),
+                naming=naming,
+                sets=sets,
             )
             yield f"lora {naming} {'+'.join(sets)}", partial(written, "a.safetensors", write, read_lora)
     for form, suffix in (("diffusers", "safetensors"), ("diffusers", "bin"), ("a1111", "safetensors"), ("a1111", "pt")):
