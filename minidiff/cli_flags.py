@@ -178,6 +178,7 @@ class RecipeFlags:
         vae_batch: pictures at once
         vae_learning_rate: of the VAE
         kl_weight: what the latents' distance from unit normals counts in the VAE's loss
+        train_vae: train the VAE of --vae or --init on, instead of taking it as it is
         scenes: how many are composed ahead
         steps: of the text encoder and the U-Net
         batch: latents at once
@@ -185,8 +186,10 @@ class RecipeFlags:
         schedule: of that rate, after it has risen
         object_weight: what a latent cell of an object counts, beyond the 0.4 of the background
         caption_dropout: share of captions that are left empty, for guidance
+        min_snr: gamma of the min-SNR weights, as 5
         average: decay of the running mean of the weights, which is the result
-        compile: run the networks through torch.compile; on a CUDA device alone by default
+        slow_average: decay of a second, slower mean of the text encoder's and the U-Net's
+        compile: run the networks through torch.compile; by default where it gains, on CUDA devices and CPUs with AMX
     """
 
     seed: Whole = None
@@ -195,6 +198,7 @@ class RecipeFlags:
     vae_batch: Whole = None
     vae_learning_rate: Number = None
     kl_weight: Number = None
+    train_vae: bool = False
     scenes: Whole = None
     steps: Whole = None
     batch: Whole = None
@@ -202,11 +206,15 @@ class RecipeFlags:
     schedule: choices(Schedule) = None
     object_weight: Number = None
     caption_dropout: Number = None
+    min_snr: Number = None
     average: Number = None
+    slow_average: Number = None
     compile: choices(Literal["yes", "no"]) = None
 
     def over(self, recipe: Recipe) -> Recipe:
-        return changed(recipe, **asdict(self) | {"compile": None if self.compile is None else self.compile == "yes"})
+        return changed(recipe, **asdict(self) | {
+            "compile": None if self.compile is None else self.compile == "yes", "train_vae": self.train_vae or None,
+        })  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -207,10 +207,11 @@ def from_scratch(
     Stopped at any time and started again with the same arguments, it goes on from its last state.
 
     Args:
-        out: folder of the run; the model ends there as model.safetensors, and its parts, in half precision, beside it
+        out: folder of the run; the model ends there as model.safetensors, and its parts, in half precision, beside it; model-slow.safetensors
+            has the weights of the slower average
         recipe: bundled makes a judge, its figures and a card as well; half is a smaller, half-trained model; without it the model alone
-        init: a checkpoint of the bundled model's kind to train on from; its VAE is kept
-        vae: a checkpoint whose VAE is taken as it is; text encoder and U-Net begin from nothing
+        init: a checkpoint of the bundled model's kind to train on from; its VAE is kept, unless --train-vae
+        vae: a checkpoint whose VAE is taken as it is, unless --train-vae; text encoder and U-Net begin from nothing
         device: auto, cpu, cuda, cuda:1, mps
         attention: how it is worked out: auto takes what is fastest; triton is this package's kernels, on a GPU
         threads: CPU threads to use; all cores by default
@@ -222,9 +223,10 @@ def from_scratch(
     from minidiff.trainers.from_scratch import bundled_config
     from minidiff.trainers.run import claim, foretold, run_from_scratch
 
-    def save(sd) -> None:
-        weights_loader.save(sd, out / "model.safetensors")
-        weights_loader.save_parts(sd, out)
+    def save(sd, name: str) -> None:
+        weights_loader.save(sd, out / f"{name}.safetensors")
+        if name == "model":
+            weights_loader.save_parts(sd, out)
 
     def save_judge(judge) -> None:
         weights_loader.save_judge(judge, out / "judge.safetensors")

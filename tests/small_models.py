@@ -7,6 +7,7 @@ import torch
 from minidiff.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
+from minidiff.scenes.scenes import SIZE
 from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.from_scratch import CONTEXT_LENGTH, WITHOUT_MERGES, bundled_config
 from minidiff.unet import UNet
@@ -36,13 +37,13 @@ def small_config(prediction="v", in_channels=4, image_size=32) -> ModelConfig:
 
 
 def training_config() -> ModelConfig:
-    """Smaller still, for the 64 x 64 pixels of the scenes: what a training step computes is the same at every size."""
-    config = small_config(image_size=64)
+    """Smaller still, for the pixels of the scenes: what a training step computes is the same at every size."""
+    config = small_config(image_size=SIZE)
     return dataclasses.replace(
         config,
         text_encoder=dataclasses.replace(config.text_encoder, layers=1),
         unet=dataclasses.replace(config.unet, widths=(16, 16), attention=(True, False), heads=(2, 2)),
-        vae=VAEConfig(widths=(4, 8, 8), blocks_per_level=1, groups=4),
+        vae=VAEConfig(widths=(4, 4, 8, 8), blocks_per_level=1, groups=4),
     )
 
 

@@ -84,13 +84,13 @@ def examples() -> list[partial]:
     changes = {"unet.down.0.transformers.0.block.cross_attention.to_k": torch.randn(16, 16)}
     answer, draws = lambda x_t, t, context: 0.5 * x_t, diffusion_loss.Draws(t, eps)
     judge = JudgeTask(judge_config(), 0, torch.device("cpu")).judge
-    pixels, two = torch.rand(2, 3, 64, 64), torch.tensor([0, 1])
+    pixels, two = torch.rand(2, 3, 128, 128), torch.tensor([0, 1])
     features, labels = torch.randn(8, 4), judge_trainer.Labels(torch.rand(2, 2, 8, 8) / 2, two[:, None].repeat(1, 2), two[:, None].repeat(1, 2), two, two)
     with torch.no_grad():
         reading = judge.read(pixels)
     verdict = bundled.Verdict(True, True, None, None, None, 0.5)
     public_clip = OpenClip.__new__(OpenClip)  # around any network
-    public_clip.model, public_clip.image_size, public_clip.device = SimpleNamespace(encode_image=lambda x, normalize: x.mean((2, 3))), 64, torch.device("cpu")
+    public_clip.model, public_clip.image_size, public_clip.device = SimpleNamespace(encode_image=lambda x, normalize: x.mean((2, 3))), 128, torch.device("cpu")
     public_clip.mean = public_clip.std = torch.ones(3, 1, 1)
     return [
         partial(family.Adapter(8, 2, torch.Generator()).forward, q),
@@ -152,7 +152,7 @@ def examples() -> list[partial]:
         partial(from_scratch.pixels_of, np.zeros((1, 4, 4, 3), np.uint8)),
         partial(from_scratch.resized, x_t, 3),
         partial(from_scratch.encoded, np.zeros((1, 8, 8, 3), np.uint8), vae.VAE(vae_config), torch.device("cpu")),
-        partial(from_scratch.reconstruction_loss, torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)),
+        partial(from_scratch.reconstruction_loss, torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.rand(1, 1, 4, 4)),
         partial(from_scratch.Latents(x_t, t[:, None], x_t[:, :1]).scaling_factor),
         partial(diffusion_loss.squared_error, answer, schedule, x_t, context, draws),
         partial(diffusion_loss.diffusion_loss, answer, schedule, x_t, context, draws, mask=x_t[:, :1], min_snr=5.0),
@@ -168,7 +168,7 @@ def examples() -> list[partial]:
         partial(alignment.text_alignment, features, features + 1),
         partial(alignment.image_alignment, features, features + 1),
         partial(pairs.dependence, np.array([[1.0, -1.0, 0.0]])),
-        partial(alignment.check_size, pixels, 64, "judge"),
+        partial(alignment.check_size, pixels, 128, "judge"),
         partial(alignment.drift, features, features + 1),
         partial(clip.scaled, features),
         partial(clip.contrastive_loss, features, features + 1, torch.tensor(1.0)),

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from minidiff.scenes.scenes import SIZE
 from minidiff.trainers import run
 from minidiff.trainers.log import read_rows
 from minidiff.trainers.recipe import Recipe
@@ -22,7 +23,7 @@ from tests.small_task import forked, together
 
 CPU = torch.device("cpu")
 CONFIG = training_config()
-RECIPE = Recipe(seed=5, vae_steps=5, vae_batch=2, scenes=110, steps=7, batch=2, learning_rate=0.002)
+RECIPE = Recipe(seed=5, vae_steps=5, vae_batch=2, scenes=110, steps=7, batch=2, learning_rate=0.002, average=0.3, compile=False)
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +42,11 @@ def start(folder, recipe=RECIPE, init=None, config=CONFIG, vae=None):
     """The run's Progress; the model it makes is written to model.safetensors and put into the list."""
     made = []
 
-    def save(sd):
+    def save(sd, name):
         made.append(sd)
         parts = {"text_encoder": sd.text_encoder, "unet": sd.unet, "vae": sd.vae}
         tensors = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors")
+        save_file(tensors, folder / f"{name}.safetensors")
 
     return run_from_scratch(config, recipe, folder, CPU, save, init, vae), made
 
@@ -76,11 +77,11 @@ def test_a_run_tells_each_step_and_leaves_its_files(whole):
     assert all((p.loss is None) == (p.stage in ("scenes", "latents")) for p in progress)
     assert "loss " in progress[-1].text and " GB" in progress[-1].text
     assert sorted(path.name for path in folder.iterdir()) == [
-        "autoencoder-loss.png", "autoencoder.csv", "diffusion-loss.png", "diffusion.csv", "diffusion.pt", "latents.pt", "model.safetensors",
-        "recipe.json", "samples-000004.png", "samples-000007.png", "vae.pt",
+        "autoencoder-loss.png", "autoencoder.csv", "diffusion-loss.png", "diffusion.csv", "diffusion.pt", "latents.pt", "model-slow.safetensors",
+        "model.safetensors", "recipe.json", "samples-000004.png", "samples-000007.png", "vae.pt",
     ]  # fmt: skip
     with Image.open(folder / "samples-000004.png") as picture:
-        assert picture.size == (4 * 64, 2 * 64)
+        assert picture.size == (4 * SIZE, 2 * SIZE)
     latents = run.Latents(**torch.load(folder / "latents.pt", weights_only=True))
     assert sd.config.vae.scaling_factor == latents.scaling_factor()
     # float64 of float32 values
@@ -206,6 +207,16 @@ def test_a_vae_that_is_given_is_kept_and_the_rest_begins_from_nothing(tmp_path):
         next(walk)
 
 
+def test_a_vae_that_is_given_can_be_trained_on(tmp_path):
+    base = small_model(CONFIG)
+    recipe = dataclasses.replace(RECIPE, train_vae=True, vae_steps=1, vae_learning_rate=1e-6, steps=1)
+    progress, sd = finished(tmp_path, vae=base.vae, recipe=recipe)
+    assert [p.stage for p in progress if p.loss is not None] == ["autoencoder", "diffusion"]
+    moved = max((p - base.vae.state_dict()[name]).abs().max().item() for name, p in sd.vae.state_dict().items())
+    assert 0 < moved < 1e-4  # one step at a learning rate of 1e-6: from the weights given
+    assert sd.config.vae.scaling_factor != CONFIG.vae.scaling_factor
+
+
 def test_widths_that_are_not_the_models_are_refused(tmp_path):
     walk, _ = start(tmp_path / "new", dataclasses.replace(RECIPE, widths=(32, 64, 96)))
     with pytest.raises(ValueError, match=r"widths \(32, 64, 96\) asked for a U-Net of \(16, 16\)"):
@@ -213,9 +224,19 @@ def test_widths_that_are_not_the_models_are_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_only_a_gpu_compiles_unless_the_recipe_says():
-    cuda = torch.device("cuda")
-    assert [run.compiling_on(device, RECIPE).compile for device in (CPU, cuda)] == [False, True]
+def test_the_two_averages_are_two_models(whole):
+    fast, slow = (load_file(whole[0] / f"{name}.safetensors") for name in ("model", "model-slow"))
+    changed = {name.split(".")[0] for name in fast if not torch.equal(fast[name], slow[name])}
+    assert changed == {"text_encoder", "unet"}
+
+
+def test_gpus_and_cpus_with_amx_compile_unless_the_recipe_says(monkeypatch):
+    cuda, recipe = torch.device("cuda"), dataclasses.replace(RECIPE, compile=None)
+    for amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        assert [run.compiling_on(device, recipe).compile for device in (CPU, cuda)] == [amx, True]
+    # the VAE gains nothing on a CPU
+    assert [run.autoencoder_settings(dataclasses.replace(recipe, compile=True), device).compile for device in (CPU, cuda)] == [False, True]
     assert [run.compiling_on(cuda, dataclasses.replace(RECIPE, compile=say)).compile for say in (True, False)] == [True, False]
 
 
@@ -245,7 +266,7 @@ def test_a_run_begun_from_one_model_is_not_continued_from_another(tmp_path):
 
 
 def test_init_of_another_configuration_is_refused_before_the_folder_is_made(tmp_path):
-    walk, _ = start(tmp_path / "new", init=small_model(small_config("eps", image_size=64)))
+    walk, _ = start(tmp_path / "new", init=small_model(small_config("eps", image_size=SIZE)))
     with pytest.raises(ValueError, match="another configuration"):
         next(walk)
     assert not (tmp_path / "new").exists()
@@ -256,7 +277,7 @@ def test_a_gpu_trains_compiled_on_draws_made_ahead_and_its_losses_are_the_cpus(t
     recipe = dataclasses.replace(RECIPE, vae_steps=8, steps=8)
     losses = {}
     for device in ("cpu", "cuda"):
-        walk = run_from_scratch(CONFIG, recipe, tmp_path / device, torch.device(device), lambda sd: None)
+        walk = run_from_scratch(CONFIG, recipe, tmp_path / device, torch.device(device), lambda sd, name: None)
         losses[device] = [p.loss.item() for p in walk if p.loss is not None]
     # bfloat16 has three digits, and its rounding grows from step to step.
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.1)

@@ -12,6 +12,7 @@ from PIL import Image
 import weights_loader
 from minidiff.evaluation.bundled import evaluate
 from minidiff.evaluation.figures import from_json, table
+from minidiff.scenes.scenes import SIZE
 from minidiff.trainers import bundled, run
 from minidiff.trainers.bundled import clocked, device_name, foretold_bundled, run_bundled
 from minidiff.trainers.judge import JUDGE_SETTINGS, judge_config
@@ -21,9 +22,9 @@ from tests.small_models import training_config
 
 CPU = torch.device("cpu")
 CONFIG = training_config()
-RECIPE = Recipe(seed=5, vae_steps=3, vae_batch=2, scenes=20, steps=3, batch=2, learning_rate=0.002)
+RECIPE = Recipe(seed=5, vae_steps=3, vae_batch=2, scenes=20, steps=3, batch=2, learning_rate=0.002, compile=False)
 JUDGE = dataclasses.replace(
-    judge_config(), widths=(8, 16, 16), heads=2, text_encoder=dataclasses.replace(judge_config().text_encoder, width=16, layers=1, heads=2)
+    judge_config(), widths=(8, 8, 16, 16), heads=2, text_encoder=dataclasses.replace(judge_config().text_encoder, width=16, layers=1, heads=2)
 )
 RESULTS = ("model.safetensors", "judge.safetensors", "figures.json", "pictures.png", "unet.safetensors", "vae.safetensors", "text_encoder.safetensors")
 
@@ -45,8 +46,8 @@ def few(sd, judge, **options):
 
 
 def start(folder, recipe=RECIPE):
-    def save(sd):
-        weights_loader.save(sd, folder / "model.safetensors")
+    def save(sd, name):
+        weights_loader.save(sd, folder / f"{name}.safetensors")
         weights_loader.save_parts(sd, folder)
 
     return run_bundled(CONFIG, recipe, folder, CPU, save, lambda judge: weights_loader.save_judge(judge, folder / "judge.safetensors"))
@@ -68,7 +69,7 @@ def test_every_stage_is_told_and_leaves_its_files(whole):
     assert sd.config.unet == CONFIG.unet and judge.config == JUDGE
     mean = torch.load(folder / "judge.pt", weights_only=True)["averages"]["judge"]["mean"]
     assert torch.equal(judge.subjects.weight, mean["subjects.weight"].half().float())  # of the averaged weights
-    assert Image.open(folder / "pictures.png").size == (8 * 64, 5 * 64)
+    assert Image.open(folder / "pictures.png").size == (8 * SIZE, 5 * SIZE)
     assert {"judge.csv", "judge-loss.png", "times.json", *RESULTS} <= {path.name for path in folder.iterdir()}
 
 

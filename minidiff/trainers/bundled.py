@@ -55,7 +55,7 @@ def run_bundled(
     recipe: Recipe,
     folder: Path,
     device: torch.device,
-    save: Callable[[StableDiffusion], None],
+    save: Callable[[StableDiffusion, str], None],
     save_judge: Callable[[Judge], None],
     init: StableDiffusion | None = None,
     vae: VAE | None = None,
@@ -66,9 +66,9 @@ def run_bundled(
     """
     made: list[StableDiffusion] = []
 
-    def keep(sd: StableDiffusion) -> None:
+    def keep(sd: StableDiffusion, name: str) -> None:
         made.append(sd)
-        save(sd)
+        save(sd, name)
 
     def stages() -> Iterator[Progress]:
         yield from run_from_scratch(config, recipe, folder, device, keep, init, vae)
@@ -87,7 +87,8 @@ def run_bundled(
 
 
 def judge_settings(recipe: Recipe, device: torch.device) -> Settings:
-    return dataclasses.replace(JUDGE_SETTINGS, seed=recipe.seed, compile=compiling_on(device, recipe).compile)
+    compile = compiling_on(device, recipe).compile and device.type != "cpu"  # as with the VAE, there is nothing to gain
+    return dataclasses.replace(JUDGE_SETTINGS, seed=recipe.seed, compile=compile)
 
 
 def trained_judge(recipe: Recipe, folder: Path, device: torch.device) -> Generator[Progress, None, Judge]:

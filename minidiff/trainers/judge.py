@@ -29,7 +29,7 @@ from minidiff.trainers.recipe import Settings
 
 # 40 minutes on one core that does nothing else.
 JUDGE_SETTINGS = Settings(
-    steps=3000, batch=128, learning_rate=4e-3, warm_up=60, schedule="flat_then_linear", clip=None, average=0.998, precision="bfloat16"
+    steps=3000, batch=64, learning_rate=4e-3, warm_up=60, schedule="flat_then_linear", clip=None, average=0.998, precision="bfloat16"
 )
 
 
@@ -37,7 +37,7 @@ def judge_config() -> JudgeConfig:
     """The numbers of the judge that ships."""
     bundled = bundled_config()  # the words are the bundled model's, the network is smaller
     text_encoder = replace(bundled.text_encoder, width=64, layers=2, heads=4)
-    return JudgeConfig(bundled.tokenizer, text_encoder, tuple(subjects()), tuple(COLOURS), STYLES)
+    return JudgeConfig(bundled.tokenizer, text_encoder, tuple(subjects()), tuple(COLOURS), STYLES, image_size=bundled.image_size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,7 +67,8 @@ def train(task: Task, settings: Settings, device: torch.device, state: Path | No
 
 
 class Training:
-    """A run: the task's weights, their optimizers and averages, and how many steps are done. `averages` has one a module, or none.
+    """A run: the task's weights, their optimizers and averages, and how many steps are done. `averages` and `slow_averages` have one a
+    module, or none.
 
     state: a file to go on from, if it is there, and to save to. Raises ValueError if it belongs to another run, naming what differs.
     """
@@ -77,8 +78,8 @@ class Training:
         self.i = 0
         self.weights = trained_weights(task.modules)
         self.optimizers = task.optimizers(settings)
-        decay = settings.average
-        self.averages = {} if decay is None else {name: ExponentialAverage(module, decay) for name, module in task.modules.items()}
+        self.averages = averages_of(task.modules, settings.average)
+        self.slow_averages = averages_of(task.modules, settings.slow_average)
         self.scaler = torch.amp.GradScaler(device.type, enabled=half_precision(settings.precision, device) == torch.float16)
         if state is not None and state.exists():
             self.load_state_dict(read_state(state))
@@ -128,8 +129,9 @@ class Training:
                 group["lr"] = rate * group.get("scale", 1.0)
             self.scaler.step(optimizer)  # with float16 a step whose gradient overflowed is left out
         self.scaler.update()
-        for name, average in self.averages.items():
-            average.update(self.task.modules[name])
+        for averages in (self.averages, self.slow_averages):
+            for name, average in averages.items():
+                average.update(self.task.modules[name])
         self.i += 1
 
     def save(self) -> None:
@@ -152,6 +154,7 @@ class Training:
             "weights": {name: p.detach() for name, p in self.weights.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "averages": {name: average.state_dict() for name, average in self.averages.items()},
+            "slow_averages": {name: average.state_dict() for name, average in self.slow_averages.items()},
             "scaler": self.scaler.state_dict(),
         }
 
@@ -163,8 +166,9 @@ class Training:
                 p.copy_(state["weights"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        for name, average in self.averages.items():
-            average.load_state_dict(state["averages"][name])
+        for kind in ("averages", "slow_averages"):
+            for name, average in getattr(self, kind).items():
+                average.load_state_dict(state[kind][name])
         self.scaler.load_state_dict(state["scaler"])
 
     def _asked(self) -> dict:
@@ -183,6 +187,11 @@ def trained_weights(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
         if p.dtype != torch.float32:
             raise ValueError(f"{name} is {p.dtype}: what is trained must be float32, or small steps are rounded away")
     return weights
+
+
+def averages_of(modules: dict[str, nn.Module], decay: float | None) -> dict[str, ExponentialAverage]:
+    """Return an average of each module's weights, or none."""
+    return {} if decay is None else {name: ExponentialAverage(module, decay) for name, module in modules.items()}
 
 
 def networks_of(task: Task) -> tuple[nn.Module, ...]:

@@ -80,7 +80,7 @@ def estimate_memory(task: loop.Task, settings: Settings, device: torch.device) -
         trained=bytes_of(trained),
         gradients=gradients,
         optimizer=slots,
-        average=0 if settings.average is None else gradients,
+        average=gradients * sum(decay is not None for decay in (settings.average, settings.slow_average)),
         activations=round(reserve * max(live.peak, gradients + stepping)) - gradients,
     )
 

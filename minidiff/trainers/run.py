@@ -54,21 +54,23 @@ def run_from_scratch(
     recipe: Recipe,
     folder: Path,
     device: torch.device,
-    save: Callable[[StableDiffusion], None],
+    save: Callable[[StableDiffusion, str], None],
     init: StableDiffusion | None = None,
     vae: VAE | None = None,
 ) -> Iterator[Progress]:
-    """Trains a model in `folder`, or goes on with what stands there; at the end calls `save` with it.
+    """Trains a model in `folder`, or goes on with what stands there; at the end calls `save` with it, as "model", and with the one of the
+    slower average, if there is one, as "model-slow".
 
     init: a model to train on from: its VAE is kept, its text encoder and U-Net go on learning. It must have `config`'s shape.
     vae: one to take as it is, of `config`'s shape and scaling factor, for a text encoder and a U-Net from nothing.
+    With the recipe's train_vae the VAE of either is trained on first, and has a scaling factor of its own in the end.
     Of several processes all train, and the first alone writes and calls `save`. Raises ValueError if the folder holds a run of another
     recipe.
     """
     claim(folder, config, recipe, init, vae)
     recipe, given = compiling_on(device, recipe), init.vae if init is not None else vae
     vae, latents = yield from vae_and_latents(config, recipe, folder, device, given)
-    if given is None:
+    if given is None or recipe.train_vae:
         config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling_factor=latents.scaling_factor()))
     training = Training(DiffusionTask(config, recipe, latents, device, init), recipe.diffusion(), device, folder / "diffusion.pt")
     for progress in logged("diffusion", training, folder):
@@ -76,12 +78,25 @@ def run_from_scratch(
         if (progress.i % SAMPLES_EVERY == 0 or progress.i == progress.steps) and processes.number() == 0:
             save_samples(assembled(config, training, vae), folder / f"samples-{progress.i:06d}.png")
     if processes.number() == 0:
-        save(assembled(config, training, vae))
+        save(assembled(config, training, vae), "model")
+        if training.slow_averages:
+            save(assembled(config, training, vae, slow=True), "model-slow")
 
 
 def compiling_on(device: torch.device, recipe: Recipe) -> Recipe:
     """The recipe, with what it leaves to the device decided."""
-    return recipe if recipe.compile is not None else dataclasses.replace(recipe, compile=device.type == "cuda")
+    return recipe if recipe.compile is not None else dataclasses.replace(recipe, compile=device.type == "cuda" or has_amx(device))
+
+
+def has_amx(device: torch.device) -> bool:
+    """Return whether this is a CPU that multiplies matrices of bfloat16 in tiles."""
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # there is no public way to ask
+
+
+def autoencoder_settings(recipe: Recipe, device: torch.device) -> Settings:
+    """Return the loop's settings for the VAE, which compiling makes no faster on a CPU; it would be done for each size that is decoded."""
+    settings = recipe.autoencoder()
+    return dataclasses.replace(settings, compile=settings.compile and device.type != "cpu")
 
 
 def foretold(
@@ -89,11 +104,11 @@ def foretold(
 ) -> dict[str, float]:
     """Seconds that each stage will take on this device, from the time of its first steps; itself it takes a few."""
     scenes, composing = timed(make_scenes(dataclasses.replace(recipe, scenes=100), config))
-    vae_task = AutoencoderTask(config, recipe, scenes.images, device)
+    vae_task = AutoencoderTask(config, recipe, scenes, device)
     mean, encoding = timed(encoded(scenes.images, vae_task.vae, device))
     seconds = {"scenes": composing * recipe.scenes / 100}
-    if init is None and vae is None:
-        seconds["autoencoder"] = recipe.vae_steps * seconds_a_step(vae_task, recipe.autoencoder(), device)
+    if recipe.train_vae or (init is None and vae is None):
+        seconds["autoencoder"] = recipe.vae_steps * seconds_a_step(vae_task, autoencoder_settings(recipe, device), device)
     seconds["latents"] = encoding * recipe.scenes / 100
     task = DiffusionTask(config, recipe, Latents(mean, scenes.tokens, scenes.mask), device, init)
     return seconds | {"diffusion": recipe.steps * seconds_a_step(task, recipe.diffusion(), device)}
@@ -118,26 +133,26 @@ def vae_and_latents(
     config: ModelConfig, recipe: Recipe, folder: Path, device: torch.device, given: VAE | None
 ) -> Iterator[Progress]:
     """The VAE, trained or the one given, and the scenes through it."""
-    path = folder / "latents.pt"
+    path, kept = folder / "latents.pt", None if recipe.train_vae else given
     if not path.exists():
         scenes = yield from compose_scenes(config, recipe)
-        if given is None:
-            task = AutoencoderTask(config, recipe, scenes.images, device)
-            yield from logged("autoencoder", Training(task, recipe.autoencoder(), device, folder / "vae.pt"), folder)
+        if kept is None:
+            task = AutoencoderTask(config, recipe, scenes, device, given)
+            yield from logged("autoencoder", Training(task, autoencoder_settings(recipe, device), device, folder / "vae.pt"), folder)
         if processes.number() == 0:
             parts = []
-            for part in encoded(scenes.images, finished_vae(config, folder, device, given), device):
+            for part in encoded(scenes.images, finished_vae(config, folder, device, kept), device):
                 parts.append(part)
                 yield Progress("latents", sum(map(len, parts)), recipe.scenes)
             write_state(path, dataclasses.asdict(Latents(torch.cat(parts), scenes.tokens, scenes.mask)))
     processes.wait_for_all()
-    return finished_vae(config, folder, device, given), Latents(**read_state(path))
+    return finished_vae(config, folder, device, kept), Latents(**read_state(path))
 
 
-def finished_vae(config: ModelConfig, folder: Path, device: torch.device, given: VAE | None) -> VAE:
-    """The one given, or the averaged weights of the one that was trained."""
-    if given is not None:
-        return copy.deepcopy(given).to(device).float()
+def finished_vae(config: ModelConfig, folder: Path, device: torch.device, kept: VAE | None) -> VAE:
+    """The one kept, or the averaged weights of the one that was trained."""
+    if kept is not None:
+        return copy.deepcopy(kept).to(device).float()
     vae = VAE(config.vae)
     vae.load_state_dict(read_state(folder / "vae.pt")["averages"]["vae"]["mean"])
     return vae.to(device).requires_grad_(False).eval()
@@ -160,15 +175,16 @@ def logged(stage: str, training: Training, folder: Path) -> Iterator[Progress]:
             yield Progress(stage, step.i, step.steps, step.loss, log.text())
 
 
-def averaged(training: Training, name: str) -> nn.Module:
-    """A copy of a module, with the averaged weights."""
-    module = training.task.modules[name]
-    with training.averages[name].put_in(module):
+def averaged(training: Training, name: str, slow: bool = False) -> nn.Module:
+    """A copy of a module, with the averaged weights, or those of the slower average."""
+    module, averages = training.task.modules[name], training.slow_averages if slow else training.averages
+    with averages[name].put_in(module):
         return copy.deepcopy(module).requires_grad_(False).eval()
 
 
-def assembled(config: ModelConfig, training: Training, vae: VAE) -> StableDiffusion:
-    return StableDiffusion(config, averaged(training, "text_encoder"), averaged(training, "unet"), vae, Tokenizer(config.tokenizer))
+def assembled(config: ModelConfig, training: Training, vae: VAE, slow: bool = False) -> StableDiffusion:
+    text_encoder, unet = (averaged(training, name, slow) for name in ("text_encoder", "unet"))
+    return StableDiffusion(config, text_encoder, unet, vae, Tokenizer(config.tokenizer))
 
 
 def save_samples(sd: StableDiffusion, path: Path) -> None:
