@@ -106,7 +106,7 @@ def examples() -> list[partial]:
     changes = {"unet.down.0.transformers.0.blocks.0.cross_attention.to_k": torch.randn(16, 16)}
     answer, draws = lambda x_t, t, context: 0.5 * x_t, diffusion_loss.NoiseSample(t, eps)
     judge = JudgeTask(judge_config(), 0, torch.device("cpu")).judge
-    pixels, two = torch.rand(2, 3, 64, 64), torch.tensor([0, 1])
+    pixels, two = torch.rand(2, 3, 128, 128), torch.tensor([0, 1])
     features, labels = (
         torch.randn(8, 4),
         judge_trainer.Labels(torch.rand(2, 2, 8, 8) / 2, two[:, None].repeat(1, 2), two[:, None].repeat(1, 2), two, two),
@@ -117,7 +117,7 @@ def examples() -> list[partial]:
     public_clip = OpenClip.__new__(OpenClip)  # around any network
     public_clip.model, public_clip.image_size, public_clip.device = (
         SimpleNamespace(encode_image=lambda x, normalize: x.mean((2, 3))),
-        64,
+        128,
         torch.device("cpu"),
     )
     public_clip.mean = public_clip.std = torch.ones(3, 1, 1)
@@ -193,7 +193,7 @@ def examples() -> list[partial]:
         partial(tasks.to_pixels, np.zeros((1, 4, 4, 3), np.uint8)),
         partial(tasks.resize, x_t, 3),
         partial(tasks.encode_scenes, np.zeros((1, 8, 8, 3), np.uint8), vae.VAE(vae_config), torch.device("cpu")),
-        partial(tasks.reconstruction_loss, torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)),
+        partial(tasks.reconstruction_loss, torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.rand(1, 1, 4, 4)),
         partial(tasks.Latents(x_t, t[:, None], x_t[:, :1]).scaling_factor),
         partial(diffusion_loss.squared_error, answer, schedule, x_t, context, draws),
         partial(diffusion_loss.diffusion_loss, answer, schedule, x_t, context, draws, mask=x_t[:, :1], min_snr=5.0),
@@ -213,7 +213,7 @@ def examples() -> list[partial]:
         partial(alignment.text_alignment, features, features + 1),
         partial(alignment.image_alignment, features, features + 1),
         partial(pairs.dependence, np.array([[1.0, -1.0, 0.0]])),
-        partial(alignment.check_size, pixels, 64, "judge"),
+        partial(alignment.check_size, pixels, 128, "judge"),
         partial(alignment.drift, features, features + 1),
         partial(judge_network.contrastive_loss, features, features + 1, torch.tensor(1.0)),
         partial(judge_network.AttentionPool(8, 4, 2).forward, x),

@@ -66,7 +66,7 @@ def run_bundled(
     recipe: Recipe,
     folder: Path,
     device: torch.device,
-    save: Callable[[StableDiffusion], None],
+    save: Callable[[StableDiffusion, str], None],
     save_judge: Callable[[Judge], None],
     init: StableDiffusion | None = None,
     vae: VAE | None = None,
@@ -85,9 +85,9 @@ def run_bundled(
     """
     made: list[StableDiffusion] = []
 
-    def keep(sd: StableDiffusion) -> None:
+    def keep(sd: StableDiffusion, name: str) -> None:
         made.append(sd)
-        save(sd)
+        save(sd, name)
 
     def stages() -> Generator[StageProgress, None, None]:
         yield from run_from_scratch(config, recipe, folder, device, keep, init, vae)
@@ -107,7 +107,8 @@ def run_bundled(
 
 def judge_settings(recipe: Recipe, device: torch.device) -> Settings:
     """Return the settings of the judge's training."""
-    return dataclasses.replace(JUDGE_SETTINGS, seed=recipe.seed, compile=resolve_compile(device, recipe).compile)
+    compile = resolve_compile(device, recipe).compile and device.type != "cpu"  # as with the VAE, there is nothing to gain
+    return dataclasses.replace(JUDGE_SETTINGS, seed=recipe.seed, compile=compile)
 
 
 def run_judge_training(recipe: Recipe, folder: Path, device: torch.device) -> Generator[StageProgress, None, Judge]:

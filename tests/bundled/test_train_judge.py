@@ -26,7 +26,10 @@ from minidiff.trainers.engine.loop import rng_for, train
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(
-    judge_config(), widths=(8, 16, 16), heads=2, text_encoder=dataclasses.replace(judge_config().text_encoder, width=16, layers=1, heads=2)
+    judge_config(),
+    widths=(8, 8, 16, 16),
+    heads=2,
+    text_encoder=dataclasses.replace(judge_config().text_encoder, width=16, layers=1, heads=2),
 )
 
 

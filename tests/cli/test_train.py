@@ -313,7 +313,7 @@ def test_concepts_are_added_to_those_learnt_before(run, tmp_path):
     assert torch.equal(first["modifier_token.<it>"], second["modifier_token.<it>"]) and "modifier_token.<that>" in second
 
 
-FROM_SCRATCH = ("train", "from-scratch", "run", "--scenes", "4", "--steps", "2", "--batch", "2", "--threads", "1")
+FROM_SCRATCH = ("train", "from-scratch", "run", "--scenes", "4", "--steps", "2", "--batch", "2", "--threads", "1", "--compile", "no")
 
 
 def test_from_scratch_trains_on_and_goes_on(run, tmp_path):

@@ -16,7 +16,7 @@ from minidiff.scenes.scenes import COLOURS, STYLES, sample_scene, subjects
 from minidiff.trainers.engine.loop import with_seed
 from weights_loader.judge import BUNDLED, KEY, load_judge, save_judge
 
-SMALL = dataclasses.replace(judge_config(), widths=(8, 8, 16), heads=2)
+SMALL = dataclasses.replace(judge_config(), widths=(8, 8, 8, 16), heads=2)
 
 
 @pytest.fixture(scope="module")
