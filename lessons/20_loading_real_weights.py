@@ -87,7 +87,7 @@ for layout, table in tables.items():
 
 # %%
 shapes = {}
-for name, part in empty_parts(SD1)._asdict().items():
+for name, part in empty_parts(SD1).named().items():
     in_file = file_shapes(part, part_names(SD1, name, "ldm"))
     shapes |= in_file
     numbers = sum(p.numel() for p in part.parameters())
@@ -333,7 +333,7 @@ lesson.show(fig, "bugs", "Wrong eps and other GELU cannot be told from right; th
 # %%
 for config in (SD1, SD2):
     shapes = {}
-    for name, part in empty_parts(config)._asdict().items():
+    for name, part in empty_parts(config).named().items():
         shapes |= file_shapes(part, part_names(config, name, "ldm"))
     key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     print(f"{family_of_shapes(shapes).name}: {len(shapes)} names, to_k {list(shapes[key])}")

@@ -5,8 +5,9 @@ A map is softmax(q k^T / sqrt(d)) of one cross-attention layer, averaged over it
 so that recording cannot change the picture.
 """
 
+import threading
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -26,38 +27,36 @@ def record_cross_attention(unet: UNet) -> Iterator[dict[str, Float[Tensor, "B H 
     """Fill the dict it gives, while open, with one map per layer, under the name of the layer's transformer in the U-Net.
 
     Where a transformer has several blocks, ".1", ".2", ... follow the name for all but the first. Clear the dict to record the next call;
-    while a layer's map is there, it is kept.
+    while a layer's map is there, it is kept. What other threads run meanwhile is not recorded.
     """
     maps: dict[str, Tensor] = {}
-    handles = []
+    hooks, thread = ExitStack(), threading.get_ident()
 
     def record(name: str, transformer: SpatialTransformer):
         rows = []
 
         def note_size(module, args):
-            rows[:] = [args[0].shape[2]]
+            if threading.get_ident() == thread:
+                rows[:] = [args[0].shape[2]]
 
         def note_map(name: str, module: Attention, args, output):
-            if name not in maps:
+            if name not in maps and threading.get_ident() == thread:
                 x, context = args
                 with torch.no_grad():
                     weights = attention_weights(module.to_q(x), module.to_k(context), module.heads).mean(dim=1)
                 maps[name] = rearrange(weights, "B (H W) L -> B H W L", H=rows[0])
 
-        handles.append(transformer.register_forward_pre_hook(note_size))
+        hooks.enter_context(transformer.register_forward_pre_hook(note_size))
         for i, block in enumerate(transformer.blocks):
             assert isinstance(block, TransformerBlock)
-            hook = partial(note_map, f"{name}.{i}" if i else name)
-            handles.append(block.cross_attention.register_forward_hook(hook))
+            note = partial(note_map, f"{name}.{i}" if i else name)
+            hooks.enter_context(block.cross_attention.register_forward_hook(note))
 
-    for name, module in unet.named_modules():
-        if isinstance(module, SpatialTransformer):
-            record(name, module)
-    try:
+    with hooks:
+        for name, module in unet.named_modules():
+            if isinstance(module, SpatialTransformer):
+                record(name, module)
         yield maps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def with_attention_maps(steps: Generator[Step, Tensor | None, None], unet: UNet) -> Generator[Step, Tensor | None, None]:

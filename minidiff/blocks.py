@@ -77,6 +77,12 @@ def tile_rows(x: Float[Tensor, "B *dims"], rows: int) -> Float[Tensor, "{rows} *
     return x if len(x) == rows else torch.cat([x] * (rows // len(x)))
 
 
+def add_rows(a: Float[Tensor, "A ..."], b: Float[Tensor, "B ..."]) -> Float[Tensor, "R ..."]:
+    """Add two feature maps, one of which may have several times the rows of the other (see UNet)."""
+    rows = max(len(a), len(b))
+    return tile_rows(a, rows) + tile_rows(b, rows)
+
+
 def norm_silu(norm: nn.GroupNorm, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     """Compute SiLU(GroupNorm(x)), before every 3x3 convolution of a ResBlock; by our kernel for "triton" where x is channels-last."""
     if active_backend() == "triton" and group_norm_silu.unsupported(x, norm.num_groups, norm.weight, norm.bias) is None:

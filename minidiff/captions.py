@@ -3,9 +3,10 @@
 NAME.txt beside each picture, metadata.jsonl ({"file_name": ..., "text": ...} per line), or captions.json ({file name: caption})
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from minidiff.files import parse_json, read_text
 
 CAPTION_SOURCES = ("NAME.txt", "metadata.jsonl", "captions.json")
 
@@ -27,12 +28,8 @@ def read_captions(folder: Path, paths: Sequence[Path]) -> dict[str, str]:
         raise ValueError(f"{folder}: no captions; give one for all pictures, or write {', '.join(CAPTION_SOURCES)}")
     if len(found) > 1:
         raise ValueError(f"{folder}: captions in {' and in '.join(found)}; keep one of them")
-    if found == ["NAME.txt"]:
-        captions = read_text_captions(paths, find_text_files(folder))
-    elif found == ["metadata.jsonl"]:
-        captions = read_jsonl_captions(folder / "metadata.jsonl")
-    else:
-        captions = read_json_captions(folder / "captions.json")
+    readers = {"metadata.jsonl": read_jsonl_captions, "captions.json": read_json_captions}
+    captions = readers[found[0]](folder / found[0]) if found[0] in readers else read_text_captions(paths, find_text_files(folder))
     names = {path.name for path in paths}
     if strangers := [name for name in captions if name not in names]:
         raise ValueError(f"{folder / found[0]}: a caption for {strangers[0]!r}, which is no picture of the folder")
@@ -78,19 +75,3 @@ def read_json_captions(path: Path) -> dict[str, str]:
     if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
         raise ValueError(f'{path}: expected one object {{"file name": "caption", ...}}')
     return captions
-
-
-def parse_json(text: str, where: str) -> object:
-    """Parse JSON. Raises ValueError that names the place."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: no JSON ({error})") from error
-
-
-def read_text(path: Path) -> str:
-    """Read a file in UTF-8. Raises ValueError for another encoding."""
-    try:
-        return path.read_text(encoding="utf-8-sig")  # some editors put a mark in front
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error

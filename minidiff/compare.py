@@ -6,13 +6,15 @@ layer that has it.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from minidiff.conditioning import Conditioning
 from minidiff.pipeline import StableDiffusion, noise_source
 from minidiff.vae import VAE
 
@@ -31,9 +33,9 @@ class Difference:
 
 @torch.no_grad()
 def compare_models(a: StableDiffusion, b: StableDiffusion, prompt: str, t: int, seed: int) -> list[Difference]:
-    """Run text encoder, U-Net and VAE of both on the same inputs; return one Difference per module, in the order they run.
+    """Run text encoders, U-Net and VAE of both on the same inputs; return one Difference per module, in the order they run.
 
-    The U-Nets are both given a's context, the decoders the same latent, so that each part is judged by itself.
+    The U-Nets are both told what a's text side gives, the decoders the same latent, so that each part is judged by itself.
 
     Args:
         a, b: two models of one shape.
@@ -54,13 +56,13 @@ def compare_models(a: StableDiffusion, b: StableDiffusion, prompt: str, t: int, 
     latent = x[:, : a.config.vae.latent_channels] / a.config.vae.scaling_factor
     pixels = noise_source([seed], (3, size * a.config.vae.factor, size * a.config.vae.factor), a.device)().clamp(-1, 1)
     times = torch.tensor([t], device=a.device)
-    tokens = a.tokenizer([prompt]).to(a.device)
-    context = a.text_encoder(tokens)
+    side = size * a.config.vae.factor
+    told = a.text([prompt], (side, side))
 
     differences = []
     for name, run, inputs in (
-        ("text_encoder", nn.Module.__call__, (tokens,)),
-        ("unet", nn.Module.__call__, (x, times, context)),
+        *((name, nn.Module.__call__, (a.text.tokens(name, [prompt]),)) for name in a.text.encoders),
+        ("unet", nn.Module.__call__, (x, times, told)),
         ("vae", VAE.encode, (pixels,)),
         ("vae", VAE.decode, (latent,)),
     ):
@@ -71,7 +73,7 @@ def compare_models(a: StableDiffusion, b: StableDiffusion, prompt: str, t: int, 
 
 def config_differences(a: StableDiffusion, b: StableDiffusion) -> list[str]:
     """List the numbers that the two differ in, as "unet.groups: 32 and 16"."""
-    parts = ("tokenizer", "text_encoder", "unet", "vae", "schedule")
+    parts = [f.name for f in fields(a.config) if is_dataclass(getattr(a.config, f.name)) and is_dataclass(getattr(b.config, f.name))]
     pairs = [
         (f"{part}.{f.name}", *(getattr(getattr(sd.config, part), f.name) for sd in (a, b)))
         for part in parts
@@ -98,7 +100,7 @@ def difference(layer: str, a: Tensor, b: Tensor) -> Difference:
     return Difference(layer, absolute, absolute / scale if scale and absolute < math.inf else absolute)
 
 
-def outputs_by_layer(module: nn.Module, run: Callable[..., object], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def outputs_by_layer(module: nn.Module, run: Callable[..., object], inputs: Sequence[Tensor | Conditioning]) -> dict[str, Tensor]:
     """Return the output of every submodule that gives one tensor, by name, as they finish in run(module, *inputs).
 
     Floats are given in the module's dtype.
@@ -109,11 +111,15 @@ def outputs_by_layer(module: nn.Module, run: Callable[..., object], inputs: tupl
         if isinstance(output, Tensor):
             outputs[name] = output
 
-    handles = [submodule.register_forward_hook(partial(keep, name)) for name, submodule in module.named_modules()]
     dtype = next(module.parameters()).dtype
-    try:
-        run(module, *(x.to(dtype) if x.is_floating_point() else x for x in inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for name, submodule in module.named_modules():
+            hooks.enter_context(submodule.register_forward_hook(partial(keep, name)))
+        run(module, *(_cast(x, dtype) for x in inputs))
     return outputs
+
+
+def _cast(x: Tensor | Conditioning, dtype: torch.dtype) -> Tensor | Conditioning:
+    if isinstance(x, Conditioning):
+        return x.to(x.context.device, dtype)
+    return x.to(dtype) if x.is_floating_point() else x

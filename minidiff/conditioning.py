@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
@@ -35,6 +35,9 @@ class Conditioning:
 
     def __len__(self) -> int:
         return len(self.context)
+
+    def __getitem__(self, rows: slice) -> "Conditioning":
+        return self.with_tensors([x[rows] for x in self.tensors()])
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in a fixed order."""
@@ -66,10 +69,7 @@ def concatenate(first: Conditioning, second: Conditioning) -> Conditioning:
     shapes = [[(f.name, _shape(getattr(one, f.name))) for f in fields(one)] for one in (first, second)]
     if differing := [(name, a, b) for (name, a), (_, b) in zip(*shapes) if a != b]:
         name, a, b = differing[0]
-        raise ValueError(
-            f"two conditionings do not match: {name} has shape {a} and {b}; give one negative (or empty) prompt per prompt, "
-            "from the same text encoder"
-        )
+        raise ValueError(f"two conditionings do not match: {name} has shape {a} and {b}; give one negative (or empty) prompt per prompt")
     return first.with_tensors([torch.cat(pair) for pair in zip(first.tensors(), second.tensors())])
 
 
@@ -78,20 +78,25 @@ def _shape(value: Tensor | tuple[Tensor, ...] | None) -> object:
 
 
 class TextSide:
-    """Tokenizer and text encoder together: prompts in, Conditioning out.
+    """Tokenizer and text encoder together: prompts in, Conditioning out. Models with two of each have two_encoders.py.
 
-    A model with other encoders has another class here, with the same `parts` and call.
+    encoders, tokenizers: by the names of the modules in `StableDiffusion.parts`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, encoder: TextEncoder):
-        self.tokenizer, self.encoder = tokenizer, encoder
-
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """Return the modules by their names in `StableDiffusion.parts`."""
-        return {"text_encoder": self.encoder}
+    def __init__(self, tokenizers: dict[str, Tokenizer], encoders: dict[str, TextEncoder]):
+        self.tokenizers, self.encoders = tokenizers, encoders
 
     def __call__(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """Encode prompts, one row each. size: (width, height) in pixels, for models that are told it; Stable Diffusion 1 and 2 are not."""
-        tokens = self.tokenizer(list(prompts))
-        return Conditioning(self.encoder(tokens.to(self.encoder.token_embedding.weight.device)))
+        return Conditioning(self.encoders["text_encoder"](self.tokens("text_encoder", prompts)))
+
+    def tokens(self, name: str, prompts: Sequence[str]) -> Int[Tensor, "R L"]:
+        """Return the tokens of prompts for one of the encoders, on its device."""
+        return self.tokenizers[name](list(prompts)).to(self.encoders[name].token_embedding.weight.device)
+
+    def guided(
+        self, prompts: Sequence[str], negative: str | None, size: tuple[int, int] | None = None
+    ) -> tuple[Conditioning, Conditioning]:
+        """Encode prompts, and for each what its picture is guided away from; None means that nothing was given: the empty prompt."""
+        rows = self([*prompts, negative or ""], size)
+        return rows[:-1], rows[-1:].expand(len(prompts))

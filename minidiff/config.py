@@ -1,13 +1,20 @@
 """The numbers that make one Stable Diffusion differ from another.
 
-Every model of this package is a plain module built from one of these frozen dataclasses. Stable Diffusion 1.x, 2.x, the
+Every model of this package is a plain module built from one of these frozen dataclasses. Stable Diffusion 1.x, 2.x, XL, the
 9-channel inpainting model and the small model that ships with the project run through the same code with other numbers.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 SIZE_NUMBERS = 6  # that SDXL is told: height and width of the original, top and left of the crop, height and width of the picture
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise ValueError, with the choices there are, unless the value is one of them. name: what is chosen, such as "sampler"."""
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} unknown; choose {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -17,7 +24,7 @@ class TokenizerConfig:
     merges: the byte-pair merges in order, one "left right" per line, as in CLIP's merges.txt; None means CLIP's own 48,894.
     cleaning: how text is normalised before it is split. "clip" is what transformers' CLIPTokenizer does (used with SD 1.x),
         "open_clip" what open_clip does (used with SD 2.x): Unicode repair by ftfy, HTML entities, lower case.
-    padding: "end" repeats the end-of-text token (SD 1.x), "zero" uses token 0 (SD 2.x).
+    padding: "end" repeats the end-of-text token (SD 1.x), "zero" uses token 0 (SD 2.x, and SDXL's second encoder).
     added: words of the checkpoint's own behind the vocabulary of the merges, one id each, in the order of their ids: a personalised model's
         "<cat>", whose row is in the text encoder's table.
     """
@@ -35,6 +42,9 @@ class TextEncoderConfig:
 
     layers counts the blocks that are run. Stable Diffusion 2.x conditions on the penultimate layer of a 24-block OpenCLIP
     ViT-H, so it has layers=23 here: block 24 of its files is carried along, never computed.
+    penultimate: the context is what enters the last block, without the final LayerNorm, as in both encoders of SDXL; the last block then
+        serves the pooled vector alone.
+    projection: width of the pooled vector that a penultimate encoder makes of the end token; None for one that makes none.
     """
 
     vocab_size: int = 49408
@@ -43,12 +53,15 @@ class TextEncoderConfig:
     layers: int = 12
     heads: int = 12
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    penultimate: bool = False
+    projection: int | None = None
 
     def __post_init__(self):
+        if self.projection and not self.penultimate:
+            raise ValueError(f"TextEncoderConfig: projection {self.projection}; only a penultimate encoder has a pooled vector")
         if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"TextEncoderConfig: width {self.width} does not divide into {self.heads} heads")
-        if self.activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f"TextEncoderConfig: activation {self.activation!r} unknown; choose quick_gelu, gelu")
+        check_choice("TextEncoderConfig: activation", self.activation, ("quick_gelu", "gelu"))
 
 
 @dataclass(frozen=True)
@@ -77,12 +90,17 @@ class UNetConfig:
         _check_levels("UNetConfig", self.widths, self.groups)
         for name in ("attention", "heads"):
             if len(getattr(self, name)) != len(self.widths):
-                raise ValueError(
-                    f"UNetConfig: {name} has {len(getattr(self, name))} entries, widths {len(self.widths)}; give one per level"
-                )
+                raise ValueError(f"UNetConfig: {name} {getattr(self, name)}, widths {self.widths}; give one of each per level")
         for width, heads in zip(self.widths, self.heads):
             if heads < 1 or width % heads:
                 raise ValueError(f"UNetConfig: width {width} does not divide into {heads} heads")
+
+    @property
+    def skip_widths(self) -> tuple[int, ...]:
+        """Return the channels of each skip, in the order of the way down: of the first convolution, every block, every downsampling."""
+        *others, last = self.widths
+        levels = [width for width in others for _ in range(self.blocks_per_level + 1)]
+        return (self.widths[0], *levels, *(last,) * self.blocks_per_level)
 
 
 @dataclass(frozen=True)
@@ -129,6 +147,7 @@ class ScheduleConfig:
 class ModelConfig:
     """A whole Stable Diffusion. Defaults: SD 1.x.
 
+    text_encoder_2: of models with two, whose contexts are put side by side along channels; tokenizer_2 belongs to it.
     image_size and guidance_scale are what the model was made for, in pixels and as in classifier-free guidance.
     """
 
@@ -139,6 +158,8 @@ class ModelConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     image_size: int = 512
     guidance_scale: float = 7.5
+    text_encoder_2: TextEncoderConfig | None = None
+    tokenizer_2: TokenizerConfig = TokenizerConfig(cleaning="open_clip", padding="zero")
 
 
 def _check_levels(name: str, widths: tuple[int, ...], groups: int):
@@ -159,3 +180,18 @@ SD2 = ModelConfig(
     schedule=ScheduleConfig(prediction="v"),
     image_size=768,
 )
+
+# Stable Diffusion XL base (Podell et al. 2023): CLIP ViT-L/14 and OpenCLIP ViT-bigG, three levels with transformers 0, 2 and 10 deep,
+# the pooled vector and the picture's sizes added to the time, and a VAE of another scale.
+SDXL = ModelConfig(
+    text_encoder=TextEncoderConfig(penultimate=True),
+    text_encoder_2=TextEncoderConfig(width=1280, layers=32, heads=20, activation="gelu", penultimate=True, projection=1280),
+    unet=UNetConfig(
+        widths=(320, 640, 1280), attention=(0, 2, 10), heads=(5, 10, 20), context_width=2048, linear_projection=True, pooled_width=1280
+    ),
+    vae=VAEConfig(scaling_factor=0.13025),
+    image_size=1024,
+    guidance_scale=5.0,
+)
+# SDXL-Turbo (Sauer et al. 2023) and merges with Lightning's LoRA (Lin et al. 2024) are SDXL distilled to 1 to 8 steps without guidance.
+SDXL_TURBO = replace(SDXL, schedule=ScheduleConfig(spacing="trailing"), image_size=512, guidance_scale=1.0)

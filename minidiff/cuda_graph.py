@@ -7,7 +7,8 @@
 A graph reads and writes where it did when it was captured. So it holds as long as the weights stay where they are and the adapters on the
 model report no change; new values that are written into the same memory, by an optimizer or `load_state_dict`, are seen by the next replay.
 It is kept from picture to picture, with the memory of the U-Net's activations. Where it does not hold any more, the next two calls begin
-anew. (A U-Net with its own attribute changed by hand, which no adapter reports, is not noticed: `to()`, hooks and adapters are.)
+anew. A ControlNet's residuals are inputs like the others; they come and go with its interval, so there is a graph with them and one
+without. (A U-Net with its own attribute changed by hand, which no adapter reports, is not noticed: `to()`, hooks and adapters are.)
 
 Left out: the guidance formula and the sampler's ten small operations on the latents; they are launched while the graph still runs.
 """
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 
 from minidiff.conditioning import Conditioning
 from minidiff.kernels.dispatch import active_backend
-from minidiff.pipeline import AttachedAdapter
 from minidiff.unet import UNet
 
 
@@ -34,31 +34,34 @@ class UNetGraph:
     attached: the adapters on the model, as they are at each call (StableDiffusion.attached).
     """
 
-    def __init__(self, unet: UNet, attached: Sequence[AttachedAdapter]):
+    def __init__(self, unet: UNet, attached: Sequence[Any]):
         self.unet, self.attached = unet, attached
         self.capturable = True
         self.key: tuple | None = None
-        self.replay: Callable[[list[Tensor]], Tensor] | None = None
+        self.replays: dict[tuple, Callable[[list[Tensor]], Tensor] | None] = {}  # by the shapes of the residuals; None: was called once
 
     def __call__(self, x_t: Float[Tensor, "B C H W"], t: Shaped[Tensor, " B"], conditioning: Conditioning) -> Float[Tensor, "R C_out H W"]:
         """Return the U-Net's prediction; the caller may keep it."""
         inputs = [x_t, t, *conditioning.tensors()]
         if not self._usable():
-            self.key = self.replay = None
+            self.key, self.replays = None, {}
             return self.unet(x_t, t, conditioning)
-        fields = conditioning.pooled is None, conditioning.size is None
-        key = self._dependencies(), fields, *((x.shape, x.dtype, x.device) for x in inputs)
+        fields, residuals = (conditioning.pooled is None, conditioning.size is None), _kinds(conditioning.residuals)
+        key = self._dependencies(), fields, _kinds(inputs[: len(inputs) - len(residuals)])
         if key != self.key:
-            self.key, self.replay = key, None
+            self.key, self.replays = key, {}
+        if residuals not in self.replays:
+            self.replays[residuals] = None
             return self.unet(x_t, t, conditioning)
-        if self.replay is None:
+        replay = self.replays[residuals]
+        if replay is None:
             try:
-                self.replay = self._capture(inputs, conditioning)
+                replay = self.replays[residuals] = self._capture(inputs, conditioning)
             except RuntimeError as error:
                 warnings.warn(f"this U-Net cannot be captured as a CUDA graph and runs without: {error}", stacklevel=2)
                 self.capturable = False
                 return self.unet(x_t, t, conditioning)
-        return self.replay(inputs)
+        return replay(inputs)
 
     def _usable(self) -> bool:
         """Whether nothing on the U-Net may do something else at each call, or keeps what it has seen: no gradients, no foreign hooks."""
@@ -100,6 +103,10 @@ class UNetGraph:
     def __deepcopy__(self, memo: dict[int, Any]) -> "UNetGraph":
         """Return one without a graph: a deep copy of the model captures its own."""
         return UNetGraph(deepcopy(self.unet, memo), deepcopy(self.attached, memo))
+
+
+def _kinds(tensors: Sequence[Tensor]) -> tuple:
+    return tuple((x.shape, x.dtype, x.device) for x in tensors)
 
 
 def _owner(hook: Callable) -> object:

@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -32,29 +33,80 @@ def temporary_path(path: Path) -> Path:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file that becomes `path` when the block ends, replacing what was there. If the block raises, `path` stays as it was.
 
-    Raises OSError if the folder is missing or the disk is full.
+    Temporary files of writers of `path` that were killed are deleted. Raises OSError if the folder is missing or the disk is full.
     """
+    remove_leftovers(path)
     temporary = temporary_path(path)
     try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # or a crash of the machine might leave the new name on an empty file
-        os.replace(temporary, path)
+        file = temporary.open("xb")
+        with held(temporary):
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # or a crash of the machine might leave the new name on an empty file
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def held(temporary: Path) -> Iterator[None]:
+    """Lock a temporary file or folder, so that nobody takes it for a leftover until the block ends. Does nothing without Unix' locks."""
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            descriptor = os.open(temporary, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
 def remove_leftovers(path: Path) -> None:
-    """Delete the temporary files of writers of `path` that were killed. Only safe where no other process writes `path`."""
+    """Delete the temporary files and folders of writers of `path` that were killed. Those of writers at work are locked, and stay."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+        if _is_held(leftover):
+            continue
+        with suppress(OSError):  # deleted by another process meanwhile, or open, which Windows does not delete
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _is_held(temporary: Path) -> bool:
+    try:
+        import fcntl
+
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(descriptor)
+    except ImportError:
+        return False
+    except OSError:  # locked, gone, or on a file system without locks
+        return True
+    return False
 
 
 def write_text(path: Path, text: str) -> None:
     """Write text in UTF-8, whole or not at all."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def read_text(path: Path) -> str:
+    """Read a file in UTF-8. Raises ValueError for another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors put a mark in front
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def parse_json(text: str, where: str, advice: str = "") -> Any:
+    """Parse JSON. Raises ValueError that names the place, and ends with the advice."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: no JSON ({error}){advice}") from error
 
 
 # --- digests ----------------------------------------------------------------------------------------------------------
@@ -136,9 +188,30 @@ def ensure_same_run(
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(asked, indent=1))
-    try:
-        found = json.loads(json.dumps(defaults or {})) | json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error}); choose an empty folder") from error
+    found = parse_json(read_text(path), str(path), "; choose an empty folder")
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: no settings of a run; choose an empty folder")
     same = {name: asked.get(name) for name in ignore}
-    check_same(path.parent, {**found, **same}, {**asked, **same}, holds)
+    older = json.loads(json.dumps(defaults or {}))
+    check_same(path.parent, {**older, **found, **same}, {**asked, **same}, holds)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process within the block. Raises ValueError if another has it. Does nothing without Unix' locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another run is at work there; wait for its end, or choose another folder") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)

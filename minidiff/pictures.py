@@ -7,7 +7,7 @@ bytes (B, H, W, 3)  -> to_pixels -------------> pixels (B, 3, H, W) in [-1, 1]  
 import math
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,21 +47,28 @@ def check_png(path: Path) -> None:
         raise FileNotFoundError(f"{path.parent}: no such folder; make it, or choose another place")
 
 
-def save_png(image: Image.Image, path: Path, parameters: str | None = None) -> None:
+def save_png(image: Image.Image, path: Path, parameters: str | None = None, hint: str | None = None) -> None:
     """Write a PNG, whole or not at all. Raises like `check_png`.
 
-    parameters: the settings that made the picture, for the text chunk of that name, where Stable Diffusion web interfaces look.
+    Args:
+        image: the picture.
+        path: of the file.
+        parameters: the settings that made the picture, for the text chunk of that name, where Stable Diffusion web interfaces look.
+        hint: which kind of hint the picture is, for a text chunk that minidiff reads (see hints.py).
     """
     check_png(path)
     info = PngImagePlugin.PngInfo()
-    if parameters is not None:
-        info.add_text("parameters", parameters)
+    for name, text in (("parameters", parameters), ("hint", hint)):
+        if text is not None:
+            info.add_text(name, text)
     with atomic_write(path) as file:
         image.save(file, format="PNG", pnginfo=info)
 
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-OTHER_ENDINGS = (".heic", ".heif", ".avif", ".gif", ".tif", ".tiff")  # not read, which needs a warning
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of files that must be pictures; others are looked into
+# What is read, whatever the name; .tga by its name alone, for it begins like nothing in particular.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "PPM", "GIF", "TIFF", "JPEG2000", "AVIF")
+MOST_PIXELS = 64_000_000  # of a picture: what decoding takes is 4 bytes for each, and a file of 20 kB can ask for gigabytes
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what Pillow raises for broken files
 
 
@@ -72,11 +79,30 @@ def list_pictures(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give the folder with the pictures")
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    pictures = [path for path in entries if path.is_file() and (path.suffix.lower() in ENDINGS or _format_of(path))]
     if inner := [path.name for path in entries if path.is_dir()]:
         warnings.warn(f"{folder}: its sub-folders are not read: {', '.join(inner)}", stacklevel=3)
-    if others := [path.name for path in entries if path.suffix.lower() in OTHER_ENDINGS]:
-        warnings.warn(f"{folder}: of formats that are not read: {', '.join(others)}; save them as .png or .jpg", stacklevel=3)
-    return [path for path in entries if path.suffix.lower() in ENDINGS and path.is_file()]
+    others = [path for path in entries if path not in pictures and not path.is_dir() and path.suffix != ".txt" and path.name not in TEXTS]
+    if others:
+        shown = ", ".join(f"{path.name} (a link to nothing)" if not path.exists() else path.name for path in others)
+        warnings.warn(f"{folder}: not read, for no picture or of another format: {shown}; save pictures as .png or .jpg", stacklevel=3)
+    if hidden := [path.name for path in folder.iterdir() if path.name.startswith(".") and path.suffix.lower() in ENDINGS]:
+        warnings.warn(f"{folder}: hidden pictures are not read: {', '.join(sorted(hidden))}", stacklevel=3)
+    return pictures
+
+
+TEXTS = ("metadata.jsonl", "captions.json", "made.json")  # captions, and what a folder was filled with
+
+
+def _format_of(path: Path) -> str | None:
+    """Return the format of a picture that can be read, by its first bytes; None for any other file."""
+    Image.init()  # a Pillow without one of the formats must not be asked for it
+    formats = [name for name in FORMATS if name in Image.OPEN] + ["TGA"] * (path.suffix.lower() == ".tga")
+    try:
+        with Image.open(path, formats=formats) as image:
+            return image.format
+    except UNREADABLE:
+        return None
 
 
 def check_picture(path: Path, size: int) -> None:
@@ -89,12 +115,24 @@ def check_picture(path: Path, size: int) -> None:
 
 
 def load_picture(path: Path) -> Image.Image:
-    """Open a picture in RGB, rotated by its EXIF data, on white where it is transparent. Raises ValueError if it cannot be read."""
+    """Open a picture in RGB, rotated by its EXIF data, on white where it is transparent. Raises like `open_picture`."""
+    return open_picture(path, to_rgb)
+
+
+def open_picture(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Open a picture, rotate it by its EXIF data and convert it.
+
+    Raises FileNotFoundError if there is none, ValueError if it cannot be read.
+    """
     try:
         with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels; at most {MOST_PIXELS // 10**6} megapixels are read")
+            return convert(ImageOps.exif_transpose(image))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such picture; the path is looked up from the folder you are in") from error
     except UNREADABLE as error:
-        raise ValueError(f"{path}: not a picture that can be read ({error}); save it anew, or take it out of the folder") from error
+        raise ValueError(f"{path}: not a picture that can be read ({error}); save it anew, smaller if need be, or leave it out") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

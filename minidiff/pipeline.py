@@ -8,9 +8,9 @@ watermark of the original's script.
 """
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -28,25 +28,8 @@ from minidiff.tokenizer import Tokenizer
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
+Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # model(x_t, t, conditioning) -> prediction
 GRAPH_DEVICES = ("cuda",)  # where the U-Net runs by a captured graph; see cuda_graph.py
-
-
-@runtime_checkable
-class AttachedAdapter(Protocol):
-    """A module that changes what the model computes, by hooks that are methods of it or of its parts (see adapters/)."""
-
-    @property
-    def version(self) -> int:
-        """Return a number that grows whenever it computes something else than before, but by writing into its parameters in place."""
-        ...
-
-    def modules(self) -> Iterable[nn.Module]:
-        """Return itself and its parts."""
-        ...
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """Return the tensors that it computes with."""
-        ...
 
 
 class StableDiffusion:
@@ -55,52 +38,42 @@ class StableDiffusion:
     text: tokenizer and text encoder together, which turn prompts into a Conditioning.
     extra_tensors: tensors of the file that nothing is computed with, kept so that saving loses nothing.
     notes: what was decided when the file was loaded and is worth saying.
-    adapters: the small files that are attached to the modules, no part of what is saved (see weights_loader).
-    attached: the adapters on the modules, in the order in which they came. `attach` and `detach` of an adapter keep it.
+    attached: the adapters on the modules (adapters/base.py), in the order in which they came, no part of what is saved. `attach` and
+        `detach` of an adapter keep it. Each is a module whose hooks are its methods, and its `version` a number that grows whenever it
+        computes something else than before, but by writing into its parameters in place.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        text_encoder: TextEncoder,
+        text: TextSide,
         unet: UNet,
         vae: VAE,
-        tokenizer: Tokenizer,
         extra_tensors: dict[str, Tensor] | None = None,
         notes: tuple[str, ...] = (),
     ):
         self.config = config
-        self.text = TextSide(tokenizer, text_encoder)
-        self.unet, self.vae = unet, vae
+        self.text, self.unet, self.vae = text, unet, vae
         self.schedule = NoiseSchedule(config.schedule)
         self.extra_tensors = extra_tensors or {}
         self.notes = notes
-        self.adapters = []
-        self.attached: list[AttachedAdapter] = []
+        self.attached: list[Any] = []
         self._graph = None
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """Return the modules by name: "text_encoder", "unet" and "vae", in the order in which a picture passes them."""
-        return {**self.text.parts, "unet": self.unet, "vae": self.vae}
+        """Return the modules by name: the text encoders, "unet" and "vae", in the order in which a picture passes them."""
+        return {**self.text.encoders, "unet": self.unet, "vae": self.vae}
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Return the text side's tokenizer."""
-        return self.text.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Tokenizer) -> None:
-        self.text.tokenizer = tokenizer
+        """Return the tokenizer of the first text encoder."""
+        return self.text.tokenizers["text_encoder"]
 
     @property
     def text_encoder(self) -> TextEncoder:
-        """Return the text side's encoder."""
-        return self.text.encoder
-
-    @text_encoder.setter
-    def text_encoder(self, encoder: TextEncoder) -> None:
-        self.text.encoder = encoder
+        """Return the first, and mostly the only, text encoder."""
+        return self.text.encoders["text_encoder"]
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +88,7 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
         """Return the context that the U-Net looks at, one row per token; `text(prompts)` gives all of the conditioning."""
-        return self.text(prompts).context
+        return self.text(prompts, (self.config.image_size, self.config.image_size)).context
 
     @torch.no_grad()
     def predict(self, x_t: Float[Tensor, "B C H W"], t: Shaped[Tensor, " B"], conditioning: Conditioning) -> Float[Tensor, "R C_out H W"]:
@@ -136,14 +109,15 @@ class StableDiffusion:
         steps: int = 30,
         sampler: str = "ddim",
         guidance_scale: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         seeds: Sequence[int] = (0,),
         size: int | tuple[int, int] | None = None,
         spacing: str | None = None,
         eta: float = 0.0,
         start: int = 0,
         x: Float[Tensor, "B C h w"] | None = None,
-        model: Callable[[Tensor, Tensor, Conditioning], Tensor] | None = None,
+        model: Model | None = None,
+        text: TextSide | None = None,
     ) -> Generator[Step, Tensor | None, None]:
         """Denoise from noise to latents; yield one Step per step. The last one's x_t is to be decoded.
 
@@ -154,7 +128,8 @@ class StableDiffusion:
             steps: 1..T.
             sampler: a name in samplers.SAMPLERS.
             guidance_scale: None is the model's own; 1 follows the prompt alone.
-            negative_prompt: what the pictures are guided away from.
+            negative_prompt: what the pictures are guided away from; None is what the model was trained with, the empty prompt or, for
+                SDXL, zeros.
             seeds: one per picture, 0..2^64-1, or a single one for all prompts.
             size: of the pictures, in pixels: a number for a square or (width, height); None is the model's own.
             spacing: leading, linspace or trailing; None is the model's own.
@@ -163,14 +138,15 @@ class StableDiffusion:
             x: the latents at that level, one per picture, in place of the seeds' first noise.
             model: predicts in the U-Net's place, model(x_t, t, conditioning), for B rows of x_t and B or 2 B of conditioning. It usually
                 calls `predict` with more channels, or with residuals in the conditioning.
+            text: encodes the prompts in place of the model's own text side.
 
         Raises ValueError, before the first step, for what the model cannot do.
         """
-        prompts, seeds = _pair(prompts, seeds)
+        prompts, seeds = pair_prompts(prompts, seeds)
         if start and x is None:
             raise ValueError(f"start {start} needs x, the latents at that level: samplers.levels tells how much noise they have")
         if model is None:
-            self._check_channels()
+            self.check_channels()
         model = self.predict if model is None else torch.no_grad()(model)
         shape = self._latent_shape(size)
         if x is not None and x.shape != (len(prompts), *shape):
@@ -180,8 +156,8 @@ class StableDiffusion:
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         pixels = shape[2] * self.config.vae.factor, shape[1] * self.config.vae.factor
         with torch.no_grad():
-            cond = self.text(prompts, pixels)
-            uncond = self.text([negative_prompt], pixels).expand(len(prompts)) if guidance_scale != 1 else None
+            text = text or self.text
+            cond, uncond = (text(prompts, pixels), None) if guidance_scale == 1 else text.guided(prompts, negative_prompt, pixels)
         for part in (self.unet, self.vae):
             channels_last(part)
         return sample(
@@ -200,7 +176,8 @@ class StableDiffusion:
     def decode(self, latents: Float[Tensor, "B C h w"], tiled: bool = True) -> Float[Tensor, "B 3 H W"]:
         """Decode scaled latents to pixels in [-1, 1], float32. tiled: large pictures a few rows at a time, the same but for rounding.
 
-        In half precision the decoder can overflow (the cause of black pictures); then it is run again in float32, with a warning.
+        In half precision the decoder can overflow (the cause of black pictures), SDXL's in float16 nearly always; then it is run again in
+        float32 and stays there, which a warning says once.
         """
         pictures = max(1, 2**18 // (latents[0, 0].numel() * self.config.vae.factor**2))  # at a time: the decoder is the peak of memory
         return torch.cat([self._decode(z, tiled) for z in (latents / self.config.vae.scaling_factor).split(pictures)])
@@ -213,12 +190,13 @@ class StableDiffusion:
         pixels = decode(z.to(dtype))
         if not pixels.isfinite().all() and dtype.itemsize < 4:
             # The stack level points past no_grad's wrapper, to the line that called decode.
-            warnings.warn(f"the decoder overflowed in {dtype}: decoded again in float32", stacklevel=4)
+            warnings.warn(f"the decoder overflowed in {dtype}: decoded again in float32, as all pictures from now on", stacklevel=4)
             try:
                 self.vae.float()
                 pixels = decode(z.float())
-            finally:
+            except BaseException:
                 self.vae.to(dtype)
+                raise
         if not pixels.isfinite().all():
             raise ValueError("the picture is not finite even in float32: the latents or the weights are broken")
         return pixels.float().clamp(-1, 1)
@@ -230,7 +208,7 @@ class StableDiffusion:
         steps: int = 30,
         sampler: str = "ddim",
         guidance_scale: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         seed: int = 0,
         batch: int = 1,
         size: int | tuple[int, int] | None = None,
@@ -259,7 +237,8 @@ class StableDiffusion:
         )
         return to_images(self.decode(last.x_t))
 
-    def _check_channels(self) -> None:
+    def check_channels(self) -> None:
+        """Raise ValueError for a U-Net that is told more than text, as an inpainting model's."""
         latent_channels = self.config.vae.latent_channels
         if self.config.unet.in_channels != latent_channels:
             raise ValueError(
@@ -267,16 +246,21 @@ class StableDiffusion:
                 "which needs a picture and a mask beside the prompt; for text alone load a text-to-image checkpoint"
             )
 
-    def _latent_shape(self, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
+    def pixel_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        """Return the (width, height) of pictures: of `size`, as `denoise` takes it. Raises ValueError for what the VAE cannot do."""
         size = self.config.image_size if size is None else size
         width, height = (size, size) if isinstance(size, int) else size
         factor = self.config.vae.factor
         if width < factor or height < factor or width % factor or height % factor:
             raise ValueError(f"size {width} x {height}: width and height must be multiples of {factor} pixels, at least {factor}")
-        return self.config.vae.latent_channels, height // factor, width // factor
+        return width, height
+
+    def _latent_shape(self, size: int | tuple[int, int] | None) -> tuple[int, int, int]:
+        width, height = self.pixel_size(size)
+        return self.config.vae.latent_channels, height // self.config.vae.factor, width // self.config.vae.factor
 
 
-def _pair(prompts: str | Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
+def pair_prompts(prompts: str | Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
     """Return as many prompts as seeds: a single one of either goes with all of the other. Raises ValueError for other numbers of them."""
     prompts, seeds = [prompts] if isinstance(prompts, str) else list(prompts), list(seeds)
     if not prompts or not seeds:

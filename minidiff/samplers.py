@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minidiff.config import check_choice
 from minidiff.schedule import SPACINGS, NoiseSchedule
 
 # Where sigma would be infinite: the smallest positive half-precision number, as diffusers has it.
@@ -137,20 +138,16 @@ def sample(
     With zero terminal SNR, samplers that divide by sqrt(alpha_bar) start from alpha_bar = 2^-24; ddpm and ddim from 0.
     Raises ValueError, before the model is called, for an argument outside these.
     """
-    spacing = schedule.config.spacing if spacing is None else spacing
-    _check(sampler, steps, spacing, eta, noise, start, schedule)
     visited = levels(schedule, sampler, steps, spacing)[start:]
+    _check(sampler, steps, eta, noise, start)
     if schedule.config.prediction == "eps" and visited[0].alpha_bar == 0:
         raise ValueError(
             f"sampler {sampler!r} cannot start an eps-model at timestep {visited[0].t}, where zero terminal SNR leaves nothing "
             "but noise to divide by; use a v-model, another sampler or spacing 'leading'"
         )
     row = SAMPLERS[sampler]
-    step = partial(row.step, Denoiser(model, schedule.config.prediction, x.dtype))
-    if row.takes_eta:
-        step = partial(step, eta=eta, noise=noise)
-    elif row.draws_noise:
-        step = partial(step, noise=noise)
+    own = ({"eta": eta} if row.takes_eta else {}) | ({"noise": noise} if row.takes_eta or row.draws_noise else {})
+    step = partial(row.step, Denoiser(model, schedule.config.prediction, x.dtype), **own)
     return _denoising_loop(step, row.multistep, x, visited, start)
 
 
@@ -171,18 +168,8 @@ def _denoising_loop(
             x_t = sent.to(x_t)
 
 
-def _check(
-    sampler: str, steps: int, spacing: str, eta: float, noise: Callable[[], Tensor] | None, start: int, schedule: NoiseSchedule
-) -> None:
-    T = schedule.config.timesteps
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} unknown; choose {', '.join(SAMPLERS)}")
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing {spacing!r} unknown; choose {', '.join(SPACINGS)}")
+def _check(sampler: str, steps: int, eta: float, noise: Callable[[], Tensor] | None, start: int) -> None:
     row = SAMPLERS[sampler]
-    most = T - 1 if row.counts_end and spacing != "trailing" else T
-    if not 1 <= steps <= most:
-        raise ValueError(f"steps {steps} is outside 1..{most} for sampler {sampler!r}; the model knows {T} timesteps")
     if not 0 <= start < steps:
         raise ValueError(f"start {start} is outside 0..{steps - 1}; it is one of the levels that {steps} steps begin at")
     if not 0 <= eta <= 1:
@@ -340,16 +327,24 @@ def dpmpp_2m(
 # ------------------------------------------------------------------------------------------------------ levels
 
 
-def levels(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str) -> list[Level]:
+def levels(schedule: NoiseSchedule, sampler: str, steps: int, spacing: str | None = None) -> list[Level]:
     """Return the steps + 1 noise levels from start to end that diffusers' scheduler of this name visits.
 
     Args:
         schedule: of the model.
         sampler: a name in SAMPLERS.
         steps: 1..T.
-        spacing: leading, linspace or trailing.
+        spacing: leading, linspace or trailing; None is the schedule's own.
+
+    Raises ValueError for an argument outside these.
     """
+    spacing, T = schedule.config.spacing if spacing is None else spacing, schedule.config.timesteps
+    check_choice("sampler", sampler, SAMPLERS)
+    check_choice("spacing", spacing, SPACINGS)
     row = SAMPLERS[sampler]
+    most = T - 1 if row.counts_end and spacing != "trailing" else T
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps {steps} is outside 1..{most} for sampler {sampler!r}; the model knows {T} timesteps")
     alpha_bar = schedule.alpha_bar.numpy().copy()
     if schedule.config.zero_terminal_snr and row.divides_by_signal:
         alpha_bar[-1] = SMALLEST_ALPHA_BAR
@@ -412,7 +407,7 @@ class Sampler:
 
     step: (denoise, x_t, level, next_level) -> (x_t, x0_hat). It also takes `noise` if it draws any, `eta` and `noise` if it takes eta, and
         a multistep sampler takes its history, () at first, and returns it as a third value.
-    web_name: what web interfaces call it. help: one line for lists of samplers.
+    web_name: what web interfaces call it, beside the schedule type web_schedule or own_spacing. help: one line for lists.
     order: the power of the step's length with which the error of the trajectory falls.
     calls: model calls of each step, and how many more (or fewer) the whole loop takes.
     levels: (schedule, alpha_bar, steps, spacing) -> the levels to visit, without the end.
@@ -429,6 +424,7 @@ class Sampler:
     calls: tuple[int, int] = (1, 0)
     levels: Callable[[NoiseSchedule, np.ndarray, int, str], list[Level]] = timestep_levels
     own_spacing: str | None = None
+    web_schedule: str | None = None
     draws_noise: bool = False
     takes_eta: bool = False
     multistep: bool = False
@@ -455,14 +451,10 @@ SAMPLERS = {
         euler_ancestral, "Euler a", "Euler below the next level, then noise up to it", levels=fractional_levels, draws_noise=True
     ),
     "heun": Sampler(heun, "Heun", "Karras et al. 2022, algorithm 1; two model calls", order=2, calls=(2, -1), levels=fractional_levels),
-    "dpmpp_2m": Sampler(dpmpp_2m, "DPM++ 2M", "DPM-Solver++, first and last step of first order", order=2, multistep=True, counts_end=True),
+    "dpmpp_2m": Sampler(
+        dpmpp_2m, "DPM++ 2M", "DPM-Solver++, ends of first order", order=2, multistep=True, counts_end=True, web_schedule="Uniform"
+    ),
     "dpmpp_2m_karras": Sampler(
-        dpmpp_2m,
-        "DPM++ 2M Karras",
-        "the same over the levels of Karras et al. 2022, eq. 5",
-        order=2,
-        multistep=True,
-        levels=karras_levels,
-        own_spacing="Karras",
+        dpmpp_2m, "DPM++ 2M", "the same over Karras et al. 2022, eq. 5", order=2, multistep=True, levels=karras_levels, own_spacing="Karras"
     ),
 }

@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minidiff.config import ScheduleConfig
+from minidiff.config import ScheduleConfig, check_choice
 
 SPACINGS = ("leading", "linspace", "trailing")
 
@@ -90,8 +90,7 @@ class NoiseSchedule:
         """
         T = self.config.timesteps
         spacing = self.config.spacing if spacing is None else spacing
-        if spacing not in SPACINGS:
-            raise ValueError(f"spacing {spacing!r} unknown; choose {', '.join(SPACINGS)}")
+        check_choice("spacing", spacing, SPACINGS)
         if not 1 <= steps <= T:
             raise ValueError(f"steps {steps} is outside 1..{T}; the model knows {T} timesteps")
         if spacing == "leading":
@@ -128,7 +127,5 @@ def _check(config: ScheduleConfig):
         raise ValueError(
             f"ScheduleConfig: beta_start {config.beta_start}, beta_end {config.beta_end}; expected 0 < beta_start <= beta_end < 1"
         )
-    if config.prediction not in ("eps", "v"):
-        raise ValueError(f"ScheduleConfig: prediction {config.prediction!r} unknown; choose eps, v")
-    if config.spacing not in SPACINGS:
-        raise ValueError(f"ScheduleConfig: spacing {config.spacing!r} unknown; choose {', '.join(SPACINGS)}")
+    check_choice("ScheduleConfig: prediction", config.prediction, ("eps", "v"))
+    check_choice("ScheduleConfig: spacing", config.spacing, SPACINGS)

@@ -1,10 +1,12 @@
 """The text encoder: a prompt's tokens to one vector per token, which the U-Net looks at by cross-attention.
 
     tokens -> token + position embeddings -> blocks of causal self-attention and MLP -> LayerNorm -> context
+                                                                '-> context of SDXL -> last block -> LayerNorm -> end token -> pooled
 
 It is the text half of CLIP (Radford et al. 2021, section 2.4). SD 1.x uses OpenAI's ViT-L/14 with its quick GELU and takes the last
 block; SD 2.x uses OpenCLIP's ViT-H with the exact GELU and takes the last block but one. Both apply the final LayerNorm to what they
-take. Left out: the pooled vector and its projection, which CLIP compares with pictures and Stable Diffusion never uses.
+take. SDXL (Podell et al. 2023, section 2.1) uses ViT-L/14 and OpenCLIP's ViT-bigG, takes the last block but one of either, without that
+LayerNorm, and of the second also the pooled vector, which CLIP compares with pictures.
 """
 
 import torch
@@ -43,7 +45,7 @@ class TextEncoder(nn.Module):
     """Tokens (B, L) to context (B, L, D). L is at most config.context_length; word n knows words 0..n.
 
     added: {first id: rows [n, D]}, the vectors of words that were learned later, for ids beyond the table. They belong to
-    adapters/tokens.py; the table and the state_dict do not know them.
+    adapters/tokens.py; the table and the state_dict do not know them. Of two encoders each has its own columns, from added_from on.
     """
 
     def __init__(self, config: TextEncoderConfig):
@@ -53,7 +55,9 @@ class TextEncoder(nn.Module):
         self.position_embedding = nn.Embedding(config.context_length, config.width)
         self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(config.width, eps=1e-5)
+        self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
         self.added: dict[int, Tensor] = {}
+        self.added_from = 0
 
     def embed(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Look up each token's row, in the table or among the added words. Raises IndexError for an id of neither."""
@@ -64,7 +68,8 @@ class TextEncoder(nn.Module):
         x = self.token_embedding(in_table)
         for first, rows in self.added.items():
             mask = is_added[first]
-            x = torch.where(mask[..., None], F.embedding((tokens - first).masked_fill(~mask, 0), rows).to(x.dtype), x)
+            own = rows[:, self.added_from : self.added_from + self.config.width]
+            x = torch.where(mask[..., None], F.embedding((tokens - first).masked_fill(~mask, 0), own).to(x.dtype), x)
         return x
 
     def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
@@ -72,6 +77,12 @@ class TextEncoder(nn.Module):
         if self.config.context_length < L:
             raise ValueError(f"{L} tokens given, the text encoder has {self.config.context_length} positions; cut the prompt")
         x = self.embed(tokens) + self.position_embedding.weight[:L]
-        for block in self.blocks:
+        for block in self.blocks[:-1] if self.config.penultimate else self.blocks:
             x = block(x)
-        return self.norm_out(x)
+        return x if self.config.penultimate else self.norm_out(x)
+
+    def pool(self, context: Float[Tensor, "B L D"], ends: Int[Tensor, "B"]) -> Float[Tensor, "B P"]:
+        """Return one vector per prompt from a penultimate context: the last block's output at the end token, normed and projected."""
+        assert self.projection is not None, "this encoder has no pooled vector"
+        x = self.norm_out(self.blocks[-1](context))
+        return self.projection(x[torch.arange(len(x), device=x.device), ends.to(x.device)])

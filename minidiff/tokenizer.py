@@ -9,7 +9,7 @@ and the joining are open_clip's. The cleaning and the padding differ between the
 A placeholder is a word that was learned later (Textual Inversion, Gal et al. 2022): it is not spelled in pieces but stands for ids of its
 own. adapters/tokens.py adds them.
 
-Left out: truncation strategies other than cutting the end, and prompts longer than the context.
+Left out: truncation strategies other than cutting the end; prompts longer than the context are read in editing/prompt_weights.py.
 """
 
 import gzip
@@ -18,7 +18,7 @@ import importlib.util
 import io
 import unicodedata
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from minidiff.config import TokenizerConfig
+from minidiff.config import TokenizerConfig, check_choice
 
 # As transformers' CLIPTokenizer splits: English contractions, runs of letters, single digits, runs of anything else.
 CLIP_WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
@@ -48,10 +48,8 @@ class Tokenizer:
     """
 
     def __init__(self, config: TokenizerConfig, added: Mapping[str, tuple[int, ...]] | None = None):
-        if config.cleaning not in ("clip", "open_clip"):
-            raise ValueError(f"TokenizerConfig: cleaning {config.cleaning!r} unknown; choose clip, open_clip")
-        if config.padding not in ("end", "zero"):
-            raise ValueError(f"TokenizerConfig: padding {config.padding!r} unknown; choose end, zero")
+        check_choice("TokenizerConfig: cleaning", config.cleaning, ("clip", "open_clip"))
+        check_choice("TokenizerConfig: padding", config.padding, ("end", "zero"))
         if config.context_length < 3:
             raise ValueError(f"TokenizerConfig: context_length {config.context_length}; start, one token and end need 3")
         self.config = config
@@ -98,22 +96,27 @@ class Tokenizer:
         """Return start, tokens, end and padding for each text, int64. What does not fit is cut, and a warning shows it."""
         if isinstance(texts, str):
             raise ValueError(f"texts is the string {texts!r}; give a list of strings")
-        length = self.config.context_length
-        rows = torch.full((len(texts), length), self.end_id if self.config.padding == "end" else 0)
+        room, rows = self.config.context_length - 2, torch.empty(len(texts), self.config.context_length, dtype=torch.int64)
         for row, text in zip(rows, texts):
             ids = self.encode(text)
-            ids, lost = ids[: length - 2], ids[length - 2 :]
+            ids, lost = ids[:room], ids[room:]
             if lost:
                 warnings.warn(
-                    f"the prompt has {len(ids) + len(lost)} tokens and the model reads {length - 2}; cut off: {self.decode(lost)!r}",
+                    f"the prompt has {len(ids) + len(lost)} tokens and the model reads {room}; cut off: {self.decode(lost)!r}",
                     stacklevel=2,
                 )
-            row[: len(ids) + 2] = torch.tensor([self.start_id, *ids, self.end_id])
+            row[:] = self.frame(ids)
         return rows
+
+    def frame(self, ids: Sequence[int]) -> Int[Tensor, " L"]:
+        """Return start, these tokens, end and padding, int64; at most context_length - 2 of them fit."""
+        row = torch.full((self.config.context_length,), self.end_id if self.config.padding == "end" else 0)
+        row[: len(ids) + 2] = torch.tensor([self.start_id, *ids, self.end_id])
+        return row
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, without start, end and padding."""
-        return [i for _, ids in self._words(text) for i in ids]
+        return [i for _, ids in self.spell(text) for i in ids]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of tokens, as it was after cleaning, without start and end. Raises ValueError for an unknown id."""
@@ -132,7 +135,7 @@ class Tokenizer:
     def words(self, text: str) -> list[tuple[str, list[int]]]:
         """Return each word as it was split, with the positions of its tokens in the row that __call__ gives; cut words are left out."""
         placed, position = [], 1  # the start token is at 0
-        for word, ids in self._words(text):
+        for word, ids in self.spell(text):
             positions = [p for p in range(position, position + len(ids)) if p < self.config.context_length - 1]
             if positions:
                 placed.append((word, positions))
@@ -146,7 +149,8 @@ class Tokenizer:
         # Letter by letter: str.lower knows that a Greek sigma at the end of a word has a form of its own, CLIPTokenizer does not.
         return "".join(letter.lower() for letter in unicodedata.normalize("NFC", text))
 
-    def _words(self, text: str) -> list[tuple[str, list[int]]]:
+    def spell(self, text: str) -> list[tuple[str, list[int]]]:
+        """Return each word as it is split, with its tokens."""
         if self.config.cleaning == "open_clip":
             return self._split(self.clean(text), self.bpe.pat)
         words, special = [], {"<|startoftext|>": self.start_id, "<|endoftext|>": self.end_id}

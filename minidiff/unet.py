@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from minidiff.blocks import AddedEmbedding, ResBlock, SpatialTransformer, TimeEmbedding, tile_rows
+from minidiff.blocks import AddedEmbedding, ResBlock, SpatialTransformer, TimeEmbedding, add_rows, tile_rows
 from minidiff.conditioning import Conditioning, as_conditioning
 from minidiff.config import UNetConfig
 
@@ -99,58 +99,20 @@ class Middle(nn.Module):
         return self.block_2(self.transformer(self.block_1(x, time), context), time)
 
 
-class UNet(nn.Module):
-    """eps_theta(x_t, t, context) of latent diffusion (Rombach et al. 2022, eq. 3).
-
-    x_t: latents, scaled to unit variance before noise was added; (for the inpainting model 9 channels: x_t, mask, masked picture).
-    t: timesteps 0..999, integers or, between them, floats.
-    context: what the text encoder gives, or a Conditioning around it, with the pooled vector and size numbers that the config may ask for
-        and the residuals that a ControlNet adds.
-    Returns the prediction in out_channels channels: eps or v, as the schedule's config says.
-
-    The context may have R rows, a multiple of x_t's B: row r of it is for row r % B of x_t. Guidance asks about the same x_t twice, and all
-    that comes before the first cross-attention is then computed once. Raises ValueError where R is no multiple of B.
-    """
+class UNetEncoder(nn.Module):
+    """The first half: the time embedding, the way down and the middle. A ControlNet is a copy of it (controlnet.py)."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
-        self.config = config
         widths, heads, depths = config.widths, config.heads, config.attention
         last = len(widths) - 1
-
         self.time_embedding = TimeEmbedding(widths[0])
         self.added_embedding = AddedEmbedding(config.pooled_width, 4 * widths[0]) if config.pooled_width else None
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down = nn.ModuleList()
-        c, c_skips = widths[0], [widths[0]]
-        for i, width in enumerate(widths):
-            self.down.append(DownLevel(c, width, heads[i], depths[i], i == last, config))
-            c_skips += [width] * (config.blocks_per_level + (i < last))
-            c = width
-
-        self.middle = Middle(c, heads[last], max(1, depths[last]), config)
-
-        self.up = nn.ModuleList()
-        for i, width in reversed(list(enumerate(widths))):
-            level_skips = [c_skips.pop() for _ in range(config.blocks_per_level + 1)]
-            self.up.append(UpLevel(c, level_skips, width, heads[i], depths[i], i == 0, config))
-            c = width
-        self.norm_out = nn.GroupNorm(config.groups, c, eps=EPS)
-        self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
-
-    def forward(
-        self, x_t: Float[Tensor, "B C H W"], t: Shaped[Tensor, " B"], context: Float[Tensor, "R L D_context"] | Conditioning
-    ) -> Float[Tensor, "R C_out H W"]:
-        conditioning = as_conditioning(context)
-        skips, x, time = self.encode(x_t, t, conditioning)
-        if residuals := conditioning.residuals:
-            if len(residuals) != len(skips) + 1:
-                raise ValueError(f"{len(residuals)} residuals for {len(skips)} skips and the middle; give one for each")
-            *skips, x = [_add_rows(a, b) for a, b in zip([*skips, x], residuals)]
-        for level in self.up:
-            x = level(x, skips, time, conditioning.context)
-            skips = skips[: -self.config.blocks_per_level - 1]
-        return self.conv_out(F.silu(self.norm_out(x)))
+        self.down = nn.ModuleList(
+            DownLevel(widths[max(i - 1, 0)], widths[i], heads[i], depths[i], i == last, config) for i in range(len(widths))
+        )
+        self.middle = Middle(widths[last], heads[last], max(1, depths[last]), config)
 
     def encode(
         self,
@@ -177,7 +139,7 @@ class UNet(nn.Module):
         time = self._time(t, conditioning)
         x = tile_rows(self.conv_in(x_t), len(time))  # an added embedding makes the rows differ from here on
         if hint is not None:
-            x = _add_rows(x, hint)
+            x = add_rows(x, hint)
         skips = [x]
         for level in self.down:
             skips += level(skips[-1], time, conditioning.context)
@@ -192,7 +154,42 @@ class UNet(nn.Module):
         return self.time_embedding(t, self.added_embedding(conditioning.pooled, conditioning.size))
 
 
-def _add_rows(a: Float[Tensor, "A ..."], b: Float[Tensor, "B ..."]) -> Float[Tensor, "R ..."]:
-    """Add two feature maps, one of which may have several times the rows of the other (see UNet)."""
-    rows = max(len(a), len(b))
-    return tile_rows(a, rows) + tile_rows(b, rows)
+class UNet(UNetEncoder):
+    """eps_theta(x_t, t, context) of latent diffusion (Rombach et al. 2022, eq. 3).
+
+    x_t: latents, scaled to unit variance before noise was added; (for the inpainting model 9 channels: x_t, mask, masked picture).
+    t: timesteps 0..999, integers or, between them, floats.
+    context: what the text encoder gives, or a Conditioning around it, with the pooled vector and size numbers that the config may ask for
+        and the residuals that a ControlNet adds.
+    Returns the prediction in out_channels channels: eps or v, as the schedule's config says.
+
+    The context may have R rows, a multiple of x_t's B: row r of it is for row r % B of x_t. Guidance asks about the same x_t twice, and all
+    that comes before the first cross-attention is then computed once. Raises ValueError where R is no multiple of B.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        self.config = config
+        skips = list(config.skip_widths)
+        self.up = nn.ModuleList()
+        c = config.widths[-1]
+        for i, width in reversed(list(enumerate(config.widths))):
+            level_skips = [skips.pop() for _ in range(config.blocks_per_level + 1)]
+            self.up.append(UpLevel(c, level_skips, width, config.heads[i], config.attention[i], i == 0, config))
+            c = width
+        self.norm_out = nn.GroupNorm(config.groups, c, eps=EPS)
+        self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
+
+    def forward(
+        self, x_t: Float[Tensor, "B C H W"], t: Shaped[Tensor, " B"], context: Float[Tensor, "R L D_context"] | Conditioning
+    ) -> Float[Tensor, "R C_out H W"]:
+        conditioning = as_conditioning(context)
+        skips, x, time = self.encode(x_t, t, conditioning)
+        if residuals := conditioning.residuals:
+            if len(residuals) != len(skips) + 1:
+                raise ValueError(f"{len(residuals)} residuals for {len(skips)} skips and the middle; give one for each")
+            *skips, x = [add_rows(a, b) for a, b in zip([*skips, x], residuals)]
+        for level in self.up:
+            x = level(x, skips, time, conditioning.context)
+            skips = skips[: -self.config.blocks_per_level - 1]
+        return self.conv_out(F.silu(self.norm_out(x)))

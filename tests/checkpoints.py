@@ -10,9 +10,11 @@ import torch
 from minidiff.config import ModelConfig, TokenizerConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.scenes import bpe_merges
-from tests.small_models import small_config, small_model
+from tests.small_models import small_config, small_model, xl_config
 from weights_loader import families
 from weights_loader.families import Family, part_names
+from weights_loader.families.stable_diffusion_1 import STABLE_DIFFUSION_1
+from weights_loader.families.stable_diffusion_2 import STABLE_DIFFUSION_2
 from weights_loader.name_table import file_shapes, to_file
 from weights_loader.save import tensors_of
 from weights_loader.write import write_safetensors
@@ -20,9 +22,10 @@ from weights_loader.write import write_safetensors
 DATA = Path(__file__).parent / "data"
 
 
-def public_keys(version: int) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of a whole SD 1.x or 2.x file in LDM names, made from the original model classes."""
-    return {name: tuple(shape) for name, shape in json.loads(gzip.open(DATA / f"sd-v{version}-keys.json.gz").read()).items()}
+def public_keys(version: int | str) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a whole SD 1.x, 2.x or XL file in LDM names, made from the original model classes."""
+    path = DATA / (f"sdxl{version[2:]}-keys.json.gz" if isinstance(version, str) else f"sd-v{version}-keys.json.gz")
+    return {name: tuple(shape) for name, shape in json.loads(gzip.open(path).read()).items()}
 
 
 def family_configs() -> dict[str, ModelConfig]:
@@ -37,7 +40,14 @@ def family_configs() -> dict[str, ModelConfig]:
         schedule=dataclasses.replace(sd1.schedule, prediction="v"),
     )
     inpainting = [dataclasses.replace(base, unet=dataclasses.replace(base.unet, in_channels=9)) for base in (sd1, sd2)]
-    return {"SD 1": sd1, "SD 2": sd2, "SD 1 inpainting": inpainting[0], "SD 2 inpainting": inpainting[1], "bundled": small_config("v")}
+    return {
+        "SD 1": sd1,
+        "SD 2": sd2,
+        "SD 1 inpainting": inpainting[0],
+        "SD 2 inpainting": inpainting[1],
+        "bundled": small_config("v"),
+        "SDXL": xl_config(),
+    }
 
 
 def family_model(name: str) -> StableDiffusion:
@@ -49,6 +59,8 @@ def family_model(name: str) -> StableDiffusion:
                 sd.extra_tensors[key.replace(".resblocks.1.", ".resblocks.2.")] = tensor + 1
         sd.extra_tensors["cond_stage_model.model.text_projection"] = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
         sd.extra_tensors["cond_stage_model.model.logit_scale"] = torch.tensor(4.6)
+    if sd.config.text_encoder_2 is not None:
+        sd.extra_tensors["conditioner.embedders.1.model.logit_scale"] = torch.tensor(4.6)
     return sd
 
 
@@ -73,6 +85,20 @@ def plug_in(monkeypatch, *plugged: Family):
     names = {family.name for family in plugged if not family.any_size}
     others = [family for family in families.FAMILIES if family.name not in names]
     monkeypatch.setattr(families, "FAMILIES", (*plugged, *others))
+
+
+def plug_in_small_families(monkeypatch) -> dict[str, ModelConfig]:
+    """Put small models in the places of the public ones, so that they are recognised without a config."""
+    configs = family_configs()
+    # The small ones are as wide as each other; the real ones are not.
+    wider = dataclasses.replace(configs["SD 2"], text_encoder=dataclasses.replace(configs["SD 2"].text_encoder, width=32, heads=4))
+    wider = dataclasses.replace(wider, unet=dataclasses.replace(wider.unet, context_width=32))
+    plug_in(
+        monkeypatch,
+        dataclasses.replace(STABLE_DIFFUSION_1, config=configs["SD 1"]),
+        dataclasses.replace(STABLE_DIFFUSION_2, config=wider),
+    )
+    return {"SD 1": configs["SD 1"], "SD 2": wider}
 
 
 def extras(config: ModelConfig) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from minidiff.adapters.custom_diffusion import CustomDiffusion, compress
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.low_rank import LowRank
-from minidiff.adapters.tokens import NewTokens
+from minidiff.adapters.tokens import NewTokens, words_width
 from weights_loader.adapters.lora import layer_locations
 from weights_loader.adapters.peft import PEFT
 
@@ -30,7 +30,7 @@ def random_lora(sd, pattern="", ranks=(2, 3, 4), alphas=(0.1, 1.0, 2.5)):
 
 def weight_of(sd, name):
     part, layer = name.split(".", 1)
-    return getattr(sd, part).get_submodule(layer).weight
+    return sd.parts[part].get_submodule(layer).weight
 
 
 def random_delta(sd, pattern=KEYS_AND_VALUES, words=1):
@@ -39,7 +39,7 @@ def random_delta(sd, pattern=KEYS_AND_VALUES, words=1):
     layers = {f"unet.{name}": layer for name, layer in sd.unet.named_modules() if re.search(pattern, name)}
     weights = {name: one.weight.detach() + 0.3 * torch.randn(one.weight.shape, generator=generator) for name, one in layers.items()}
     biases = {name: torch.randn(one.bias.shape, generator=generator) for name, one in layers.items() if one.bias is not None}
-    rows = {f"<new{i}>": torch.randn(words, sd.config.text_encoder.width, generator=generator) for i in (1, 2)}
+    rows = {f"<new{i}>": torch.randn(words, words_width(sd), generator=generator) for i in (1, 2)}
     return CustomDiffusion(weights, NewTokens(rows) if words else None, biases)
 
 

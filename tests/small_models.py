@@ -8,7 +8,7 @@ import torch
 from minidiff.config import ModelConfig, ScheduleConfig, TextEncoderConfig, TokenizerConfig, UNetConfig, VAEConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
-from minidiff.tokenizer import Tokenizer
+from minidiff.two_encoders import text_configs, text_side
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -35,6 +35,22 @@ def small_config(prediction="v", in_channels=4, image_size=32) -> ModelConfig:
         schedule=ScheduleConfig(prediction=prediction, zero_terminal_snr=prediction == "v", spacing="trailing"),
         image_size=image_size,
         guidance_scale=4.0,
+    )
+
+
+def xl_config() -> ModelConfig:
+    """SDXL in small: two encoders, a pooled vector, no transformers at the first level and deeper ones further down."""
+    config = small_config("eps")
+    second = dataclasses.replace(config.tokenizer, cleaning="open_clip", padding="zero")
+    text = dataclasses.replace(config.text_encoder, layers=3, penultimate=True)
+    return dataclasses.replace(
+        config,
+        text_encoder=text,
+        tokenizer_2=second,
+        text_encoder_2=dataclasses.replace(text, width=24, heads=3, activation="gelu", projection=20),
+        unet=dataclasses.replace(config.unet, attention=(0, 1, 2), context_width=16 + 24, linear_projection=True, pooled_width=20),
+        vae=dataclasses.replace(config.vae, scaling_factor=0.13025),
+        schedule=ScheduleConfig(),
     )
 
 
@@ -66,7 +82,8 @@ def small_model(config: ModelConfig | None = None, seed=0) -> StableDiffusion:
     config = config or small_config()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        sd = StableDiffusion(config, TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae), Tokenizer(config.tokenizer))
+        encoders = {name: TextEncoder(numbers) for name, (_, numbers) in text_configs(config).items()}
+        sd = StableDiffusion(config, text_side(config, encoders), UNet(config.unet), VAE(config.vae))
     with torch.no_grad():
         sd.unet.conv_out.weight.mul_(4)
         sd.vae.decoder.conv_out.weight.mul_(2)

@@ -1,5 +1,7 @@
 """Recorded cross-attention: rows of one, the picture as it was, the prompt's half alone, no hook left behind."""
 
+import threading
+
 import pytest
 import torch
 from einops import rearrange
@@ -7,7 +9,7 @@ from einops import rearrange
 from minidiff.attention_maps import record_cross_attention, with_attention_maps, word_map
 from minidiff.blocks import SpatialTransformer
 from minidiff.samplers import SAMPLERS
-from tests.small_models import small_model
+from tests.small_models import small_model, xl_config
 
 PROMPT = "a red apple on a blue background"
 # Cells of each level at 32 x 32 pixels and at 72 x 56 (width x height), as (H, W); the last level has no attention but the middle's.
@@ -48,6 +50,17 @@ def test_every_transformer_gives_one_map_of_its_size_whose_rows_sum_to_1(sd, siz
     for name, m in step.attention_maps.items():
         torch.testing.assert_close(m.sum(dim=-1), torch.ones(m.shape[:-1]), rtol=0, atol=1e-5, msg=name)  # fp32
         assert m.min() >= 0 and not m.requires_grad
+
+
+def test_each_block_of_sdxls_transformers_gives_a_map():
+    """The two contexts of SDXL have the same tokens at the same places."""
+    sd = small_model(xl_config())
+    step = next(with_attention_maps(sd.denoise([PROMPT], size=32, steps=1), sd.unet))
+    transformers = {name: module for name, module in sd.unet.named_modules() if isinstance(module, SpatialTransformer)}
+    expected = [f"{name}.{i}" if i else name for name, module in transformers.items() for i in range(len(module.blocks))]
+    assert list(step.attention_maps) == expected and len(expected) > len(transformers)
+    for m in step.attention_maps.values():
+        torch.testing.assert_close(m.sum(dim=-1), torch.ones(m.shape[:-1]), rtol=0, atol=1e-5)  # fp32
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -186,3 +199,29 @@ def test_positions_that_are_not_there_are_refused(sd, positions):
 def test_no_maps_are_refused():
     with pytest.raises(ValueError, match="with_attention_maps"):
         word_map({}, [1], (8, 8))
+
+
+def test_threads_record_their_own_calls_alone(sd):
+    """Both hold their recorder open while the other runs the U-Net."""
+    inputs = {"a": torch.zeros(1, 4, 8, 8), "b": torch.ones(2, 4, 8, 8)}
+    context = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
+    both, found = threading.Barrier(2, timeout=60), {}
+
+    def run(name):
+        x = inputs[name]
+        with torch.no_grad(), record_cross_attention(sd.unet) as maps:
+            both.wait()
+            sd.unet(x, torch.tensor([500] * len(x)), context[: len(x)])
+            both.wait()
+            found[name] = dict(maps)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, x in inputs.items():
+        with torch.no_grad(), record_cross_attention(sd.unet) as alone:
+            sd.unet(x, torch.tensor([500] * len(x)), context[: len(x)])
+        assert found[name].keys() == alone.keys() and all(torch.equal(found[name][layer], alone[layer]) for layer in alone)
+    assert hooks_of(sd.unet) == 0

@@ -25,7 +25,7 @@ def sdxl():
     config = small_config()
     config = replace(config, unet=replace(config.unet, pooled_width=16, attention=(0, 2, 1)))
     sd = small_model(config)
-    sd.text = ToyTextSide(sd.tokenizer, sd.text_encoder)
+    sd.text = ToyTextSide(sd.text.tokenizers, sd.text.encoders)
     return sd
 
 
@@ -89,7 +89,10 @@ def test_the_text_side_gives_what_the_encoder_does_and_knows_its_parts():
     told = sd.text(["a cat", "a dog"])
     assert torch.equal(told.context, sd.text_encoder(sd.tokenizer(["a cat", "a dog"])))
     assert torch.equal(told.context, sd.encode_prompts(["a cat", "a dog"])) and told.pooled is None
-    assert list(sd.parts) == ["text_encoder", "unet", "vae"] and sd.parts["text_encoder"] is sd.text.encoder is sd.text_encoder
+    assert (
+        list(sd.parts) == ["text_encoder", "unet", "vae"]
+        and sd.parts["text_encoder"] is sd.text.encoders["text_encoder"] is sd.text_encoder
+    )
 
 
 # --- in the U-Net -----------------------------------------------------------------------------------------------------

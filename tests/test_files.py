@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from minidiff.files import atomic_write, check_same, checksum, digest, ensure_same_run, fingerprint, remove_leftovers, write_text
+from minidiff.files import atomic_write, check_same, checksum, digest, ensure_same_run, exclusive, fingerprint, remove_leftovers, write_text
 from tests.small_task import SmallTask, forked
 
 # --- whole or not at all ----------------------------------------------------------------------------------------------
@@ -48,6 +48,23 @@ def test_what_a_killed_writer_left_can_be_removed(tmp_path):
     assert len(os.listdir(tmp_path)) == 2 and not path.exists()
     remove_leftovers(path)
     assert os.listdir(tmp_path) == ["other.txt"]
+
+
+@pytest.mark.forks
+def test_the_next_save_to_a_place_clears_what_a_killed_one_left_and_no_other(tmp_path):
+    path = tmp_path / "a.txt"
+
+    def run():
+        with atomic_write(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert forked(run) == -signal.SIGKILL and len(os.listdir(tmp_path)) == 1
+    with atomic_write(path) as first:  # a writer at work
+        (at_work,) = os.listdir(tmp_path)
+        write_text(path, "second")
+        assert sorted(os.listdir(tmp_path)) == sorted([at_work, "a.txt"])
+        first.write(b"first")
+    assert os.listdir(tmp_path) == ["a.txt"] and path.read_text() == "first"
 
 
 def test_text_is_written_whole_over_what_was_there(tmp_path):
@@ -117,3 +134,20 @@ def test_a_file_that_is_no_json_is_said_to_be_none(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json: no JSON .*; choose an empty folder"):
         ensure_same_run(tmp_path / "run.json", {})
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"a"', "null"])
+def test_a_file_that_holds_no_settings_is_said_to(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json: no settings of a run; choose an empty folder"):
+        ensure_same_run(tmp_path / "run.json", {"seed": 0})
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    with exclusive(tmp_path):
+        with pytest.raises(ValueError, match="another run is at work there; wait for its end, or choose another folder"):
+            with exclusive(tmp_path):
+                pass
+    with exclusive(tmp_path):  # given free again
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -25,6 +25,7 @@ CORE = (
     "samplers",
     "guidance",
     "conditioning",
+    "two_encoders",
     "pipeline",
 )
 # Each line may import the lines above it and itself.
@@ -32,8 +33,8 @@ ORDER = (
     ("files", "markdown", "machine", "pictures", "captions", "png_settings"),
     ("kernels",),
     (*CORE, "tiled_decode", "cuda_graph"),
-    ("attention_maps", "compare"),
-    ("adapters",),
+    ("attention_maps", "compare", "controlnet", "hints", "offload"),
+    ("adapters", "editing"),
     ("scenes",),
     ("trainers",),
     ("evaluation",),

@@ -7,6 +7,7 @@ anywhere in the arguments are watched: in lists, in the object a method belongs 
 import ast
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import minidiff
@@ -23,9 +25,11 @@ from minidiff import (
     blocks,
     compare,
     conditioning,
+    controlnet,
     cuda_graph,
     files,
     guidance,
+    hints,
     pipeline,
     samplers,
     text_encoder,
@@ -33,25 +37,29 @@ from minidiff import (
     unet,
     vae,
 )
-from minidiff.adapters import custom_diffusion, extraction, layer_change, low_rank, merge_concepts, parallel
+from minidiff.adapters import custom_diffusion, dropout, extraction, layer_change, low_rank, merge_concepts, parallel
 from minidiff.bench import attention_cases
 from minidiff.bench import race as bench_race
-from minidiff.bundled import evaluate, tasks
+from minidiff.bundled import edits, evaluate, tasks
 from minidiff.bundled import judge as judge_network
 from minidiff.bundled import train_judge as judge_trainer
 from minidiff.bundled.train_judge import JudgeTask, judge_config
+from minidiff.cli import edit as cli_edit
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from minidiff.editing import canvas, image_to_image, inpaint, inversion, masks
+from minidiff.editing import start as edit_start
 from minidiff.evaluation import alignment, kid, pairs, weights
 from minidiff.evaluation.open_clip import OpenClip
 from minidiff.kernels import cross_attention, dispatch, geglu, group_norm_silu, self_attention, tiles
 from minidiff.samplers import Denoiser, Level
 from minidiff.scenes import art
+from minidiff.scenes import hints as scene_hints
 from minidiff.scenes.prompts import fixed_prompts
 from minidiff.schedule import NoiseSchedule, zero_terminal_snr
 from minidiff.study import measure
 from minidiff.trainers.data import cache, regularisation
 from minidiff.trainers.engine import diffusion_loss, distributed, loop, memory, optimizer
-from minidiff.trainers.methods import prior_preservation
+from minidiff.trainers.methods import controlnet_task, prior_preservation
 from tests.small_models import small_model
 
 SOURCES = ("model", "real", "reconstructed")  # of the evaluation's figures
@@ -63,7 +71,7 @@ PACKAGE = Path(minidiff.__file__).parent
 def takes_tensors(function: ast.FunctionDef) -> bool:
     arguments = function.args
     annotations = [a.annotation for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs] if a.annotation]
-    return any(kind in ast.unparse(annotation) for annotation in annotations for kind in ("Tensor", "ndarray"))
+    return any(kind in ast.unparse(annotation) for annotation in annotations for kind in ("Tensor", "ndarray", "Mask"))
 
 
 def holds_tensors(cls: ast.ClassDef) -> bool:
@@ -92,6 +100,7 @@ def examples() -> list[partial]:
     unet_config = UNetConfig(widths=(8, 16), blocks_per_level=1, attention=(True, False), heads=(2, 2), context_width=6, groups=4)
     vae_config = VAEConfig(widths=(8, 16), blocks_per_level=1, groups=4)
     text_config = TextEncoderConfig(vocab_size=50, context_length=6, width=8, layers=1, heads=2)
+    pooling = replace(text_config, penultimate=True, projection=4)
     x_t, eps = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
     gaussian = vae.DiagonalGaussian(x_t, eps)
     schedule = NoiseSchedule(ScheduleConfig())
@@ -100,6 +109,8 @@ def examples() -> list[partial]:
     alpha_bar = schedule.alpha_bar.numpy()
     sd = small_model()
     full = conditioning.Conditioning(torch.randn(2, 3, 16))
+    net, hint = controlnet.create_controlnet(sd.config, sd.unet, torch.Generator()), torch.rand(2, 3, 16, 16)
+    control, photograph = controlnet.Control(net, hint), np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     cells, ones = x.to(tiles.DEVICE, memory_format=torch.channels_last), torch.ones(8, device=tiles.DEVICE)
     conversions = [schedule.x0_from_eps, schedule.eps_from_x0, schedule.x0_from_v, schedule.eps_from_v]
     weight = nn.Parameter(torch.ones(3))
@@ -113,6 +124,8 @@ def examples() -> list[partial]:
     )
     with torch.no_grad():
         reading = judge.read(pixels)
+    picture, hole = torch.rand(1, 3, 32, 32), F.pad(torch.ones(1, 1, 16, 16), (8, 8, 8, 8))
+    few, x_0, cells_of_hole = edit_start.Sampling(2), torch.randn(1, 4, 8, 8), masks.to_cells(hole, 4)
     verdict = evaluate.Verdict(True, True, None, None, None, 0.5)
     public_clip = OpenClip.__new__(OpenClip)  # around any network
     public_clip.model, public_clip.image_size, public_clip.device = (
@@ -122,9 +135,10 @@ def examples() -> list[partial]:
     )
     public_clip.mean = public_clip.std = torch.ones(3, 1, 1)
     return [
-        partial(parallel.SequentialAdapter(8, 2, torch.Generator()).forward, q),
-        partial(parallel.ParallelAdapter(8, 2, torch.Generator()).forward, q),
+        partial(parallel.BottleneckAdapter(8, 2, torch.Generator(), behind=True).forward, q),
+        partial(parallel.BottleneckAdapter(8, 2, torch.Generator()).forward, q),
         partial(parallel.MultiHeadParallelAdapter(8, 2, 2, torch.Generator()).forward, q),
+        partial(parallel.linear, torch.randn(3, 2)),
         partial(layer_change.LayerChange.forward, low_rank.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0), q),
         partial(low_rank.LowRank(torch.randn(2, 8), torch.randn(4, 2), 1.0).forward, q),
         partial(extraction.rank_for_energy, torch.tensor([3.0, 1.0]), 0.5, "sum"),
@@ -152,6 +166,7 @@ def examples() -> list[partial]:
         partial(blocks.norm_silu, nn.GroupNorm(4, 8), x),
         partial(blocks.geglu, q),
         partial(blocks.tile_rows, x, 4),
+        partial(blocks.add_rows, x, x[:1]),
         partial(blocks.ResBlock(8, 16, 4, 1e-5, 32).forward, x, time),
         partial(blocks.FeedForward(8).forward, q),
         partial(blocks.TransformerBlock(8, 2, 6).forward, q, context),
@@ -165,6 +180,17 @@ def examples() -> list[partial]:
         partial(full.to, torch.device("cpu"), torch.float64),
         partial(conditioning.Conditioning(q[:1]).expand, 3),
         partial(conditioning.as_conditioning, q),
+        partial(net.hint_block.forward, hint),
+        partial(net.forward, x_t, t, full, torch.randn(2, 16, 4, 4)),
+        partial(control.interval, [900, 500]),
+        partial(controlnet.prepare_hint, hint, net),
+        partial(controlnet.scaled_residuals, control, x_t, t, full, torch.randn(2, 16, 4, 4), True),
+        *(partial(function, photograph) for function in hints.HINTS.values()),
+        partial(hints.inpaint, photograph, photograph[..., 0]),
+        partial(hints.edge_f1, photograph, photograph[::-1]),
+        partial(scene_hints.rim, photograph[..., 0] > 99),
+        partial(controlnet_task.edges_of, hint[0], "tile"),
+        partial(controlnet_task.mean_f1, [[photograph]], [photograph]),
         partial(sd.predict, x_t, t, full),
         partial(sd.denoise, "a cat", x=torch.randn(1, 4, 8, 8), start=1, steps=2),
         partial(sd.decode, torch.randn(1, 4, 8, 8)),
@@ -190,6 +216,7 @@ def examples() -> list[partial]:
         partial(text_encoder.TextBlock(text_config).forward, q),
         partial(text_encoder.TextEncoder(text_config).embed, torch.tensor([[1, 2, 3]])),
         partial(text_encoder.TextEncoder(text_config).forward, torch.tensor([[1, 2, 3]])),
+        partial(text_encoder.TextEncoder(pooling).pool, torch.randn(1, 3, 8), torch.tensor([2])),
         partial(tasks.to_pixels, np.zeros((1, 4, 4, 3), np.uint8)),
         partial(tasks.resize, x_t, 3),
         partial(tasks.encode_scenes, np.zeros((1, 8, 8, 3), np.uint8), vae.VAE(vae_config), torch.device("cpu")),
@@ -203,7 +230,7 @@ def examples() -> list[partial]:
         partial(memory.bytes_of, [x_t]),
         partial(distributed.average_gradients, [weight], x_t.sum()),
         partial(optimizer.orthogonalise, torch.randn(4, 6)),
-        partial(cache.Batch.concatenate, [cache.Batch(x_t, x_t[:, :1], ("a", "b"), ("", ""))] * 2),
+        partial(cache.Batch.concatenate, [cache.Batch(x_t, x_t[:, :1], ("a", "b"), ("", ""), torch.ones(2, 6))] * 2),
         partial(regularisation.nearest, torch.randn(4), torch.randn(6, 4)),
         partial(kid.kernel, features, features + 1),
         partial(kid.block_sums, features.double(), torch.arange(8) % 2, torch.arange(4) % 2, 2),
@@ -214,6 +241,42 @@ def examples() -> list[partial]:
         partial(alignment.image_alignment, features, features + 1),
         partial(pairs.dependence, np.array([[1.0, -1.0, 0.0]])),
         partial(alignment.check_size, pixels, 128, "judge"),
+        partial(few.denoise, sd, ["a cat"], [0], x_0),
+        partial(edit_start.encode, sd, picture),
+        partial(edit_start.encode_rows, sd, picture, 2),
+        partial(edit_start.first_noise, [0], x_0),
+        partial(edit_start.add_noise, x_0, now, x_0 + 1),
+        partial(image_to_image.image_to_image, sd, "a cat", picture, sampling=few),
+        partial(image_to_image.unchanged, x_0, 2),
+        partial(inpaint.inpaint, sd, "a cat", picture, hole, sampling=few),
+        partial(inpaint.size_of, picture),
+        partial(inpaint.same_noise, x_0, x_0 + 1, few.levels(sd.schedule)),
+        partial(inpaint.keep_known, few.denoise(sd, ["a cat"], [0], x_0), lambda i: x_0, cells_of_hole),
+        partial(inpaint.with_hole, sd, picture, hole),
+        partial(inversion.invert, sd, ["a cat"], x_0, steps=2),
+        partial(canvas.resize, picture, 20, 10),
+        partial(canvas.fit, picture, 20, 10, "pad"),
+        partial(canvas.pad_to_cells, picture, 5),
+        partial(canvas.outpaint, picture, {"left": 4}, hole),
+        partial(canvas.Crop(2, 3, 8, 6).cut, picture),
+        partial(canvas.Crop(2, 3, 8, 6).put_back, torch.rand(1, 3, 12, 16), picture),
+        partial(canvas.crop_around, hole, 64, 64),
+        partial(canvas.make_canvas, picture, hole, 4, (64, 64)),
+        partial(canvas.make_canvas(picture, hole, 4).finish, picture + 1),
+        partial(masks.check_mask, hole),
+        partial(masks.mask_box, hole),
+        partial(masks.to_cells, hole, 4),
+        partial(masks.cover_cells, hole, 4),
+        partial(masks.grow_small_mask, hole, 4),
+        partial(masks.feather, hole, 3),
+        partial(masks.paste, picture, picture + 1, hole),
+        partial(cli_edit.prepare_edit, cli_edit.EditFlags(), (picture, hole), sd, None),
+        partial(cli_edit.Edit(picture, None, 0.5).denoise, sd, ["a cat"], [0], few),
+        partial(cli_edit.Edit(picture, canvas.make_canvas(picture, hole, 4), 0.5).finish, picture + 1),
+        partial(edits.known_latents, "fresh", x_0, [0], few.levels(sd.schedule)),
+        partial(edits.found, judge, pixels, "cat"),
+        partial(edits.mean_change, picture, picture + 1, hole),
+        partial(edits.rim_of, hole, 2),
         partial(alignment.drift, features, features + 1),
         partial(judge_network.contrastive_loss, features, features + 1, torch.tensor(1.0)),
         partial(judge_network.AttentionPool(8, 4, 2).forward, x),
@@ -255,6 +318,10 @@ def examples() -> list[partial]:
         partial(cuda_graph.UNetGraph(sd.unet, []).__call__, x_t, t, full),
         partial(gaussian.sample, torch.Generator()),
         partial(gaussian.kl),
+        partial(dropout.SampleDropout(0.5).forward, x),
+        partial(dropout.set_row_seeds, nn.ModuleList([dropout.SampleDropout(0.5)]), torch.tensor([1, 2])),
+        partial(dropout.uniform, torch.tensor([1, 2]), 0, 4),
+        partial(loop.LossWatch().add, 1, torch.tensor(1.0), 0.1),
         partial(vae.AttentionBlock(8, 4).forward, x),
         partial(vae.Middle(8, 4).forward, x),
         partial(vae.DownLevel(8, 8, False, vae_config).forward, x),

@@ -53,7 +53,7 @@ def test_every_minidiff_command_of_the_readme_parses():
     for command in commands:
         words = shlex.split(command)[1:]
         options = [word for word in words if word.startswith("--")]
-        name = words[:2] if words[0] in ("train", "bench", "merge", "evaluate") else words[:1]
+        name = words[:2] if words[0] in ("train", "bench", "merge", "evaluate", "hint") else words[:1]
         shown = subprocess.run(
             [sys.executable, "-m", "minidiff", *name, "--help"], capture_output=True, text=True, check=True, env=environment()
         ).stdout

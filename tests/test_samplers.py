@@ -405,7 +405,7 @@ def test_a_sampler_is_a_function_and_a_row(monkeypatch):
 
 
 def test_web_interfaces_know_each_sampler_by_another_name():
-    assert len({row.web_name for row in SAMPLERS.values()}) == len(SAMPLERS)
+    assert len({(row.web_name, row.web_schedule or row.own_spacing) for row in SAMPLERS.values()}) == len(SAMPLERS)
 
 
 # What it refuses

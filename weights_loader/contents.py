@@ -6,21 +6,25 @@
 A VAE of another file, or the moving averages of the U-Net, take the place of the model's own here, before anything is looked up.
 """
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from minidiff.config import VAEConfig
 from weights_loader.detect import foreign
 from weights_loader.dialects import Aliases
 from weights_loader.families import Family, Shapes, family_of_names
-from weights_loader.folder import INDEX, folder_family
+from weights_loader.folder import INDEX, folder_family, read_json, vae_config
+from weights_loader.metadata import KEY, config_from_json
 from weights_loader.name_table import EMA_PREFIX, PartNames, canonical_name, ema_name, file_name
 from weights_loader.read import Checkpoint, read
+from weights_loader.stated import Statement, statements
 
 BUNDLED = {name: Path(__file__).parent / "bundled" / f"{name}.safetensors" for name in ("tiny", "half")}
 EXTRA_FILE = "carried.safetensors"  # beside the parts of a diffusers folder that minidiff wrote, in LDM names
-OTHER_FOLDERS = ("tokenizer", "scheduler")
+OTHER_FOLDERS = ("tokenizer", "tokenizer_2", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Contents:
     parts: {part: {name: tensor}} in the names of its layout.
     layouts: of each part; a VAE taken from elsewhere may have another one than the model.
     rest: the tensors of no part.
+    stated: what the file says of its prediction; see stated.py.
+    vae_config: of a VAE taken from elsewhere, where its place states one.
     """
 
     path: Path
@@ -41,6 +47,8 @@ class Contents:
     rest: dict[str, Tensor] = field(repr=False)
     metadata: dict[str, str]
     notes: tuple[str, ...]
+    stated: tuple[Statement, ...] = ()
+    vae_config: VAEConfig | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -67,7 +75,7 @@ def open_checkpoint(path: Path) -> Contents:
     """Read a file or a diffusers folder, and sort its tensors by part. Raises ValueError for what its names show to be something else."""
     if path.is_dir() and (path / INDEX).is_file():
         return _open_folder(path)
-    checkpoint = read(path)
+    checkpoint = unwrap(read(path))
     what = foreign(list(checkpoint.tensors))
     if what:
         raise ValueError(f"{path}: {what}")
@@ -77,18 +85,63 @@ def open_checkpoint(path: Path) -> Contents:
     for name, tensor in _without_aliases(checkpoint, aliases).items():
         part = family.part_of(name)
         (rest if part is None else parts[part])[name] = tensor
-    return Contents(path, family, "ldm", parts, dict.fromkeys(parts, "ldm"), rest, checkpoint.metadata, checkpoint.notes)
+    yaml, notes = _beside(path)
+    told = {key: checkpoint.metadata.get(key, "") for key in UNUSED_METADATA}
+    notes += [f"metadata {key} = {told[key]}: {UNUSED_METADATA[key]}" for key in told if told[key] not in ("", "1", "None", "0,1000")]
+    stated = statements(rest, checkpoint.metadata, yaml)
+    notes = (*checkpoint.notes, *notes)
+    return Contents(path, family, "ldm", parts, dict.fromkeys(parts, "ldm"), rest, checkpoint.metadata, notes, stated)
+
+
+# Metadata that change how a model is to be used, and which nothing here follows.
+UNUSED_METADATA = {
+    "modelspec.encoder_layer": "trained on an earlier layer of the text encoder (clip skip); config= with fewer layers follows it",
+    "modelspec.timestep_range": "trained for these timesteps only",
+}
+
+
+def _beside(path: Path) -> tuple[str, list[str]]:
+    """Return the text of the .yaml of a file's name, and a note for each thing beside the file that programs read and this one does not."""
+    yaml = path.with_suffix(".yaml")
+    text = yaml.read_text(encoding="utf-8", errors="replace") if yaml.is_file() else ""
+    notes = [f"{yaml.name} beside the file: only its parameterization is read"] if text else []
+    vaes = (path.with_suffix(f".vae{suffix}") for suffix in (".safetensors", ".pt", ".ckpt"))
+    notes += [f"{vae.name} beside the file is not used; vae={vae.name} (--vae) takes it" for vae in vaes if vae.is_file()]
+    return text, notes
 
 
 def _open_folder(path: Path) -> Contents:
     family = folder_family(path)
-    files = {part: read(path / part) for part in family.parts}
+    files = {part: unwrap(read(path / part)) for part in family.parts}
     parts = {part: _without_aliases(file, family.names["diffusers"][part].aliases) for part, file in files.items()}
     rest = read(path / EXTRA_FILE).tensors if (path / EXTRA_FILE).is_file() else {}
     others = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name not in (*parts, *OTHER_FOLDERS))
     notes = [f"{name}/ is left out: no part of making a picture" for name in others]
     notes += [note for file in files.values() for note in file.notes]
-    return Contents(path, family, "diffusers", parts, dict.fromkeys(parts, "diffusers"), rest, files["unet"].metadata, tuple(notes))
+    metadata = files["unet"].metadata
+    stated = statements(rest, metadata)
+    return Contents(path, family, "diffusers", parts, dict.fromkeys(parts, "diffusers"), rest, metadata, tuple(notes), stated)
+
+
+# What wrappers put before the names of the module they wrap: (pattern, what stays of it, the wrapper).
+WRAPPERS = (
+    (re.compile(r"(^|\.)_orig_mod\."), r"\1", "torch.compile"),
+    (re.compile(r"^module\."), "", "DataParallel"),
+    (re.compile(r"^(vae|first_stage)\.(?=(en|de)coder\.|(post_)?quant_conv\.)"), "", "a trainer of VAEs"),
+)
+
+
+def unwrap(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint without the prefixes that wrappers left in its names, and a note for each."""
+    names, notes = {name: name for name in checkpoint.tensors}, list(checkpoint.notes)
+    for pattern, replacement, wrapper in WRAPPERS:
+        changed = {name: pattern.sub(replacement, now) for name, now in names.items()}
+        if count := sum(changed[name] != names[name] for name in names):
+            notes.append(f"{count} names begin as {wrapper} leaves them; read without that")
+        names = changed
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"{checkpoint.path}: two weights have one name but for what wrappers put before it; which is meant?")
+    return replace(checkpoint, tensors={names[name]: tensor for name, tensor in checkpoint.tensors.items()}, notes=tuple(notes))
 
 
 def _without_aliases(checkpoint: Checkpoint, aliases: Aliases) -> dict[str, Tensor]:
@@ -122,10 +175,13 @@ def take_vae(contents: Contents, path: Path) -> Contents:
     Raises ValueError for a file without a VAE.
     """
     path = path / "vae" if (path / INDEX).is_file() else path
+    checkpoint, config = unwrap(read(path)), _config_of_vae(path, contents.family)
     names = {layout: contents.family.part_names("vae", layout) for layout in ("ldm", "diffusers")}
-    tensors = _without_aliases(read(path), names["diffusers"].aliases)
+    tensors = _without_aliases(checkpoint, names["diffusers"].aliases)
     averages = {name: tensor for name, tensor in tensors.items() if name.startswith(EMA_PREFIX)}
     layout = "ldm"
+    if KEY in checkpoint.metadata:
+        config = config_from_json(checkpoint.metadata[KEY]).vae
     if any(names["ldm"].belongs(name) for name in tensors):
         tensors = {name: tensor for name, tensor in tensors.items() if names["ldm"].belongs(name)}
     elif _first_norm(contents.family, names["ldm"]) in tensors:
@@ -134,6 +190,9 @@ def take_vae(contents: Contents, path: Path) -> Contents:
         layout = "diffusers"
     else:
         what = foreign(list(tensors)) or f"no VAE by the names of its tensors; the first is {next(iter(tensors))}"
+        if what.startswith("a VAE alone"):
+            absent = _first_norm(contents.family, names["diffusers" if any("mid_block" in name for name in tensors) else "ldm"])
+            what = f"a VAE of another kind than Stable Diffusion's, or one that was saved in part: it has no {absent}"
         raise ValueError(f"{path}: given as vae=, but it is {what}")
     return replace(
         contents,
@@ -141,7 +200,19 @@ def take_vae(contents: Contents, path: Path) -> Contents:
         layouts=contents.layouts | {"vae": layout},
         rest=contents.rest | averages,
         notes=(*contents.notes, f"VAE taken from {path}; the model's own is left out"),
+        vae_config=config,
     )
+
+
+def _config_of_vae(path: Path, family: Family) -> VAEConfig | None:
+    """Return what the config.json of diffusers states in a VAE's folder, or beside its file; None without one.
+
+    A config.json of something else may lie beside a file, so there it counts only if it is that of a VAE.
+    """
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.is_file() or not path.is_dir() and read_json(file).get("_class_name") != "AutoencoderKL":
+        return None
+    return vae_config(file, family.settings["vae"])
 
 
 def _first_norm(family: Family, names: PartNames) -> str:

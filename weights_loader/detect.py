@@ -12,7 +12,8 @@ from weights_loader.families import family_of_names
 CHANGES = (
     (
         "lora",
-        r"lora_(unet|te|down|up|mid|magnitude)|[._]lora(_linear_layer)?\.|\.lora_[AB]\.|\.hada_w|\.lokr_w|^(unet|text_encoder):\d+:",
+        r"lora_(unet|te|down|up|mid|magnitude|embedding)|[._]lora(_linear_layer)?\.|\.lora_[ABE](\.|$)|\.hada_|\.lokr_|\.b?oft_|^oft_"
+        r"|^(unet|text_encoder):\d+:|^lycoris_|^bundle_emb\.|\.(ia3_l|on_input|diff(_b)?|[wb]_norm|[ab][12]\.weight)$|vera_lambda|fourierft_",
         "a LoRA: changes to a model, not a model itself; give it as lora=FILE (--lora) beside one",
     ),
     (

@@ -113,6 +113,8 @@ def unet_ldm(config: UNetConfig) -> dict[str, str]:
     names = {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",  # 1 is SiLU
+        "added_embedding.linear_1": "label_emb.0.0",  # of SDXL
+        "added_embedding.linear_2": "label_emb.0.2",
         "conv_in": "input_blocks.0.0",
         "norm_out": "out.0",
         "conv_out": "out.2",  # 1 is SiLU
@@ -143,6 +145,8 @@ def unet_diffusers(config: UNetConfig) -> dict[str, str]:
     names = {
         "time_embedding.linear_1": "time_embedding.linear_1",
         "time_embedding.linear_2": "time_embedding.linear_2",
+        "added_embedding.linear_1": "add_embedding.linear_1",  # of SDXL
+        "added_embedding.linear_2": "add_embedding.linear_2",
         "conv_in": "conv_in",
         "norm_out": "conv_norm_out",
         "conv_out": "conv_out",
@@ -207,12 +211,18 @@ def text_clip(config: TextEncoderConfig) -> dict[str, str]:
     return names
 
 
+def text_clip_projection(config: TextEncoderConfig) -> dict[str, str]:
+    """Name the layers of a text encoder with a projection as transformers does, which has it beside the text model."""
+    return {ours: f"text_model.{theirs}" for ours, theirs in text_clip(config).items()} | {"projection": "text_projection"}
+
+
 def text_open_clip(config: TextEncoderConfig) -> dict[str, str]:
     """Name the text encoder's layers as OpenCLIP does, whose class the original of Stable Diffusion 2 uses."""
     names = {
         "token_embedding": "token_embedding",
         "position_embedding.weight": "positional_embedding",  # a bare parameter there
         "norm_out": "ln_final",
+        "projection.weight": "text_projection",  # a bare parameter too, and applied from the right: x @ text_projection
     }
     for i in range(config.layers):
         names |= _block(f"blocks.{i}", f"transformer.resblocks.{i}", TEXT_BLOCK_OPEN_CLIP)

@@ -1,12 +1,14 @@
 """Modules without weights: names and shapes, no memory. Loading fills them with the tensors of a file."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from minidiff.config import ModelConfig
 from minidiff.text_encoder import TextEncoder
+from minidiff.two_encoders import text_configs
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -25,15 +27,21 @@ class NoInit(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-class Parts(NamedTuple):
-    """The parts of a model, in the order in which StableDiffusion takes them."""
+@dataclass(frozen=True)
+class Parts:
+    """The modules of a model."""
 
-    text_encoder: TextEncoder
+    encoders: dict[str, TextEncoder]
     unet: UNet
     vae: VAE
+
+    def named(self) -> dict[str, nn.Module]:
+        """Return the modules by their names in `StableDiffusion.parts`."""
+        return {**self.encoders, "unet": self.unet, "vae": self.vae}
 
 
 def empty_parts(config: ModelConfig) -> Parts:
     """Return the modules of a model on the meta device."""
     with torch.device("meta"), NoInit():
-        return Parts(TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae))
+        encoders = {name: TextEncoder(numbers) for name, (_, numbers) in text_configs(config).items()}
+        return Parts(encoders, UNet(config.unet), VAE(config.vae))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from minidiff.bundled.judge import Judge, JudgeConfig
+from minidiff.files import parse_json
 from weights_loader.metadata import build
 from weights_loader.read import read
 from weights_loader.write import write_safetensors
@@ -26,10 +27,7 @@ def load_judge(path: str | Path = BUNDLED, *, device: torch.device | str = "cpu"
     checkpoint = read(path)
     if KEY not in checkpoint.metadata:
         raise ValueError(f"{path}: no judge: its metadata have no {KEY}; a judge is a file that save_judge wrote")
-    try:
-        values = json.loads(checkpoint.metadata[KEY])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: metadata {KEY}: no JSON ({error}); the file is damaged") from error
+    values = parse_json(checkpoint.metadata[KEY], f"{path}: metadata {KEY}", "; the file is damaged")
     try:
         judge = Judge(build(JudgeConfig, values, KEY))
     except (ValueError, TypeError) as error:

@@ -9,6 +9,7 @@ path -> tensors, by part        one LDM-named file, or a diffusers folder (conte
      -> small files             learned words, Custom Diffusion and LoRA, attached beside the weights (attach.py)
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -19,16 +20,26 @@ from torch import Tensor
 
 from minidiff.config import ModelConfig
 from minidiff.pipeline import StableDiffusion
-from minidiff.tokenizer import Tokenizer
+from minidiff.two_encoders import text_side
 from weights_loader.adapters.attach import File, attach
 from weights_loader.contents import Contents, check_parts, find, open_checkpoint, take_averages, take_vae
 from weights_loader.empty_parts import empty_parts
-from weights_loader.families import family_config, family_of_config
+from weights_loader.families import family_config
 from weights_loader.folder import folder_config
-from weights_loader.match import match
-from weights_loader.metadata import KEY, config_from_json, prediction_from_metadata
-from weights_loader.prediction import ask_prediction, with_prediction
+from weights_loader.match import check_extent, match
+from weights_loader.metadata import KEY, config_from_json
+from weights_loader.prediction import (
+    apply_statements,
+    ask_prediction,
+    with_prediction,
+    with_zero_snr,
+)
 from weights_loader.report import Report
+from weights_loader.stated import MARKERS, refuse_edm
+from weights_loader.unused_text import to_ldm_names
+
+CALLER, SCHEDULER = "the caller", "scheduler_config.json"
+SILENT = (CALLER, SCHEDULER, KEY)  # what decides without a note: nobody would expect otherwise
 
 
 @dataclass(frozen=True)
@@ -41,8 +52,18 @@ class LoadOptions:
     vae: str | Path | None = None
     config: ModelConfig | None = None
     prediction: str | None = None
+    ignore: str | None = None
+
+    @property
+    def ignore_pattern(self) -> re.Pattern[str] | None:
+        """Return the compiled `ignore`."""
+        return None if self.ignore is None else re.compile(self.ignore)
 
     def __post_init__(self):
+        try:
+            re.compile(self.ignore or "")
+        except re.error as error:
+            raise ValueError(f"ignore {self.ignore!r} is no regular expression: {error}") from None
         if self.prediction not in (None, "eps", "v"):
             raise ValueError(f"prediction {self.prediction!r} unknown; choose eps or v")
         if isinstance(self.dtype, str) and self.dtype != "file":
@@ -51,11 +72,12 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, and how it came to be."""
+    """A model, and how it came to be. decided: what says that it predicts eps or v."""
 
     sd: StableDiffusion
     contents: Contents
     report: Report
+    decided: str
 
 
 def load(
@@ -67,6 +89,7 @@ def load(
     vae: str | Path | None = None,
     config: ModelConfig | None = None,
     prediction: str | None = None,
+    ignore: str | None = None,
     lora: File | Sequence[File | tuple[File, float]] = (),
     embeddings: File | Sequence[File | tuple[File, str]] = (),
     custom_diffusion: File | Sequence[File | tuple[File, tuple[str, ...]]] = (),
@@ -84,6 +107,7 @@ def load(
         vae: a file or folder whose VAE is used instead of the model's.
         config: the numbers of a model that is of no known family and does not name them itself.
         prediction: what the U-Net predicts, "eps" or "v", if the file is wrong about it.
+        ignore: a regular expression; tensors that are not known and whose names it is found in are left out.
         lora: small files to attach, such as ("a.safetensors", ("b.safetensors", 0.7)); see `attach`.
         embeddings: the same for learned words.
         custom_diffusion: the same for Custom Diffusion.
@@ -91,7 +115,7 @@ def load(
     Raises FileNotFoundError for what is not there, and ValueError, naming the likely cause, for everything that is not a whole model: a
     model is never loaded in part.
     """
-    sd = load_with_report(path_or_name, LoadOptions(dtype, device, ema, vae, config, prediction)).sd
+    sd = load_with_report(path_or_name, LoadOptions(dtype, device, ema, vae, config, prediction, ignore)).sd
     attach(sd, lora=lora, embeddings=embeddings, custom_diffusion=custom_diffusion)
     return sd
 
@@ -100,26 +124,36 @@ def load_with_report(path_or_name: str | Path, options: LoadOptions = LoadOption
     """Load as `load` does, and return the account of the file's tensors with the model."""
     contents = _open(find(path_or_name), options)
     config, decided = _choose_config(contents, options)
+    check_extent(contents, config)
     parts = empty_parts(config)
-    report, states = match(contents, parts._asdict(), config)
+    report, states = match(contents, parts.named(), config, options.ignore_pattern)
     device = torch.device(options.device)
     dtype = _choose_dtype(options.dtype, device, states)
-    for name, part in parts._asdict().items():
+    for name, part in parts.named().items():
         part.load_state_dict({ours: tensor.to(device, dtype) for ours, tensor in states[name].items()}, assign=True)
         part.eval().requires_grad_(False)
 
-    tokenizer = Tokenizer(config.tokenizer)
-    if tokenizer.vocab_size > config.text_encoder.vocab_size:
-        raise ValueError(
-            f"{contents.path}: the tokenizer knows {tokenizer.vocab_size} tokens, the text encoder {config.text_encoder.vocab_size}; "
-            "the two do not belong together"
-        )
+    text = text_side(config, parts.encoders)
+    for name, tokenizer in text.tokenizers.items():
+        known = text.encoders[name].config.vocab_size
+        if tokenizer.vocab_size > known:
+            raise ValueError(
+                f"{contents.path}: the tokenizer knows {tokenizer.vocab_size} tokens, the {name.replace('_', ' ')} {known}; "
+                "the two do not belong together"
+            )
     notes, tensors = contents.notes, contents.tensors
-    if not decided:
-        config, note = ask_prediction(config, parts.unet, parts.text_encoder, tokenizer)
-        notes += (note,)
-    sd = StableDiffusion(config, *parts, tokenizer, {name: tensors[name] for name in report.extra}, notes)
-    return Loaded(sd, contents, report)
+    if decided is None:
+        config, decided = ask_prediction(config, parts.unet, text)
+        config = with_zero_snr(config, config.schedule.zero_terminal_snr)
+        if said := [one.where for one in contents.stated if one.prediction]:
+            decided += f"; the file contradicts itself: {', '.join(said)}"
+    if decided not in SILENT:
+        zero = " with zero terminal SNR" * config.schedule.zero_terminal_snr
+        notes += (f"predicts {config.schedule.prediction}{zero}: decided by {decided}; prediction= (--prediction) overrides it",)
+    # Markers of another prediction than the one that was decided would mislead whoever reads the file after it is saved.
+    extra = [name for name in report.extra if config.schedule.prediction == "v" or not re.search(MARKERS, name)]
+    kept = to_ldm_names({name: tensors[name] for name in extra}, config)
+    return Loaded(StableDiffusion(config, text, parts.unet, parts.vae, kept, notes), contents, report, decided)
 
 
 def _open(path: Path, options: LoadOptions) -> Contents:
@@ -132,31 +166,42 @@ def _open(path: Path, options: LoadOptions) -> Contents:
     return contents
 
 
-def _choose_config(contents: Contents, options: LoadOptions) -> tuple[ModelConfig, bool]:
-    """Return the config, and whether the prediction in it is certain."""
-    config, decided = options.config, True
-    if config is None and contents.layout == "diffusers":
-        config, decided = folder_config(contents.path)
-        config = _fill_from_metadata(config, contents.metadata)
-        decided = decided or len(family_of_config(config).predictions) == 1
-    elif config is None:
-        try:
-            config, decided = _file_config(contents)
-        except ValueError as error:
-            raise ValueError(f"{contents.path}: {error}") from error
+def _choose_config(contents: Contents, options: LoadOptions) -> tuple[ModelConfig, str | None]:
+    """Return the config, and what says the prediction in it; None if the model has to be asked."""
+    try:
+        config, decided = _stated_config(contents, options)
+        if contents.vae_config is not None:
+            config = replace(config, vae=contents.vae_config)
+    except ValueError as error:
+        raise ValueError(error if str(error).startswith(str(contents.path)) else f"{contents.path}: {error}") from error
     if options.prediction is not None:
-        return with_prediction(config, "v" if options.prediction == "v" else "eps"), True
+        config = with_prediction(config, "v" if options.prediction == "v" else "eps")
+        return with_zero_snr(config, config.schedule.zero_terminal_snr and options.prediction == "v"), CALLER
     return config, decided
 
 
-def _file_config(contents: Contents) -> tuple[ModelConfig, bool]:
-    """Return the config of an LDM file, and whether its prediction is certain: by the file's metadata, or by its family."""
+def _stated_config(contents: Contents, options: LoadOptions) -> tuple[ModelConfig, str | None]:
+    stated = contents.stated
+    if options.prediction is None:
+        refuse_edm(contents.rest)
+    else:
+        stated = tuple(replace(one, prediction=options.prediction) for one in stated)
+    if options.config is not None:
+        return options.config, CALLER
+    if contents.layout == "diffusers":
+        config, decided = folder_config(contents.path)
+        config = _fill_from_metadata(config, contents.metadata)
+        return (config, SCHEDULER) if decided else apply_statements(config, stated)
     if KEY in contents.metadata:
-        return config_from_json(contents.metadata[KEY]), True
-    config = family_config(contents.shapes)
-    if stated := prediction_from_metadata(contents.metadata):
-        return with_prediction(config, stated), True
-    return config, len(family_of_config(config).predictions) == 1
+        return config_from_json(contents.metadata[KEY]), KEY
+    return apply_statements(_with_scale(family_config(contents.shapes), contents.rest.get("scale_factor")), stated)
+
+
+def _with_scale(config: ModelConfig, factor: Tensor | None) -> ModelConfig:
+    """Return the config with the factor of the latents that a file of the original's training states, if it is another one."""
+    if factor is None or factor.numel() != 1 or abs(float(factor) / config.vae.scaling_factor - 1) < 2**-8:  # the precision of bfloat16
+        return config
+    return replace(config, vae=replace(config.vae, scaling_factor=float(factor)))
 
 
 def _fill_from_metadata(config: ModelConfig, found: Mapping[str, str]) -> ModelConfig:

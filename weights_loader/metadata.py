@@ -11,12 +11,11 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from minidiff.config import ModelConfig
+from minidiff.files import parse_json
 
 KEY = "minidiff.config"
 SETTINGS_KEY = "minidiff.settings"  # what a file was made with
 FORMAT = {"format": "pt"}  # diffusers and transformers ask for it
-PREDICTION_KEY = "modelspec.prediction_type"  # of Stability AI's ModelSpec, which several programs write
-PREDICTIONS: dict[str, Literal["eps", "v"]] = {"epsilon": "eps", "v": "v"}
 
 C = TypeVar("C")
 
@@ -24,32 +23,27 @@ C = TypeVar("C")
 def config_to_json(config: ModelConfig) -> str:
     """Return every number of the config, as a JSON object of the same nesting.
 
-    What Stable Diffusion 1 and 2 do not need is written as before it came: attention is true or false, and there is no pooled_width.
+    What Stable Diffusion 1 and 2 do not need is written as before it came: attention is true or false, and of what only SDXL has, all that
+    is at its default is left out.
     """
     values = asdict(config)
-    unet = values["unet"]
-    if max(unet["attention"]) <= 1:
-        unet["attention"] = [bool(depth) for depth in unet["attention"]]
-    if unet["pooled_width"] is None:
-        del unet["pooled_width"]
+    if max(values["unet"]["attention"]) <= 1:
+        values["unet"]["attention"] = [bool(depth) for depth in values["unet"]["attention"]]
+    for fields, name in ((values["unet"], "pooled_width"), (values["text_encoder"], "penultimate"), (values["text_encoder"], "projection")):
+        if not fields[name]:
+            del fields[name]
+    if config.text_encoder_2 is None:
+        del values["text_encoder_2"], values["tokenizer_2"]
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
 def config_from_json(text: str) -> ModelConfig:
     """Read what `config_to_json` wrote. A missing field has its default; an unknown field or a wrong value raises ValueError."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"metadata {KEY}: no JSON ({error}); was the file written by another program?") from error
+    values = parse_json(text, f"metadata {KEY}", "; was the file written by another program?")
     unet = values.get("unet") if isinstance(values, dict) else None
     if isinstance(unet, dict) and isinstance(depths := unet.get("attention"), list):  # true and false stand for 1 and 0
         unet["attention"] = [int(depth) if isinstance(depth, bool) else depth for depth in depths]
     return build(ModelConfig, values, KEY)
-
-
-def prediction_from_metadata(metadata: Mapping[str, str]) -> Literal["eps", "v"] | None:
-    """Return what the U-Net predicts, if a file of another program says it."""
-    return PREDICTIONS.get(metadata.get(PREDICTION_KEY, ""))
 
 
 def settings_to_metadata(settings: Mapping[str, object]) -> dict[str, str]:
@@ -73,8 +67,10 @@ def build(cls: type[C], values: object, where: str) -> C:
 
 
 def _value(hint: Any, value: object, where: str) -> object:
-    if isinstance(hint, type) and is_dataclass(hint):
-        return build(hint, value, where)
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    choices = [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
+    if choices and (value is not None or hint is choices[0]):
+        return build(choices[0], value, where)
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(value, int) and hint is float:

@@ -47,11 +47,13 @@ class TensorLocation:
 
     qkv_index: 0, 1 or 2 for the query, key or value third of the rows of a stacked matrix; None if the tensor is not shared.
     convolution: the file has a 1x1 convolution (C_out, C_in, 1, 1) where we have the same map as a matrix (C_out, C_in).
+    transposed: the file has the matrix (C_in, C_out), to be applied from the right.
     """
 
     name: str
     qkv_index: int | None = None
     convolution: bool = False
+    transposed: bool = False
 
 
 def name_table(part: nn.Module, names: PartNames) -> dict[str, TensorLocation]:
@@ -66,7 +68,7 @@ def name_table(part: nn.Module, names: PartNames) -> dict[str, TensorLocation]:
         theirs = file_name(ours, layers)
         qkv_index = ("to_q", "to_k", "to_v").index(ours.split(".")[-2]) if "in_proj_" in theirs else None
         convolution = convolutions is not None and re.search(convolutions, ours) is not None
-        result[ours] = TensorLocation(names.prefix + theirs, qkv_index, convolution)
+        result[ours] = TensorLocation(names.prefix + theirs, qkv_index, convolution, transposed=theirs == "text_projection")
     return result
 
 
@@ -81,13 +83,7 @@ def file_name(ours: str, layers: dict[str, str]) -> str:
 
 def file_shapes(part: nn.Module, names: PartNames) -> dict[str, tuple[int, ...]]:
     """Return {name in the file: shape} of everything that a file should hold for the part."""
-    parameters = part.state_dict()
-    result = {}
-    for ours, location in name_table(part, names).items():
-        first, *rest = parameters[ours].shape
-        rows = first if location.qkv_index is None else 3 * first
-        result[location.name] = (rows, *rest, *((1, 1) if location.convolution else ()))
-    return result
+    return {name: tuple(tensor.shape) for name, tensor in to_file(part, names).items()}
 
 
 def from_file(tensor: Tensor, location: TensorLocation, ours: Tensor) -> Tensor:
@@ -95,6 +91,8 @@ def from_file(tensor: Tensor, location: TensorLocation, ours: Tensor) -> Tensor:
 
     Where we have a matrix, the file may have a 1x1 convolution or a matrix, whatever the location says: programs have written either.
     """
+    if location.transposed and tensor.dim() == 2:
+        return tensor.mT
     if location.qkv_index is not None:
         tensor = tensor.chunk(3)[location.qkv_index]
     if ours.dim() == 2 and tensor.shape[2:] == (1, 1):
@@ -106,7 +104,7 @@ def to_file(part: nn.Module, names: PartNames) -> dict[str, Tensor]:
     """Return {name in the file: tensor} of all parameters of a module, in the file's shapes: the inverse of `from_file`."""
     parameters, result = part.state_dict(), {}
     for ours, location in name_table(part, names).items():
-        tensor = parameters[ours]
+        tensor = parameters[ours].mT if location.transposed else parameters[ours]
         if location.convolution:
             tensor = tensor[:, :, None, None]
         if location.qkv_index:

@@ -21,11 +21,13 @@ from weights_loader.name_table import PartNames, TensorLocation, file_shapes, na
 class Report:
     """What becomes of each tensor of a file, by its name; for ignored ones with the reason. Grows part by part.
 
+    ignore: a pattern of tensors that the user does not miss, among those that are not known.
     extra: not computed with, but kept and written back when the model is saved.
     """
 
     family: Family
     config: ModelConfig
+    ignore: re.Pattern[str] | None = None
     used: list[str] = field(default_factory=list)
     converted: dict[str, str] = field(default_factory=dict)
     extra: list[str] = field(default_factory=list)
@@ -50,6 +52,8 @@ class Report:
                 self.wrong_shape[name] = f"is {shape}, should be {expected}"
             elif location.qkv_index is not None:
                 self.converted[name] = "stacked query, key and value, taken apart"
+            elif location.transposed:
+                self.converted[name] = "matrix that is applied from the right, transposed"
             elif matrix and len(shape) == 4:
                 self.converted[name] = "1x1 convolution, taken as a matrix"
             else:
@@ -59,13 +63,14 @@ class Report:
 
     def add_rest(self, names: list[str]):
         """Account for tensors that no part computes with."""
-        extra = self.family.extra_pattern(self.config)
         for name in names:
             reason = next((reason for pattern, reason in self.family.ignored if re.search(pattern, name)), None)
             if reason:
                 self.ignored[name] = reason
-            elif re.search(extra, name):
+            elif self.family.keeps(name, self.config):
                 self.extra.append(name)
+            elif self.ignore is not None and self.ignore.search(name):
+                self.ignored[name] = "left out, as ignore= (--ignore) asks"
             else:
                 self.unexpected.append(name)
 

@@ -14,13 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minidiff.config import check_choice
+from minidiff.files import write_text
 from minidiff.pipeline import StableDiffusion
-from weights_loader.contents import EXTRA_FILE
+from weights_loader.contents import EXTRA_FILE, find
 from weights_loader.families import family_of_config
 from weights_loader.folder import write_folder_config
 from weights_loader.load import load
 from weights_loader.metadata import FORMAT, KEY, config_to_json, settings_to_metadata
 from weights_loader.name_table import LAYOUTS, to_file
+from weights_loader.read import verify
 from weights_loader.write import new_folder, write_safetensors
 
 SUFFIX = ".safetensors"
@@ -40,29 +43,28 @@ def save(sd: StableDiffusion, path: str | Path, layout: str = "ldm", settings: d
     Raises ValueError for an unknown layout and for a name that does not fit the layout, FileNotFoundError without the folder above.
     """
     path, metadata = Path(path), FORMAT | {KEY: config_to_json(sd.config)} | settings_to_metadata(settings or {})
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} unknown; choose {' or '.join(LAYOUTS)}")
+    check_choice("layout", layout, LAYOUTS)
     if layout == "ldm":
         _save_ldm(sd, path, metadata)
     else:
         _save_folder(sd, path, metadata)
-    if attached := ", ".join(str(one) for one in sd.adapters if one.adapter.attached):
+    if attached := ", ".join(adapter.title for adapter in sd.attached):
         warnings.warn(
             f"{path}: the model without what is attached to it ({attached}); merge that into the weights to save it", stacklevel=2
         )
 
 
 def _save_ldm(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
-    if path.suffix != SUFFIX:
+    if path.suffix.lower() != SUFFIX:
         raise ValueError(f"{path}: a model in the ldm layout is one {SUFFIX} file; give it a name that ends so, or take layout='diffusers'")
     write_safetensors(path, tensors_of(sd, "ldm") | sd.extra_tensors, metadata)
 
 
 def _save_folder(sd: StableDiffusion, path: Path, metadata: dict[str, str]):
-    if path.suffix in (SUFFIX, *PICKLES):
+    if path.suffix.lower() in (SUFFIX, *PICKLES):
         raise ValueError(f"{path}: a model in the diffusers layout is a folder; give a name without {path.suffix}, or take layout='ldm'")
     with new_folder(path) as folder:
-        write_folder_config(folder, sd.config, sd.tokenizer)
+        write_folder_config(folder, sd.config, sd.text.tokenizers)
         for part, tensors in _parts_to_file(sd, "diffusers").items():
             name = "model.safetensors" if part.startswith("text_encoder") else "diffusion_pytorch_model.safetensors"
             write_safetensors(folder / part / name, tensors, metadata if part == "unet" else FORMAT)
@@ -90,7 +92,7 @@ def save_parts(sd: StableDiffusion, folder: str | Path, dtype: torch.dtype = tor
         tensors = {name: tensor.to(dtype) for name, tensor in named.items()}
         write_safetensors(folder / f"{part}.safetensors", tensors, metadata)
         index |= dict.fromkeys(tensors, f"{part}.safetensors")
-    (folder / PARTS_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1), encoding="utf-8")
+    write_text(folder / PARTS_INDEX, json.dumps({"metadata": {}, "weight_map": index}, indent=1))
 
 
 def convert(
@@ -101,8 +103,11 @@ def convert(
     ema: bool = False,
     vae: str | Path | None = None,
     prediction: str | None = None,
+    ignore: str | None = None,
 ) -> tuple[str, ...]:
     """Rewrite a checkpoint: to LDM names where the target ends in .safetensors, else to a diffusers folder. Return the loader's notes.
+
+    Checksums in the source are compared first (read/verify.py).
 
     Args:
         source: what `load` takes.
@@ -111,10 +116,12 @@ def convert(
         ema: as in `load`.
         vae: as in `load`.
         prediction: as in `load`.
+        ignore: as in `load`.
     """
     target = Path(target)
-    if target.suffix in PICKLES:
+    if target.suffix.lower() in PICKLES:
         raise ValueError(f"{target}: checkpoints are written as {SUFFIX}; name it {target.with_suffix(SUFFIX).name}")
-    sd = load(source, dtype=dtype, ema=ema, vae=vae, prediction=prediction)
-    save(sd, target, "ldm" if target.suffix == SUFFIX else "diffusers")
-    return sd.notes
+    checked = [note for file in (source, vae) if file is not None for note in verify(find(file))]
+    sd = load(source, dtype=dtype, ema=ema, vae=vae, prediction=prediction, ignore=ignore)
+    save(sd, target, "ldm" if target.suffix.lower() == SUFFIX else "diffusers")
+    return (*sd.notes, *(note for note in checked if ": not the numbers" in note))

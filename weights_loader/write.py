@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minidiff.files import atomic_write, temporary_path, tensor_bytes
+from minidiff.files import atomic_write, held, remove_leftovers, temporary_path, tensor_bytes
 
 DTYPES = {
     torch.float64: "F64",
@@ -93,13 +93,15 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     if path.is_file() or path.is_dir() and any(path.iterdir()):
         raise ValueError(f"{path}: exists already; choose a new name, or delete it first")
     _check_parent(path)
+    remove_leftovers(path)
     temporary = temporary_path(path)
     temporary.mkdir()
     try:
-        yield temporary
-        if path.is_dir():
-            path.rmdir()
-        temporary.rename(path)
+        with held(temporary):
+            yield temporary
+            if path.is_dir():
+                path.rmdir()
+            temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from minidiff.pipeline import StableDiffusion
 
 Effect = Literal["input", "replace", "add", "extend"]  # see above
-_changes = count(1)  # of all adapters, so that no two ever have the same version
+_changes = count(1)  # numbered over all adapters, so that no two ever have the same version
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,36 +48,39 @@ class Hook:
 
 
 class Adapter(nn.Module):
-    """A module that is put on a model and taken off again. A subclass defines `fit`, and `title` for errors.
+    """A module that is put on a model and taken off again. A subclass defines `fit`, and `title` for messages.
 
+    layers: modules by the names of the layers they belong to, for an adapter that has one per layer.
     version: a number that grows whenever the adapter may compute something else than before, except by a change of its parameters in place:
     when it is attached or detached, moved or cast by `to`, switched between training and evaluation, and when any public attribute is set.
     What was captured from the model (a CUDA graph) holds as long as the versions in sd.attached stay the same.
     """
 
     title = "this adapter"
-    _version = 0
+    version = 0
 
-    def __init__(self):
+    def __init__(self, layers: Mapping[str, nn.Module] | None = None):
         super().__init__()
+        # The name of a submodule must not have a dot in it.
+        self.by_name = nn.ModuleDict({name.replace(".", "/"): module for name, module in (layers or {}).items()})
         self._sd: StableDiffusion | None = None
         self._hooks: tuple[Hook, ...] = ()
         self._handles: list[RemovableHandle] = []
 
-    @property
-    def version(self) -> int:
-        """Return the number of the last change, counted over all adapters."""
-        return self._version
-
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if not name.startswith("_"):
-            self._version = next(_changes)
+        if name != "version" and not name.startswith("_"):
+            self.version = next(_changes)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Adapter":
         """Count a move or a cast: `to`, `half`, `cuda` and the like all end here."""
-        self._version = next(_changes)
+        self.version = next(_changes)
         return super()._apply(fn, recurse)
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """Return the modules by layer."""
+        return {name.replace("/", "."): module for name, module in self.by_name.items()}
 
     @property
     def attached(self) -> bool:
@@ -105,7 +108,7 @@ class Adapter(nn.Module):
         self._handles = [hook.register() for hook in hooks]
         self._hooks, self._sd = hooks, sd
         sd.attached.append(self)
-        self._version = next(_changes)
+        self.version = next(_changes)
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`. Does nothing if this is not attached."""
@@ -115,7 +118,7 @@ class Adapter(nn.Module):
             handle.remove()
         self._sd.attached.remove(self)
         self._hooks, self._handles, self._sd = (), [], None
-        self._version = next(_changes)
+        self.version = next(_changes)
 
     def changes(self, layer: nn.Module, effect: Effect) -> bool:
         """Return whether this adapter is attached with a hook of this effect on the layer."""
@@ -123,24 +126,9 @@ class Adapter(nn.Module):
 
     def _check_order(self, hooks: Sequence[Hook], sd: StableDiffusion) -> None:
         for hook in hooks:
-            for other in attached_to(sd):
+            for other in sd.attached:
                 if hook.effect == "add" and other.changes(hook.layer, "extend"):
                     raise ValueError(
                         f"{self.title} adds to the output of a layer that {other.title} has made longer, as prefix tuning does; "
                         f"attach {self.title} before it"
                     )
-
-
-def attached_to(sd: StableDiffusion) -> list[Adapter]:
-    """Return the adapters that are on a model, in the order in which they came."""
-    return [adapter for adapter in sd.attached if isinstance(adapter, Adapter)]
-
-
-def module_dict(layers: Mapping[str, nn.Module]) -> nn.ModuleDict:
-    """Return the modules under the names of their layers, with "/" for ".", which the name of a submodule must not have."""
-    return nn.ModuleDict({name.replace(".", "/"): module for name, module in layers.items()})
-
-
-def by_layer(modules: nn.ModuleDict) -> dict[str, Any]:
-    """Return the modules of a `module_dict` by the names of their layers, with dots."""
-    return {name.replace("/", "."): module for name, module in modules.items()}

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.adapters.base import Adapter, Hook, attached_to
+from minidiff.adapters.base import Adapter, Hook
 from minidiff.adapters.layers import modules_of
 from minidiff.adapters.tokens import NewTokens
+from minidiff.config import check_choice
 from minidiff.pipeline import StableDiffusion
 
 LAYER_SETS = {"keys and values": ("to_k", "to_v"), "cross_attention": ("to_q", "to_k", "to_v", "to_out")}
@@ -62,7 +63,7 @@ class CustomDiffusion(Adapter):
         Raises ValueError if a layer is absent or of another shape, or has another Custom Diffusion on it already.
         """
         layers = self.model_layers(sd)
-        if taken := [name for name, layer in layers.items() if any(other.changes(layer, "replace") for other in attached_to(sd))]:
+        if taken := [name for name, layer in layers.items() if any(other.changes(layer, "replace") for other in sd.attached)]:
             raise ValueError(f"another Custom Diffusion is on {some_layers(taken)}; detach it first, or merge the two with merge_concepts")
         weights, biases = self.layers, self.biases
         outputs = {name: partial(self._output, weights[name], biases.get(name), name.endswith((".to_k", ".to_v"))) for name in layers}
@@ -138,8 +139,7 @@ def create_custom_diffusion(sd: StableDiffusion, layers: str = "keys and values"
 
     layers: "keys and values", or "cross_attention" for all of its projections, which is what the authors use for faces.
     """
-    if layers not in LAYER_SETS:
-        raise ValueError(f"layers {layers!r} unknown; choose {', '.join(LAYER_SETS)}")
+    check_choice("layers", layers, LAYER_SETS)
     chosen = {name: m for name, m in cross_attention_layers(sd).items() if name.rpartition(".")[2] in LAYER_SETS[layers]}
     biases = {name: module.bias for name, module in chosen.items() if module.bias is not None}
     return CustomDiffusion({name: module.weight for name, module in chosen.items()}, tokens, biases)

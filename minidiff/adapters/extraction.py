@@ -13,6 +13,7 @@ from torch import Tensor
 from minidiff.adapters.layers import choose, layers_of
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.low_rank import LowRank
+from minidiff.config import check_choice
 from minidiff.pipeline import StableDiffusion
 
 CRITERIA = ("sum", "frobenius", "ratio")
@@ -52,8 +53,7 @@ def extract_lora(
         raise ValueError(f"rank {rank}: expected a whole number from 1, such as 32")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy {energy}: expected a number above 0, up to 1")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion {criterion!r} unknown; choose {', '.join(CRITERIA)}")
+    check_choice("criterion", criterion, CRITERIA)
     if not 0 < clamp <= 1:
         raise ValueError(f"clamp {clamp}: expected a quantile above 0, up to 1, which does not clamp")
     ours, theirs = layers_of(base), layers_of(tuned)

@@ -9,18 +9,19 @@ from torch import nn
 
 from minidiff.pipeline import StableDiffusion
 
-PARTS = ("unet", "text_encoder")
+PARTS = ("unet", "text_encoder", "text_encoder_2")  # the last in models with two text encoders
 Layer = nn.Linear | nn.Conv2d
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def modules_of(sd: StableDiffusion, kinds: tuple[type[Kind], ...]) -> dict[str, Kind]:
-    """Return the modules of some kinds in the U-Net and the text encoder, by their names with the part in front."""
-    return {f"{part}.{name}": m for part in PARTS for name, m in getattr(sd, part).named_modules() if isinstance(m, kinds)}
+    """Return the modules of some kinds in the U-Net and the text encoders, by their names with the part in front."""
+    parts = [part for part in PARTS if part in sd.parts]
+    return {f"{part}.{name}": m for part in parts for name, m in sd.parts[part].named_modules() if isinstance(m, kinds)}
 
 
 def layers_of(sd: StableDiffusion) -> dict[str, Layer]:
-    """Return the linear layers and convolutions of the U-Net and the text encoder, by their names with the part in front."""
+    """Return the linear layers and convolutions of the U-Net and the text encoders, by their names with the part in front."""
     return modules_of(sd, (nn.Linear, nn.Conv2d))
 
 

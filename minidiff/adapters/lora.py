@@ -18,10 +18,11 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from minidiff.adapters.base import Adapter, Hook, attached_to, by_layer, module_dict
+from minidiff.adapters.base import Adapter, Hook
 from minidiff.adapters.layer_change import LayerChange
 from minidiff.adapters.layers import Layer, choose, layers_of, nearest
 from minidiff.adapters.low_rank import LowRank
+from minidiff.config import check_choice
 from minidiff.pipeline import StableDiffusion
 
 # Sets of layers that the public trainers choose, to be added up: PATTERNS["attention"] + PATTERNS["text_encoder"].
@@ -30,7 +31,7 @@ PATTERNS = {
     "attention": (r"^unet\..*attention\.to_(q|k|v|out)$",),  # diffusers
     "transformer": (TRANSFORMER,),  # kohya: every linear layer of the transformers, proj_in and proj_out too
     "conv": (TRANSFORMER, r"^unet\..*\.(conv_1|conv_2|skip|time_projection|downsample|upsample)$"),  # kohya with conv_dim, LoCon
-    "text_encoder": (r"^text_encoder\..*attention\.to_(q|k|v|out)$",),  # diffusers
+    "text_encoder": (r"^text_encoder(_2)?\..*attention\.to_(q|k|v|out)$",),  # diffusers
 }
 INITS = ("gaussian", "kaiming")
 Change = TypeVar("Change", bound=LayerChange)
@@ -45,14 +46,8 @@ class LoRA(Adapter, Generic[Change]):
     title = "this LoRA"
 
     def __init__(self, layers: Mapping[str, Change], weight: float = 1.0):
-        super().__init__()
-        self.by_name = module_dict(layers)
+        super().__init__(layers)
         self.weight = weight
-
-    @property
-    def layers(self) -> dict[str, Change]:
-        """Return the changes by layer."""
-        return by_layer(self.by_name)
 
     def pairs(self, sd: StableDiffusion) -> list[tuple[Change, Layer]]:
         """Return each change with the model's layer that it belongs to.
@@ -116,8 +111,7 @@ def create_lora(
         raise ValueError(f"alpha {alpha}: expected a number above 0, such as the rank")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout}: expected a probability from 0 to below 1")
-    if init not in INITS:
-        raise ValueError(f"init {init!r} unknown; choose {' or '.join(INITS)}")
+    check_choice("init", init, INITS)
     layers = layers_of(sd)
     changes = {}
     for name in choose(list(layers), patterns):
@@ -145,7 +139,7 @@ def merge_lora(sd: StableDiffusion, lora: LoRA) -> Callable[[], None]:
     if lora.attached:
         raise ValueError("this LoRA is attached, so merging would apply it twice; detach() it first")
     pairs = lora.pairs(sd)
-    hidden = [name for name, (_, layer) in zip(lora.layers, pairs) if any(other.changes(layer, "replace") for other in attached_to(sd))]
+    hidden = [name for name, (_, layer) in zip(lora.layers, pairs) if any(other.changes(layer, "replace") for other in sd.attached)]
     if hidden:
         raise ValueError(
             f"a Custom Diffusion stands in the place of {len(hidden)} of the weights to be changed, {hidden[0]} for one; "

@@ -10,6 +10,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minidiff.adapters.dropout import SampleDropout
 from minidiff.adapters.layer_change import LayerChange
 
 
@@ -20,14 +21,14 @@ class LowRank(LayerChange):
         down: [r, in], or [r, in, kh, kw] of a convolution; copied
         up: [out, r], or [out, r, 1, 1]; copied
         alpha: the change is scaled by alpha / r
-        dropout: probability, on the input, in training mode; from PyTorch's global generator
+        dropout: probability, on the input, in training mode; drawn for each sample (dropout.py)
     """
 
     def __init__(self, down: Float[Tensor, "r ..."], up: Float[Tensor, "out r ..."], alpha: float, dropout: float = 0.0):
         super().__init__()
         self.down, self.up = _bare_layer(down), _bare_layer(up)
         self.rank, self.alpha = down.shape[0], alpha
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = SampleDropout(dropout)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -69,15 +69,13 @@ def merge_concepts(
     began = time.perf_counter()
     _check_concepts(concepts, targets, regularisation, ridge)
     words = {name: rows for concept in concepts if concept.tokens for name, rows in concept.tokens.rows.items()}
-    tokens = NewTokens(words) if words else None
-    if tokens:
-        tokens.to(sd.device).attach(sd)
+    tokens = NewTokens(words)
+    tokens.to(sd.device).attach(sd)
     try:
         rows = [_target_rows(sd, concept, captions) for concept, captions in zip(concepts, targets)]
         C_reg = torch.unique(torch.cat(_features(sd, regularisation)), dim=0)
     finally:
-        if tokens:
-            tokens.detach()
+        tokens.detach()
     _check_captions(rows)
     C = torch.cat([features for features, _ in rows])
     directions, condition, condition_reg = merge_directions(C, C_reg, ridge, [caption for _, captions in rows for caption in captions])
@@ -85,14 +83,18 @@ def merge_concepts(
     layers, residual, drift = {}, torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for name in dict.fromkeys(name for concept in concepts for name in concept.names):
         W0 = next(c for c in concepts if name in c.names).model_layers(sd)[name].weight.double()
-        asked = torch.cat([features @ (_weight(concept, name, W0) - W0).T for concept, (features, _) in zip(concepts, rows)])
+        # A concept that does not change the layer asks for W0.
+        wanted = [concept.layers[name].to(W0) if name in concept.names else W0 for concept in concepts]
+        asked = torch.cat([features @ (W - W0).T for W, (features, _) in zip(wanted, rows)])
         change = asked.T @ directions
         layers[name] = W0 + change
         residual += _squares(C @ change.T - asked, asked + C @ W0.T)
         drift += _squares(C_reg @ change.T, C_reg @ W0.T)
     ratios = [float((part / whole).sqrt()) for part, whole in (residual, drift)]
     seconds = time.perf_counter() - began
-    return CustomDiffusion(layers, tokens), MergeReport(len(C), len(C_reg), ratios[0], ratios[1], condition, condition_reg, seconds)
+    return CustomDiffusion(layers, tokens if words else None), MergeReport(
+        len(C), len(C_reg), ratios[0], ratios[1], condition, condition_reg, seconds
+    )
 
 
 def merge_directions(
@@ -141,14 +143,12 @@ def _check_concepts(concepts: Sequence[CustomDiffusion], targets: Sequence[Seque
         raise ValueError(f"{len(concepts)} concepts and {len(targets)} lists of target captions; give each concept a list of at least one")
     if not regularisation or not ridge >= 0:
         raise ValueError(f"{len(regularisation)} regularisation captions, ridge {ridge}; expected at least one, and a ridge of 0 or more")
-    seen = []
     for i, concept in enumerate(concepts):
         if others := [name for name in concept.names if not name.endswith((".to_k", ".to_v"))]:
             raise ValueError(f"concept {i + 1} has {some_layers(others)}; only keys and values are maps of the text, and can be merged")
-        for word in concept.tokens.names if concept.tokens else ():
-            if word in seen:
-                raise ValueError(f"two concepts have a word {word!r}; rename one of them")
-            seen.append(word)
+    words = [word for concept in concepts if concept.tokens for word in concept.tokens.names]
+    if twice := [word for word in words if words.count(word) > 1]:
+        raise ValueError(f"two concepts have a word {twice[0]!r}; rename one of them")
 
 
 def _features(sd: StableDiffusion, captions: Sequence[str]) -> list[Tensor]:
@@ -172,13 +172,9 @@ def _target_rows(sd: StableDiffusion, concept: CustomDiffusion, captions: Sequen
         features.append(rows)
         sources += [caption] * len(rows)
     features = torch.cat(features)
-    keep = _first_of_equals(features)
+    near = _near(features, features)
+    keep = [i for i in range(len(features)) if not near[i, :i].any()]  # the first of equal rows
     return features[keep], [sources[i] for i in keep]
-
-
-def _first_of_equals(rows: Tensor) -> list[int]:
-    near = _near(rows, rows)
-    return [i for i in range(len(rows)) if not near[i, :i].any()]
 
 
 def _near(a: Tensor, b: Tensor) -> Tensor:
@@ -201,8 +197,3 @@ def _check_captions(rows: Sequence[tuple[Tensor, list[str]]]):
 
 def _squares(*tensors: Tensor) -> Tensor:
     return torch.stack([tensor.square().sum().cpu() for tensor in tensors])
-
-
-def _weight(concept: CustomDiffusion, name: str, W0: Tensor) -> Tensor:
-    """Return the concept's weight of a layer: W0 if it does not change the layer."""
-    return concept.layers[name].to(W0) if name in concept.names else W0

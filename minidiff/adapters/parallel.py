@@ -14,17 +14,18 @@ Left out: the network that computes prefix tuning's vectors during training, and
 its own and whose causal attention would hide a prefix.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minidiff.adapters.base import Adapter, Hook, by_layer, module_dict
+from minidiff.adapters.base import Adapter, Hook
 from minidiff.adapters.layers import choose, modules_of
 from minidiff.attention import Attention
 from minidiff.blocks import FeedForward
+from minidiff.config import check_choice
 from minidiff.pipeline import StableDiffusion
 
 LAYER_PATTERNS = {
@@ -46,32 +47,23 @@ class AdapterModule(nn.Module):
         raise NotImplementedError
 
 
-class SequentialAdapter(AdapterModule):
-    """A bottleneck behind a layer (Houlsby et al. 2019), inside the skip around it. width: of the layer's output."""
+class BottleneckAdapter(AdapterModule):
+    """A bottleneck alongside a layer, reading what it reads (an attention's x), or behind it (Houlsby et al. 2019), reading its output.
 
-    def __init__(self, width: int, rank: int, generator: torch.Generator):
+    Either way it is inside the skip around the layer.
+
+    Args:
+        width: of the layer's output
+        rank: of the bottleneck
+        generator: of the random numbers
+        scale: s, 1 or, scaled, the paper's 4
+        behind: read the layer's output
+    """
+
+    def __init__(self, width: int, rank: int, generator: torch.Generator, scale: float = 1.0, behind: bool = False):
         super().__init__()
-        self.down, self.up = new_down(width, rank, generator), new_up(rank, width)
-
-    def forward(self, h: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
-        """Return what is added to the layer's output h: relu(h down) up."""
-        return self.up(torch.relu(self.down(h.to(self.down.weight.dtype))))
-
-    def hooks(self, layer: Attention | FeedForward) -> Sequence[Hook]:
-        """Return one hook on the layer."""
-        return [Hook(layer, self._add)]
-
-    def _add(self, layer: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> Tensor:
-        return (h + self(h)).to(h.dtype)
-
-
-class ParallelAdapter(AdapterModule):
-    """A bottleneck alongside a layer: reads what the layer reads, an attention's x. `scale` s is 1 or, scaled, the paper's 4."""
-
-    def __init__(self, width: int, rank: int, generator: torch.Generator, scale: float = 1.0):
-        super().__init__()
-        self.scale = scale
-        self.down, self.up = new_down(width, rank, generator), new_up(rank, width)
+        self.scale, self.behind = scale, behind
+        self.down, self.up = new_down(width, rank, generator), linear(torch.zeros(width, rank))
 
     def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
         """Return what is added to the layer's output: s relu(x down) up."""
@@ -82,7 +74,7 @@ class ParallelAdapter(AdapterModule):
         return [Hook(layer, self._add)]
 
     def _add(self, layer: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> Tensor:
-        return (h + self(args[0])).to(h.dtype)
+        return (h + self(h if self.behind else args[0])).to(h.dtype)
 
 
 class MultiHeadParallelAdapter(AdapterModule):
@@ -139,15 +131,6 @@ class AdapterSet(Adapter):
 
     title = "these adapters"
 
-    def __init__(self, layers: Mapping[str, AdapterModule]):
-        super().__init__()
-        self.by_name = module_dict(layers)
-
-    @property
-    def layers(self) -> dict[str, AdapterModule]:
-        """Return the modules by layer."""
-        return by_layer(self.by_name)
-
     def fit(self, sd: StableDiffusion) -> Sequence[Hook]:
         """Return the hooks of all modules. Raises ValueError with the layers that are absent."""
         layers = modules_of(sd, KINDS)
@@ -160,9 +143,9 @@ class AdapterSet(Adapter):
 
 # A new module for a layer whose output has this width, with this number of heads: (width, heads, rank, scale, generator).
 ADAPTER_METHODS: dict[str, Callable[[int, int, int, float, torch.Generator], AdapterModule]] = {
-    "adapter": lambda width, heads, rank, scale, generator: SequentialAdapter(width, rank, generator),
-    "parallel": lambda width, heads, rank, scale, generator: ParallelAdapter(width, rank, generator),
-    "scaled_parallel": lambda width, heads, rank, scale, generator: ParallelAdapter(width, rank, generator, scale),
+    "adapter": lambda width, heads, rank, scale, generator: BottleneckAdapter(width, rank, generator, behind=True),
+    "parallel": lambda width, heads, rank, scale, generator: BottleneckAdapter(width, rank, generator),
+    "scaled_parallel": lambda width, heads, rank, scale, generator: BottleneckAdapter(width, rank, generator, scale),
     "multi_head_parallel": lambda width, heads, rank, scale, generator: MultiHeadParallelAdapter(width, heads, rank, generator),
     "prefix": lambda width, heads, rank, scale, generator: Prefix(width, rank, generator),
 }
@@ -185,8 +168,7 @@ def create_adapters(
     Raises ValueError for numbers out of range, a method that only attentions can have on a feed-forward layer, a layer of the text encoder,
     and as `choose` does.
     """
-    if method not in ADAPTER_METHODS:
-        raise ValueError(f"method {method!r} unknown; choose {', '.join(ADAPTER_METHODS)}")
+    check_choice("method", method, ADAPTER_METHODS)
     if rank < 1:
         raise ValueError(f"rank {rank}: expected a whole number from 1, such as 8")
     if scale is not None and method != "scaled_parallel":
@@ -208,14 +190,12 @@ def normal(shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, 
 
 
 def new_down(width: int, rank: int, generator: torch.Generator) -> nn.Linear:
-    """Return a layer of normals with variance 1 / width, so that its outputs have the size of its inputs; the bias is zero."""
-    layer = nn.Linear(width, rank, device="meta")
-    layer.weight, layer.bias = nn.Parameter(normal((rank, width), generator) / width**0.5), nn.Parameter(torch.zeros(rank))
-    return layer
+    """Return a layer of normals with variance 1 / width, so that its outputs have the size of its inputs."""
+    return linear(normal((rank, width), generator) / width**0.5)
 
 
-def new_up(rank: int, width: int) -> nn.Linear:
-    """Return a layer of zeros: the change starts at nothing."""
-    layer = nn.Linear(rank, width, device="meta")
-    layer.weight, layer.bias = nn.Parameter(torch.zeros(width, rank)), nn.Parameter(torch.zeros(width))
+def linear(weight: Float[Tensor, "out in"]) -> nn.Linear:
+    """Return a layer with this weight, and a bias of zeros."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(len(weight)))
     return layer

@@ -24,6 +24,8 @@ RARE_TOKENS = (42170, 47629, 43514)
 class NewTokens(Adapter):
     """Placeholders and their vectors: rows[name] is a parameter [n_vectors, D], float32. Attached, prompts may use the placeholders.
 
+    D is the text encoder's width; for a model with two encoders, such as SDXL, a vector for each lies side by side, as their contexts do.
+
     Raises ValueError for rows that are no matrix of at least one vector.
     """
 
@@ -48,31 +50,34 @@ class NewTokens(Adapter):
 
         Raises ValueError for vectors of another width than the text encoder's, and for a placeholder that the tokenizer cannot take.
         """
-        width = sd.config.text_encoder.width
+        width = words_width(sd)
         for name, vectors in self.rows.items():
             if vectors.shape[1] != width:
-                raise ValueError(f"the vectors of {name!r} are {vectors.shape[1]} wide, this text encoder's are {width}")
-        known = sd.tokenizer.added
-        first = max([sd.text_encoder.token_embedding.num_embeddings, *(i + 1 for ids in known.values() for i in ids)])
+                raise ValueError(f"the vectors of {name!r} are {vectors.shape[1]} wide, those of this model's words {width}")
+        tables = [encoder.token_embedding.num_embeddings for encoder in sd.text.encoders.values()]
+        first = max([*tables, *(i + 1 for ids in sd.tokenizer.added.values() for i in ids)])
         self._ids = {}
         for name, vectors in self.rows.items():
             self._ids[name] = tuple(range(first, first + len(vectors)))
             first += len(vectors)
-        sd.tokenizer.with_added(self._ids)  # only to learn whether it takes them
+        for tokenizer in sd.text.tokenizers.values():
+            tokenizer.with_added(self._ids)  # only to learn whether it takes them
         return ()
 
     def attach(self, sd: StableDiffusion) -> None:
         """Attach as every Adapter, and give the placeholders to the tokenizer and their rows to the text encoder."""
         super().attach(sd)
-        sd.tokenizer = sd.tokenizer.with_added(self._ids)
-        sd.text_encoder.added |= {ids[0]: self.rows[name] for name, ids in self._ids.items()}
+        for part, encoder in sd.text.encoders.items():
+            sd.text.tokenizers[part] = sd.text.tokenizers[part].with_added(self._ids)
+            encoder.added |= {ids[0]: self.rows[name] for name, ids in self._ids.items()}
 
     def detach(self) -> None:
         """Leave sd as it was; other words that are attached stay. Does nothing if these are not attached."""
         if self._sd is not None:
-            self._sd.tokenizer = self._sd.tokenizer.without(self._ids)
-            for ids in self._ids.values():
-                del self._sd.text_encoder.added[ids[0]]
+            for part, encoder in self._sd.text.encoders.items():
+                self._sd.text.tokenizers[part] = self._sd.text.tokenizers[part].without(self._ids)
+                for ids in self._ids.values():
+                    del encoder.added[ids[0]]
         super().detach()
 
 
@@ -104,18 +109,25 @@ def create_tokens(
         if not 1 <= n <= room:
             raise ValueError(f"{n} vectors for {name!r}; expected 1 to {room}, what a prompt has room for")
     sd.tokenizer.with_added({name: (-1 - i,) for i, name in enumerate(vectors)})  # only to learn whether it can be
-    table = sd.text_encoder.token_embedding.weight.detach().float()
+    tables = {part: encoder.token_embedding.weight.detach().float() for part, encoder in sd.text.encoders.items()}
     rows = {}
     for name, n in vectors.items():
         first = start.get(name)
         if first is not None:
-            rows[name] = table[_single_token(sd.tokenizer, first)].expand(n, -1)
+            places = {part: _single_token(tokenizer, first) for part, tokenizer in sd.text.tokenizers.items()}
+            rows[name] = torch.cat([table[places[part]] for part, table in tables.items()]).expand(n, -1)
         elif generator is None:
             raise ValueError(f"{name!r} has no word to start from: give one in start, or a torch.Generator for random vectors")
         else:
-            noise = torch.randn(n, table.shape[1], generator=generator, device=generator.device).to(table.device)
-            rows[name] = table.mean(dim=0) + table.std(dim=0) * noise
+            noise = torch.randn(n, words_width(sd), generator=generator, device=generator.device).to(sd.device)
+            mean, std = (torch.cat([statistic(table, dim=0) for table in tables.values()]) for statistic in (torch.mean, torch.std))
+            rows[name] = mean + std * noise
     return NewTokens(rows)
+
+
+def words_width(sd: StableDiffusion) -> int:
+    """Return how many numbers a word's vector has: one of each text encoder's, side by side."""
+    return sum(encoder.config.width for encoder in sd.text.encoders.values())
 
 
 def _single_token(tokenizer: Tokenizer, word: str | int) -> int:

@@ -11,7 +11,7 @@ before speed: each time stands next to our RMS error relative to the best fused 
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -23,7 +23,7 @@ from minidiff.bench.attention_cases import KINDS, AttentionCase, directions, lis
 from minidiff.bench.attention_worker import SDPA
 from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import Contender, Refused
-from minidiff.bench.ratios import ratio, turns
+from minidiff.bench.ratios import Ratio, ratio, turns
 from minidiff.machine import format_machine
 from minidiff.markdown import format_seconds, table_header, table_row
 
@@ -33,15 +33,6 @@ FLEX_TIME_LIMIT = 240  # seconds after which nothing more is compiled by FlexAtt
 SMALL = 1024  # tokens below which it is not tried
 ERROR_TOLERANCE = 1.1  # times the best backend's error
 FUSED = ("flash", "efficient", "cudnn")  # those that keep no N x L matrix, and so can be no more exact than one pass allows
-
-
-@dataclass(frozen=True)
-class Sum:
-    """All attention of one kind in a U-Net step: seconds per round, ours and PyTorch's best backend at every shape."""
-
-    name: str
-    ours: tuple[float, ...]
-    best: tuple[float, ...]
 
 
 def bench_attention(
@@ -73,17 +64,18 @@ def bench_attention(
     check_arguments(rounds, out)
     if unknown := [name for name in contenders if name not in CONTENDERS]:
         raise ValueError(f"contender {unknown[0]!r} unknown; choose {', '.join(CONTENDERS)}")
-    if cases is None:
-        cases = [
-            case
-            for dtype in dtypes
-            for name in models
-            for size in sizes
-            for case in list_cases(name, model_config(name), size, batch, dtype)
-        ]
-    cases = list(dict.fromkeys(cases))
-    settings = {"bench": "attention", "rounds": rounds, "device": device, "contenders": list(contenders), "kinds": list(kinds)}
-    settings["cases"] = [asdict(case) for case in cases]
+    listed = (
+        case for dtype in dtypes for name in models for size in sizes for case in list_cases(name, model_config(name), size, batch, dtype)
+    )
+    cases = list(dict.fromkeys(listed if cases is None else cases))
+    settings = {
+        "bench": "attention",
+        "rounds": rounds,
+        "device": device,
+        "contenders": list(contenders),
+        "kinds": list(kinds),
+        "cases": [asdict(case) for case in cases],
+    }
     record = BenchRecord(out, settings)
     yield format_machine(record.values["machine"])
     yield table_header(["attention", "calls", "way", *contenders, "best of PyTorch / minidiff", "error / best"])
@@ -103,8 +95,8 @@ def bench_attention(
     sums = [one for when in ("seconds", "cold") for one in sum_steps(cases, record.results, when)]
     yield "\n" + table_header(["attention of a U-Net step", "minidiff", "best of PyTorch at each shape", "times as fast"])
     for one in sums:
-        yield table_row([one.name, format_seconds(median(one.ours)), format_seconds(median(one.best)), ratio(one.best, one.ours)])
-    record.finish(sums=[asdict(one) | {"ratio": asdict(ratio(one.best, one.ours))} for one in sums])
+        yield table_row([one["name"], format_seconds(median(one["ours"])), format_seconds(median(one["best"])), Ratio(**one["ratio"])])
+    record.finish(sums=sums)
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -117,7 +109,7 @@ def measure(
 
     Args:
         case: The shape.
-        running: The contenders and the reference.
+        running: The reference, then the contenders.
         known: The file of inputs and exact results.
         rounds: Of all contenders.
         kinds: Of inputs.
@@ -128,9 +120,7 @@ def measure(
     running["reference"].ask(do="make", kinds=list(kinds), **asked)
     ways = {}
     result = {"case": asdict(case), "ways": ways, "done": False}
-    for name, contender in running.items():
-        if name == "reference":
-            continue
+    for name, contender in list(running.items())[1:]:
         if name == "flex" and (late or case.tokens < SMALL):
             ways[name] = {"refused": "left out of the time that there is" if late else f"not tried below {SMALL} tokens"}
             continue
@@ -183,23 +173,18 @@ def case_rows(case: AttentionCase, result: dict, contenders: Sequence[str]) -> I
         theirs = round_times(result, best, direction) if best else None
         compared = f"{ratio(theirs, ours)} ({best})" if theirs and ours else ""
         picks = result["ways"].get("minidiff", {}).get("picks")
-        where = f"{case}" + (f" ({picks})" if picks else "")
         wrong = worst_error(case, result)
+        unequal = " differs from run to run !" if result["ways"].get("minidiff", {}).get("bit_equal") is False else ""
         yield table_row(
             [
-                where,
+                f"{case} ({picks})" if picks else case,
                 case.calls or "",
                 direction,
                 *(format_seconds(median(one)) if one else "refused" for one in found),
                 compared,
-                "" if wrong is None else f"{wrong:.2f}" + (" !" if wrong > ERROR_TOLERANCE else "") + format_unequal(result),
+                "" if wrong is None else f"{wrong:.2f}" + (" !" if wrong > ERROR_TOLERANCE else "") + unequal,
             ]
         )
-
-
-def format_unequal(result: dict) -> str:
-    """Return a remark if our results differed from run to run."""
-    return " differs from run to run !" if result["ways"].get("minidiff", {}).get("bit_equal") is False else ""
 
 
 def worst_error(case: AttentionCase, result: dict) -> float | None:
@@ -219,8 +204,11 @@ def worst_error(case: AttentionCase, result: dict) -> float | None:
     return worst
 
 
-def sum_steps(cases: Sequence[AttentionCase], results: dict[str, dict], when: str) -> Iterator[Sum]:
-    """Sum the times by calls, for every model, size and dtype: self-attention, cross-attention and both together."""
+def sum_steps(cases: Sequence[AttentionCase], results: dict[str, dict], when: str) -> Iterator[dict]:
+    """Sum the times by calls, for every model, size and dtype: self-attention, cross-attention and both together.
+
+    Each sum has a name, seconds per round of ours and of PyTorch's best backend at every shape, and their ratio.
+    """
     groups = dict.fromkeys((case.where.rsplit(" ", 1)[0], case.dtype) for case in cases if case.calls)
     for (model, dtype), kinds, direction in product(groups, (("self",), ("cross",), ("self", "cross")), ("forward", "both")):
         places = [f"{model} {kind}" for kind in kinds]
@@ -230,7 +218,8 @@ def sum_steps(cases: Sequence[AttentionCase], results: dict[str, dict], when: st
         best = [times for result in found if (times := round_times(result, best_backend(result, direction, when) or "", direction, when))]
         if chosen and len(ours) == len(best) == len(chosen):
             name = f"{model} {dtype}, {' and '.join(kinds)}, {direction}{', cold' if when == 'cold' else ''}"
-            yield Sum(name, weighted_sums(chosen, ours), weighted_sums(chosen, best))
+            total, least = weighted_sums(chosen, ours), weighted_sums(chosen, best)
+            yield {"name": name, "ours": total, "best": least, "ratio": asdict(ratio(least, total))}
 
 
 def weighted_sums(cases: Sequence[AttentionCase], times: Sequence[tuple[float, ...]]) -> tuple[float, ...]:

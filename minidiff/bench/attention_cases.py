@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from minidiff.config import ModelConfig
+from minidiff.two_encoders import text_configs
 
 KINDS = ("normal", "logits near 60", "one dominant key", "large mean", "equal rows")
 
@@ -47,15 +48,15 @@ def list_cases(name: str, config: ModelConfig, size: int, batch: int, dtype: str
     """
     unet, cells = config.unet, size // config.vae.factor
     words, cases = config.text_encoder.context_length, []
-    last = len(unet.widths) - 1
     for i, (width, heads) in enumerate(zip(unet.widths, unet.heads)):
-        # Each level on the way down, and one more on the way up; the middle has one, at the last level's resolution.
-        calls = (2 * unet.blocks_per_level + 1) * unet.attention[i] + (i == last)
+        # Each level on the way down, and one more on the way up; the middle has another, at the last level's resolution.
+        depth = unet.attention[i]
+        calls = (2 * unet.blocks_per_level + 1) * depth + (i == len(unet.widths) - 1) * max(1, depth)
         side = -(-cells // 2**i)
         for kind, keys in (("self", side * side), ("cross", words)) if calls else ():
             cases.append(AttentionCase(f"{name} {size} {kind}", side * side, keys, heads, width // heads, calls, batch, dtype))
-    text = config.text_encoder
-    cases.append(AttentionCase(f"{name} text", words, words, text.heads, text.width // text.heads, 0, batch, dtype, causal=True))
+    for _, text in text_configs(config).values():
+        cases.append(AttentionCase(f"{name} text", words, words, text.heads, text.width // text.heads, 0, batch, dtype, causal=True))
     cases.append(
         AttentionCase(f"{name} {size} decoder", cells * cells, cells * cells, 1, config.vae.widths[-1], 0, 1, dtype, backward=False)
     )
@@ -66,11 +67,8 @@ def inputs(case: AttentionCase, kind: str) -> dict[str, Tensor]:
     """Draw q, k, v and the gradient of the output, float32 on the CPU. A comment says what is hard about each kind."""
     generator = torch.Generator().manual_seed(0)
     B, h, d = case.batch, case.heads, case.head_dim
-
-    def normal(tokens: int) -> Tensor:
-        return torch.randn(B, tokens, h * d, generator=generator)
-
-    q, k, v, grad = normal(case.tokens), normal(case.keys), normal(case.keys), normal(case.tokens)
+    lengths = (case.tokens, case.keys, case.keys, case.tokens)
+    q, k, v, grad = (torch.randn(B, tokens, h * d, generator=generator) for tokens in lengths)
     if kind == "logits near 60":  # a common part of q and k: all exponentials are e^60 times what they would be
         common = (60 / d**0.5) ** 0.5
         q, k = q / d**0.25 + common, k / d**0.25 + common

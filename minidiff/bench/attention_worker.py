@@ -5,19 +5,19 @@ Queries, keys and values are [B, N, heads * d] as the model has them; rearrangin
 """
 
 import warnings
-from collections.abc import Callable
-from time import perf_counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cache, partial
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from minidiff.attention import attention, naive_attention
 from minidiff.bench.attention_cases import AttentionCase, directions, exact, inputs
 from minidiff.bench.contender import serve
-from minidiff.bench.worker_protocol import PeakMemory, wait_for
-from minidiff.kernels.dispatch import attention_backend, select_backend
+from minidiff.bench.worker_protocol import PeakMemory, time_calls
+from minidiff.kernels.dispatch import attention_backend, fused_attention, select_backend
 
 SDPA = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
 GRAPH_SECONDS = 5e-3  # seconds of work in a CUDA graph
@@ -31,84 +31,64 @@ Attend = Callable[[Tensor, Tensor, Tensor, int, bool], Tensor]
 
 
 def choose_attention(name: str) -> Attend:
-    """Return the contender's function. A backend of PyTorch is forced for as long as the process lives."""
-    if name == "minidiff":
-        return attention
+    """Return the contender's function. A backend is forced for as long as the process lives."""
     if name == "triton":
-        KEPT.append(attention_backend("triton"))
-        KEPT[0].__enter__()
-        return attention
-    if name == "by hand":
-        return naive_attention
-    if name == "flex":
-        return _flex
+        FORCED.enter_context(attention_backend("triton"))
+    functions: dict[str, Attend] = {"minidiff": attention, "triton": attention, "by hand": naive_attention, "flex": _flex}
+    if name in functions:
+        return functions[name]
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if name not in SDPA or not hasattr(SDPBackend, SDPA[name]):
         raise ValueError(f"this PyTorch has no backend {name!r}")
-    KEPT.append(sdpa_kernel(getattr(SDPBackend, SDPA[name])))
-    KEPT[0].__enter__()
-    return _pytorch
+    FORCED.enter_context(sdpa_kernel(getattr(SDPBackend, SDPA[name])))
+    return partial(fused_attention, "pytorch")
 
 
-KEPT = []  # what must not be collected while the process lives: a context that was entered, a compiled function
+FORCED = ExitStack()  # never left
 
 
-def _pytorch(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> Tensor:
-    q, k, v = (rearrange(x, "B N (h d) -> B h N d", h=heads) for x in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "B h N d -> B N (h d)")
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
     if causal:
         raise ValueError("only tried without a mask")
-    if not KEPT:
-        KEPT.append(torch.compile(flex_attention, dynamic=False))
     q, k, v = (rearrange(x, "B N (h d) -> B h N d", h=heads) for x in (q, k, v))
-    return rearrange(KEPT[0](q, k, v), "B h N d -> B N (h d)")
+    return rearrange(_compiled_flex()(q, k, v), "B h N d -> B N (h d)")
 
 
 # ------------------------------------------------------------------------------------------------------- the calls
 
 
-def _results(attend: Attend, case: AttentionCase, on_device: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return output and gradients."""
-    q, k, v = (on_device[name].detach().requires_grad_(case.backward) for name in "qkv")
-    out = attend(q, k, v, case.heads, case.causal)
-    found = {"out": out.detach()}
-    if case.backward:
-        found |= dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, (q, k, v), on_device["grad"])))
-    return found
+def _make_call(attend: Attend, case: AttentionCase, given: dict[str, Tensor], direction: str) -> Callable[[], tuple[Tensor, ...]]:
+    """Return a call that computes the output and, with direction "both", the gradients of q, k and v.
 
+    Args:
+        attend: The contender's function.
+        case: The shape.
+        given: q, k, v and the gradient of the output, on the device.
+        direction: One of `directions`.
+    """
+    both = direction == "both"
+    q, k, v = (given[name].detach().requires_grad_(both) for name in "qkv")
 
-def _forward_only(attend: Attend, case: AttentionCase, on_device: dict[str, Tensor]) -> Callable[[], None]:
-    q, k, v = (on_device[name] for name in "qkv")
-
-    def run() -> None:
-        with torch.no_grad():
-            attend(q, k, v, case.heads, case.causal)
-
-    return run
-
-
-def _both_ways(attend: Attend, case: AttentionCase, on_device: dict[str, Tensor]) -> Callable[[], None]:
-    q, k, v = (on_device[name].detach().requires_grad_() for name in "qkv")
-
-    def run() -> None:
-        torch.autograd.grad(attend(q, k, v, case.heads, case.causal), (q, k, v), on_device["grad"])
+    def run() -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(both):
+            out = attend(q, k, v, case.heads, case.causal)
+        return (out.detach(), *torch.autograd.grad(out, (q, k, v), given["grad"])) if both else (out,)
 
     return run
-
-
-WAYS = {"forward": _forward_only, "both": _both_ways}
 
 
 # --------------------------------------------------------------------------------------------------------------- times
 
 
-def capture_graph(runs: list[Callable[[], None]], launches: int) -> torch.cuda.CUDAGraph:
+def capture_graph(runs: Sequence[Callable[[], object]], launches: int) -> torch.cuda.CUDAGraph:
     """Capture that many launches of the runs, in turn, in a CUDA graph."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -134,19 +114,14 @@ def time_replay(graph: torch.cuda.CUDAGraph, launches: int) -> float:
     return start.elapsed_time(end) / 1e3 / launches
 
 
-def time_eager(run: Callable[[], None], device: torch.device, least: float) -> float:
+def time_eager(run: Callable[[], object], device: torch.device, least: float) -> float:
     """Return seconds per call from Python, waiting for the device only at the end, over as many calls as take `least` seconds."""
     calls = 1
     while True:
-        wait_for(device)
-        start = perf_counter()
-        for _ in range(calls):
-            run()
-        wait_for(device)
-        took = perf_counter() - start
-        if took >= least or calls >= 1000:
-            return took / calls
-        calls = min(1000, max(2 * calls, int(1.2 * calls * least / max(took, 1e-9))))
+        seconds = time_calls(run, device, calls)
+        if calls * seconds >= least or calls >= 1000:
+            return seconds
+        calls = min(1000, max(2 * calls, int(1.2 * least / max(seconds, 1e-12))))
 
 
 class AttentionWorker:
@@ -171,11 +146,8 @@ class AttentionWorker:
 
     def make(self, case: AttentionCase, request: dict) -> dict:
         """Write the inputs of every kind and their exact results: the reference's task."""
-        tensors = {}
-        for kind in request["kinds"]:
-            given = inputs(case, kind)
-            tensors[kind] = given | exact(case, given, self.device)
-        torch.save(tensors, request["path"])
+        given = {kind: inputs(case, kind) for kind in request["kinds"]}
+        torch.save({kind: tensors | exact(case, tensors, self.device) for kind, tensors in given.items()}, request["path"])
         return {}
 
     def check(self, case: AttentionCase, request: dict) -> dict:
@@ -187,46 +159,42 @@ class AttentionWorker:
         told = {"errors": {}, "scales": {}, "picks": None}
         for kind, known in tensors.items():
             given = self._on_device(case, known)
-            found = _results(self.attend, case, given)
+            run = _make_call(self.attend, case, given, directions(case)[-1])
+            found = dict(zip(("out", "dq", "dk", "dv"), run()))
             exactly = {name: known[name].to(self.device).double() for name in found}
             told["errors"][kind] = {name: _rms(found[name].double() - exactly[name]) for name in found}
             told["scales"][kind] = {name: _rms(exactly[name]) for name in found}
             if kind == "normal":
                 if self.name == "minidiff":
                     told["picks"] = select_backend(given["q"], given["k"], given["v"], case.heads, case.causal)
-                again = [_results(self.attend, case, given) for _ in range(2)] if self.device.type == "cuda" else []
-                told["bit_equal"] = all(torch.equal(found[name], one[name]) for one in again for name in found) if again else None
+                again = [run() for _ in range(2)] if self.device.type == "cuda" else []
+                told["bit_equal"] = all(torch.equal(x, y) for one in again for x, y in zip(one, found.values())) if again else None
         normal = self._on_device(case, tensors["normal"])
         for direction in directions(case):
             self.ready[direction] = self._prepare(case, direction, normal)
-            told[f"memory_{direction}"] = self.memory(WAYS[direction](self.attend, case, normal))
+            told[f"memory_{direction}"] = self.memory(_make_call(self.attend, case, normal, direction))
         return told
 
     def _on_device(self, case: AttentionCase, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensors[name].to(self.device, getattr(torch, case.dtype)) for name in ("q", "k", "v", "grad")}
 
-    def memory(self, run: Callable[[], None]) -> int | None:
+    def memory(self, run: Callable[[], object]) -> int | None:
         """Return the peak bytes of a call, above what is there before it."""
-        if self.device.type == "cuda":
-            wait_for(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            run()
-            return torch.cuda.max_memory_allocated(self.device) - before
         peak = PeakMemory(self.device, converted=False)
+        peak.reset()
         run()
         return peak.stop()["memory"]
 
     def _prepare(self, case: AttentionCase, direction: str, given: dict[str, Tensor]) -> tuple:
         """Prepare the timing: a call; on a GPU also graphs of many calls, on one set of inputs and on more sets than the cache holds."""
-        run = WAYS[direction](self.attend, case, given)
+        run = _make_call(self.attend, case, given, direction)
         run()
         if self.device.type != "cuda":
             return (run,)
         launches = max(1, min(MAX_LAUNCHES, int(GRAPH_SECONDS / time_eager(run, self.device, 1e-3))))
         size = sum(x.nbytes for x in given.values())
         sets = min(MAX_SETS, 1 + 2 * torch.cuda.get_device_properties(self.device).L2_cache_size // size)
-        runs = [WAYS[direction](self.attend, case, {name: x.clone() for name, x in given.items()}) for _ in range(sets)]
+        runs = [_make_call(self.attend, case, {name: x.clone() for name, x in given.items()}, direction) for _ in range(sets)]
         many = max(launches, sets)
         return run, (capture_graph([run], launches), launches), (capture_graph(runs, many), many), runs
 

@@ -10,22 +10,24 @@ from pathlib import Path
 import torch
 
 from minidiff.bundled.tasks import bundled_config
-from minidiff.config import SD1, SD2, ModelConfig
-from minidiff.files import differences, write_text
+from minidiff.config import SD1, SD2, SDXL, ModelConfig
+from minidiff.files import write_text
 from minidiff.machine import read_machine
 from minidiff.pipeline import StableDiffusion
+from minidiff.scenes.art import known
 from minidiff.text_encoder import TextEncoder
-from minidiff.tokenizer import Tokenizer
+from minidiff.two_encoders import text_configs, text_side
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
 
-def model_config(name: str) -> ModelConfig:
-    """Return the config of "sd1", "sd2" (made for 768 pixels) or "bundled". Raises ValueError for another name."""
-    configs = {"sd1": SD1, "sd2": SD2}
-    if name not in (*configs, "bundled"):
-        raise ValueError(f"model {name!r} unknown; choose {', '.join(configs)}, bundled")
-    return configs[name] if name in configs else bundled_config()
+def model_config(model: str | ModelConfig) -> ModelConfig:
+    """Return the config of "sd1", "sd2" (made for 768 pixels), "sdxl" or "bundled", or a config as it is.
+
+    Raises ValueError for another name.
+    """
+    configs = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL, "bundled": bundled_config()}
+    return configs[known("model", model, configs)] if isinstance(model, str) else model
 
 
 def check_arguments(rounds: int, out: Path | None, against: bool = False, needed: Sequence[str] = ("diffusers",)) -> None:
@@ -62,14 +64,9 @@ class BenchRecord:
         self.out = out
         self.values = {"command": read_command(), "machine": read_machine(), "settings": settings, "finished": False, "results": {}}
         earlier = _read(out)
-        known = {name: earlier.get(name) for name in ("machine", "settings")}
-        if not earlier.get("finished", True) and not differences(known, {name: self.values[name] for name in known}):
+        if not earlier.get("finished", True) and all(earlier.get(name) == self.values[name] for name in ("machine", "settings")):
             self.values["results"] = earlier["results"]
-
-    @property
-    def results(self) -> dict[str, dict]:
-        """Return the results by name."""
-        return self.values["results"]
+        self.results: dict[str, dict] = self.values["results"]  # by name
 
     def keep(self, name: str, result: dict) -> None:
         """Keep a result, and write the file."""
@@ -98,7 +95,9 @@ def _read(out: Path | None) -> dict:
 def random_model(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
     """Make a model whose weights are windows onto one pool of random numbers: it takes the memory of its largest matrix."""
     with torch.device("meta"):
-        parts = TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae)
+        encoders = {name: TextEncoder(numbers) for name, (_, numbers) in text_configs(config).items()}
+        unet, vae = UNet(config.unet), VAE(config.vae)
+    parts = *encoders.values(), unet, vae
     generator = torch.Generator().manual_seed(0)
     largest = max(weight.numel() for part in parts for weight in part.parameters())
     # All positive, so that a weight that is lost is lost in the sum.
@@ -109,7 +108,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
             start = int(torch.randint(1000, (), generator=generator))
             windows[name] = pool[start : start + weight.numel()].view(weight.shape)
         part.load_state_dict(windows, assign=True)
-    return StableDiffusion(config, *parts, Tokenizer(config.tokenizer))
+    return StableDiffusion(config, text_side(config, encoders), unet, vae)
 
 
 def random_model_to_run(config: ModelConfig) -> StableDiffusion:
@@ -118,10 +117,8 @@ def random_model_to_run(config: ModelConfig) -> StableDiffusion:
     for part in sd.parts.values():
         weights = {}
         for name, weight in part.state_dict().items():
-            if weight.ndim > 1:
-                uniform = (weight - 0.01) * 100  # of -1..1, whose variance is 1/3
-                weights[name] = uniform * (3 / weight[0].numel()) ** 0.5
-            else:
-                weights[name] = torch.full_like(weight, float("norm" in name and name.endswith("weight")))
+            uniform = (weight - 0.01) * 100  # of -1..1, whose variance is 1/3
+            vector = torch.full_like(weight, float("norm" in name and name.endswith("weight")))
+            weights[name] = uniform * (3 / weight[0].numel()) ** 0.5 if weight.ndim > 1 else vector
         part.load_state_dict(weights, assign=True)
     return sd

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from time import perf_counter
 
 TIMEOUT = 400  # seconds for one answer; compiling takes longest
@@ -27,7 +27,7 @@ class Refused(Exception):
     """A contender cannot do what it was asked, with the reason."""
 
 
-class Contender:
+class Contender(AbstractContextManager):
     """Another process: `with Contender(module, job) as one: one.ask(do="time")`."""
 
     def __init__(self, module: str, job: dict):
@@ -37,15 +37,16 @@ class Contender:
     def start(self) -> None:
         """Start the process, offline."""
         self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process)
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True, env=environment
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.stderr,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
         assert self.process.stdin is not None and self.process.stdout is not None  # both are pipes
         self.requests, self.answers = self.process.stdin, self.process.stdout
-
-    def __enter__(self) -> "Contender":
-        return self
 
     def __exit__(self, *error):
         self.close()

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
-from minidiff.bench.pipelines import diffusers_pipeline, make_model_jobs, minidiff_model, model_folder, start_worker
-from minidiff.bench.race import race
+from minidiff.bench.pipelines import diffusers_pipeline, make_model_jobs, minidiff_model, start_worker
+from minidiff.bench.race import race_models
 from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
-from minidiff.machine import format_machine
 
 PROMPT = "a photo of a cat on a blue background"
 GUIDANCE = 7.5
@@ -54,18 +53,14 @@ def bench_image(
     check_arguments(rounds, out, against)
     if steps < 1:
         raise ValueError(f"steps {steps}: give 1 or more")
-    config = model_config(model) if isinstance(model, str) else model
+    config = model_config(model)
     size = size or config.image_size
-    jobs = make_model_jobs(device, against, max_autotune)
+    jobs = {name: job | {"size": size, "steps": steps} for name, job in make_model_jobs(device, against, max_autotune).items()}
     if on_cpu and against:
         del jobs["minidiff float32"]
     record = BenchRecord(out, {"bench": "image", "model": str(config), "size": size, "steps": steps, "rounds": rounds, "device": device})
-    yield format_machine(record.values["machine"])
-    yield f"A picture of {size} x {size} in {steps} steps\n"
-    with model_folder(config) as folder:
-        more = {"folder": str(folder), "size": size, "steps": steps}
-        yield from race(__name__, {name: job | more for name, job in jobs.items()}, rounds, record)
-    record.finish()
+    part = f"A picture of {size} x {size} in {steps} steps\n", "", jobs
+    yield from race_models(__name__, [part], config, lambda folder: None, record)
 
 
 # ------------------------------------------------------------------------------------------------------ the contenders
@@ -74,8 +69,7 @@ def bench_image(
 def prepare(job: dict) -> Callable[[dict], dict]:
     """Load the pipeline in the contender's process."""
     peak, device, dtype = start_worker(job)
-    make = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]]
-    return answer_with(make(job, device, dtype), peak)
+    return answer_with({"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]](job, device, dtype), peak)
 
 
 def _diffusers(job: dict, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -76,20 +76,14 @@ def bench_load(
     record = {"command": read_command(), "machine": read_machine(), "rounds": rounds, "cases": []}
     missed = []
     yield format_machine(record["machine"])
-    columns = (
-        "file",
-        "minidiff",
-        "diffusers",
-        "ratio",
-        "with imports",
-        "",
-        "ratio",
-        "memory",
-        "minidiff",
-        "diffusers",
-        "of the model's size",
+    yield table_header(
+        [
+            "file",
+            *("minidiff", "diffusers", "ratio"),
+            *("with imports", "", "ratio"),
+            *("memory", "minidiff", "diffusers", "of the model's size"),
+        ]
     )
-    yield table_header(columns)
     for case in cases:
         found = measure_case(case, config, CONTENDERS if against else CONTENDERS[:1], rounds)
         summary = summarize(case, found)
@@ -177,7 +171,7 @@ def write_case(sd: StableDiffusion, case: FileCase, folder: Path) -> Path:
         weights_loader.save(sd, folder / "settings", layout="diffusers")
         return folder / "settings"
     (folder / "settings").mkdir()
-    write_folder_config(folder / "settings", sd.config, sd.tokenizer)
+    write_folder_config(folder / "settings", sd.config, sd.text.tokenizers)
     tensors = tensors_of(sd, "ldm")
     path = folder / f"model{case.kind}"
     if case.kind == ".ckpt":  # torch writes memory that tensors share once; here each has its own

@@ -43,19 +43,18 @@ def measure(contender: str, path: str, settings: str, asked: str, config: str | 
         config: Ours as JSON, None if the file's shapes determine it.
     """
     start = perf_counter()
-    prepare = {"minidiff": prepare_minidiff, "diffusers": prepare_diffusers}[contender]
-    load = prepare(path, settings, asked, config)
+    load = {"minidiff": prepare_minidiff, "diffusers": prepare_diffusers}[contender](path, settings, asked, config)
     import_seconds = perf_counter() - start
+
+    from torch import float32  # of weights in half precision the sum is more than they can hold
 
     with ProcessMemory() as memory:
         start, cpu_start = perf_counter(), process_time()
-        parts = load()
-        weights = [weight for part in parts for weight in part.parameters()]
-        total = sum(weight.detach().sum().item() for weight in weights)
+        weights = [weight for part in load() for weight in part.parameters()]
+        total = sum(weight.detach().sum(dtype=float32).item() for weight in weights)
         seconds, cpu_seconds = perf_counter() - start, process_time() - cpu_start
     assert all(str(weight.dtype) == f"torch.{asked}" for weight in weights)
-    count = sum(weight.numel() for weight in weights)
-    return Measurement(import_seconds, seconds, cpu_seconds, *memory.above(), total, count)
+    return Measurement(import_seconds, seconds, cpu_seconds, *memory.above(), total, sum(weight.numel() for weight in weights))
 
 
 def prepare_minidiff(path: str, settings: str, asked: str, config: str | None):
@@ -73,12 +72,7 @@ def prepare_minidiff(path: str, settings: str, asked: str, config: str | None):
 
     Tokenizer(TokenizerConfig(merges=()))  # imports open_clip's tokenizer
     known = config_from_json(config) if config else None
-
-    def load():
-        sd = weights_loader.load(path, dtype=getattr(torch, asked), config=known)
-        return sd.text_encoder, sd.unet, sd.vae
-
-    return load
+    return lambda: tuple(weights_loader.load(path, dtype=getattr(torch, asked), config=known).parts.values())
 
 
 def prepare_diffusers(path: str, settings: str, asked: str, config: str | None):
@@ -87,20 +81,23 @@ def prepare_diffusers(path: str, settings: str, asked: str, config: str | None):
     Args:
         path, settings, asked, config: As in `measure`.
     """
+    import diffusers
     import torch
 
     # Each class by name: both packages import what they are asked for.
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]  # noqa: F401
-    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+    pipelines = ("DiffusionPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    named = {name: getattr(diffusers, name) for name in (*pipelines, "AutoencoderKL", "DDIMScheduler", "UNet2DConditionModel")}
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401
 
     options = {"torch_dtype": getattr(torch, asked), "local_files_only": True}
 
     def load():
         if path == settings:
-            pipe = StableDiffusionPipeline.from_pretrained(path, **options)
+            pipe = named["DiffusionPipeline"].from_pretrained(path, **options)
         else:
-            pipe = StableDiffusionPipeline.from_single_file(path, config=settings, **options)
-        return pipe.text_encoder, pipe.unet, pipe.vae
+            kind = "StableDiffusionXLPipeline" if (Path(settings) / "tokenizer_2").exists() else "StableDiffusionPipeline"
+            pipe = named[kind].from_single_file(path, config=settings, **options)
+        return tuple(part for name, part in pipe.components.items() if name in ("text_encoder", "text_encoder_2", "unet", "vae"))
 
     return load
 

@@ -4,7 +4,7 @@ The weights have the published shapes and are the same for all; every contender 
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ COMPILED = {"compiled": "reduce-overhead", "max-autotune": "max-autotune"}
 
 @contextmanager
 def model_folder(config: ModelConfig) -> Iterator[Path]:
-    """Write a diffusers folder of float32 weights, 4.3 GB for Stable Diffusion 1.x, to the temporary folder for the block's duration."""
+    """Write a diffusers folder of float32 weights, 4.3 GB for Stable Diffusion 1.x, 13.9 GB for XL, to a temporary folder for the block."""
     import weights_loader
 
     with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
@@ -31,33 +31,49 @@ def model_folder(config: ModelConfig) -> Iterator[Path]:
         yield Path(folder)
 
 
-def make_model_jobs(device: str, against: bool, max_autotune: bool = False, compiled: bool = True) -> dict[str, dict]:
-    """Return the contenders' jobs by name, first the one to compare with: what the rival does by default.
+# The contenders by name: library, dtype, how it computes. The others are compared with the first, what the rival does by default.
+# On a GPU float32 serves only to measure errors.
+ON_CPU = {
+    "diffusers float32": ("diffusers", "float32", "eager"),
+    "diffusers bfloat16": ("diffusers", "bfloat16", "channels-last"),
+    "minidiff float32": ("minidiff", "float32", "eager"),
+    "minidiff bfloat16": ("minidiff", "bfloat16", "eager"),
+}
+ON_GPU = {
+    "diffusers": ("diffusers", "bfloat16", "eager"),
+    "diffusers channels-last": ("diffusers", "bfloat16", "channels-last"),
+    "diffusers compiled": ("diffusers", "bfloat16", "compiled"),
+    "diffusers max-autotune": ("diffusers", "bfloat16", "max-autotune"),
+    "minidiff": ("minidiff", "bfloat16", "eager"),
+    "minidiff compiled": ("minidiff", "bfloat16", "compiled"),
+    "minidiff float32": ("minidiff", "float32", "eager"),
+}
 
-    On a GPU all compute in bfloat16, and float32 serves only to measure errors; on a CPU each has a float32 and a bfloat16 job.
+
+def make_jobs(device: str, against: bool, leave_out: Sequence[str] = ()) -> dict[str, dict]:
+    """Return the contenders' jobs by name, in the order of the tables above.
 
     Args:
         device: Of all contenders.
         against: Race diffusers as well.
-        max_autotune: Add diffusers compiled with max-autotune, which takes long to compile.
-        compiled: Add diffusers compiled.
+        leave_out: Names of contenders that do not take part.
     """
+    on_cpu = torch.device(device).type == "cpu"
+    return {
+        name: {"library": library, "dtype": dtype, "how": how, "untimed": not on_cpu and dtype == "float32", "device": device}
+        for name, (library, dtype, how) in (ON_CPU if on_cpu else ON_GPU).items()
+        if name not in leave_out and (against or library != "diffusers")
+    }
 
-    def job(library: str, dtype: str, how: str = "eager", untimed: bool = False) -> dict:
-        return {"library": library, "dtype": dtype, "how": how, "untimed": untimed, "device": device}
 
-    half = "bfloat16"
-    if torch.device(device).type == "cpu":
-        theirs = {"diffusers float32": job("diffusers", "float32"), "diffusers bfloat16": job("diffusers", half, "channels-last")}
-        ours = {"minidiff float32": job("minidiff", "float32"), "minidiff bfloat16": job("minidiff", half)}
-        return (theirs if against else {}) | ours
-    theirs = {"diffusers": job("diffusers", half), "diffusers channels-last": job("diffusers", half, "channels-last")}
-    if compiled:
-        theirs["diffusers compiled"] = job("diffusers", half, "compiled")
-    if max_autotune:
-        theirs["diffusers max-autotune"] = job("diffusers", half, "max-autotune")
-    ours = {"minidiff": job("minidiff", half), "minidiff float32": job("minidiff", "float32", untimed=True)}
-    return (theirs if against else {}) | ours
+def make_model_jobs(device: str, against: bool, max_autotune: bool = False) -> dict[str, dict]:
+    """Return the jobs of those that run a model without training it.
+
+    Args:
+        device, against: As in `make_jobs`.
+        max_autotune: Add diffusers compiled with max-autotune, which takes long to compile.
+    """
+    return make_jobs(device, against, ("minidiff compiled", *(() if max_autotune else ("diffusers max-autotune",))))
 
 
 def start_worker(job: dict) -> tuple[PeakMemory, torch.device, torch.dtype]:
@@ -66,7 +82,7 @@ def start_worker(job: dict) -> tuple[PeakMemory, torch.device, torch.dtype]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if job["library"] == "diffusers":
         # Each class by name: both packages import what they are asked for.
-        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]  # noqa: F401
+        from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]  # noqa: F401
         from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
     else:
         import weights_loader  # noqa: F401
@@ -83,9 +99,9 @@ def diffusers_pipeline(job: dict, device: torch.device, dtype: torch.dtype) -> A
     job["how"] is "eager" for the defaults, "channels-last" for U-Net and VAE in that layout, "compiled" to compile them as well, as
     diffusers' page on speed recommends.
     """
-    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+    from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
-    pipe = StableDiffusionPipeline.from_pretrained(f"{job['folder']}/model", torch_dtype=dtype, local_files_only=True).to(device)
+    pipe = DiffusionPipeline.from_pretrained(f"{job['folder']}/model", torch_dtype=dtype, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
     if job["how"] != "eager":
         pipe.unet.to(memory_format=torch.channels_last)

@@ -4,7 +4,8 @@ All are started before the first round, each in its own process (contender.py); 
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
@@ -15,11 +16,40 @@ from torch import Tensor
 
 from minidiff.bench.common import BenchRecord
 from minidiff.bench.contender import Contender, Refused
+from minidiff.bench.pipelines import model_folder
 from minidiff.bench.ratios import ratio, turns
+from minidiff.config import ModelConfig
+from minidiff.machine import format_machine
 from minidiff.markdown import format_seconds, table_header, table_row
 
 TURN = 1.0  # seconds that a turn takes at least, in as many repeats as that needs
 MAX_REPEATS = 100
+
+
+def race_models(
+    module: str,
+    parts: Sequence[tuple[str, str, dict[str, dict]]],
+    config: ModelConfig,
+    write_inputs: Callable[[Path], None],
+    record: BenchRecord,
+) -> Iterator[str]:
+    """Race on one model of random weights, and yield the machine, then the title and the table of each part.
+
+    Args:
+        module: What the contenders run.
+        parts: Each a title, a prefix of the names in the record, and the jobs by name; they are told the folder of the model.
+        config: Of the model.
+        write_inputs: Writes what else the contenders read into that folder.
+        record: Where numbers are kept as they come in; its settings have the rounds.
+    """
+    yield format_machine(record.values["machine"])
+    with model_folder(config) as folder:
+        write_inputs(folder)
+        for title, prefix, jobs in parts:
+            yield title
+            jobs = {name: job | {"folder": str(folder)} for name, job in jobs.items()}
+            yield from race(module, jobs, record.values["settings"]["rounds"], record, prefix)
+    record.finish()
 
 
 def race(module: str, jobs: dict[str, dict], rounds: int, record: BenchRecord, part: str = "") -> Iterator[str]:
@@ -34,32 +64,28 @@ def race(module: str, jobs: dict[str, dict], rounds: int, record: BenchRecord, p
         record: Where numbers are kept as they come in.
         part: A prefix of the names in the record.
     """
-    with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
-        contenders, found, given = {}, {}, {}
-        try:
-            for name, job in jobs.items():
-                contenders[name] = Contender(module, job)
-                told = {key: value for key, value in job.items() if key != "folder"}
-                try:
-                    path = Path(folder) / "result.npy"
-                    found[name] = contenders[name].ask(do="check", result=str(path)) | {"job": told, "rounds": []}
-                    given[name] = torch.from_numpy(np.load(path))
-                except Refused as reason:
-                    contenders.pop(name).close()
-                    found[name] = {"job": told, "refused": str(reason)}
-                record.keep(part + name, found[name])
-            exact = next((name for name in given if jobs[name]["dtype"] == "float32"), None)
-            for name in given if exact else ():
-                found[name]["error"] = relative_error(given[name], given[exact])
-            for name in [name for name in contenders if jobs[name]["untimed"]]:
+    contenders, found, given = {}, {}, {}
+    with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder, ExitStack() as stack:
+        path = Path(folder) / "result.npy"
+        for name, job in jobs.items():
+            contenders[name] = stack.enter_context(Contender(module, job))
+            told = {key: value for key, value in job.items() if key != "folder"}
+            try:
+                found[name] = contenders[name].ask(do="check", result=str(path)) | {"job": told, "rounds": []}
+                given[name] = torch.from_numpy(np.load(path))
+            except Refused as reason:
                 contenders.pop(name).close()
-            for _, name in turns(list(contenders), rounds):
-                if "refused" not in found[name]:
-                    take_turn(contenders[name], found[name])
-                    record.write()
-        finally:
-            for contender in contenders.values():
-                contender.close()
+                found[name] = {"job": told, "refused": str(reason)}
+            record.keep(part + name, found[name])
+        exact = next((name for name in given if jobs[name]["dtype"] == "float32"), None)
+        for name in given if exact else ():
+            found[name]["error"] = relative_error(given[name], given[exact])
+        for name in [name for name in contenders if jobs[name]["untimed"]]:
+            contenders.pop(name).close()
+        for _, name in turns(list(contenders), rounds):
+            if "refused" not in found[name]:
+                take_turn(contenders[name], found[name])
+                record.write()
     yield from format_table(found, next(iter(jobs)))
 
 

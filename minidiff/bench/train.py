@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
-from minidiff.bench.pipelines import COMPILED, minidiff_model, model_folder, start_worker
-from minidiff.bench.race import race
+from minidiff.bench.pipelines import COMPILED, make_jobs, minidiff_model, start_worker
+from minidiff.bench.race import race_models
 from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
-from minidiff.machine import format_machine
 
 METHODS = ("lora", "custom-diffusion")
 RANK = 4
@@ -58,43 +57,32 @@ def bench_train(
     check_arguments(rounds, out, against, ("diffusers", "peft"))
     if unknown := [name for name in methods if name not in METHODS]:
         raise ValueError(f"method {unknown[0]!r} unknown; choose {', '.join(METHODS)}")
-    config = model_config(model) if isinstance(model, str) else model
+    config = model_config(model)
     size = size or config.image_size // (2 if on_cpu else 1)
     settings = {"bench": "train", "model": str(config), "size": size, "methods": list(methods), "rounds": rounds, "device": device}
-    record = BenchRecord(out, settings)
-    yield format_machine(record.values["machine"])
-    with model_folder(config) as folder:
+
+    def write_inputs(folder: Path) -> None:
         for name in ("subject", "class"):
             (folder / name).mkdir()
             pixels = np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / "0.png")
         torch.save(sample(config, size), folder / "sample.pt")
-        for method in methods:
-            more = {"folder": str(folder), "method": method, "size": size}
-            yield f"\nA step of {method}, {size} x {size}\n"
-            jobs = {name: job | more for name, job in make_train_jobs(device, against).items()}
-            yield from race(__name__, jobs, rounds, record, part=f"{method}: ")
-    record.finish()
+
+    jobs = make_train_jobs(device, against)
+    parts = [
+        (
+            f"\nA step of {method}, {size} x {size}\n",
+            f"{method}: ",
+            {name: job | {"method": method, "size": size} for name, job in jobs.items()},
+        )
+        for method in methods
+    ]
+    yield from race_models(__name__, parts, config, write_inputs, BenchRecord(out, settings))
 
 
 def make_train_jobs(device: str, against: bool) -> dict[str, dict]:
     """Return the contenders' jobs: bfloat16 by autocast, and float32 for the errors and as the usual choice on a CPU."""
-
-    def job(library: str, dtype: str, how: str = "eager", untimed: bool = False) -> dict:
-        return {"library": library, "dtype": dtype, "how": how, "untimed": untimed, "device": device}
-
-    half = "bfloat16"
-    if torch.device(device).type == "cpu":
-        theirs = {"diffusers float32": job("diffusers", "float32")}
-        ours = {"minidiff float32": job("minidiff", "float32"), "minidiff bfloat16": job("minidiff", half)}
-    else:
-        theirs = {"diffusers": job("diffusers", half), "diffusers compiled": job("diffusers", half, "compiled")}
-        ours = {
-            "minidiff": job("minidiff", half),
-            "minidiff compiled": job("minidiff", half, "compiled"),
-            "minidiff float32": job("minidiff", "float32", untimed=True),
-        }
-    return (theirs if against else {}) | ours
+    return make_jobs(device, against, ("diffusers bfloat16", "diffusers channels-last", "diffusers max-autotune"))
 
 
 def sample(config: ModelConfig, size: int) -> dict[str, Tensor]:
@@ -139,8 +127,7 @@ def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[s
         options = replace(options, sizes="none", prior=Prior(kind="folder"))
         concept = Concept(images=folder / "subject", class_images=folder / "class", token="<new1>", class_word="dog")
         method = METHODS["custom-diffusion"].build(sd, [concept], options)
-    phase = method.phases[0].__enter__()
-    walk = Training(phase, settings, device).run()
+    walk = Training(method.phases[0].__enter__(), settings, device).run()
 
     def loss() -> Tensor:
         draws = NoiseSample(given["t"], given["eps"])
@@ -204,8 +191,7 @@ def _diffusers_lora(
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    targets = ["to_k", "to_q", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets))
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
     cast_training_params(unet, torch.float32)
     with torch.no_grad():
         context = text_encoder(_tokens(tokenizer, text_encoder, "a photo of a dog").to(device))[0]
@@ -226,8 +212,7 @@ def _diffusers_custom_diffusion(
     for name in unet.attn_processors:
         module = unet.get_submodule(name.removesuffix(".processor"))
         of_text = name.endswith("attn2.processor")
-        width, context_width = module.to_q.out_features, module.to_k.in_features if of_text else None
-        sizes = {"hidden_size": width, "cross_attention_dim": context_width}
+        sizes = {"hidden_size": module.to_q.out_features, "cross_attention_dim": module.to_k.in_features if of_text else None}
         processor = CustomDiffusionAttnProcessor2_0(of_text, train_q_out=False, **sizes).to(device)
         if of_text:
             with torch.no_grad():

@@ -20,6 +20,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device, converted: bool):
         self.device, self.converted = device, converted
+        self.before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self.memory = ProcessMemory().__enter__() if device.type == "cpu" and Path("/proc/self/clear_refs").exists() else None
 
     def reset(self) -> None:
@@ -33,7 +34,10 @@ class PeakMemory:
     def stop(self) -> dict[str, int | None]:
         """Stop watching and return the peak, with what it consists of."""
         if self.device.type == "cuda":
-            return {"memory": torch.cuda.max_memory_allocated(self.device), "reserved": torch.cuda.max_memory_reserved(self.device)}
+            return {
+                "memory": torch.cuda.max_memory_allocated(self.device) - self.before,
+                "reserved": torch.cuda.max_memory_reserved(self.device),
+            }
         if self.memory is None:
             return {"memory": None}
         self.memory.__exit__()
@@ -47,6 +51,16 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def time_calls(run: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Return seconds per call, waiting for the device only before the first and after the last."""
+    wait_for(device)
+    start = perf_counter()
+    for _ in range(calls):
+        run()
+    wait_for(device)
+    return (perf_counter() - start) / calls
+
+
 def answer_with(run: Call, peak: PeakMemory, check: Call | None = None) -> Callable[[dict], dict]:
     """Return the function that answers requests: "check" saves the result and tells the memory, "time" tells the seconds per run.
 
@@ -54,17 +68,9 @@ def answer_with(run: Call, peak: PeakMemory, check: Call | None = None) -> Calla
     """
     check = check or run
 
-    def time(repeats: int) -> float:
-        wait_for(peak.device)
-        start = perf_counter()
-        for _ in range(repeats):
-            run()
-        wait_for(peak.device)
-        return (perf_counter() - start) / repeats
-
     def answer(request: dict) -> dict:
         if request["do"] == "time":
-            return {"seconds": time(request["repeats"])}
+            return {"seconds": time_calls(run, peak.device, request["repeats"])}
         start = perf_counter()
         results = [check().detach().float().cpu().clone()]
         wait_for(peak.device)
@@ -73,8 +79,8 @@ def answer_with(run: Call, peak: PeakMemory, check: Call | None = None) -> Calla
             results += [check().detach().float().cpu().clone() for _ in range(2)]
             told["bit_equal"] = all(torch.equal(results[0], again) for again in results[1:])
         if peak.device.type == "cuda" or check is not run:
-            time(1)  # not counted: the optimizer makes its state, compilers compile
-            told["seconds"] = time(1)
+            time_calls(run, peak.device, 1)  # not counted: the optimizer makes its state, compilers compile
+            told["seconds"] = time_calls(run, peak.device, 1)
         np.save(request["result"], results[0].numpy())
         return told | peak.stop()
 

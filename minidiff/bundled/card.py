@@ -2,8 +2,6 @@
 
 import dataclasses
 
-from torch import nn
-
 from minidiff.bundled.figures import EvaluationRecord, format_figures
 from minidiff.bundled.recipe import Recipe
 from minidiff.markdown import format_duration, markdown_table
@@ -65,14 +63,8 @@ def format_shapes(sd: StableDiffusion) -> str:
         ("U-Net", levels(", ".join(map(str, config.unet.widths)), config.unet.blocks_per_level), sd.unet),
         ("VAE", levels(", ".join(map(str, config.vae.widths)), config.vae.blocks_per_level) + f", factor {config.vae.factor}", sd.vae),
     ]
-    return markdown_table(
-        ("part", "shape", "parameters"), [(name, shape, f"{count_parameters(module) / 1e6:.2f} M") for name, shape, module in rows]
-    )
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Count a module's parameters."""
-    return sum(p.numel() for p in module.parameters())
+    parameters = [f"{sum(p.numel() for p in part.parameters()) / 1e6:.2f} M" for _, _, part in rows]
+    return markdown_table(("part", "shape", "parameters"), [(*row[:2], count) for row, count in zip(rows, parameters)])
 
 
 def format_stages(recipe: Recipe, judge: Settings, times: dict[str, dict]) -> str:

@@ -107,48 +107,33 @@ def _evaluate(
         "prompts": len({prompt for prompt, _ in pairs}),
         "seeds": sorted({seed for _, seed in pairs}),
     }
-    answers = _Answers.read(state, asked)
-    for start in range(len(answers.verdicts["model"]), len(pairs), batch):
+    verdicts, features = _read_answers(state, asked)
+    for start in range(len(verdicts["model"]), len(pairs), batch):
         part = pairs[start : start + batch]
-        answers.add(judge_pictures(sd, judge, steps, guidance_scale, part))
+        for name, (judged, seen) in judge_pictures(sd, judge, steps, guidance_scale, part).items():
+            features[name] = torch.cat([features[name], seen.cpu()]) if name in features else seen.cpu()
+            if name in JUDGED:
+                verdicts[name] += judged
         if state is not None:
-            answers.write(state, asked)
+            rows = {name: [list(astuple(verdict)) for verdict in found] for name, found in verdicts.items()}
+            write_state(state, {"asked": asked, "verdicts": rows, "features": features})
         if start + len(part) < len(pairs):
             yield EvaluationProgress(start + len(part), len(pairs))
-    features = {name: torch.cat(parts) for name, parts in answers.features.items()}
-    figures = summarize_verdicts([prompt for prompt, _ in pairs], answers.verdicts, features)
-    by_picture = {(prompt.text, seed): verdict for (prompt, seed), verdict in zip(pairs, answers.verdicts["model"], strict=True)}
+    figures = summarize_verdicts([prompt for prompt, _ in pairs], verdicts, features)
+    by_picture = {(prompt.text, seed): verdict for (prompt, seed), verdict in zip(pairs, verdicts["model"], strict=True)}
     yield EvaluationProgress(len(pairs), len(pairs), EvaluationRecord(steps, guidance_scale, figures, by_picture))
 
 
-@dataclass(frozen=True, eq=False)
-class _Answers:
-    """What the judge has said so far, by kind of picture: verdicts on JUDGED, features (a tensor per batch) of these and of "reference"."""
+def _read_answers(state: Path | None, asked: dict[str, object]) -> tuple[dict[str, list[Verdict]], dict[str, Tensor]]:
+    """Return what the judge has said of an evaluation that was stopped, or nothing yet, by kind of picture.
 
-    verdicts: dict[str, list[Verdict]]
-    features: dict[str, list[Tensor]]
-
-    @classmethod
-    def read(cls, state: Path | None, asked: dict[str, object]) -> "_Answers":
-        """Read the answers of an evaluation that was stopped, or begin. Raises ValueError if the file is of another evaluation."""
-        if state is None or not state.exists():
-            return cls({name: [] for name in JUDGED}, {name: [] for name in (*JUDGED, "reference")})
-        found = read_state(state)
-        check_same(state, found["asked"], asked)
-        verdicts = {name: [Verdict(*row) for row in rows] for name, rows in found["verdicts"].items()}
-        return cls(verdicts, {name: [tensor] for name, tensor in found["features"].items()})
-
-    def add(self, judged: dict[str, tuple[list[Verdict], Tensor]]) -> None:
-        """Add the answers on one more batch."""
-        for name, (verdicts, features) in judged.items():
-            self.features[name].append(features.cpu())
-            if name in JUDGED:
-                self.verdicts[name] += verdicts
-
-    def write(self, state: Path, asked: dict[str, object]) -> None:
-        """Write all answers to a file."""
-        verdicts = {name: [list(astuple(verdict)) for verdict in rows] for name, rows in self.verdicts.items()}
-        write_state(state, {"asked": asked, "verdicts": verdicts, "features": {n: torch.cat(parts) for n, parts in self.features.items()}})
+    Verdicts are on JUDGED, features of these and of "reference". Raises ValueError if the file is of another evaluation.
+    """
+    if state is None or not state.exists():
+        return {name: [] for name in JUDGED}, {}
+    found = read_state(state)
+    check_same(state, found["asked"], asked)
+    return {name: [Verdict(*row) for row in rows] for name, rows in found["verdicts"].items()}, found["features"]
 
 
 def judge_pictures(
@@ -253,7 +238,7 @@ def summarize_verdicts(
     if blocks >= 2:
         found = {name: kid(features[name], features["reference"], groups=(group, group), blocks=blocks) for name in verdicts}
         distances = Figure(**{name: Measure(d.value, d.error, len(prompts)) for name, d in found.items()})
-    return Figures(
+    return dict(
         one_subject=ask(lambda p, v: v.subjects if p.group == "one" else None),
         two_subjects=ask(lambda p, v: v.subjects if p.group == "two" else None),
         two_subjects_held_out_pairs=ask(lambda p, v: v.subjects if p.group == "two" and p.held_out else None),

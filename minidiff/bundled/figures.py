@@ -42,22 +42,8 @@ class Figure:
     reconstructed: Measure
 
 
-@dataclass(frozen=True)
-class Figures:
-    """All figures of a model; shares are 0..1. A figure is None if no picture was asked its question."""
-
-    one_subject: Figure | None
-    two_subjects: Figure | None
-    two_subjects_held_out_pairs: Figure | None  # among two_subjects
-    background: Figure | None
-    place: Figure | None
-    style: Figure | None
-    colour: Figure | None
-    colour_and_subject: Figure | None
-    text_alignment: Figure | None
-    kid: Figure | None
-
-
+# All figures of a model, by name; shares are 0..1. A figure is None if no picture was asked its question.
+Figures = dict[str, Figure | None]
 LABELS = {
     "one_subject": "one subject",
     "two_subjects": "two subjects, both right",
@@ -86,8 +72,7 @@ def format_figures(figures: Figures) -> str:
     """Format the figures as a Markdown table, shares in per cent."""
     rows = [table_row(("figure", "model", "real scenes", "after the VAE", "pictures")), "|---|---|---|---|---|"]
     for name, label in LABELS.items():
-        figure = getattr(figures, name)
-        if figure is not None:
+        if figure := figures[name]:
             show = "{:.4f} ± {:.4f}".format if name in ("text_alignment", "kid") else lambda v, e: f"{100 * v:.1f} ± {100 * e:.1f} %"
             cells = [show(m.value, m.error) for m in (figure.model, figure.real, figure.reconstructed)]
             rows.append(table_row((label, *cells, figure.model.count)))
@@ -97,7 +82,7 @@ def format_figures(figures: Figures) -> str:
 def to_json(record: EvaluationRecord) -> str:
     """Write a record as JSON, one line per picture; the mean of nothing, which is not a number, is null."""
     columns = ["prompt", "seed", *(field.name for field in fields(Verdict))]
-    figures = {name: figure and {kind: null_for_nan(m) for kind, m in figure.items()} for name, figure in asdict(record.figures).items()}
+    figures = {name: figure and {k: null_for_nan(m) for k, m in asdict(figure).items()} for name, figure in record.figures.items()}
     rows = [json.dumps([prompt, seed, *astuple(verdict)], ensure_ascii=False) for (prompt, seed), verdict in record.verdicts.items()]
     head = {"steps": record.steps, "guidance_scale": record.guidance_scale, "figures": figures, "columns": columns}
     return json.dumps(head, indent=1)[:-2] + ',\n "pictures": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n"
@@ -112,11 +97,12 @@ def from_json(text: str) -> EvaluationRecord:
     """Read what `to_json` wrote. Raises ValueError for anything else."""
     try:
         values = json.loads(text)
-        figures = {
-            name: figure and Figure(**{kind: read_measure(**m) for kind, m in figure.items()}) for name, figure in values["figures"].items()
-        }
+        found = values["figures"]
+        if found.keys() != LABELS.keys():
+            raise KeyError(*(found.keys() ^ LABELS.keys()))
+        figures = {name: figure and Figure(**{kind: read_measure(**m) for kind, m in figure.items()}) for name, figure in found.items()}
         verdicts = {(prompt, seed): Verdict(*answers) for prompt, seed, *answers in values["pictures"]}
-        return EvaluationRecord(values["steps"], values["guidance_scale"], Figures(**figures), verdicts)
+        return EvaluationRecord(values["steps"], values["guidance_scale"], figures, verdicts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not the record of an evaluation ({error!r}); give a file that to_json wrote") from error
 

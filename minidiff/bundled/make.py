@@ -46,13 +46,12 @@ from minidiff.files import write_text
 from minidiff.machine import format_device
 from minidiff.pictures import grid, save_png
 from minidiff.pipeline import StableDiffusion, to_images
-from minidiff.scenes.prompts import fixed_prompts
-from minidiff.scenes.scenes import prompts
+from minidiff.scenes.prompts import fixed_prompts, prompts
 from minidiff.text_encoder import TextEncoder
-from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine import distributed
 from minidiff.trainers.engine.loop import Training
 from minidiff.trainers.engine.settings import Settings
+from minidiff.two_encoders import text_side
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 
@@ -83,23 +82,18 @@ def run_bundled(
         init: A model to train further.
         vae: One to take as it is.
     """
-    made: list[StableDiffusion] = []
-
-    def keep(sd: StableDiffusion, name: str) -> None:
-        made.append(sd)
-        save(sd, name)
 
     def stages() -> Generator[StageProgress, None, None]:
-        yield from run_from_scratch(config, recipe, folder, device, keep, init, vae)
+        sd = yield from run_from_scratch(config, recipe, folder, device, save, init, vae)
         judge = yield from run_judge_training(recipe, folder, device)
         if distributed.rank() > 0:
             return
         save_judge(judge)
-        record = yield from run_evaluation(made[0], judge, folder)
+        record = yield from run_evaluation(sd, judge, folder)
         if not (folder / "README.md").exists():
-            yield from draw_card_pictures(made[0], folder / "pictures.png")
+            yield from draw_card_pictures(sd, folder / "pictures.png")
             times = json.loads((folder / "times.json").read_text())
-            text = format_card(made[0], recipe, judge_settings(recipe, device), times, held_out_psnr(made[0]), record)
+            text = format_card(sd, recipe, judge_settings(recipe, device), times, held_out_psnr(sd), record)
             write_text(folder / "README.md", text)
 
     return record_times(stages(), folder / "times.json", device)
@@ -183,8 +177,8 @@ def estimate_bundled_seconds(
     settings = judge_settings(recipe, device)
     task = JudgeTask(judge_config(), settings.seed, device)
     judging = settings.steps * time_step(task, settings, device)
-    text_encoder, unet, untrained = TextEncoder(config.text_encoder).to(device), UNet(config.unet).to(device), VAE(config.vae).to(device)
-    sd = StableDiffusion(config, text_encoder, unet, untrained, Tokenizer(config.tokenizer))
+    text = text_side(config, {"text_encoder": TextEncoder(config.text_encoder).to(device)})
+    sd = StableDiffusion(config, text, UNet(config.unet).to(device), VAE(config.vae).to(device))
     _, drawing = time_first(evaluate(sd, task.judge.eval(), seeds=SEEDS[:1], limit=4))
     return estimate_seconds(config, recipe, device, init, vae) | {
         "judge": judging,

@@ -27,14 +27,15 @@ from minidiff.config import ModelConfig
 from minidiff.files import checksum, ensure_same_run
 from minidiff.pictures import grid, save_png
 from minidiff.pipeline import StableDiffusion, to_images
-from minidiff.scenes.scenes import SIZE, prompts
-from minidiff.tokenizer import Tokenizer
+from minidiff.scenes.prompts import prompts
+from minidiff.scenes.scenes import SIZE
 from minidiff.trainers.engine import distributed
 from minidiff.trainers.engine.ema import EMA
 from minidiff.trainers.engine.log import Log
 from minidiff.trainers.engine.loop import Task, Training, train
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.engine.state import read_state, write_state
+from minidiff.two_encoders import text_side
 from minidiff.vae import VAE
 
 SAMPLES_EVERY = 500  # steps
@@ -60,10 +61,10 @@ def run_from_scratch(
     save: Callable[[StableDiffusion], None],
     init: StableDiffusion | None = None,
     vae: VAE | None = None,
-) -> Iterator[StageProgress]:
+) -> Generator[StageProgress, None, StableDiffusion]:
     """Train a model in `folder`, or resume what is there. All processes train; only the first writes files and calls `save`.
 
-    Raises ValueError if the folder holds a run of another recipe.
+    The generator's return value is the model. Raises ValueError if the folder holds a run of another recipe.
 
     Args:
         config: Of the model.
@@ -86,8 +87,10 @@ def run_from_scratch(
         yield progress
         if (progress.i % SAMPLES_EVERY == 0 or progress.i == progress.steps) and distributed.rank() == 0:
             save_samples(assemble_model(task, training, vae), folder / f"samples-{progress.i:06d}.png")
+    sd = assemble_model(task, training, vae)
     if distributed.rank() == 0:
-        save(assemble_model(task, training, vae))
+        save(sd)
+    return sd
 
 
 def resolve_compile(device: torch.device, recipe: Recipe) -> Recipe:
@@ -217,7 +220,7 @@ def assemble_model(task: DiffusionTask, training: Training, vae: VAE) -> StableD
     """Return the model with the EMA weights of a training."""
     text_encoder = copy_averaged(task.text_encoder, training.ema["text_encoder"])
     unet = copy_averaged(task.unet, training.ema["unet"])
-    return StableDiffusion(task.config, text_encoder, unet, vae, Tokenizer(task.config.tokenizer))
+    return StableDiffusion(task.config, text_side(task.config, {"text_encoder": text_encoder}), unet, vae)
 
 
 def save_samples(sd: StableDiffusion, path: Path) -> None:

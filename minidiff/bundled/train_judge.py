@@ -21,7 +21,8 @@ from minidiff.bundled.judge import Judge, JudgeConfig, JudgeOutput, contrastive_
 from minidiff.bundled.tasks import bundled_config
 from minidiff.config import TokenizerConfig
 from minidiff.pictures import to_pixels
-from minidiff.scenes.scenes import COLOURS, STYLES, Item, Scene, choose, compose, sample_scene, subjects, visible_backgrounds
+from minidiff.scenes.art import visible_backgrounds
+from minidiff.scenes.scenes import COLOURS, STYLES, Item, Scene, choose, compose, sample_scene, subjects
 from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine.loop import randn_per_sample, rng_for, to_device, with_seed
 from minidiff.trainers.engine.optimizer import optimizers

@@ -12,7 +12,8 @@ import tyro
 from minidiff.cli.flags import UNSET, Several, Whole
 from minidiff.cli.model import choose_device
 
-Models = Literal["sd1", "sd2", "bundled"]
+Models = Literal["sd1", "sd2", "sdxl", "bundled"]
+Trained = Literal["sd1", "sd2", "bundled"]  # by the loops of diffusers' examples that bench train races
 Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]", help_behavior_hint=UNSET)]
 
 
@@ -73,10 +74,11 @@ def step(
     size: Whole = None,
     device: str = "auto",
     max_autotune: bool = False,
+    controlnet: bool = False,
 ) -> None:
     """Time, memory and errors of a U-Net step of one picture with guidance, beside diffusers, on made-up weights.
 
-    Takes 4.3 GB of disk in the folder for temporary files.
+    Takes 4.3 GB of disk in the folder for temporary files, for sdxl 13.9 GB.
 
     Args:
         against: measure diffusers as well
@@ -86,10 +88,11 @@ def step(
         size: of the picture, in pixels; the model's own by default
         device: auto, cpu, cuda, cuda:1
         max_autotune: diffusers compiled by max-autotune as well, which takes minutes
+        controlnet: measure all of it again with a ControlNet, and what that adds; 1.4 GB more of disk
     """
     from minidiff.bench.step import bench_step
 
-    show(bench_step(against, out, rounds, model, size, str(choose_device(device)), max_autotune))
+    show(bench_step(against, out, rounds, model, size, str(choose_device(device)), max_autotune, controlnet))
 
 
 def image(
@@ -104,7 +107,7 @@ def image(
 ) -> None:
     """Time, memory and errors of a whole picture, from the prompt to pixels, beside diffusers, on made-up weights.
 
-    Takes 4.3 GB of disk in the folder for temporary files.
+    Takes 4.3 GB of disk in the folder for temporary files, for sdxl 13.9 GB.
 
     Args:
         against: measure diffusers as well
@@ -125,7 +128,7 @@ def train(
     against: bool = True,
     out: Path | None = None,
     rounds: Whole = None,
-    model: Models = "sd1",
+    model: Trained = "sd1",
     size: Whole = None,
     methods: tuple[Literal["lora", "custom-diffusion"], ...] = ("lora", "custom-diffusion"),
     device: str = "auto",

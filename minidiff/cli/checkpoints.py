@@ -1,23 +1,27 @@
 """`minidiff inspect`, `convert` and `compare`: checkpoints looked at, rewritten, and held against each other."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from minidiff.cli.flags import DTypes
+from minidiff.cli.flags import DTypes, Text
 from minidiff.cli.model import load, print_notes
+from minidiff.cli.names import check_writable
 
 
-def inspect(file: tyro.conf.Positional[Path], /) -> None:
+def inspect(file: tyro.conf.Positional[Path], /, ignore: Text = None, verify: bool = False) -> None:
     """Say what a checkpoint is, what is in it and what would be ignored; or what a LoRA, learned words or a Custom Diffusion are.
 
     Args:
         file: "tiny", a .safetensors or .ckpt file, a diffusers folder, or a small file that was learned
+        ignore: a regular expression of unknown tensors to leave out
+        verify: compare all numbers with the checksums in the file, as far as its format has some
     """
     import weights_loader
 
-    print(weights_loader.inspect(file))
+    print(weights_loader.inspect(file, ignore=ignore, verify=verify))
 
 
 def convert(
@@ -28,23 +32,39 @@ def convert(
     ema: bool = False,
     vae: str | None = None,
     prediction: Literal["eps", "v"] | None = None,
+    ignore: Text = None,
+    names: Text = None,
+    model: Text = None,
 ) -> None:
-    """Rewrite a checkpoint: to one .safetensors file in the original's names, or to a diffusers folder.
+    """Rewrite a checkpoint: to one .safetensors file in the original's names, or to a diffusers folder; or a small file in other names.
 
     Args:
-        source: "tiny", a .safetensors or .ckpt file, or a diffusers folder
-        target: a file name ending in .safetensors, or else the folder to make
+        source: "tiny", a .safetensors or .ckpt file, or a diffusers folder; or a LoRA, learned words or a Custom Diffusion
+        target: a file name ending in .safetensors, or else the folder to make; of small files also .bin, .pt and .ckpt
         dtype: of the weights; the file's own by default
         ema: take the averaged weights, where a .ckpt holds both; the others are left out in any case
         vae: a VAE file to put in the place of the model's
         prediction: what the model predicts, eps or v, where its file is wrong about it
+        ignore: a regular expression of unknown tensors to leave out
+        names: of a LoRA: kohya (by default) or diffusers; of learned words: diffusers (by default) or a1111
+        model: the checkpoint that a LoRA is for, if it is of no public family, or that a Custom Diffusion was learned on
     """
     import torch
 
     import weights_loader
 
+    check_writable(target)
+    if weights_loader.small_kind(source):
+        refuse_flags(
+            {"dtype": dtype != "auto", "ema": ema, "vae": vae, "prediction": prediction, "ignore": ignore},
+            f"a whole model, and {source} is small",
+        )
+        weights_loader.rewrite(source, target, names, load(model, "float32", "cpu") if model else None)
+        print(target)
+        return
+    refuse_flags({"names": names, "model": model}, f"a small file, and {source} is a whole model")
     kept = "file" if dtype == "auto" else getattr(torch, dtype)
-    print_notes(weights_loader.convert(source, target, dtype=kept, ema=ema, vae=vae, prediction=prediction))
+    print_notes(weights_loader.convert(source, target, dtype=kept, ema=ema, vae=vae, prediction=prediction, ignore=ignore))
     print(target)
 
 
@@ -85,3 +105,9 @@ def compare(
             print(f"{d.absolute:18.3e}  {d.relative:9.2e}  {d.layer}")
     differing = next((d for d in differences if d.relative > tolerance), None)
     print(f"first layer that differs: {differing.layer}" if differing else f"all {len(differences)} layers agree to {tolerance:g}")
+
+
+def refuse_flags(given: Mapping[str, object], of: str) -> None:
+    """Raise ValueError for the first flag that was given and has no effect here."""
+    for flag in (flag for flag, value in given.items() if value):
+        raise ValueError(f"--{flag} is of {of}; leave it out")

@@ -13,6 +13,7 @@ import tyro
 
 from minidiff.cli.flags import File, Folder, Text, Whole
 from minidiff.cli.model import load, print_notes
+from minidiff.cli.names import check_writable
 
 if TYPE_CHECKING:
     from minidiff.evaluation.alignment import Encoder
@@ -50,8 +51,8 @@ def pictures(
     from minidiff.evaluation.alignment import drift, image_alignment, text_alignment
     from minidiff.evaluation.folder import find_drawn_pictures, read_prompts
 
-    if out is not None and not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
+    if out is not None:
+        check_writable(out)
     paths = find_drawn_pictures(folder)
     prompts = read_prompts(folder, paths)
     counterparts = [] if before is None else same_names(paths, find_drawn_pictures(before), before)
@@ -123,12 +124,10 @@ def features_of(encoder: "Encoder", paths: list[Path]):
 
     from minidiff.pictures import fit, load_picture
 
-    parts = []
-    for start in range(0, len(paths), 32):
-        pixels = torch.stack([fit(load_picture(path), encoder.image_size) for path in paths[start : start + 32]])
-        with torch.no_grad():
-            parts.append(encoder.encode_pictures(pixels).float().cpu())
-    return torch.cat(parts)
+    batches = (paths[start : start + 32] for start in range(0, len(paths), 32))
+    pixels = (torch.stack([fit(load_picture(path), encoder.image_size) for path in batch]) for batch in batches)
+    with torch.no_grad():
+        return torch.cat([encoder.encode_pictures(batch).float().cpu() for batch in pixels])
 
 
 def weights(base: tyro.conf.Positional[str], tuned: tyro.conf.Positional[str], /, top: int = 10) -> None:
@@ -221,6 +220,52 @@ def bundled(
         print(format_figures(figures))
 
 
+def edits(
+    model: tyro.conf.Positional[str] = "tiny",
+    /,
+    part: Literal["all", "blends", "edits", "inversion"] = "all",
+    count: int = 40,
+    blends: int = 24,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    steps: int = 20,
+    readme: File = None,
+    device: str = "auto",
+    threads: Whole = None,
+) -> None:
+    """Measure how a model of the bundled scenes edits: image to image and inpainting, ways to blend, inversion.
+
+    Args:
+        model: the bundled one, or another that was trained on the scenes
+        part: one table, or all three
+        count: scenes to edit, each on every seed
+        blends: scenes to try the ways to blend on, each on the first seed
+        seeds: of the noise
+        steps: of the sampler
+        readme: a Markdown file whose tables are made anew, between marks as <!-- edits --> and <!-- end of edits -->
+        device: auto, cpu, cuda, cuda:1, mps
+        threads: CPU threads to use; all cores by default
+    """
+    import torch
+
+    import weights_loader
+    from minidiff.bundled.edits import measure, renew_tables
+    from minidiff.cli.model import training_on
+    from minidiff.files import write_text
+
+    parts = ("blends", "edits", "inversion") if part == "all" else (part,)
+    text = None if readme is None else readme.read_text(encoding="utf-8")
+    if text is not None:
+        renew_tables(text, dict.fromkeys(parts, ""))  # only to learn whether it has the marks
+    with training_on(device, threads) as chosen, torch.no_grad():
+        sd, judge = load(model, "float32", chosen), weights_loader.load_judge(device=chosen)
+        for name in parts:
+            table = measure(name, sd, judge, count=blends if name == "blends" else count, seeds=seeds, steps=steps)
+            print(f"{table}\n", flush=True)
+            text = None if text is None else renew_tables(text, {name: table})
+    if readme is not None and text is not None:
+        write_text(readme, text)
+
+
 def study(
     out: tyro.conf.Positional[Path],
     /,
@@ -253,9 +298,8 @@ def study(
     where = choose_device(device)
     chosen = [run for run in list_runs(part) if not (out / "results" / f"{run.name}.json").exists()][:limit]
     load_tiny = partial(weights_loader.load, "tiny", dtype=torch.float32, device=where)
-    load_judge = partial(weights_loader.load_judge, device=where)
     with tqdm(total=len(chosen), unit="run", file=sys.stderr) as bar:
-        for progress in run_study(out, chosen, load_tiny, load_judge, jobs=jobs, threads=threads):
+        for progress in run_study(out, chosen, load_tiny, partial(weights_loader.load_judge, device=where), jobs=jobs, threads=threads):
             bar.set_postfix_str(f"{progress.name}, {progress.left / 3600:.1f} h left", refresh=False)
             bar.update()
 
@@ -278,6 +322,7 @@ COMMANDS = {
     "pairs": pairs,
     "tally": tally,
     "bundled": bundled,
+    "edits": edits,
     "study": study,
     "report": report,
 }

@@ -7,8 +7,13 @@ takes no time. tyro reads the types below.
 """
 
 import inspect
-from collections.abc import Iterable
+import io
+import re
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr
 from dataclasses import field, make_dataclass
+from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -104,3 +109,67 @@ def command_class(parts: dict[str, Any]) -> type:
 def summary(described: object) -> str:
     """Return a docstring up to its Args."""
     return (inspect.getdoc(described) or "").partition("Args:\n")[0].strip()
+
+
+WORDS = {"fp16": "float16", "half": "float16", "fp32": "float32", "full": "float32", "bf16": "bfloat16", "gpu": "cuda"}
+MISTAKES = (  # of tyro's messages: (pattern, what is said in its place)
+    (r"Unrecognized options: (?P<given>--[^ ,=]+)", "{given} is no flag of this command{near}"),
+    (r"Unrecognized options: (?P<given>[^|]*[^| ])", "{given}: no flag before it takes it"),
+    (r"Missing from [^:]*: (?P<given>(?:--[\w-]+|[A-Z]+)) (?:[A-Z]+ )?(?P<help>.*?) \(required\)", "{given} is needed: {help}"),
+    (r"Missing value for argument '(?P<given>-[^']+)'", "{given} needs a value behind it"),
+    (
+        r"invalid choice '(?P<value>.*?)' for argument '(?P<given>.*?)'\. Expected one of \((?P<choices>.*?)\)",
+        "{given} {value}{near}: choose {choices}",
+    ),
+    (r"Error parsing (?P<given>\S+): .*literal for int\(\).*: '(?P<value>.*?)'", "{given} {value}: expected a whole number"),
+    (r"Error parsing (?P<given>\S+): .*to float: '(?P<value>.*?)'", "{given} {value}: expected a number"),
+)
+
+
+def parse_flags(target: Any, name: str, about: str, args: list[str]) -> Any:
+    """Parse arguments with tyro. Raises ValueError, in one line with the nearest right word, for what it does not take.
+
+    Args:
+        target: a class, or a function, which is called with what standard error says kept back
+        name: of the command
+        about: for --help
+        args: the command line
+    """
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(target, prog=f"minidiff {name}", description=about, args=args, config=CONFIG)
+    except SystemExit as error:
+        if not error.code:
+            raise
+    raise ValueError(f"{mistake(said.getvalue())}; minidiff {name} --help lists all flags")
+
+
+def collect(function: Callable[..., None], name: str, args: list[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Parse the arguments that a function documents; return them by position and by name. Raises as `parse_flags` does."""
+
+    @wraps(function)
+    def record(*positional: Any, **named: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return positional, named
+
+    return parse_flags(record, name, summary(function), args)
+
+
+def mistake(text: str) -> str:
+    """Return what tyro says of wrong arguments, without its box, in one line."""
+    said = " ".join(re.sub("[─-]{9,}", " | ", re.sub("[│╭╮╰╯]", " ", text)).split())
+    for pattern, words in MISTAKES:
+        if found := re.search(pattern, said):
+            values = found.groupdict()
+            choices = [choice for choice in re.findall(r"'([^']*)'", values.get("choices", "")) if choice != "None"]
+            if choices:
+                near = WORDS.get(values["value"]) or next(iter(get_close_matches(values["value"], choices, 1)), "")
+            else:
+                near = next(iter(re.findall(r"Perhaps you meant:?\s+(--[\w-]+)", said)), "")
+            return words.format_map(values | {"choices": ", ".join(choices), "near": f" (did you mean {near}?)" if near else ""})
+    return said
+
+
+def flag_name(text: str) -> str:
+    """Return the name of a flag without its dashes and its value: "--guidance_scale=3" and "Guidance scale" are guidance-scale."""
+    return text.removeprefix("--").partition("=")[0].lower().replace("_", "-").replace(" ", "-")

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,14 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from minidiff.bundled.recipe import RECIPES, Recipe
-from minidiff.cli.flags import CONFIG, Attentions, Text, Whole, command_class, flag_groups, given, summary
+from minidiff.cli.flags import Attentions, Text, Whole, command_class, flag_groups, given, parse_flags, summary
 from minidiff.cli.model import load, print_notes, training_on
 from minidiff.trainers.methods.override import override
 
 if TYPE_CHECKING:
     import torch
 
+    from minidiff.bundled.judge import Judge
     from minidiff.bundled.run import StageProgress
+    from minidiff.pipeline import StableDiffusion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +56,8 @@ def from_scratch(args: list[str]) -> None:
     from minidiff.bundled.tasks import bundled_config
 
     command = command_class({"run": (ScratchFlags,)} | flag_groups(Recipe))
-    description = f"{summary(ScratchFlags)}\n\n{recipe_numbers()}"
-    asked = vars(tyro.cli(command, prog="minidiff train from-scratch", description=description, args=args, config=CONFIG))
+    about = f"{summary(ScratchFlags)}\n\n{recipe_numbers()}"
+    asked = vars(parse_flags(command, "train from-scratch", about, args))
     flags: ScratchFlags = asked["run"]
     out, recipe = flags.out, override(RECIPES[flags.recipe or "bundled"], given(asked.values(), Recipe))
     with training_on(flags.device, flags.threads, flags.attention) as device:
@@ -65,29 +68,26 @@ def from_scratch(args: list[str]) -> None:
         claim_folder(out, config, recipe, init, vae)
         if flags.recipe == "bundled":
             print_forecast(lambda: estimate_bundled_seconds(config, recipe, device, init, vae), device, out)
-            show_progress(run_bundled(config, recipe, out, device, save_model(out), save_judge(out), init, vae))
+            show_progress(run_bundled(config, recipe, out, device, partial(save_model, out), partial(save_judge, out), init, vae))
         else:
             print_forecast(lambda: estimate_seconds(config, recipe, device, init, vae), device, out)
-            show_progress(run_from_scratch(config, recipe, out, device, save_model(out), init, vae))
+            show_progress(run_from_scratch(config, recipe, out, device, partial(save_model, out), init, vae))
         print(out / "model.safetensors")
 
 
-def save_model(out: Path) -> Callable:
-    """Return the function that writes the model and its parts."""
+def save_model(out: Path, sd: "StableDiffusion") -> None:
+    """Write the model and its parts."""
     import weights_loader
 
-    def save(sd) -> None:
-        weights_loader.save(sd, out / "model.safetensors")
-        weights_loader.save_parts(sd, out)
-
-    return save
+    weights_loader.save(sd, out / "model.safetensors")
+    weights_loader.save_parts(sd, out)
 
 
-def save_judge(out: Path) -> Callable:
-    """Return the function that writes the judge."""
+def save_judge(out: Path, judge: "Judge") -> None:
+    """Write the judge."""
     import weights_loader
 
-    return lambda judge: weights_loader.save_judge(judge, out / "judge.safetensors")
+    weights_loader.save_judge(judge, out / "judge.safetensors")
 
 
 def show_progress(steps: "Iterator[StageProgress]") -> None:

@@ -1,27 +1,32 @@
-"""The command line: `minidiff generate`, `inspect`, `convert`, `compare`, `train METHOD`, `merge`, `compress`, `extract`, `evaluate WHAT`,
-`bench WHAT`.
+"""The command line: `generate`, `hint KIND`, `inspect`, `convert`, `compare`, `verify`, `train METHOD`, `merge`, `compress`, `extract`,
+`evaluate WHAT`, `bench WHAT`.
 
 A command is a function, whose arguments and docstring are what `--help` shows, or a training method, whose flags are made from its
-options. What a user can get wrong ends in one line and exit code 2. This room and bench/ are the only ones here that know weights_loader.
-Imports that take long are inside the commands that need them.
+options. What a user can get wrong ends in one line and exit code 2 (failures.py). This room and bench/ are the only ones here that know
+weights_loader. Imports that take long are inside the commands that need them.
 """
 
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 
-import tyro
-
 from minidiff import __version__
-from minidiff.cli import bench, evaluate, merge
+from minidiff.cli import bench, evaluate, hint, merge
+from minidiff.cli.again import call_with_settings
 from minidiff.cli.checkpoints import compare, convert, inspect
-from minidiff.cli.flags import CONFIG, summary
+from minidiff.cli.failures import explain
+from minidiff.cli.flags import collect, summary
 from minidiff.cli.from_scratch import ScratchFlags, from_scratch
 from minidiff.cli.generate import generate
 from minidiff.cli.train import train
+from minidiff.cli.verify import verify
 from minidiff.trainers.methods.table import METHODS
+
+TRACEBACK = "--traceback"  # of every command: where it ends with an error, show where that was raised
 
 
 @dataclass(frozen=True)
@@ -35,18 +40,20 @@ class Command:
 def commands() -> dict[str, Command]:
     """Return all commands, by their names of one word, or two as "train lora"."""
     functions: dict[str, Callable[..., None]] = {
-        "generate": generate,
         "inspect": inspect,
         "convert": convert,
         "compare": compare,
+        "verify": verify,
         "compress": merge.compress,
         "extract": merge.extract,
         "merge lora": merge.merge_lora,
         "merge concepts": merge.merge_concepts,
+        **{f"hint {name}": function for name, function in hint.COMMANDS.items()},
         **{f"evaluate {name}": function for name, function in evaluate.COMMANDS.items()},
         **{f"bench {name}": function for name, function in bench.COMMANDS.items()},
     }
     return {
+        "generate": Command(summary(generate), partial(call_with_settings, generate, "generate")),
         **{name: Command(summary(function), partial(parse, name, function)) for name, function in functions.items()},
         **{f"train {name}": Command(method.summary, partial(train, name)) for name, method in METHODS.items()},
         "train from-scratch": Command(summary(ScratchFlags), from_scratch),
@@ -55,19 +62,24 @@ def commands() -> dict[str, Command]:
 
 def parse(name: str, function: Callable[..., None], args: list[str]) -> None:
     """Call a function with the arguments that it documents."""
-    tyro.cli(function, prog=f"minidiff {name}", description=summary(function), args=args, config=CONFIG)
+    positional, named = collect(function, name, args)
+    function(*positional, **named)
 
 
 def main() -> None:
     """Run the `minidiff` command."""
     warnings.showwarning = lambda message, *rest: print(f"minidiff: {message}", file=sys.stderr)
+    args = [arg for arg in sys.argv[1:] if arg != TRACEBACK]
     try:
-        run(sys.argv[1:])
-    except (ValueError, OSError, ImportError) as error:
-        print(f"minidiff: {error}", file=sys.stderr)
-        sys.exit(2)
+        run(args)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if TRACEBACK in sys.argv:
+            traceback.print_exc()
+        line, code = explain(error, " ".join(args[:2]))
+        print(f"minidiff: {line}", file=sys.stderr)
+        sys.exit(code)
 
 
 def run(args: list[str]) -> None:
@@ -87,9 +99,15 @@ def run(args: list[str]) -> None:
 def show_commands(group: list[str], known: dict[str, Command], rest: list[str]) -> None:
     """List commands for --help, or end with exit code 2 where none is named. Raises ValueError for an unknown one."""
     if rest and rest[0] not in ("-h", "--help"):
-        raise ValueError(f"command {' '.join([*group, rest[0]])!r} unknown; choose {', '.join(known)}")
+        asked = " ".join([*group, rest[0]])
+        prefix = "".join(f"{word} " for word in group)
+        names = dict.fromkeys(name.removeprefix(prefix) if group else name.split()[0] for name in known)
+        near = [prefix + name for name in get_close_matches(rest[0], names, 1)]
+        way_out = f"did you mean {near[0]}?" if near else f"choose {', '.join(known)}" if group else "minidiff --help lists all"
+        raise ValueError(f"command {asked!r} unknown; {way_out}")
     names = {name.removeprefix(" ".join(group)).strip(): command for name, command in known.items()}
     choices = ",".join(dict.fromkeys(name.split()[0] for name in names))
     lines = [f"  {name:24}  {command.summary.splitlines()[0]}" for name, command in names.items()]
-    print(f"usage: minidiff {' '.join([*group, ''])}{{{choices}}} ...\n\n" + "\n".join(lines), file=sys.stdout if rest else sys.stderr)
+    usage = f"usage: minidiff {' '.join([*group, ''])}{{{choices}}} ... [{TRACEBACK}]\n\n"
+    print(usage + "\n".join(lines), file=sys.stdout if rest else sys.stderr)
     sys.exit(0 if rest else 2)

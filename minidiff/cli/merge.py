@@ -8,10 +8,12 @@ import tyro
 
 from minidiff.cli.flags import DTypes, File, Number, Several, Whole
 from minidiff.cli.model import load, print_notes, weighted
+from minidiff.cli.names import check_writable
 from minidiff.trainers.methods.options import family_of
 
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion
+    from minidiff.tokenizer import Tokenizer
 
 REGULARISATION = 1000  # captions; as many as the authors' program takes
 Files = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...", help_behavior_hint="")]]
@@ -38,6 +40,7 @@ def merge_lora(files: Files, /, out: Path, model: str = "tiny", dtype: DTypes = 
     print_notes(sd.notes)
     for path, weight in weighted(files):
         one = weights_loader.read_lora(path, sd)
+        print_notes(weights_loader.base_notes(path, sd))
         one.weight = weight
         lora.merge_lora(sd, one)
     weights_loader.save(sd, out, "ldm" if out.suffix else "diffusers")
@@ -74,7 +77,7 @@ def merge_concepts(
     sd = load(model, "float32", "cpu")
     regularisation = read_captions(captions, sd)
     concepts = [weights_loader.read_custom_diffusion(file, sd) for file in files]
-    targets = targets_of(files, [concept.tokens.names if concept.tokens else () for concept in concepts], target)
+    targets = targets_of(sd.tokenizer, files, [concept.tokens.names if concept.tokens else () for concept in concepts], target)
     merged, report = closed_form.merge_concepts(sd, concepts, targets, regularisation, ridge)
     settings = {"method": "merge", "files": [Path(file).name for file in files], "captions": targets, "ridge": ridge}
     weights_loader.write_custom_diffusion(out, merged, sd, settings if out.suffix in (".safetensors", "") else None)
@@ -128,7 +131,7 @@ def extract(
     of: Literal["sum", "frobenius", "ratio"] = "sum",
     clamp: float = 1.0,
     layers: Several = (),
-    names: Literal["diffusers", "kohya"] = "diffusers",
+    names: Literal["kohya", "diffusers"] = "kohya",
 ) -> None:
     """Make a LoRA of what a tuned checkpoint has and its base has not, by singular values.
 
@@ -152,9 +155,8 @@ def extract(
     first, second = load(base, "float32", "cpu"), load(tuned, "float32", "cpu")
     patterns = tuple(pattern for name in layers or ("conv", "text_encoder") for pattern in PATTERNS.get(name, (name,)))
     made = extract_lora(first, second, patterns, rank=rank, energy=share, criterion=of, clamp=clamp)
-    settings = {"method": "extract", "base": Path(base).name, "tuned": Path(tuned).name, "rank": rank, "share": share, "of": of}
-    settings |= {"clamp": clamp}
-    weights_loader.write_lora(out, made, first, names, settings)
+    settings: dict[str, object] = {"method": "extract", "base": Path(base).name, "tuned": Path(tuned).name}
+    weights_loader.write_lora(out, made, first, names, settings | {"rank": rank, "share": share, "of": of, "clamp": clamp})
     ranks = sorted(layer.rank for layer in made.layers.values())
     print_notes([f"{len(ranks)} layers that differ, ranks {ranks[0]} to {ranks[-1]}: {out.stat().st_size / 1e6:.2f} MB"])
     print(out)
@@ -165,8 +167,7 @@ def check_out(out: Path, suffixes: tuple[str, ...]) -> None:
     if out.suffix not in suffixes:
         expected = " or ".join(suffix or "no suffix (a folder)" for suffix in suffixes)
         raise ValueError(f"--out {out}: expected a name with {expected}")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out.parent}: no such folder; make it, or choose another place")
+    check_writable(out)
 
 
 def read_captions(path: Path | None, sd: "StableDiffusion") -> list[str]:
@@ -176,16 +177,24 @@ def read_captions(path: Path | None, sd: "StableDiffusion") -> list[str]:
     from minidiff.scenes.scenes import sample_scene
 
     if path is not None:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        return [line for line in lines if line]
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if family_of(sd.config) != "bundled":
         raise ValueError("no captions that should stay as they are; give --captions FILE, a text file with about 1000 of them, one a line")
     return [sample_scene(np.random.default_rng([0, i])).caption for i in range(REGULARISATION)]
 
 
-def targets_of(files: tuple[str, ...], words: list[tuple[str, ...]], given: tuple[str, ...]) -> list[list[str]]:
-    """Return for each file the captions with one of its words: those given, or the ones it was learned with, or "photo of a <word>"."""
-    targets = [[caption for caption in given if any(word in caption for word in own)] for own in words]
+def targets_of(tokenizer: "Tokenizer", files: tuple[str, ...], words: list[tuple[str, ...]], given: tuple[str, ...]) -> list[list[str]]:
+    """Return for each file the captions with one of its words: those given, or the ones it was learned with, or "photo of a <word>".
+
+    Args:
+        tokenizer: says what a word of a caption is
+        files: Custom Diffusion files
+        words: of each file
+        given: captions of the command line
+    """
+    from minidiff.trainers.methods.common import names_token
+
+    targets = [[caption for caption in given if any(names_token(tokenizer, caption, word) for word in own)] for own in words]
     if stray := [caption for caption in given if not any(caption in own for own in targets)]:
         every = ", ".join(word for own in words for word in own)
         raise ValueError(f"--target {stray[0]!r} holds none of the learned words {every}")
@@ -194,13 +203,15 @@ def targets_of(files: tuple[str, ...], words: list[tuple[str, ...]], given: tupl
 
 def learned_captions(file: str, words: tuple[str, ...]) -> list[str]:
     """Return one caption per word: the one it was trained with, if the file records it. Raises ValueError without a word."""
+    from minidiff.trainers.data.templates import fill_in
+
     if not words:
         raise ValueError(f"{file}: no word in it; a merge tells concepts apart by their words")
     path = Path(file)
     settings = settings_in(path) if path.is_file() else {}
     classes = {one.get("token"): one.get("class_word", "") for one in settings.get("concepts", [])}
     template = settings.get("prompt", "photo of a {}")
-    return [template.replace("{}", f"{word} {classes.get(word, '')}".strip()) for word in words]
+    return [fill_in(template, f"{word} {classes.get(word, '')}".strip()) for word in words]
 
 
 def settings_in(path: Path) -> dict:

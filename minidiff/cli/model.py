@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from minidiff.tokenizer import Tokenizer
 
-def load(model: str, dtype: str, device: "str | torch.device", **options):
+
+def load(model: str, dtype: str, device: "str | torch.device", *, offload: bool = False, **options):
     """Load a model onto the device asked for, and print what the loader decided.
 
     Args:
         model: a file, a folder, or the name of a bundled model
         dtype: of the weights, as float16; "auto" leaves it to the loader
         device: a device, or its name as `choose_device` takes it
+        offload: keep the model in main memory, and move each part to the device while it runs; with "auto" in the file's own dtype
         options: more arguments of weights_loader.load
     """
     import torch
@@ -25,8 +28,15 @@ def load(model: str, dtype: str, device: "str | torch.device", **options):
     import weights_loader
 
     device = choose_device(device) if isinstance(device, str) else device
-    sd = weights_loader.load(model, dtype=None if dtype == "auto" else getattr(torch, dtype), device=device, **options)
+    if offload and device.type == "cpu":
+        raise ValueError("--offload moves parts of the model to a GPU, and --device is the CPU; leave it out")
+    chosen = getattr(torch, dtype) if dtype != "auto" else "file" if offload else None
+    sd = weights_loader.load(model, dtype=chosen, device="cpu" if offload else device, **options)
     print_notes(sd.notes)
+    if offload:
+        from minidiff.offload import Offload
+
+        Offload(sd, device)
     return sd
 
 
@@ -35,6 +45,20 @@ def weighted(files: Sequence[str]) -> tuple[tuple[str, float], ...]:
     from weights_loader.adapters.lora import parse_weighted
 
     return tuple(parse_weighted(file) for file in files)
+
+
+def named(files: Sequence[str]) -> tuple[str | tuple[str, str], ...]:
+    """Read FILE or FILE:WORD, as the loader takes them."""
+    from weights_loader.adapters.embedding import parse_named
+
+    return tuple((file, word) if word else file for file, word in map(parse_named, files))
+
+
+def unused_words(tokenizer: "Tokenizer", prompts: Iterable[str]) -> list[str]:
+    """Return a note for each learned word that no prompt uses."""
+    used = {i for prompt in prompts for i in tokenizer.encode(prompt)}
+    missed = [name for name, ids in tokenizer.added.items() if ids[0] not in used]
+    return [f"no prompt uses the learned word {name}, so its file changes nothing by it" for name in missed]
 
 
 def print_notes(notes: Iterable[str]) -> None:
@@ -79,9 +103,3 @@ def training_on(device: str, threads: int | None, attention: str = "auto"):
             yield joined
     finally:
         distributed.destroy_distributed()
-
-
-def slug(prompt: str) -> str:
-    """Turn a prompt into a file name."""
-    words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
-    return "-".join(words)[:60] or "picture"

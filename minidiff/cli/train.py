@@ -11,18 +11,22 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
+from shutil import rmtree
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from minidiff.cli.flags import CONFIG, Attentions, DTypes, File, Several, Whole, command_class, flag_groups, given
+from minidiff.cli.effects import without_effect
+from minidiff.cli.flags import Attentions, DTypes, File, Several, Whole, command_class, flag_groups, given, parse_flags
 from minidiff.cli.model import load, print_notes, training_on
+from minidiff.cli.names import check_writable
 from minidiff.trainers.methods.method import Method, MethodOptions, describe
-from minidiff.trainers.methods.options import Concept, family_of
+from minidiff.trainers.methods.options import Concept, PhaseOptions, family_of
 from minidiff.trainers.methods.override import documented, override, places
 from minidiff.trainers.methods.table import METHODS
 
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
 
     from minidiff.pipeline import StableDiffusion
     from minidiff.trainers.engine.loop import TrainStep
-    from minidiff.trainers.methods.finetune_task import FinetuneTask, Subject, TrainingRun
+    from minidiff.trainers.methods.finetune_task import Phase, TrainingRun
 
 SAMPLE_STEPS = 20
 CONCEPT_NAMES = {"class" if name == "class_word" else name.replace("_", "-"): name for name in documented(Concept)}
@@ -50,7 +54,8 @@ class RunFlags:
         device: auto, cpu, cuda, cuda:1, mps
         attention: how it is computed: auto takes what is fastest; triton is this package's kernels, on a GPU
         threads: CPU threads to use; all cores by default
-        sample_every: steps between two sheets of validation pictures, always on the same seeds; 0 for none but at the end
+        sample_every: steps between two sheets of validation pictures, always on the same seeds; beside each the small file of what is
+            learned so far; 0 for none but at the end
         sample_prompt: what they show; the first caption of each concept by default
         num_samples: how many pictures of each prompt
     """
@@ -80,7 +85,6 @@ class Job:
 
     Args:
         name: of the method
-        method: its row of the table
         options: the preset with the flags that were given
         concepts: what is learned, with the folders of class pictures
         run: where it is learned
@@ -89,7 +93,6 @@ class Job:
     """
 
     name: str
-    method: Method[Any]
     options: MethodOptions
     concepts: list[Concept]
     run: RunFlags
@@ -100,19 +103,20 @@ class Job:
 def train(name: str, args: list[str]) -> None:
     """Parse the flags of a method, train, and write what was learned."""
     method = METHODS[name]
-    numbers = f"Presets of the bundled model: {describe(method.presets['bundled'])}.\n\nPresets of Stable Diffusion: "
-    description = f"{method.summary}\n\n{numbers}{describe(method.presets['sd1'])}."
-    asked = vars(tyro.cli(flag_class(method), prog=f"minidiff train {name}", description=description, args=args, config=CONFIG))
+    bundled, sd1 = describe(method.presets["bundled"]), describe(method.presets["sd1"])
+    description = f"{method.summary}\n\nPresets of the bundled model: {bundled}.\n\nPresets of Stable Diffusion: {sd1}."
+    asked = vars(parse_flags(flag_class(method), f"train {name}", description, args))
     run: RunFlags = asked["run"]
     run.check()
-    concepts = read_concepts(given([asked["concept"]], Concept), asked["more"])
+    concepts = read_concepts(given([asked["concept"]], Concept), asked["more"], method.needs_images)
     with training_on(run.device, run.threads, run.attention) as device:
         sd = load(run.model, "float32" if run.dtype == "auto" else run.dtype, device, prediction=run.prediction)
         presets = method.low_rank_presets if asked.get("as_lora") else method.presets
         options = apply_flags(presets[family_of(sd.config)], method, asked)
-        concepts = [with_class_folder(concept, i, run.out, options) for i, concept in enumerate(concepts, start=1)]
-        job = Job(name, method, options, concepts, run, asked.get("names", "diffusers"), asked.get("start_from"))
-        learn(job, sd, device)
+        given_flags = {*given(option_flags(asked, method), method.options), *given([asked["concept"]], Concept)}
+        print_notes(without_effect(given_flags, options, concepts))
+        concepts = [with_class_folder(concept, i, run.out, options.phases()[-1]) for i, concept in enumerate(concepts, start=1)]
+        learn(Job(name, options, concepts, run, asked.get("names", "diffusers"), asked.get("start_from")), sd, device)
 
 
 def learn(job: Job, sd: "StableDiffusion", device: "torch.device") -> None:
@@ -121,15 +125,17 @@ def learn(job: Job, sd: "StableDiffusion", device: "torch.device") -> None:
     from minidiff.trainers.engine.distributed import rank
 
     run = job.run
-    training = prepare(job, sd)
-    print_forecast(training, device)
-    prompts = list(run.sample_prompt) or [first_caption(subject) for subject in training.phases[0].subjects]
-    try:
-        take_steps(training, run, prompts, device)
-    except KeyboardInterrupt:
-        print_notes([f"stopped; the same command resumes from what is saved in {run.out}"])
-        raise
-    if rank() == 0:
+    with ExitStack() as stack:
+        training = prepare(job, sd, stack)
+        print_forecast(training, device)
+        prompts = list(run.sample_prompt) or training.phases[0].prompts
+        try:
+            take_steps(training, job, prompts, sd, device)
+        except KeyboardInterrupt:
+            print_notes([f"stopped; the same command resumes from what is saved in {run.out}"])
+            raise
+        if rank() > 0:
+            return
         flags = [text for flag, path in write_results(training, sd, run.out, job.names, settings_of(job)) for text in (flag, str(path))]
         model = [] if "--model" in flags or run.model == "tiny" else ["--model", run.model]
         prediction = ["--prediction", run.prediction] if model and run.prediction else []
@@ -158,8 +164,7 @@ def flag_class(method: Method[Any]) -> type:
 
 def apply_flags(preset: MethodOptions, method: Method[Any], asked: dict[str, Any]) -> MethodOptions:
     """Return the preset with the flags that were given. Raises ValueError for one that these options have no place for."""
-    groups = [part for name, part in asked.items() if name in flag_groups(method.options)]
-    changes = given(groups, method.options)
+    changes = given(option_flags(asked, method), method.options)
     known = {flat.name for flat in places(preset)}
     lost = [name for name in changes if name not in known]
     if method.low_rank_presets and not asked["as_lora"] and asked.get("names") != next(iter(method.formats)):
@@ -169,13 +174,18 @@ def apply_flags(preset: MethodOptions, method: Method[Any], asked: dict[str, Any
     return override(preset, changes)
 
 
-def read_concepts(values: dict[str, Any], more: tuple[str, ...]) -> list[Concept]:
-    """Return the concept of --images and its companions, and those of --concept. Raises ValueError where there is none."""
+def option_flags(asked: dict[str, Any], method: Method[Any]) -> list[Any]:
+    """Return those of the parsed parts that are flags of the method's options."""
+    return [part for name, part in asked.items() if name in flag_groups(method.options)]
+
+
+def read_concepts(values: dict[str, Any], more: tuple[str, ...], needed: bool = True) -> list[Concept]:
+    """Return the concept of --images and its companions, and those of --concept. Raises ValueError where one is `needed` and missing."""
     if values and "images" not in values:
         raise ValueError(
             f"--{next(iter(values)).replace('_', '-')} without --images; give the folder of the pictures, or --concept {EXAMPLE}"
         )
-    if not values and not more:
+    if not values and not more and needed:
         raise ValueError(f"nothing to learn; give --images DIR, or --concept {EXAMPLE}")
     return [*([Concept(**values)] if values else []), *(parse_concept(text) for text in more)]
 
@@ -202,7 +212,7 @@ def parse_concept(text: str) -> Concept:
 # --- before the first step --------------------------------------------------------------------------------------------
 
 
-def with_class_folder(concept: Concept, number: int, out: Path, options: MethodOptions) -> Concept:
+def with_class_folder(concept: Concept, number: int, out: Path, options: PhaseOptions) -> Concept:
     """Give the concept a folder for class pictures within the run's folder, if they are to be made and it has none.
 
     Args:
@@ -211,28 +221,35 @@ def with_class_folder(concept: Concept, number: int, out: Path, options: MethodO
         out: the run's folder
         options: the prior is read
     """
-    if concept.class_images is None and options.prior.is_made:
-        return replace(concept, class_images=out / f"class-{number}")
-    return concept
+    has_folder = concept.class_images is not None or not options.prior.is_made
+    return concept if has_folder else replace(concept, class_images=out / f"class-{number}")
 
 
-def prepare(job: Job, sd: "StableDiffusion") -> "TrainingRun":
+def prepare(job: Job, sd: "StableDiffusion", stack: ExitStack) -> "TrainingRun":
     """Check everything, claim the folder of the run, fill the folders of class pictures, and put the run together.
 
+    The folder is this run's alone until the stack is closed.
     Making class pictures may take long, so what can be wrong is found before: the run is put together without them first.
     """
+    import weights_loader
+    from minidiff.cli.outputs import result_names
+    from minidiff.files import exclusive
     from minidiff.trainers.engine.distributed import barrier, rank
     from minidiff.trainers.methods.prior_preservation import class_caption
 
-    is_made = job.options.prior.is_made
+    last = job.options.phases()[-1]
+    is_made = last.prior.is_made
     with warnings.catch_warnings():
         if is_made:
             warnings.simplefilter("ignore")  # they come again
             for concept in job.concepts:
-                class_caption(concept, job.options.prompt)
+                class_caption(concept, last.prompt)
         training = build(replace(job, options=override(job.options, {"prior": "none"})) if is_made else job, sd)
+    if training.lora is not None:
+        weights_loader.check_lora_names(training.lora, job.names)
     if rank() == 0:
-        claim(job.run.out, {"method": job.name, "model": job.run.model, "names": job.names})
+        claim(job.run.out, {"method": job.name, "model": job.run.model, "names": job.names}, result_names(training, job.names))
+        stack.enter_context(exclusive(job.run.out))
         fill_class_folders(job, sd)
     barrier()
     return build(job, sd) if is_made else training
@@ -243,21 +260,30 @@ def build(job: Job, sd: "StableDiffusion") -> "TrainingRun":
     import weights_loader
     from minidiff.trainers.data.cache import Cache
 
-    cache = Cache(job.run.out / "cache")
-    if job.start_from is None:
-        return job.method.build(sd, job.concepts, job.options, cache)
-    before = getattr(weights_loader, f"read_{job.method.start_from}")(job.start_from, sd)
-    return job.method.build(sd, job.concepts, job.options, cache, start_from=before)
+    method = METHODS[job.name]
+    more = {"start_from": getattr(weights_loader, f"read_{method.start_from}")(job.start_from, sd)} if job.start_from else {}
+    return method.build(sd, job.concepts, job.options, Cache(job.run.out / "cache"), **more)
 
 
-def claim(out: Path, asked: dict[str, str]) -> None:
-    """Claim the folder for the run. Raises ValueError if it holds another's, OSError for a file."""
+def claim(out: Path, asked: dict[str, str], names: list[str]) -> None:
+    """Claim the folder for the run. Raises ValueError if it holds another's, or files that are no run's; OSError if it cannot be written.
+
+    Args:
+        out: the folder, which is made if it is not there
+        asked: what makes the run this one
+        names: of the files that it ends in
+    """
     from minidiff.files import ensure_same_run
 
+    held = [path.name for path in out.iterdir() if path.is_file() and not path.name.startswith(".")] if out.is_dir() else []
+    if held and not (out / "run.json").exists():
+        raise ValueError(f"--out {out}: holds {held[0]}, and no run; choose a new folder, or an empty one")
     try:
         ensure_same_run(out / "run.json", asked)
     except OSError as error:
         raise OSError(f"--out {out}: no folder to write to ({error.strerror}); choose another place") from error
+    for name in names:
+        check_writable(out / name)
 
 
 def fill_class_folders(job: Job, sd: "StableDiffusion") -> None:
@@ -266,11 +292,10 @@ def fill_class_folders(job: Job, sd: "StableDiffusion") -> None:
 
     from minidiff.trainers.methods.prior_preservation import fill_class_images
 
-    seed = job.options.phases()[-1].settings.seed
-    for concept in job.concepts if job.options.prior.is_made else ():
-        count = job.options.prior.count
-        with tqdm(desc=f"class pictures in {concept.class_images}", total=count, unit="picture", file=sys.stderr) as bar:
-            for filled in fill_class_images(sd, concept, job.options, seed):
+    last = job.options.phases()[-1]
+    for concept in job.concepts if last.prior.is_made else ():
+        with tqdm(desc=f"class pictures in {concept.class_images}", total=last.prior.count, unit="picture", file=sys.stderr) as bar:
+            for filled in fill_class_images(sd, concept, last, last.settings.seed):
                 bar.update(filled.done - bar.n)
 
 
@@ -291,50 +316,48 @@ def print_forecast(training: "TrainingRun", device: "torch.device") -> None:
             memory = estimate_memory(phase, phase.settings, device)
         settings = phase.settings
         trained = sum(p.numel() for group in phase.groups for p in group.params)
-        pictures = sum(len(subject.pictures) for subject in phase.subjects)
         samples = settings.batch * settings.gradient_accumulation * world_size()
         how = f"{settings.steps} steps of {samples} samples, learning rate {settings.learning_rate:g}"
-        print_notes([f"{phase.name}: {trained:,} numbers are trained on {pictures} pictures, {how}", f"{memory}{taken}"])
-
-
-def first_caption(subject: "Subject") -> str:
-    """Return what a subject is asked for by."""
-    return (subject.templates or (subject.pictures.examples[0].caption,))[0]
+        print_notes([f"{phase.name}: {trained:,} numbers are trained on {phase.picture_count} pictures, {how}", f"{memory}{taken}"])
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def take_steps(training: "TrainingRun", run: RunFlags, prompts: list[str], device: "torch.device") -> None:
+def take_steps(training: "TrainingRun", job: Job, prompts: list[str], sd: "StableDiffusion", device: "torch.device") -> None:
     """Take the steps that are left, phase by phase.
 
     Args:
         training: the run
-        run: the flags of the run: its folder, and when to draw a sheet of pictures
+        job: its folder, and when to draw a sheet of pictures
         prompts: of the sheets, one per row
-        device: where the model is trained
+        sd: the model
+        device: where it is trained
     """
     phases = 0
-    with closing(training.run(device, run.out)) as steps:
+    with closing(training.run(device, job.run.out)) as steps:
         for phase, own in groupby(steps, key=lambda pair: pair[0]):
-            show_phase(phase, (step for _, step in own), run, prompts, device)
+            for done in show_phase(phase, (step for _, step in own), job.run, prompts, device):
+                keep_results(training, phase, sd, job, done)
             phases += 1
     if not phases:
-        print_notes(["all steps were taken before; the files are written again"])
+        print_notes(["all steps were taken before; the files are written again; a larger --steps goes on from there"])
 
 
-def show_phase(phase: "FinetuneTask", steps: "Iterator[TrainStep]", run: RunFlags, prompts: list[str], device: "torch.device") -> None:
-    """Take the steps of one phase, with a bar, a log and sheets of pictures.
+def show_phase(phase: "Phase", steps: "Iterator[TrainStep]", run: RunFlags, prompts: list[str], device: "torch.device") -> Iterator[int]:
+    """Take the steps of one phase, with a bar, a log and sheets of pictures; yield how many are done after each sheet but the last.
 
     Args:
         phase: the phase's task
         steps: those that are left of it, at least one
-        run, prompts, device: as in `take_steps`
+        run: the flags of the run
+        prompts, device: as in `take_steps`
     """
     from tqdm import tqdm
 
     from minidiff.trainers.engine.distributed import rank
     from minidiff.trainers.engine.log import Log
+    from minidiff.trainers.methods.finetune_task import averaged
 
     first, announced = next(steps), False
     bar = tqdm(desc=phase.name, total=first.steps, initial=first.done - 1, unit="step", file=sys.stderr)
@@ -348,26 +371,62 @@ def show_phase(phase: "FinetuneTask", steps: "Iterator[TrainStep]", run: RunFlag
                 bar.write(f"minidiff: {log.pace.forecast()}", file=sys.stderr)
             is_due = step.done == step.steps or (run.sample_every and step.done % run.sample_every == 0)
             if is_due and rank() == 0:
-                save_sheet(phase, prompts, run.num_samples, run.out / f"{phase.name}-{step.done:06d}.png")
+                with averaged(phase):
+                    numbers = save_sheet(phase, prompts, run, step.done)
+                    if numbers:
+                        bar.write(f"minidiff: step {step.done}: {numbers}", file=sys.stderr)
+                    if step.done < step.steps:
+                        yield step.done
 
 
-def save_sheet(phase: "FinetuneTask", prompts: list[str], count: int, path: Path) -> None:
-    """Write one row per prompt, the same seeds every time.
+def keep_results(training: "TrainingRun", phase: "Phase", sd: "StableDiffusion", job: Job, done: int) -> None:
+    """Write what the phase has learned so far beside its sheet, as lora-000100.safetensors; a whole model, which is large, is not kept.
+
+    Args:
+        training, sd, job: the run
+        phase: its adapters are written
+        done: steps that are over
+    """
+    from minidiff.cli.outputs import results_of
+
+    for leftover in job.run.out.glob(".results-*"):  # of a run that was killed meanwhile; the folder is this run's alone
+        rmtree(leftover, ignore_errors=True)
+    with TemporaryDirectory(dir=job.run.out, prefix=".results-") as folder:
+        for write, result in results_of(training):
+            if any(result is adapter for adapter in getattr(phase, "adapters", ())):
+                for _, path in write(result, sd, Path(folder), job.names, settings_of(job)):
+                    target = job.run.out / f"{path.stem}-{done:06d}{path.suffix}"
+                    if not target.is_dir():
+                        path.rename(target)
+
+
+def save_sheet(phase: "Phase", prompts: list[str], run: RunFlags, done: int) -> str:
+    """Write a sheet of pictures, one row per prompt, and a line of what was measured on it, if anything was, to NAME-sheets.csv.
 
     Args:
         phase: draws the pictures
         prompts: one per row
-        count: pictures in a row, on the seeds 0..count-1
-        path: of the PNG
-    """
-    from minidiff.pictures import grid, save_png
+        run: how many in a row, and the folder
+        done: steps that are over
 
-    columns = [phase.pictures(prompts, seed=seed, steps=SAMPLE_STEPS) for seed in range(count)]
-    save_png(grid([column[row] for row in range(len(prompts)) for column in columns], columns=count), path)
+    Return what was measured, as text.
+    """
+    from minidiff.files import write_text
+    from minidiff.pictures import save_png
+
+    sheet = phase.sheet(prompts, count=run.num_samples, steps=SAMPLE_STEPS)
+    save_png(sheet.image, run.out / f"{phase.name}-{done:06d}.png")
+    if sheet.numbers:
+        path = run.out / f"{phase.name}-sheets.csv"
+        lines = path.read_text().splitlines() if path.exists() else [",".join(["step", *sheet.numbers])]
+        lines.append(",".join([str(done), *(f"{value:.4f}" for value in sheet.numbers.values())]))
+        write_text(path, "\n".join(lines) + "\n")
+    return ", ".join(f"{name} {value:.2f}" for name, value in sheet.numbers.items())
 
 
 def settings_of(job: Job) -> dict[str, object]:
     """Return all that was asked for, for the metadata of the files; of folders their names alone, for files are passed on."""
     named = [{k: value.name if isinstance(value, Path) else value for k, value in asdict(concept).items()} for concept in job.concepts]
     options: Any = job.options  # a dataclass
-    return {"method": job.name, "model": Path(job.run.model).name, "concepts": named, **asdict(options)}
+    values = {k: value.name if isinstance(value, Path) else value for k, value in asdict(options).items()}
+    return {"method": job.name, "model": Path(job.run.model).name, "concepts": named, **values}

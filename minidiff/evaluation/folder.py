@@ -16,8 +16,7 @@ from minidiff.png_settings import is_grid, read_settings
 def find_drawn_pictures(folder: Path) -> list[Path]:
     """Return the pictures of a folder; grids are left out with a warning. Raises ValueError for no pictures, and like `list_pictures`."""
     paths = list_pictures(folder)
-    grids = [path for path in paths if is_grid(path)]
-    if grids:
+    if grids := [path for path in paths if is_grid(path)]:
         warnings.warn(f"{folder}: grids of several pictures are left out: {', '.join(path.name for path in grids)}", stacklevel=2)
     pictures = [path for path in paths if path not in grids]
     if not pictures:

@@ -59,25 +59,21 @@ def kid(
         raise ValueError(f"features of width {x.shape[1]} and {y.shape[1]}; both sets need the same encoder")
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("features that are not finite have no distance; look for black or broken pictures")
-    if groups is None:
-        block_x, block_y = (torch.arange(len(rows), device=x.device) for rows in (x, y))
-        group_x, group_y = block_x, -1 - block_y  # nothing in common
-    else:
-        group_x, group_y = block_x, block_y = groups
+    # By default no row has anything in common with another; blocks * len(x) leaves row i of either set in block i % blocks.
+    alone = torch.arange(len(x), device=x.device), blocks * len(x) + torch.arange(len(y), device=x.device)
+    group_x, group_y = groups or alone
     if blocks < 2 or min(len(group_x.unique()), len(group_y.unique())) < 2 * blocks:
         raise ValueError(
             f"{len(group_x.unique())} and {len(group_y.unique())} pictures (or groups of them) in {blocks} blocks; "
             "give 2 blocks or more, and two pictures a block or more"
         )
 
-    def sums(a: Tensor, b: Tensor, group_a: Tensor, group_b: Tensor, block_a: Tensor, block_b: Tensor) -> Tensor:
+    def sums(a: Tensor, b: Tensor, group_a: Tensor, group_b: Tensor) -> Tensor:
         """Sum the kernel, and count pairs, for each pair of blocks."""
         counted = (group_a[:, None] != group_b).double()
-        return torch.stack([block_sums(values, block_a % blocks, block_b % blocks, blocks) for values in (kernel(a, b) * counted, counted)])
+        return torch.stack([block_sums(values, group_a % blocks, group_b % blocks, blocks) for values in (kernel(a, b) * counted, counted)])
 
-    xx = sums(x, x, group_x, group_x, block_x, block_x)
-    yy = sums(y, y, group_y, group_y, block_y, block_y)
-    xy = sums(x, y, group_x, group_y, block_x, block_y)
+    xx, yy, xy = sums(x, x, group_x, group_x), sums(y, y, group_y, group_y), sums(x, y, group_x, group_y)
 
     def estimate(kept: Tensor) -> float:
         total = (pairs[:, kept][:, :, kept].sum(dim=(1, 2)) for pairs in (xx, yy, xy))

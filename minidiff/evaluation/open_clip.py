@@ -30,9 +30,10 @@ class OpenClip:
         self.model: Any = open_clip.create_model(name, device=device)  # its methods are not in nn.Module's type
         try:
             open_clip.load_checkpoint(self.model, str(weights))
-        except (RuntimeError, KeyError) as error:
+        except Exception as error:  # what its readers raise for files of other kinds and for damaged ones is without end
+            first = (str(error).splitlines() or [""])[0][:200]
             raise ValueError(
-                f"{weights}: not the weights of {name} ({str(error).splitlines()[0]}); give the name they belong to"
+                f"{weights}: not the weights of {name}, or damaged ({type(error).__name__}: {first}); give the name they belong to"
             ) from error
         self.model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(name)

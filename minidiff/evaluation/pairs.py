@@ -18,6 +18,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageOps
 
 from minidiff.evaluation.folder import find_drawn_pictures
+from minidiff.files import write_text
 from minidiff.pictures import load_picture, save_png
 
 ANSWERS = ("left", "right", "equal")
@@ -74,7 +75,7 @@ def make_sheet(first: Path, second: Path, out: Path, seed: int = 0, size: int = 
     with open(out / "form.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("row", f"better ({', '.join(ANSWERS)})"), *((i + 1, "") for i in range(len(names)))])
     key = {"first": str(first), "second": str(second), "names": names, "left is second": swapped.tolist()}
-    (out / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
+    write_text(out / "key.json", json.dumps(key, indent=1))
     return len(names)
 
 

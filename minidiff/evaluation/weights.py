@@ -19,12 +19,11 @@ def layer_changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
     """Return |W' - W| / |W| of each matrix and convolution. Raises ValueError for different names or shapes."""
     if different := sorted(before.keys() ^ after.keys()) or [name for name in before if before[name].shape != after[name].shape]:
         raise ValueError(f"two models of other layers, such as {different[0]!r}; their changes have no meaning")
-    weights = [name for name, W in before.items() if W.ndim >= 2]
     # A weight of zeros has no relative change: the file's own, such as an untrained adapter, are left out.
     return {
         name: float((after[name].double() - before[name].double()).norm() / before[name].double().norm())
-        for name in weights
-        if before[name].any()
+        for name, W in before.items()
+        if W.ndim >= 2 and W.any()
     }
 
 

@@ -19,7 +19,6 @@ MOST_STRIPS strips of a head, each a program; what each summed goes through memo
 Left out: masks of keys (the text encoder pads with tokens that are looked at as all others are) and dropout.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +30,16 @@ from minidiff.kernels.tiles import (
     device_of,
     dot_add,
     dot_heads,
+    head_constants,
     head_of,
     head_tiles,
     jit,
+    launch_options,
     load_head,
     refusal,
+    register_operation,
     store_head,
+    strides_of,
     tl,
     triton,
     zeros_head,
@@ -255,8 +258,10 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = Fals
         return f"{L} keys; this kernel has all keys of a head at once, at most {MOST_KEYS}"
     size = padded_keys(L) * sum(head_tiles(d)) * k.element_size()
     if size > MOST_BYTES:
-        kept = f"this kernel has all keys of a head at once, in {MOST_BYTES // 1024} KiB"
-        return f"{L} keys of heads {d} wide take {size // 1024} KiB in {k.dtype}, padded; {kept}"
+        return (
+            f"{L} keys of heads {d} wide take {size // 1024} KiB in {k.dtype}, padded; "
+            f"this kernel has all keys of a head at once, in {MOST_BYTES // 1024} KiB"
+        )
     return None
 
 
@@ -267,7 +272,17 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     blocks = forward_blocks(D // heads, q.dtype)
     with device_of(q):
         forward_kernel[triton.cdiv(N, blocks.queries), heads, B](
-            q, k, v, out, N, L, *_strides(q, k, v), *_constants(D // heads), *key_tiles(L), blocks.queries, **_launch(blocks)
+            q,
+            k,
+            v,
+            out,
+            N,
+            L,
+            *strides_of(q, k, v),
+            *head_constants(D // heads),
+            *key_tiles(L),
+            blocks.queries,
+            **launch_options(blocks.warps, blocks.stages),
         )
     return out
 
@@ -301,13 +316,13 @@ def _backward(
                     dv_strips,
                     N,
                     L,
-                    *_strides(q, k, v),
-                    *_constants(D // heads),
+                    *strides_of(q, k, v),
+                    *head_constants(D // heads),
                     padded_keys(L),
                     blocks.queries,
                     strip,
                     *needed,
-                    **_launch(blocks),
+                    **launch_options(blocks.warps, blocks.stages),
                 )
         for partial, total in ((dk_strips, dk), (dv_strips, dv)):
             if total.numel():
@@ -322,27 +337,6 @@ def _backward_shapes(
     return dq, dk, dv
 
 
-def _strides(*inputs: Tensor) -> list[int]:
-    """Elements from one row of the batch to the next, and from one token to the next, of each."""
-    return [stride for x in inputs for stride in x.stride()[:2]]
-
-
-def _constants(d: int) -> tuple[float, int, int, int]:
-    return math.log2(math.e) / math.sqrt(d), d, *head_tiles(d)
-
-
-def _launch(blocks: Blocks) -> dict[str, int | bool]:
-    return dict(num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True)  # S scale - m is one instruction
-
-
-# As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs.
-# There is no gradient of the gradient.
-_operation = torch.library.custom_op("minidiff::cross_attention", _forward, mutates_args=())
-_operation.register_fake(_forward_shape)
-_gradients = torch.library.custom_op("minidiff::cross_attention_backward", _backward, mutates_args=())
-_gradients.register_fake(_backward_shapes)
-
-
 def _save(ctx, inputs: tuple, output: Tensor):
     *tensors, ctx.heads = inputs
     ctx.save_for_backward(*tensors)
@@ -354,4 +348,12 @@ def _differentiate(ctx, dout: Tensor):
     return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None
 
 
-_operation.register_autograd(_differentiate, setup_context=_save)
+_operations = register_operation(
+    "cross_attention",
+    _forward,
+    _backward,
+    shapes=_forward_shape,
+    backward_shapes=_backward_shapes,
+    save=_save,
+    differentiate=_differentiate,
+)

@@ -104,10 +104,9 @@ def triton_works(device: torch.device) -> bool:
 def _runs(device: torch.device) -> bool:
     try:
         x = torch.zeros(1, 16, 16, device=device)
-        if self_attention.unsupported(x, x, x, 1, False) is not None:
-            return False
-        self_attention.fused_self_attention(x, x, x, 1)
+        if self_attention.unsupported(x, x, x, 1, False) is None:
+            self_attention.fused_self_attention(x, x, x, 1)
+            return True
     except Exception as error:  # whatever it is, PyTorch's kernels do not have it
         warnings.warn(f"Triton does not work here, PyTorch's attention is used instead: {error}", stacklevel=3)
-        return False
-    return True
+    return False

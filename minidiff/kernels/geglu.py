@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff.kernels.tiles import device_of, jit, no_kernel_for, tl, triton
+from minidiff.kernels.tiles import device_of, jit, no_kernel_for, register_operation, tl, triton
 
 BLOCK = 1024  # results of a program: with 4 warps 8 a thread, which are 16 bytes of 16-bit numbers, the widest load there is
 WARPS = 4
@@ -100,14 +100,6 @@ def _backward(dy: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
-# As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs.
-# The gradient of the gradient is not defined.
-_operation = torch.library.custom_op("minidiff::geglu", _forward, mutates_args=())
-_operation.register_fake(_forward_shape)
-_gradient = torch.library.custom_op("minidiff::geglu_backward", _backward, mutates_args=())
-_gradient.register_fake(lambda dy, x: torch.empty_like(x))
-
-
 def _save(ctx, inputs: tuple[Tensor], output: Tensor):
     ctx.save_for_backward(*inputs)
 
@@ -117,4 +109,12 @@ def _differentiate(ctx, dy: Tensor) -> Tensor:
     return torch.ops.minidiff.geglu_backward(dy, x)
 
 
-_operation.register_autograd(_differentiate, setup_context=_save)
+_operations = register_operation(
+    "geglu",
+    _forward,
+    _backward,
+    shapes=_forward_shape,
+    backward_shapes=lambda dy, x: torch.empty_like(x),
+    save=_save,
+    differentiate=_differentiate,
+)

@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff.kernels.tiles import device_of, jit, no_kernel_for, tl, triton
+from minidiff.kernels.tiles import device_of, jit, no_kernel_for, register_operation, tl, triton
 
 MOST_CHANNELS = 256  # in a chunk, unless one group has more: 512 bytes of 16-bit numbers side by side, 16 for each thread of a warp
 TILE = 8192  # bytes that a program has at a time: with 4 warps 4 loads of 16 bytes a thread, the widest there are
@@ -328,8 +328,8 @@ def unsupported(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | No
     return None
 
 
-def _division(x: Tensor, groups: int) -> tuple[tuple[int, int, int], int, int, dict[str, int]]:
-    """Return the grid (strips, chunks, batch), tiles per strip, the power of two that holds the strips, and all kernels' constants."""
+def _division(x: Tensor, groups: int) -> tuple[tuple[int, int, int], int, dict[str, int]]:
+    """Return the grid (strips, chunks, batch), the power of two that holds the strips, and the arguments by name that all kernels take."""
     C, HW = x.shape[1], x.shape[2] * x.shape[3]
     per_group = C // groups
     in_chunk = 1
@@ -339,8 +339,8 @@ def _division(x: Tensor, groups: int) -> tuple[tuple[int, int, int], int, int, d
     rows = max(1, TILE // (block * x.dtype.itemsize))
     tiles = triton.cdiv(HW, rows * MOST_STRIPS)
     strips = triton.cdiv(HW, rows * tiles)
-    constants = dict(C=C, GROUPS=in_chunk, PER_GROUP=per_group, BLOCK_C=block, ROWS=rows, num_warps=WARPS)
-    return (strips, groups // in_chunk, len(x)), tiles, triton.next_power_of_2(strips), constants
+    constants = dict(HW=HW, TILES=tiles, C=C, GROUPS=in_chunk, PER_GROUP=per_group, BLOCK_C=block, ROWS=rows, num_warps=WARPS)
+    return (strips, groups // in_chunk, len(x)), triton.next_power_of_2(strips), constants
 
 
 def _forward(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -348,12 +348,11 @@ def _forward(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, s
     if reason := unsupported(x, groups, weight, bias):
         raise ValueError(f"fused GroupNorm and SiLU: {reason}")
     y, mean, rstd = _forward_shapes(x, groups, weight, bias, eps, silu)
-    grid, tiles, power, constants = _division(x, groups)
-    HW = x.shape[2] * x.shape[3]
+    grid, power, constants = _division(x, groups)
     means, M2s = x.new_empty((2, len(x), grid[0], groups), dtype=torch.float32)
     with device_of(x):
-        statistics_kernel[grid](x, means, M2s, HW, tiles, **constants)
-        normalise_kernel[grid](x, means, M2s, weight, bias, y, mean, rstd, HW, tiles, eps, STRIPS=power, SILU=silu, **constants)
+        statistics_kernel[grid](x, means, M2s, **constants)
+        normalise_kernel[grid](x, means, M2s, weight, bias, y, mean, rstd, eps=eps, STRIPS=power, SILU=silu, **constants)
     return y, mean, rstd
 
 
@@ -367,14 +366,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias; the last two empty where they are not needed."""
     dy, dx = dy.contiguous(memory_format=torch.channels_last), torch.empty_like(x)
-    grid, tiles, power, constants = _division(x, groups)
-    HW = x.shape[2] * x.shape[3]
+    grid, power, constants = _division(x, groups)
     group_sums = x.new_empty((2, len(x), grid[0], groups), dtype=torch.float32)
     channel_sums = x.new_empty((2, len(x), grid[0], x.shape[1]) if need_affine else 0, dtype=torch.float32)
     with device_of(x):
         saved = (dy, x, mean, rstd, weight, bias, group_sums)
-        sums_kernel[grid](*saved, channel_sums, HW, tiles, SILU=silu, NEED_AFFINE=need_affine, **constants)
-        gradient_kernel[grid](*saved, dx, HW, tiles, STRIPS=power, SILU=silu, **constants)
+        sums_kernel[grid](*saved, channel_sums, SILU=silu, NEED_AFFINE=need_affine, **constants)
+        gradient_kernel[grid](*saved, dx, STRIPS=power, SILU=silu, **constants)
     if not need_affine:
         return dx, weight.new_empty(0), bias.new_empty(0)
     dbias, dweight = (sums.sum(dim=(0, 1)) for sums in channel_sums)
@@ -386,14 +384,6 @@ def _backward_shapes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = weight.shape if need_affine else 0
     return torch.empty_like(x), weight.new_empty(shape), bias.new_empty(shape)
-
-
-# As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs.
-# The gradient of the gradient is not defined.
-_operation = torch.library.custom_op("minidiff::group_norm_silu", _forward, mutates_args=())
-_operation.register_fake(_forward_shapes)
-_gradients = torch.library.custom_op("minidiff::group_norm_silu_backward", _backward, mutates_args=())
-_gradients.register_fake(_backward_shapes)
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]):
@@ -410,4 +400,12 @@ def _differentiate(ctx, dy: Tensor, dmean: Tensor | None, drstd: Tensor | None):
     return dx, None, dweight if need_weight else None, dbias if need_bias else None, None, None
 
 
-_operation.register_autograd(_differentiate, setup_context=_save)
+_operations = register_operation(
+    "group_norm_silu",
+    _forward,
+    _backward,
+    shapes=_forward_shapes,
+    backward_shapes=_backward_shapes,
+    save=_save,
+    differentiate=_differentiate,
+)

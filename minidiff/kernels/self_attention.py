@@ -32,7 +32,6 @@ Left out: dropout, other masks, sequences of different lengths, and dividing one
 only.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +43,16 @@ from minidiff.kernels.tiles import (
     device_of,
     dot_add,
     dot_heads,
+    head_constants,
     head_of,
     head_tiles,
     jit,
+    launch_options,
     load_head,
     refusal,
+    register_operation,
     store_head,
+    strides_of,
     tl,
     triton,
     zeros_head,
@@ -344,12 +347,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> tuple
             lse,
             N,
             L,
-            *_strides(q, k, v),
-            *_constants(d, causal),
+            *strides_of(q, k, v),
+            *head_constants(d),
+            causal,
             L % blocks.keys == 0,
             blocks.queries,
             blocks.keys,
-            **_launch(blocks),
+            **launch_options(blocks.warps, blocks.stages),
         )
     return out, lse
 
@@ -380,12 +384,13 @@ def _backward(
                 dv,
                 N,
                 L,
-                *_strides(q, k, v),
-                *_constants(d, causal),
+                *strides_of(q, k, v),
+                *head_constants(d),
+                causal,
                 N % blocks.queries == 0,
                 blocks.queries,
                 blocks.keys,
-                **_launch(blocks),
+                **launch_options(blocks.warps, blocks.stages),
             )
         if need_dq:
             blocks = blocks_of("dq", N, d, q.dtype)
@@ -399,12 +404,13 @@ def _backward(
                 dq,
                 N,
                 L,
-                *_strides(q, k, v),
-                *_constants(d, causal),
+                *strides_of(q, k, v),
+                *head_constants(d),
+                causal,
                 L % blocks.keys == 0,
                 blocks.queries,
                 blocks.keys,
-                **_launch(blocks),
+                **launch_options(blocks.warps, blocks.stages),
             )
     return dq, dk, dv
 
@@ -414,27 +420,6 @@ def _backward_shapes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = q.shape if need_dq else (0,), k.shape if need_dk_dv else (0,), v.shape if need_dk_dv else (0,)
     return q.new_empty(shapes[0]), k.new_empty(shapes[1]), v.new_empty(shapes[2])
-
-
-def _strides(*inputs: Tensor) -> list[int]:
-    """Elements from one row of the batch to the next, and from one token to the next, of each."""
-    return [stride for x in inputs for stride in x.stride()[:2]]
-
-
-def _constants(d: int, causal: bool) -> tuple[float, int, int, int, bool]:
-    return math.log2(math.e) / math.sqrt(d), d, *head_tiles(d), causal
-
-
-def _launch(blocks: Blocks) -> dict[str, int | bool]:
-    return dict(num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True)  # s scale - m is one instruction
-
-
-# As operations of PyTorch's own, the kernels are one node each to autograd, torch.compile and CUDA graphs. The gradient of the gradient is
-# not defined.
-_operation = torch.library.custom_op("minidiff::self_attention", _forward, mutates_args=())
-_operation.register_fake(_forward_shapes)
-_gradients = torch.library.custom_op("minidiff::self_attention_backward", _backward, mutates_args=())
-_gradients.register_fake(_backward_shapes)
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]):
@@ -450,4 +435,12 @@ def _differentiate(ctx, dout: Tensor, dlse: None):
     return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None
 
 
-_operation.register_autograd(_differentiate, setup_context=_save)
+_operations = register_operation(
+    "self_attention",
+    _forward,
+    _backward,
+    shapes=_forward_shapes,
+    backward_shapes=_backward_shapes,
+    save=_save,
+    differentiate=_differentiate,
+)

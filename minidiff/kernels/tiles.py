@@ -1,4 +1,4 @@
-"""What the kernels share: tiles of a head that is no power of two wide, matrix products, what no kernel takes.
+"""What the kernels share: tiles of a head that is no power of two wide, matrix products, what no kernel takes, how PyTorch calls them.
 
 Triton's blocks have sides that are powers of two, and its matrix products want at least 16 in each direction. Stable Diffusion 1.x
 has heads 40, 80 and 160 wide; padded to 64, 128 and 256, a third of the work would be multiplication by zero. So a head stands in two
@@ -10,12 +10,14 @@ Without Triton (macOS, Windows) this file and the kernels' are still imported; `
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 try:
     import triton
@@ -153,3 +155,49 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
 def device_of(x: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+def strides_of(*inputs: Tensor) -> list[int]:
+    """Return the elements from one row of the batch to the next, and from one token to the next, of each."""
+    return [stride for x in inputs for stride in x.stride()[:2]]
+
+
+def head_constants(d: int) -> tuple[float, int, int, int]:
+    """Return what an attention kernel is compiled for: the logits' scale in base 2, the width of a head, and its tiles."""
+    return math.log2(math.e) / math.sqrt(d), d, *head_tiles(d)
+
+
+def launch_options(warps: int, stages: int) -> dict[str, int | bool]:
+    """Return Triton's options of a launch. Multiply and add are one instruction, as in S scale - m."""
+    return dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+def register_operation(
+    name: str,
+    forward: Callable,
+    backward: Callable,
+    *,
+    shapes: Callable,
+    backward_shapes: Callable,
+    save: Callable,
+    differentiate: Callable,
+) -> tuple[CustomOpDef, CustomOpDef]:
+    """Make kernels an operation of PyTorch's own: one node each to autograd, torch.compile and CUDA graphs.
+
+    The gradient of the gradient is not defined.
+
+    Args:
+        name: The operation is torch.ops.minidiff.NAME, its gradients NAME_backward.
+        forward: Launches the kernels.
+        backward: Likewise, for the gradients.
+        shapes: Takes what `forward` does, and returns empty results.
+        backward_shapes: Likewise for `backward`.
+        save: Keeps what the gradients need, as `setup_context` of torch.library.
+        differentiate: Calls NAME_backward with it.
+    """
+    operation = torch.library.custom_op(f"minidiff::{name}", forward, mutates_args=())
+    operation.register_fake(shapes)
+    operation.register_autograd(differentiate, setup_context=save)
+    gradients = torch.library.custom_op(f"minidiff::{name}_backward", backward, mutates_args=())
+    gradients.register_fake(backward_shapes)
+    return operation, gradients

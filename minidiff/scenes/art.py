@@ -6,7 +6,7 @@ LICENSES.md says whose art it is. Everything here is plain RGB from 0 to 255; no
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,8 +87,7 @@ def tint_picture(picture: UInt8[np.ndarray, "H W 4"], colour: str) -> UInt8[np.n
     """Tint a picture in one named colour: light and shade become darker and lighter tones of it."""
     base = np.array(COLOURS[colour], np.float32) / 255
     light = picture[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32) / 255
-    mean = np.average(light, weights=picture[..., 3])
-    shade = np.clip(light - mean, -0.35, 0.35)[..., None]
+    shade = np.clip(light - np.average(light, weights=picture[..., 3]), -0.35, 0.35)[..., None]
     rgb = base + np.where(shade < 0, base, 1 - base) * shade
     return np.concatenate([(rgb * 255 + 0.5).astype(np.uint8), picture[..., 3:]], -1)
 
@@ -118,9 +117,14 @@ def paint_background(colour: str, shade: Sequence[float], gradient: float) -> Fl
 def visible_backgrounds(subject: str, style: str, colour: str | None) -> tuple[str, ...]:
     """Return the backgrounds from which a picture stands out: a yellow moon is not put on yellow, nor a brown cat on red."""
     if colour is not None:
-        tint = np.array(COLOURS[colour])
-        return tuple(name for name, rgb in COLOURS.items() if np.linalg.norm(tint - rgb) >= TINT_CONTRAST)
+        return tuple(name for name, rgb in COLOURS.items() if np.linalg.norm(np.subtract(COLOURS[colour], rgb)) >= TINT_CONTRAST)
     picture = art(subject, style)
     pixels = picture[picture[..., 3] > 127][:, :3].astype(np.float32)
     near = {name: np.linalg.norm(pixels - np.array(rgb), axis=1) < NEAR for name, rgb in COLOURS.items()}
     return tuple(name for name in COLOURS if near[name].mean() <= MOST_NEAR)
+
+
+def common_backgrounds(things: Iterable[tuple[str, str | None]], styles: Sequence[str] = STYLES) -> list[str]:
+    """Return the backgrounds from which all of the things, each a subject and its tint or None, stand out in all of the styles."""
+    seen = [visible_backgrounds(subject, style, tint) for subject, tint in things for style in styles]
+    return [colour for colour in COLOURS if all(colour in one for one in seen)]

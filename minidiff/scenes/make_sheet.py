@@ -15,7 +15,6 @@ The names in subjects.json follow emojibase-data 17.0.0 ("cat face" became cat, 
 The same archives, the same resvg and the same Pillow give the same bytes.
 """
 
-import argparse
 import io
 import json
 import tarfile
@@ -23,9 +22,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import tyro
 from PIL import Image
 
-from minidiff.scenes.art import CELL, HERE, STYLES, SUBJECTS_A_ROW
+from minidiff.scenes.art import CELL, HERE, SUBJECTS_A_ROW
 
 DRAWN = 512  # pixels a side at which vectors are drawn, before they are cut and scaled down
 QUALITY = 92  # of the WebP: 1.9 MB, where lossless takes 4.1 MB
@@ -100,12 +100,25 @@ def make_sheet(noto: Path, twemoji: Path, fluent: Path) -> Image.Image:
     return sheet
 
 
+def write_sheet(
+    noto: tyro.conf.Positional[Path],
+    twemoji: tyro.conf.Positional[Path],
+    fluent: tyro.conf.Positional[Path],
+    /,
+    out: Path = HERE / "sheet.webp",
+) -> None:
+    """Make the picture sheet of the bundled scenes.
+
+    Args:
+        noto: npm archive (.tgz) of the noto pictures
+        twemoji: npm archive of the twemoji pictures
+        fluent: npm archive of the fluent pictures
+        out: the file to write
+    """
+    sheet = make_sheet(noto, twemoji, fluent)
+    sheet.save(out, quality=QUALITY, method=6)
+    print(f"{out}: {sheet.width} x {sheet.height}, {out.stat().st_size / 1e6:.2f} MB")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make the picture sheet of the bundled scenes.")
-    for style in STYLES:
-        parser.add_argument(style, type=Path, help=f"npm archive (.tgz) of the {style} pictures")
-    parser.add_argument("--out", type=Path, default=HERE / "sheet.webp")
-    args = parser.parse_args()
-    sheet = make_sheet(args.noto, args.twemoji, args.fluent)
-    sheet.save(args.out, quality=QUALITY, method=6)
-    print(f"{args.out}: {sheet.width} x {sheet.height}, {args.out.stat().st_size / 1e6:.2f} MB")
+    tyro.cli(write_sheet)

@@ -5,11 +5,12 @@
 The 20 held-out subjects are meant for this, which no training of the bundled model has shown; `--help` lists them.
 """
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import tyro
 from PIL import Image
 
 from minidiff.pictures import save_png
@@ -44,29 +45,34 @@ def subject_scenes(subject: str, style: str, count: int, rng: np.random.Generato
     return scenes
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m minidiff.scenes.pictures",
-        description="Write pictures of one subject, to personalise a model with.",
-        epilog=f"held out of the bundled model's training: {', '.join(subject_names(held_out=True))}",
-    )
-    parser.add_argument("subject")
-    parser.add_argument("folder", type=Path, help="made if it is not there; pictures in it of the same names are written over")
-    parser.add_argument("--style", default="fluent", choices=STYLES)
-    parser.add_argument("--count", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    try:
-        scenes = subject_scenes(args.subject, args.style, args.count, np.random.default_rng(args.seed))
-        args.folder.mkdir(parents=True, exist_ok=True)
-        for i, scene in enumerate(scenes):
-            save_png(Image.fromarray(scene.image), args.folder / f"{i}.png")
-    except (ValueError, OSError) as error:
-        print(f"minidiff: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(args.folder)
+def write_pictures(
+    subject: tyro.conf.Positional[str],
+    folder: tyro.conf.Positional[Path],
+    /,
+    style: Literal["noto", "twemoji", "fluent"] = "fluent",
+    count: int = 5,
+    seed: int = 0,
+) -> None:
+    """Write the pictures, and print the folder.
+
+    Args:
+        subject: any of the 130; 20 are held out of the bundled model's training
+        folder: made if it is not there; pictures in it of the same names are written over
+        style: of the drawings
+        count: how many
+        seed: of backgrounds and places
+    """
+    scenes = subject_scenes(subject, style, count, np.random.default_rng(seed))
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, scene in enumerate(scenes):
+        save_png(Image.fromarray(scene.image), folder / f"{i}.png")
+    print(folder)
 
 
 if __name__ == "__main__":
-    main()
+    about = f"Write pictures of one subject, to personalise a model with. Held out of training: {', '.join(subject_names(held_out=True))}."
+    try:
+        tyro.cli(write_pictures, prog="python -m minidiff.scenes.pictures", description=about)
+    except (ValueError, OSError) as error:
+        print(f"minidiff: {error}", file=sys.stderr)
+        sys.exit(2)

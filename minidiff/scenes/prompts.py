@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from minidiff.scenes.art import common_backgrounds
 from minidiff.scenes.scenes import (
-    COLOURS,
     RELATIONS,
     STYLES,
     Item,
@@ -35,7 +35,6 @@ from minidiff.scenes.scenes import (
     place_one,
     place_two,
     subject_names,
-    visible_backgrounds,
 )
 
 GROUPS = ("one", "two", "style", "colour")
@@ -68,56 +67,66 @@ def draw_prompts(seed: int = 0) -> list[FixedPrompt]:
     rng = np.random.default_rng(seed)
     names = subject_names(held_out=False)
 
-    def prompt(group: str, subjects: Sequence[str], *, relation=None, tint=None, held_out=False) -> FixedPrompt:
-        seen = [visible_backgrounds(name, style, tint) for name in subjects for style in STYLES]
-        background = choose(rng, [colour for colour in COLOURS if all(colour in one for one in seen)])
-        text = caption_of([Item(name, colour=tint) for name in subjects], relation, background, None)
-        return FixedPrompt(text, group, tuple(subjects), background, relation, None, tint, held_out)
-
     def shuffled(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         return [pairs[i] for i in rng.permutation(len(pairs))]
 
-    one = [prompt("one", [name]) for name in names]
+    one = [draw_prompt(rng, "one", [name]) for name in names]
 
-    known = iter(shuffled([pair for pair in itertools.permutations(names, 2) if not is_held_out_pair(*pair) and share_a_background(*pair)]))
-    new = iter(shuffled([pair for pair in itertools.permutations(names, 2) if is_held_out_pair(*pair) and share_a_background(*pair)]))
-    two = []
-    for relation in RELATIONS:
-        for i in range(20):
-            held_out = i % HELD_OUT_EVERY == 0
-            two.append(prompt("two", next(new if held_out else known), relation=relation, held_out=held_out))
+    pairs = [pair for pair in itertools.permutations(names, 2) if common_backgrounds([(name, None) for name in pair])]
+    known = iter(shuffled([pair for pair in pairs if not is_held_out_pair(*pair)]))
+    new = iter(shuffled([pair for pair in pairs if is_held_out_pair(*pair)]))
+    two = [
+        draw_prompt(rng, "two", next(new if held_out else known), relation=relation, held_out=held_out)
+        for relation in RELATIONS
+        for held_out in (i % HELD_OUT_EVERY == 0 for i in range(20))
+    ]
 
-    styled = []
-    for i in rng.permutation(len(names))[:12]:
-        plain = prompt("style", [names[i]])
-        styled += [dataclasses.replace(plain, text=f"{plain.text} in {style} style", style=style) for style in STYLES]
+    plain = [draw_prompt(rng, "style", [names[i]]) for i in rng.permutation(len(names))[:12]]
+    styled = [dataclasses.replace(one, text=f"{one.text} in {style} style", style=style) for one in plain for style in STYLES]
 
     tinted = dict(shuffled(held_out_pairs()[1]))  # one tint a subject
-    coloured = [prompt("colour", [name], tint=tint, held_out=True) for name, tint in itertools.islice(tinted.items(), 40)]
+    coloured = [draw_prompt(rng, "colour", [name], tint=tint, held_out=True) for name, tint in itertools.islice(tinted.items(), 40)]
     return one + two + styled + coloured
 
 
-def share_a_background(name: str, other: str) -> bool:
-    """Return True if both subjects stand out from some background in every style."""
-    seen = [visible_backgrounds(subject, style, None) for subject in (name, other) for style in STYLES]
-    return any(all(colour in one for one in seen) for colour in COLOURS)
+def draw_prompt(
+    rng: np.random.Generator,
+    group: str,
+    subjects: Sequence[str],
+    *,
+    relation: str | None = None,
+    tint: str | None = None,
+    held_out: bool = False,
+) -> FixedPrompt:
+    """Draw the background of a prompt, one from which its subjects stand out in every style.
+
+    Args:
+        rng: The source of randomness.
+        group, subjects, relation, tint, held_out: As in `FixedPrompt`.
+    """
+    background = choose(rng, common_backgrounds([(name, tint) for name in subjects]))
+    text = caption_of([Item(name, colour=tint) for name in subjects], relation, background, None)
+    return FixedPrompt(text, group, tuple(subjects), background, relation, None, tint, held_out)
+
+
+@cache
+def prompts() -> tuple[FixedPrompt, ...]:
+    """Return 40 prompts, "a SUBJECT on a COLOUR background", drawn once at random from what training may show: for looks on the way."""
+    rng = np.random.default_rng(40)
+    return tuple(draw_prompt(rng, "one", [str(name)]) for name in rng.permutation(subject_names(held_out=False))[:40])
 
 
 def real_scene(prompt: FixedPrompt, rng: np.random.Generator) -> Scene:
     """Compose a scene that shows what the prompt says, like those of training; what the prompt leaves open is random."""
     style = prompt.style or choose(rng, STYLES)
     if len(prompt.subjects) == 1:
-        px, size, centre = place_one(rng, prompt.subjects[0], style)
-        while size is not None:  # scenes whose caption names no size have things of middling size
-            px, size, centre = place_one(rng, prompt.subjects[0], style)
-        layout = [(px, centre)]
+        layout = [place_one(rng, prompt.subjects[0], style)]
+        while layout[0][1] is not None:  # scenes whose caption names no size have things of middling size
+            layout = [place_one(rng, prompt.subjects[0], style)]
     else:
-        upright = prompt.relation == "above" or (prompt.relation == "and" and rng.random() < 0.5)
-        swap = prompt.relation == "and" and rng.random() < 0.5
-        layout = list(zip(*place_two(rng, prompt.subjects[::-1] if swap else prompt.subjects, style, upright)))
-        layout = layout[::-1] if swap else layout
+        layout = place_two(rng, prompt.subjects, style, prompt.relation)
     return compose(
-        [Item(name, px, centre, prompt.tint) for name, (px, centre) in zip(prompt.subjects, layout)],
+        [Item(name, px, centre, prompt.tint) for name, (px, _, centre) in zip(prompt.subjects, layout)],
         background=prompt.background,
         style=style,
         relation=prompt.relation,

@@ -28,13 +28,13 @@ from minidiff.scenes.art import (
     HERE,
     SIZE,
     STYLES,
+    common_backgrounds,
     known,
     paint_background,
     scaled_size,
     sprite,
     subject_names,
     subjects,
-    visible_backgrounds,
 )
 
 RELATIONS = ("and", "left of", "above")
@@ -86,15 +86,6 @@ class Scene:
     background: str
     style: str
     relation: str | None
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A fixed prompt of the evaluation, with what should be seen."""
-
-    text: str
-    subject: str
-    background: str
 
 
 def is_held_out_pair(subject: str, other: str) -> bool:
@@ -193,26 +184,21 @@ def compose(
         known("relation", relation, RELATIONS)
 
     canvas = paint_background(background, shade, gradient)
-    boxes, masks = [], []
+    objects: list[SceneObject] = []
     for item in items:
-        (x0, y0, x1, y1), picture = picture_of(item, style)
+        box, picture = picture_of(item, style)
         alpha = picture[..., 3:].astype(np.float32) / 255
-        part = np.s_[y0:y1, x0:x1]
+        part = np.s_[box[1] : box[3], box[0] : box[2]]
         canvas[part] = canvas[part] * (1 - alpha) + picture[..., :3]
-        for mask in masks:
-            mask[part] *= 1 - alpha[..., 0]
+        for covered in objects:
+            covered.mask[part] *= 1 - alpha[..., 0]
         mask = np.zeros((SIZE, SIZE), np.float32)
         mask[part] = alpha[..., 0]
-        boxes.append((x0, y0, x1, y1))
-        masks.append(mask)
+        objects.append(SceneObject(item.subject, subjects()[item.subject].class_name, item.colour, item.size, box, mask))
 
-    objects = tuple(
-        SceneObject(item.subject, subjects()[item.subject].class_name, item.colour, item.size, box, mask)
-        for item, box, mask in zip(items, boxes, masks)
-    )
     caption = caption_of(items, relation, background if name_background else None, style if name_style else None, medium)
     image = (np.clip(canvas, 0, 255) + 0.5).astype(np.uint8)
-    return Scene(image, caption, np.add.reduce(masks), objects, background, style, relation)
+    return Scene(image, caption, np.add.reduce([thing.mask for thing in objects]), tuple(objects), background, style, relation)
 
 
 def choose(rng: np.random.Generator, values: Sequence):
@@ -267,33 +253,35 @@ def place_one(rng: np.random.Generator, subject: str, style: str) -> tuple[int, 
     return px, size, (float(x), float(y))
 
 
-def place_two(rng: np.random.Generator, names: Sequence[str], style: str, upright: bool) -> tuple[list[int], list[tuple[float, float]]]:
-    """Choose sizes and centres, in pixels, of two objects that do not overlap: side by side, or one above the other.
+def place_two(
+    rng: np.random.Generator, names: Sequence[str], style: str, relation: str | None
+) -> list[tuple[int, str | None, tuple[float, float]]]:
+    """Choose what `place_one` does for each of two objects that do not overlap: side by side, or one above the other; no size is named.
 
     Args:
         rng: The source of randomness.
-        names: The two subjects; the first one is on the left, or above.
+        names: The two subjects.
         style: In which they are drawn.
-        upright: Place one above the other.
+        relation: Of RELATIONS. With "and" either comes first, on the left or above.
     """
+    upright = relation == "above" or (relation == "and" and rng.random() < 0.5)
+    swap = relation == "and" and rng.random() < 0.5
     along, across = (1, 0) if upright else (0, 1)
     low, high = in_pixels(LENGTHS_OF_TWO)
     first = int(rng.integers(low, high + 1))
     px = [first, int(rng.integers(low, min(high, SIZE - first) + 1))]
-    sides = [scaled_size(name, style, p) for name, p in zip(names, px)]
+    sides = [scaled_size(name, style, p) for name, p in zip(names[::-1] if swap else names, px)]
     room = SIZE - sides[0][along] - sides[1][along]
     gap = int(rng.integers(room // 2 + 1))
     start = int(rng.integers(room - gap + 1))
     starts = [start, start + sides[0][along] + gap]
-    centres = []
-    for side, low in zip(sides, starts):
-        # Whole pixels: the box of an odd side then lies exactly where `low` puts it.
-        centre = [0.0, 0.0]
-        centre[along] = low + side[along] / 2
+    layout = []
+    for p, side, start in zip(px, sides, starts):
+        # Whole pixels: the box of an odd side then lies exactly where `start` puts it.
         free = min(round(OFF_MIDDLE * SIZE), (SIZE - side[across]) // 2)
-        centre[across] = (SIZE - side[across]) // 2 + int(rng.integers(-free, free + 1)) + side[across] / 2
-        centres.append((centre[0], centre[1]))
-    return px, centres
+        place = start + side[along] / 2, (SIZE - side[across]) // 2 + int(rng.integers(-free, free + 1)) + side[across] / 2
+        layout.append((p, None, place[::-1] if upright else place))
+    return layout[::-1] if swap else layout
 
 
 def sample_scene(rng: np.random.Generator, *, split: str = "train") -> Scene:
@@ -307,22 +295,11 @@ def sample_scene(rng: np.random.Generator, *, split: str = "train") -> Scene:
     count = 1 if rng.random() < 0.65 else 2
     style = choose(rng, STYLES)
     names, colours = choose_subjects(rng, split, count)
-    seen = [visible_backgrounds(name, style, colour) for name, colour in zip(names, colours)]
-    background = choose(rng, [name for name in COLOURS if all(name in one for one in seen)])
+    background = choose(rng, common_backgrounds(zip(names, colours), [style]))
     by_class = int(rng.integers(count)) if rng.random() < 0.1 else None
 
-    relation = None
-    if count == 1:
-        px, size, centre = place_one(rng, names[0], style)
-        layout = [(px, size, centre)]
-    else:
-        relation = choose(rng, RELATIONS)
-        upright = relation == "above" or (relation == "and" and rng.random() < 0.5)
-        swap = relation == "and" and rng.random() < 0.5  # "and" does not promise which comes first
-        px, centres = place_two(rng, names[::-1] if swap else names, style, upright)
-        layout = [(p, None, centre) for p, centre in zip(px, centres)]
-        layout = layout[::-1] if swap else layout
-
+    relation = None if count == 1 else choose(rng, RELATIONS)
+    layout = [place_one(rng, names[0], style)] if count == 1 else place_two(rng, names, style, relation)
     items = [
         Item(name, px, centre, colour, size, i == by_class)
         for i, (name, colour, (px, size, centre)) in enumerate(zip(names, colours, layout))
@@ -344,15 +321,3 @@ def sample_scene(rng: np.random.Generator, *, split: str = "train") -> Scene:
 def bpe_merges() -> tuple[str, ...]:
     """Read the merges of the byte-pair encoding made for these captions (train_bpe.py), as TokenizerConfig takes them."""
     return tuple((HERE / "bpe.txt").read_text(encoding="utf-8").split("\n")[1:])
-
-
-@functools.cache
-def prompts() -> tuple[Prompt, ...]:
-    """Return 40 fixed prompts, "a SUBJECT on a COLOUR background", drawn once at random from what training may show."""
-    rng = np.random.default_rng(40)
-    fixed = []
-    for name in map(str, rng.permutation(subject_names(held_out=False))[:40]):
-        seen = [visible_backgrounds(name, style, None) for style in STYLES]
-        colour = choose(rng, [colour for colour in COLOURS if all(colour in one for one in seen)])
-        fixed.append(Prompt(f"{with_article(name)} on {with_article(colour)} background", name, colour))
-    return tuple(fixed)

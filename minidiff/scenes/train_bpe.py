@@ -12,10 +12,11 @@ The corpus is every word that a scene's caption can have, once, plus the words t
 templates, and rare words without a meaning, one token each, to which a subject of one's own can be tied.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+
+import tyro
 
 from minidiff.scenes.scenes import COLOURS, STYLES, subjects
 
@@ -79,14 +80,12 @@ def needed_words() -> tuple[str, ...]:
 
 def join_pair(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     """Join each occurrence of `pair` in `pieces`, from left to right."""
-    joined, i = [], 0
-    while i < len(pieces):
-        if pieces[i : i + 2] == pair:
-            joined.append(pieces[i] + pieces[i + 1])
-            i += 2
+    joined: list[str] = []
+    for piece in pieces:
+        if (*joined[-1:], piece) == pair:
+            joined[-1] += piece  # now longer than either, so it begins no other pair
         else:
-            joined.append(pieces[i])
-            i += 1
+            joined.append(piece)
     return tuple(joined)
 
 
@@ -95,9 +94,7 @@ def train(words: Iterable[str]) -> list[tuple[str, str]]:
     pieces = {word: (*word[:-1], word[-1] + "</w>") for word in words}
     merges = []
     while True:
-        pairs = Counter()
-        for parts in pieces.values():
-            pairs.update(zip(parts, parts[1:]))
+        pairs = Counter(pair for parts in pieces.values() for pair in zip(parts, parts[1:]))
         if not pairs:
             return merges
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
@@ -105,11 +102,17 @@ def train(words: Iterable[str]) -> list[tuple[str, str]]:
         pieces = {word: join_pair(parts, best) for word, parts in pieces.items()}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make the byte-pair encoding of the bundled model.")
-    parser.add_argument("--out", type=Path, default=HERE / "bpe.txt")
-    args = parser.parse_args()
+def write_merges(out: Path = HERE / "bpe.txt") -> None:
+    """Make the byte-pair encoding of the bundled model.
+
+    Args:
+        out: the file to write
+    """
     merges = train(needed_words())
     # No newline at the end: open_clip would count an empty last line as a merge, and shift the start and end tokens.
-    args.out.write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]), encoding="utf-8")
-    print(f"{args.out}: {len(merges)} merges, {512 + len(merges) + 2} entries")
+    out.write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]), encoding="utf-8")
+    print(f"{out}: {len(merges)} merges, {512 + len(merges) + 2} entries")
+
+
+if __name__ == "__main__":
+    tyro.cli(write_merges)

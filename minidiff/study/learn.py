@@ -4,8 +4,7 @@ StudyRun -> training pictures -> a method of trainers/methods -> Outcome: adapte
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,17 +66,6 @@ class Outcome:
         assert isinstance(delta, CustomDiffusion)
         return delta
 
-    @contextmanager
-    def attached(self, sd: StableDiffusion) -> Iterator[None]:
-        """Attach the adapters for the duration of the block."""
-        for adapter in self.adapters:
-            adapter.attach(sd)
-        try:
-            yield
-        finally:
-            for adapter in reversed(self.adapters):
-                adapter.detach()
-
 
 def train_run(sd: StableDiffusion, run: StudyRun, folder: Path) -> Outcome:
     """Train what the run asks for. The weights of `sd` change if the method changes them.
@@ -86,12 +74,9 @@ def train_run(sd: StableDiffusion, run: StudyRun, folder: Path) -> Outcome:
     """
     if run.variant == UNTOUCHED:
         return Outcome((), tuple(SUBJECTS[name] for name in run.subjects) or ("noto",))
-    if run.part == "pairs":
-        return train_pair(sd, run, folder)
-    if run.part == "style":
-        return train_style(sd, run, folder)
-    if run.part == "compression":
-        return compress_custom_diffusion(sd, run, folder)
+    parts = {"pairs": train_pair, "style": train_style, "compression": compress_custom_diffusion}
+    if run.part in parts:
+        return parts[run.part](sd, run, folder)
     if (run.part, run.variant) == ("methods", "custom-diffusion"):
         return train_custom_diffusion(sd, run.subjects[0], run.seed, folder)
     variant = variants(run.part)[run.variant]
@@ -100,8 +85,8 @@ def train_run(sd: StableDiffusion, run: StudyRun, folder: Path) -> Outcome:
 
 def draw_training_pictures(subject: str, seed: int, count: int = PICTURES) -> list[Image.Image]:
     """Draw pictures of the subject as a person would take them. The first ones do not depend on how many there are."""
-    rng = np.random.default_rng([seed, list(SUBJECTS).index(subject)])
-    return [Image.fromarray(scene.image) for scene in subject_scenes(subject, "fluent", count, rng)]
+    scenes = subject_scenes(subject, "fluent", count, np.random.default_rng([seed, list(SUBJECTS).index(subject)]))
+    return [Image.fromarray(scene.image) for scene in scenes]
 
 
 def make_concept(method: str, subject: str, seed: int, folder: Path, count: int = PICTURES, second: bool = False) -> Concept:
@@ -124,19 +109,15 @@ def make_concept(method: str, subject: str, seed: int, folder: Path, count: int 
     return Concept(images=images, token=token, class_word=SUBJECTS[subject])
 
 
-def prompt_name(method: str, one: Concept) -> str:
-    """Return the words for the subject in a prompt, as the method taught them."""
-    return one.token if method in ("textual-inversion", "pivotal-tuning") else one.subject_phrase
-
-
 def with_class_pictures(sd: StableDiffusion, one: Concept, options: MethodOptions) -> Concept:
     """Return the concept with a folder of class pictures, filled first if necessary; all runs of the class share it."""
-    prior = options.prior
+    last = options.phases()[-1]
+    prior = last.prior
     if prior.kind == "none":
         return one
-    words = one.class_word or "style"
-    one = replace(one, class_images=one.images.parent.parent / "class" / f"{words}-{prior.kind}-{prior.count}")
-    for _ in fill_class_images(sd, one, options):
+    name = f"{one.class_word or 'style'}-{prior.kind}-{prior.count}"
+    one = replace(one, class_images=one.images.parent.parent / "class" / name)
+    for _ in fill_class_images(sd, one, last):
         pass
     return one
 
@@ -155,7 +136,6 @@ def train_method(
     """
     options = override(variant.options, {"seed": seed})
     concepts = [with_class_pictures(sd, one, options) for one in concepts]
-    before = None
     if variant.method in ADAPTER_METHODS:
         assert isinstance(options, LoRAOptions)
         method, adapters = make_adapter_run(sd, variant.method, concepts, options)
@@ -163,8 +143,7 @@ def train_method(
         more = {} if start_from is None else {"start_from": start_from}
         method = table.METHODS[variant.method.removesuffix("-lora")].build(sd, concepts, options, **more)
         adapters = tuple(one for one in (method.tokens, method.lora, method.custom_diffusion) if one is not None)
-    if not adapters:
-        before = {name: p.detach().clone() for name, p in sd.unet.named_parameters()}
+    before = {} if adapters else {name: p.detach().clone() for name, p in sd.unet.named_parameters()}
     memory = 0
     for phase in method.phases:
         with phase:
@@ -175,8 +154,11 @@ def train_method(
     seconds = time.perf_counter() - start
     count = sum(p.numel() for phase in method.phases for group in phase.groups for p in group.params)
     kept = count if start_from is None else sum(p.numel() for adapter in adapters for p in adapter.parameters())
-    changes = None if before is None else relative_changes(before, dict(sd.unet.named_parameters()))
-    return Outcome(adapters, tuple(prompt_name(variant.method, one) for one in concepts), count, 4 * kept, seconds, memory, changes)
+    changes = relative_changes(before, dict(sd.unet.named_parameters())) if before else None
+    by_token = variant.method in ("textual-inversion", "pivotal-tuning")  # which teach what the token alone stands for
+    return Outcome(
+        adapters, tuple(one.token if by_token else one.subject_phrase for one in concepts), count, 4 * kept, seconds, memory, changes
+    )
 
 
 def make_adapter_run(
@@ -219,15 +201,13 @@ def train_pair(sd: StableDiffusion, run: StudyRun, folder: Path) -> Outcome:
     captions = [sample_scene(np.random.default_rng([1, i])).caption for i in range(1000)]
     targets = [[f"a photo of a {words}"] for words in (first.subject_phrase, second.subject_phrase)]
     merged, _ = merge_concepts(sd, [one.custom_diffusion, other.custom_diffusion], targets, captions, RIDGE)
-    seconds = one.seconds + other.seconds + time.perf_counter() - start
-    size = 4 * sum(p.numel() for p in merged.parameters())
     return replace(
         one,
         adapters=(merged,),
         prompt_names=(first.subject_phrase, second.subject_phrase),
-        seconds=seconds,
+        seconds=one.seconds + other.seconds + time.perf_counter() - start,
         trained=one.trained + other.trained,
-        bytes=size,
+        bytes=4 * sum(p.numel() for p in merged.parameters()),
     )
 
 
@@ -277,13 +257,12 @@ def compress_custom_diffusion(sd: StableDiffusion, run: StudyRun, folder: Path) 
 
 def draw_style_pictures(seed: int, count: int = 10) -> list[tuple[Image.Image, str]]:
     """Draw scenes in greys, each of another subject, with the subject's name."""
-    found: list[tuple[Image.Image, str]] = []
+    found: dict[str, Image.Image] = {}
     for i in range(1000):
         scene = sample_scene(np.random.default_rng([seed, 9, i]))
-        name = scene.objects[0].subject
-        if len(scene.objects) == 1 and len(found) < count and name not in [known for _, known in found]:
-            found.append((Image.fromarray(scene.image).convert("L").convert("RGB"), name))
-    return found
+        if len(scene.objects) == 1 and len(found) < count:
+            found.setdefault(scene.objects[0].subject, Image.fromarray(scene.image).convert("L").convert("RGB"))
+    return [(picture, name) for name, picture in found.items()]
 
 
 def train_style(sd: StableDiffusion, run: StudyRun, folder: Path) -> Outcome:

@@ -13,6 +13,7 @@ the model's own guidance scale. A prompt's seed never changes, so that models ar
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from minidiff.bundled.judge import Judge, JudgeOutput
 from minidiff.evaluation.alignment import Encoder, image_alignment, text_alignment
 from minidiff.pictures import to_pixels
 from minidiff.pipeline import StableDiffusion
-from minidiff.scenes.art import STYLES, visible_backgrounds
+from minidiff.scenes.art import common_backgrounds
 from minidiff.scenes.prompts import FixedPrompt, fixed_prompts, real_scene
 from minidiff.scenes.scenes import with_article
 
@@ -79,17 +80,6 @@ def on_background(words: str, background: str) -> str:
     return f"{words} on a {background} background"
 
 
-def find_common_backgrounds(*subjects: str) -> list[str]:
-    """Return the backgrounds from which all of the subjects stand out in every style."""
-    seen = [set(visible_backgrounds(name, style, None)) for name in subjects for style in STYLES]
-    return [colour for colour in visible_backgrounds(subjects[0], STYLES[0], None) if all(colour in one for one in seen)]
-
-
-def repeat_to(values: Sequence[str], count: int) -> list[str]:
-    """Repeat the values in order until there are `count`."""
-    return [values[i % len(values)] for i in range(count)]
-
-
 def make_new_prompts(called: str, backgrounds: Sequence[str]) -> list[str]:
     """Write prompts for what the training pictures do not show: sizes, a colour, places, company, styles."""
     a = with_article(called)
@@ -103,7 +93,7 @@ def make_new_prompts(called: str, backgrounds: Sequence[str]) -> list[str]:
         a,
         a,
     )
-    texts = [on_background(phrase, background) for phrase, background in zip(phrases, repeat_to(backgrounds, len(phrases)))]
+    texts = [on_background(phrase, background) for phrase, background in zip(phrases, cycle(backgrounds))]
     return [*texts[:-2], f"{texts[-2]} in noto style", f"{texts[-1]} in twemoji style"]
 
 
@@ -111,7 +101,7 @@ def make_pair_prompts(first: str, second: str, backgrounds: Sequence[str]) -> li
     """Write prompts with both subjects in one picture, in each place."""
     a, b = with_article(first), with_article(second)
     phrases = (f"{a} and {b}", f"{a} left of {b}", f"{b} left of {a}", f"{a} above {b}", f"{b} above {a}", f"{b} and {a}") * 2
-    return [on_background(phrase, background) for phrase, background in zip(phrases, repeat_to(backgrounds, len(phrases)))]
+    return [on_background(phrase, background) for phrase, background in zip(phrases, cycle(backgrounds))]
 
 
 def make_prompts(names: Sequence[str], backgrounds: Sequence[str]) -> list[str]:
@@ -124,23 +114,17 @@ def find_likeliest(judge: Judge, output: JudgeOutput, count: int = 1) -> list[li
     return [[judge.config.subjects[i] for i in row] for row in output.shares().topk(count).indices.tolist()]
 
 
-def share_true(truths: Sequence[bool]) -> float:
-    """Return the share of True, 0..1."""
-    return sum(truths) / len(truths)
+def make_class_prompts(class_word: str) -> list[FixedPrompt]:
+    """Write prompts for the class alone; the seed of each is its place in the list."""
+    backgrounds = cycle(common_backgrounds([(class_word, None)]))
+    texts = [(on_background(with_article(class_word), background), background) for background in islice(backgrounds, OF_THE_CLASS)]
+    return [FixedPrompt(text, "one", (class_word,), background) for text, background in texts]
 
 
-def make_class_prompts(class_word: str) -> list[tuple[str, int]]:
-    """Write prompts for the class alone, each with its seed."""
-    backgrounds = find_common_backgrounds(class_word)
-    return [(on_background(with_article(class_word), background), i) for i, background in enumerate(repeat_to(backgrounds, OF_THE_CLASS))]
-
-
+@torch.no_grad()
 def encode_class_scenes(judge: Encoder, class_word: str, seed: int) -> Float[Tensor, "N D"]:
     """Encode real scenes of the class's prompts, for KID; different ones for each seed of the study."""
-    scenes = []
-    for text, i in make_class_prompts(class_word):
-        background = text.removesuffix(" background").rsplit(" ", 1)[1]
-        scenes.append(real_scene(FixedPrompt(text, "one", (class_word,), background), np.random.default_rng([77, seed, i])))
+    scenes = [real_scene(prompt, np.random.default_rng([77, seed, i])) for i, prompt in enumerate(make_class_prompts(class_word))]
     return judge.encode_pictures(to_pixels(np.stack([scene.image for scene in scenes])))
 
 
@@ -154,7 +138,7 @@ def measure_others(sd: StableDiffusion, judge: Judge, class_words: Sequence[str]
     """Return the features of the other prompts' pictures, and the share of them in which the subject is likeliest."""
     prompts = choose_other_prompts(class_words)
     output = judge.read(generate_pixels(sd, [p.text for p in prompts], range(len(prompts))))
-    return output.features.cpu(), share_true([names[0] == p.subjects[0] for names, p in zip(find_likeliest(judge, output), prompts)])
+    return output.features.cpu(), float(np.mean([names[0] == p.subjects[0] for names, p in zip(find_likeliest(judge, output), prompts)]))
 
 
 @torch.no_grad()
@@ -165,33 +149,33 @@ def measure_subjects(sd: StableDiffusion, judge: Judge, things: Sequence[TaughtS
     kept: list[bool] = []
     class_features, row = [], []
     for thing in things:
-        backgrounds = repeat_to(find_common_backgrounds(thing.subject), OF_THE_SUBJECT)
-        texts = [on_background(with_article(thing.called), background) for background in backgrounds]
+        backgrounds = cycle(common_backgrounds([(thing.subject, None)]))
+        texts = [on_background(with_article(thing.called), background) for background in islice(backgrounds, OF_THE_SUBJECT)]
         pictures = generate_pixels(sd, texts, range(OF_THE_SUBJECT))
         output = judge.read(pictures)
         likeness += image_alignment(output.features, judge.encode_pictures(thing.pictures)).tolist()
         named += [names[0] == thing.subject for names in find_likeliest(judge, output)]
         row.append(pictures[:2])
 
-        texts, seeds = zip(*make_class_prompts(thing.class_word)[: OF_THE_CLASS // len(things)])
-        pictures = generate_pixels(sd, texts, seeds)
+        texts = [prompt.text for prompt in make_class_prompts(thing.class_word)[: OF_THE_CLASS // len(things)]]
+        pictures = generate_pixels(sd, texts, range(len(texts)))
         output = judge.read(pictures)
         kept += [names[0] == thing.class_word for names in find_likeliest(judge, output)]
         class_features.append(output.features)
         row.append(pictures[:1])
 
     called, true = [thing.called for thing in things], [thing.subject for thing in things]
-    backgrounds = find_common_backgrounds(*true)
+    backgrounds = common_backgrounds([(name, None) for name in true])
     texts = make_prompts(called, backgrounds)
     pictures = generate_pixels(sd, texts, range(len(texts)))
     output = judge.read(pictures)
     text = text_alignment(output.features, judge.encode_texts(make_prompts(true, backgrounds)))
     row.append(pictures[:4])
     other_features, others = measure_others(sd, judge, [thing.class_word for thing in things])
-    scores = {"likeness": float(np.mean(likeness)), "named": share_true(named), "text": float(text.mean())}
-    scores |= {"kept": share_true(kept), "others": others}
+    scores = {"likeness": float(np.mean(likeness)), "named": float(np.mean(named)), "text": float(text.mean())}
+    scores |= {"kept": float(np.mean(kept)), "others": others}
     if len(things) == 2:
-        scores["both"] = share_true([sorted(names) == sorted(true) for names in find_likeliest(judge, output, 2)])
+        scores["both"] = float(np.mean([sorted(names) == sorted(true) for names in find_likeliest(judge, output, 2)]))
     return Measurements(scores, torch.cat(class_features).cpu(), other_features, torch.cat(row).cpu())
 
 
@@ -214,6 +198,6 @@ def measure_style(sd: StableDiffusion, judge: Judge, style: str, shown: Sequence
     prompts = list(spread_prompts(prompts, 2 * OF_OTHERS))
     pictures = generate_pixels(sd, [f"{with_article(p.subjects[0])} in {style} style" for p in prompts], range(len(prompts)))
     output = judge.read(pictures)
-    named = share_true([names[0] == p.subjects[0] for names, p in zip(find_likeliest(judge, output), prompts)])
+    named = float(np.mean([names[0] == p.subjects[0] for names, p in zip(find_likeliest(judge, output), prompts)]))
     now, right = measure_others(sd, judge, [])
     return Measurements({"chroma": chroma(pictures), "named": named, "others": right}, output.features.cpu(), now, pictures[:8].cpu())

@@ -15,6 +15,7 @@ All methods take the same number of steps of the same batch size; the presets gi
 """
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from minidiff.trainers.methods.dreambooth import DreamBoothOptions
@@ -150,28 +151,19 @@ VARIANTS = {
 PAIR_VARIANTS = ("joint", "merged", "sequential", "dreambooth")
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A part as the product of its seeds, subjects (a tuple for each run) and variants."""
-
-    seeds: tuple[int, ...]
-    subjects: tuple[tuple[str, ...], ...]
-    variants: tuple[str, ...]
-
-
-def make_grids() -> dict[str, Grid]:
-    """Return the grid of every part."""
+def make_grids() -> dict[str, tuple[tuple[int, ...], tuple[tuple[str, ...], ...], tuple[str, ...]]]:
+    """Return the seeds, the subjects (a tuple for each run) and the variants of every part, whose runs are their product."""
     one_each = tuple((subject,) for subject in SUBJECTS)
     fewer = tuple((subject,) for subject in FEWER_SUBJECTS)
     return {
-        "methods": Grid(SEEDS, one_each, (UNTOUCHED, *method_variants())),
-        "pairs": Grid(SEEDS, PAIRS, (UNTOUCHED, *PAIR_VARIANTS)),
-        "style": Grid(FEWER_SEEDS, ((),), (UNTOUCHED, "custom-diffusion", "lora")),
-        "before": Grid(FEWER_SEEDS, one_each, tuple(unmended_variants())),
-        "compression": Grid(FEWER_SEEDS, one_each, tuple(f"share {share}" for share in SHARES)),
-        "custom": Grid(FEWER_SEEDS, one_each, tuple(custom_variants())),
-        "lora": Grid(FEWER_SEEDS, fewer, tuple(lora_variants())),
-        "pictures": Grid(FEWER_SEEDS, fewer, tuple(picture_variants())),
+        "methods": (SEEDS, one_each, (UNTOUCHED, *method_variants())),
+        "pairs": (SEEDS, PAIRS, (UNTOUCHED, *PAIR_VARIANTS)),
+        "style": (FEWER_SEEDS, ((),), (UNTOUCHED, "custom-diffusion", "lora")),
+        "before": (FEWER_SEEDS, one_each, tuple(unmended_variants())),
+        "compression": (FEWER_SEEDS, one_each, tuple(f"share {share}" for share in SHARES)),
+        "custom": (FEWER_SEEDS, one_each, tuple(custom_variants())),
+        "lora": (FEWER_SEEDS, fewer, tuple(lora_variants())),
+        "pictures": (FEWER_SEEDS, fewer, tuple(picture_variants())),
     }
 
 
@@ -184,9 +176,7 @@ def list_runs(part: str) -> list[StudyRun]:
         StudyRun(name, variant, subjects, seed)
         for name, grid in grids.items()
         if part in ("all", name)
-        for seed in grid.seeds
-        for subjects in grid.subjects
-        for variant in grid.variants
+        for seed, subjects, variant in product(*grid)
     ]
     return sorted(
         runs, key=lambda run: run.seed

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,6 @@ from minidiff.study.plan import (
     picture_variants,
     unmended_variants,
 )
-from minidiff.study.run import read_first_machine
 
 STUDENT = (12.706, 4.303, 3.182, 2.776)  # 97.5 % quantiles of Student's t with 1, 2, 3 and 4 degrees of freedom
 SCORES = ("likeness", "named", "text", "kept", "others", "drift")
@@ -55,9 +55,6 @@ class Interval:
     mean: float
     low: float
     high: float
-
-    def __str__(self) -> str:
-        return f"{format_fixed(self.mean, 3)} [{format_fixed(self.low, 3)}, {format_fixed(self.high, 3)}]"
 
 
 def interval_over_subjects(values: Values) -> Interval:
@@ -81,16 +78,15 @@ class Results:
     folder: Path
     rows: tuple[dict, ...]
 
+    def runs(self, part: str, variant: str) -> dict[tuple[str, int], dict]:
+        """Return the rows of a variant by subject (or subjects) and seed."""
+        rows = [row for row in self.rows if (row["run"]["part"], row["run"]["variant"]) == (part, variant)]
+        return {("+".join(row["run"]["subjects"]), row["run"]["seed"]): row for row in rows}
+
     def values(self, part: str, variant: str, number: str) -> dict[tuple[str, int], float]:
         """Return a score or a cost by subject and seed, empty without such runs."""
-        found = {}
-        for row in self.rows:
-            run = row["run"]
-            if (run["part"], run["variant"]) == (part, variant):
-                value = row["scores"].get(number, row.get(number))
-                if value is not None:
-                    found["+".join(run["subjects"]), run["seed"]] = value
-        return found
+        found = {key: row["scores"].get(number, row.get(number)) for key, row in self.runs(part, variant).items()}
+        return {key: value for key, value in found.items() if value is not None}
 
     def difference(self, one: tuple[str, str], other: tuple[str, str], number: str) -> Interval | None:
         """Return one - other on the subjects and seeds that both have, None without any."""
@@ -98,24 +94,15 @@ class Results:
         both = {key: a[key] - b[key] for key in a if key in b}
         return interval_over_subjects(both) if both else None
 
-    def kid(self, judge: Encoder, part: str, variant: str) -> KID | None:
-        """Return the KID between all runs' class pictures and real scenes of the same prompts, None without such runs."""
+    def kid(self, judge: Encoder, part: str, variant: str) -> KID:
+        """Return the KID between the class pictures of all runs of a variant and real scenes of the same prompts."""
         drawn, real, groups = [], [], []
-        for row in self.rows:
-            run = row["run"]
-            if (run["part"], run["variant"]) != (part, variant):
-                continue
-            path = self.folder / "features" / f"{row['name']}.npy"
-            (subject,) = run["subjects"]
-            drawn.append(torch.from_numpy(np.load(path).astype(np.float32)))
-            with torch.no_grad():
-                real.append(encode_class_scenes(judge, SUBJECTS[subject], run["seed"]))
+        for (subject, seed), row in self.runs(part, variant).items():
+            drawn.append(torch.from_numpy(np.load(self.folder / "features" / f"{row['name']}.npy").astype(np.float32)))
+            real.append(encode_class_scenes(judge, SUBJECTS[subject], seed))
             # Pictures of one prompt resemble each other across runs too, and so does what they are compared with.
             groups.append(torch.full((len(drawn[-1]),), list(SUBJECTS).index(subject)) * 1000 + torch.arange(len(drawn[-1])))
-        if not drawn:
-            return None
-        both = torch.cat(groups)
-        _, group = both.unique(return_inverse=True)
+        _, group = torch.cat(groups).unique(return_inverse=True)
         return kid(torch.cat(drawn), torch.cat(real), groups=(group, group), blocks=10)
 
 
@@ -130,12 +117,12 @@ def read_results(folder: Path) -> Results:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def format_interval(value: Interval | None, share: bool = False) -> str:
+def format_interval(value: Interval | None, share: bool = False, digits: int = 2) -> str:
     """Format a mean and its interval for a table. share: the value lies in 0..1, so its interval is clipped to that."""
     if value is None:
         return ""
     low, high = (max(0.0, value.low), min(1.0, value.high)) if share else (value.low, value.high)
-    return f"{format_fixed(value.mean, 2)} [{format_fixed(low, 2)}, {format_fixed(high, 2)}]"
+    return f"{format_fixed(value.mean, digits)} [{format_fixed(low, digits)}, {format_fixed(high, digits)}]"
 
 
 def mean_over_runs(values: Values) -> float:
@@ -145,8 +132,7 @@ def mean_over_runs(values: Values) -> float:
 
 def kid_by_method(results: Results, judge: Encoder) -> dict[str, KID]:
     """Return the KID of each method that has runs."""
-    found = {name: results.kid(judge, "methods", name) for name in (UNTOUCHED, *method_variants())}
-    return {name: distance for name, distance in found.items() if distance}
+    return {name: results.kid(judge, "methods", name) for name in (UNTOUCHED, *method_variants()) if results.runs("methods", name)}
 
 
 def format_scores(results: Results, part: str, name: str, scores: Sequence[str]) -> list[str]:
@@ -166,34 +152,29 @@ def make_methods_table(results: Results, distances: Mapping[str, KID]) -> str:
 
     gain: in likeness over the untouched model. learned: "yes" if the interval of `named` excludes 0, the untouched model's value.
     """
-    rows = []
-    for name in (UNTOUCHED, *method_variants()):
-        if not results.values("methods", name, "likeness"):
-            continue
+
+    def row(name: str) -> list[str]:
         gain, named = (results.difference(("methods", name), ("methods", UNTOUCHED), score) for score in ("likeness", "named"))
         likeness, *others = format_scores(results, "methods", name, SCORES)
-        untouched = name == UNTOUCHED
-        rows.append(
-            [
-                name,
-                likeness,
-                "" if untouched else format_interval(gain),
-                *others,
-                f"{1000 * distances[name].value:.0f} ± {1000 * distances[name].error:.0f}",
-                "" if untouched else "yes" if named and named.low > 0 else "no",
-            ]
-        )
+        distance = f"{1000 * distances[name].value:.0f} ± {1000 * distances[name].error:.0f}"
+        if name == UNTOUCHED:
+            return [name, likeness, "", *others, distance, ""]
+        return [name, likeness, format_interval(gain), *others, distance, "yes" if named and named.low > 0 else "no"]
+
+    rows = [row(name) for name in (UNTOUCHED, *method_variants()) if results.runs("methods", name)]
     return markdown_table(("method", "likeness", "gain", *SCORES[1:], "KID x 1000", "learned"), rows)
 
 
 def make_costs_table(results: Results) -> str:
     """Format what each method costs, and what two subjects cost."""
-    rows = []
+
+    def row(part: str, name: str, label: str) -> list[str]:
+        numbers = ("trained", "bytes", "seconds", "memory")
+        trained, kept, seconds, memory = (mean_over_runs(results.values(part, name, number)) for number in numbers)
+        return [label, f"{trained:,.0f}", format_bytes(kept), f"{seconds:.0f} s", format_bytes(memory)]
+
     places = [("methods", name, name) for name in method_variants()] + [("pairs", name, f"two subjects: {name}") for name in PAIR_VARIANTS]
-    for part, name, label in places:
-        if seconds := results.values(part, name, "seconds"):
-            trained, kept, memory = (mean_over_runs(results.values(part, name, number)) for number in ("trained", "bytes", "memory"))
-            rows.append([label, f"{trained:,.0f}", format_bytes(kept), f"{mean_over_runs(seconds):.0f} s", format_bytes(memory)])
+    rows = [row(part, name, label) for part, name, label in places if results.runs(part, name)]
     return markdown_table(("method", "numbers trained", "file, float32", "training", "memory, computed"), rows)
 
 
@@ -207,7 +188,7 @@ def make_changes_table(results: Results, part: str, names: Sequence[str], standa
         standard: The (part, variant) that is subtracted.
         scores: One column each.
     """
-    present = [name for name in names if results.values(part, name, "bytes")]
+    present = [name for name in names if results.runs(part, name)]
     sizes = {name: format_bytes(mean_over_runs(results.values(part, name, "bytes"))) for name in present}
     differ = len(set(sizes.values())) > 1
     rows = [
@@ -223,38 +204,37 @@ def make_changes_table(results: Results, part: str, names: Sequence[str], standa
 
 def make_pairs_table(results: Results) -> str:
     """Format the scores of two subjects learned together."""
-    rows = [
-        [name, *format_scores(results, "pairs", name, ("both", *SCORES))]
-        for name in (UNTOUCHED, *PAIR_VARIANTS)
-        if results.values("pairs", name, "both")
-    ]
-    return markdown_table(("two subjects", "both", *SCORES), rows)
+    scores = ("both", *SCORES)
+    names = (UNTOUCHED, *PAIR_VARIANTS)
+    return markdown_table(
+        ("two subjects", *scores), [[name, *format_scores(results, "pairs", name, scores)] for name in names if results.runs("pairs", name)]
+    )
 
 
 def make_before_table(results: Results) -> str:
     """Format methods before and after they were mended, on the same runs."""
-    rows = []
-    for name in unmended_variants():
-        cells = []
-        for score in ("likeness", "named", "text"):
-            old, new = results.values("before", name, score), results.values("methods", name, score)
-            if same := [key for key in old if key in new]:
-                gain = results.difference(("methods", name), ("before", name), score)
-                cells += [f"{mean_over_runs({key: values[key] for key in same}):.2f}" for values in (old, new)] + [format_interval(gain)]
-        if cells:
-            rows.append([name, *cells])
+    scores = ("likeness", "named", "text")
+
+    def cells(name: str, score: str) -> tuple[str, str, str]:
+        old, new = (results.values(part, name, score) for part in ("before", "methods"))
+        before, after = (mean_over_runs({key: values[key] for key in old if key in new}) for values in (old, new))
+        return f"{before:.2f}", f"{after:.2f}", format_interval(results.difference(("methods", name), ("before", name), score))
+
+    compared = [name for name in unmended_variants() if results.difference(("methods", name), ("before", name), "likeness")]
     return markdown_table(
-        ("mended", *(f"{score}{part}" for score in ("likeness", "named", "text") for part in (" before", " after", " gain"))), rows
+        ("mended", *(f"{score}{part}" for score in scores for part in (" before", " after", " gain"))),
+        [[name, *chain.from_iterable(cells(name, score) for score in scores)] for name in compared],
     )
 
 
 def make_style_table(results: Results) -> str:
     """Format the scores of a style learned from ten pictures."""
     scores = ("chroma", "chroma_given", "named", "others", "drift")
-    rows = []
-    for name in (UNTOUCHED, "custom-diffusion", "lora"):
-        if results.values("style", name, "chroma"):
-            rows.append([name, *(format_fixed(mean_over_runs(results.values("style", name, score)), 3) for score in scores)])
+    rows = [
+        [name, *(format_fixed(mean_over_runs(results.values("style", name, score)), 3) for score in scores)]
+        for name in (UNTOUCHED, "custom-diffusion", "lora")
+        if results.runs("style", name)
+    ]
     return markdown_table(("style", *scores), rows)
 
 
@@ -310,11 +290,6 @@ def decide(difference: Interval | None, wanted: str) -> str:
     return HOLDS if low > least else FAILS if high < least else NOT_DECIDED
 
 
-def combine_verdicts(*verdicts: str) -> str:
-    """Combine the verdicts on the parts of a claim: it holds if all of them do."""
-    return next((word for word in (FAILS, NOT_DECIDED) if word in verdicts), HOLDS)
-
-
 @dataclass(frozen=True)
 class Gap:
     """What a claim expects of one difference: the score of `one` minus that of `other`, each a (part, variant), is as `wanted` says."""
@@ -323,9 +298,6 @@ class Gap:
     other: tuple[str, str]
     score: str
     wanted: str
-
-    def __str__(self) -> str:
-        return f"{self.one[1]} minus {self.other[1]}: {self.score}"
 
 
 EVERYTHING, UNREGULARISED, SMALLER_FILE = ("custom", "all weights"), ("custom", "no regularisation"), ("compression", "share 0.6")
@@ -352,41 +324,37 @@ def judge_claims(results: Results) -> list[Finding]:
 
 def judge_claim(results: Results, claim: str, gaps: Sequence[Gap]) -> Finding | None:
     """Judge a claim by the differences that it speaks of, None if the runs of one are missing."""
-    differences = {str(gap): results.difference(gap.one, gap.other, gap.score) for gap in gaps}
+    differences = {f"{gap.one[1]} minus {gap.other[1]}: {gap.score}": results.difference(gap.one, gap.other, gap.score) for gap in gaps}
     known = tuple((name, difference) for name, difference in differences.items() if difference is not None)
     if len(known) < len(gaps):
         return None
     verdicts = [decide(difference, gap.wanted) for (_, difference), gap in zip(known, gaps)]
-    return Finding(claim, combine_verdicts(*verdicts), "; ".join(f"{name} {difference}" for name, difference in known), known)
+    verdict = next((word for word in (FAILS, NOT_DECIDED) if word in verdicts), HOLDS)  # a claim holds if all of its parts do
+    return Finding(claim, verdict, "; ".join(f"{name} {format_interval(gap, digits=3)}" for name, gap in known), known)
 
 
 def judge_weight_changes(results: Results) -> Finding | None:
     """Judge by |W' - W| / |W| whether full fine-tuning moves cross-attention most, None without runs of it."""
-    runs = [row for row in results.rows if (row["run"]["part"], row["run"]["variant"]) == ("methods", "dreambooth")]
+    runs = results.runs("methods", "dreambooth")
     if not runs:
         return None
-    kinds = {kind: {run_key(row): row["changes"][kind] for row in runs} for kind in KINDS}
+    kinds = {kind: {key: row["changes"][kind] for key, row in runs.items()} for kind in KINDS}
     cross, *rest = kinds.values()
     gap = interval_over_subjects({key: cross[key] - max(kind[key] for kind in rest) for key in cross})
-    figures = "; ".join(f"{kind} {100 * mean_over_runs(values):.2f} %" for kind, values in kinds.items())
-    figures += f"; cross-attention minus the larger of the others {100 * gap.mean:.2f} [{100 * gap.low:.2f}, {100 * gap.high:.2f}] %"
-    claim = "In full fine-tuning the weights of cross-attention move most."
-    return Finding(claim, decide(gap, "better"), f"mean of |W' - W| / |W|: {figures}")
-
-
-def run_key(row: dict) -> tuple[str, int]:
-    """Return the subjects and the seed of a run."""
-    return "+".join(row["run"]["subjects"]), row["run"]["seed"]
+    changes = "; ".join(f"{kind} {100 * mean_over_runs(values):.2f} %" for kind, values in kinds.items())
+    lead = f"{100 * gap.mean:.2f} [{100 * gap.low:.2f}, {100 * gap.high:.2f}] %"
+    figures = f"mean of |W' - W| / |W|: {changes}; cross-attention minus the larger of the others {lead}"
+    return Finding("In full fine-tuning the weights of cross-attention move most.", decide(gap, "better"), figures)
 
 
 # --- sheets -----------------------------------------------------------------------------------------------------------
 
 
 FIRST_ROWS = {
-    "custom": STANDARD,
-    "compression": STANDARD,
-    "pictures": STANDARD,
-    "lora": ("methods", "lora"),
+    "custom": [STANDARD],
+    "compression": [STANDARD],
+    "pictures": [STANDARD],
+    "lora": [("methods", "lora")],
 }  # what a part's variants differ from
 
 
@@ -400,8 +368,7 @@ def make_sheet(results: Results, part: str, subjects: Sequence[str], seed: int) 
         seed: Of the runs that are shown.
     """
     images = [(f"pictures: {subject}", grid(draw_training_pictures(subject, seed), columns=PICTURES)) for subject in subjects]
-    first = [FIRST_ROWS[part]] if part in FIRST_ROWS else []
-    for place, variant in (*first, *dict.fromkeys((part, run.variant) for run in list_runs(part))):
+    for place, variant in (*FIRST_ROWS.get(part, ()), *dict.fromkeys((part, run.variant) for run in list_runs(part))):
         path = results.folder / "rows" / f"{StudyRun(place, variant, tuple(subjects), seed).name}.png"
         if path.exists():
             images.append((variant, Image.open(path).convert("RGB")))
@@ -467,8 +434,12 @@ def write_report(results: Results, judge: Encoder) -> str:
     distances, claims = kid_by_method(results, judge), judge_claims(results)
     text = format_report(make_tables(results, distances), claims)
     (results.folder / "study.md").write_text(text, encoding="utf-8")
-    head = {"commands": ["minidiff evaluate study OUT", "minidiff evaluate report OUT"], "machine": read_first_machine(results.folder)}
-    head |= {"findings": [asdict(one) for one in claims], "kid": {name: asdict(one) for name, one in distances.items()}}
+    head = {
+        "commands": ["minidiff evaluate study OUT", "minidiff evaluate report OUT"],
+        "machine": json.loads((results.folder / "made-by.json").read_text(encoding="utf-8"))["machine"],  # that began the runs
+        "findings": [asdict(one) for one in claims],
+        "kid": {name: asdict(one) for name, one in distances.items()},
+    }
     rows = ",\n".join(json.dumps(row) for row in results.rows)  # a line each
     (results.folder / "study.json").write_text(json.dumps(head, indent=1)[:-2] + f',\n "results": [\n{rows}\n]}}\n', encoding="utf-8")
     save_png(draw_intervals([gap for one in claims for gap in one.gaps]), results.folder / "findings.png")

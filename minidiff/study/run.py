@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from PIL import Image
 
 from minidiff.bundled.judge import Judge
 from minidiff.evaluation.alignment import drift
@@ -90,11 +92,6 @@ def claim_folder(folder: Path, sd: StableDiffusion) -> None:
     ensure_same_run(folder / "made-by.json", made_by, holds="runs of another kind", ignore=("machine",))
 
 
-def read_first_machine(folder: Path) -> dict[str, object]:
-    """Return the machine on which the runs of a folder were begun."""
-    return json.loads((folder / "made-by.json").read_text(encoding="utf-8"))["machine"]
-
-
 def run_one(folder: Path, run: StudyRun, load: Callable[[], StableDiffusion], load_judge: Callable[[], Judge]) -> None:
     """Train, measure and write one run's files, the result last.
 
@@ -104,19 +101,19 @@ def run_one(folder: Path, run: StudyRun, load: Callable[[], StableDiffusion], lo
         load: Returns the untouched model.
         load_judge: Returns the judge.
     """
-    sd, judge = load(), load_judge()
+    sd, judge = load(), load_judge()  # its own: training changes it
     before = load_untouched_features(folder, run, sd, judge)
     outcome = train_run(sd, run, folder)
-    with outcome.attached(sd):
-        found = measure_run(sd, judge, run, outcome)
+    for adapter in outcome.adapters:
+        adapter.attach(sd)
+    found = measure_run(sd, judge, run, outcome)
     scores = found.scores | {"drift": float(drift(found.of_others, before).mean())}
-    for name in ("results", "features", "rows"):
+    for name in ("results", "rows"):
         (folder / name).mkdir(exist_ok=True)
     save_png(grid(to_images(found.pictures), columns=len(found.pictures)), folder / "rows" / f"{run.name}.png")
     np.save(folder / "features" / f"{run.name}.npy", found.of_class.numpy().astype(np.float16))
     costs = {name: getattr(outcome, name) for name in ("trained", "bytes", "seconds", "memory", "changes")}
-    path = folder / "results" / f"{run.name}.json"
-    write_text(path, json.dumps({"run": asdict(run), "scores": scores, **costs}, indent=1))
+    write_text(folder / "results" / f"{run.name}.json", json.dumps({"run": asdict(run), "scores": scores, **costs}, indent=1))
 
 
 def measure_run(sd: StableDiffusion, judge: Judge, run: StudyRun, outcome: Outcome) -> measure.Measurements:
@@ -131,13 +128,17 @@ def measure_run(sd: StableDiffusion, judge: Judge, run: StudyRun, outcome: Outco
     if run.part == "style":
         given = draw_style_pictures(run.seed)
         found = measure.measure_style(sd, judge, outcome.prompt_names[0], [name for _, name in given])
-        chroma_given = measure.chroma(to_pixels(np.stack([np.asarray(picture) for picture, _ in given])))
-        return replace(found, scores=found.scores | {"chroma_given": chroma_given})
-    things = []
-    for subject, words in zip(run.subjects, outcome.prompt_names):
-        pictures = to_pixels(np.stack([np.asarray(picture) for picture in draw_training_pictures(subject, run.seed)]))
-        things.append(measure.TaughtSubject(subject, SUBJECTS[subject], words, pictures))
+        return replace(found, scores=found.scores | {"chroma_given": measure.chroma(stack([picture for picture, _ in given]))})
+    things = [
+        measure.TaughtSubject(subject, SUBJECTS[subject], words, stack(draw_training_pictures(subject, run.seed)))
+        for subject, words in zip(run.subjects, outcome.prompt_names)
+    ]
     return measure.measure_subjects(sd, judge, things)
+
+
+def stack(pictures: Sequence[Image.Image]) -> Float[torch.Tensor, "B 3 H W"]:
+    """Convert pictures of one size to pixels in [-1, 1]."""
+    return to_pixels(np.stack([np.asarray(picture) for picture in pictures]))
 
 
 def load_untouched_features(folder: Path, run: StudyRun, sd: StableDiffusion, judge: Judge) -> torch.Tensor:

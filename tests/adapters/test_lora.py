@@ -326,7 +326,7 @@ def test_numbers_out_of_range_are_named(sd):
         ({"alpha": 0.0}, "alpha 0.0"),
         ({"alpha": math.inf}, "alpha inf"),
         ({"dropout": 1.0}, "dropout 1.0"),
-        ({"init": "normal"}, "init 'normal' unknown; choose gaussian or kaiming"),
+        ({"init": "normal"}, "init 'normal' unknown; choose gaussian, kaiming"),
         ({"patterns": ()}, "no pattern"),
     ]:
         with pytest.raises(ValueError, match=message):

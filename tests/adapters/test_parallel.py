@@ -5,7 +5,7 @@ import torch
 
 from minidiff.adapters.layers import modules_of
 from minidiff.adapters.lora import create_lora
-from minidiff.adapters.parallel import ADAPTER_METHODS, LAYER_PATTERNS, AdapterSet, ParallelAdapter, create_adapters
+from minidiff.adapters.parallel import ADAPTER_METHODS, LAYER_PATTERNS, AdapterSet, BottleneckAdapter, create_adapters
 from minidiff.attention import Attention, attention_weights, naive_attention
 from minidiff.attention_maps import with_attention_maps, word_map
 from minidiff.blocks import FeedForward
@@ -275,4 +275,4 @@ def test_twice_or_on_another_model_is_an_error(sd):
         adapters.attach(sd)
     adapters.detach()
     with pytest.raises(ValueError, match="which has no unet.middle.x"):
-        AdapterSet({"unet.middle.x": ParallelAdapter(4, 2, generator())}).attach(sd)
+        AdapterSet({"unet.middle.x": BottleneckAdapter(4, 2, generator())}).attach(sd)

@@ -171,7 +171,7 @@ def test_attaching_what_does_not_fit_changes_nothing(sd):
         one.attach(sd)
     with pytest.raises(ValueError, match="placeholder '<cat>' was added before"):
         NewTokens({"<new>": vectors(), "<cat>": vectors()}).attach(sd)
-    with pytest.raises(ValueError, match="the vectors of '<new>' are 8 wide, this text encoder's are 16"):
+    with pytest.raises(ValueError, match="the vectors of '<new>' are 8 wide, those of this model's words 16"):
         NewTokens({"<new>": vectors(width=8)}).attach(sd)
     assert sd.tokenizer.added == added and sd.text_encoder.added.keys() == rows.keys()
     with pytest.raises(ValueError, match=r"the rows of '<x>' have shape \(16,\)"):

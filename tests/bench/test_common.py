@@ -52,7 +52,7 @@ def test_what_would_fail_after_minutes_fails_at_once(tmp_path, monkeypatch):
         check_arguments(0, None)
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere; make it first"):
         check_arguments(1, tmp_path / "nowhere" / "bench.json")
-    with pytest.raises(ValueError, match="model 'sd3' unknown; choose sd1, sd2, bundled"):
+    with pytest.raises(ValueError, match="model 'sd3' unknown; choose sd1, sd2, sdxl, bundled"):
         model_config("sd3")
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None if name == "peft" else True)
     check_arguments(1, None, True)

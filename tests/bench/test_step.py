@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minidiff.bench import pipelines, step
-from minidiff.bench.step import bench_step, inputs, prepare
+from minidiff.bench.step import WITH, bench_step, format_costs, inputs, prepare, write_random_controlnet
 from tests.small_models import small_config
 
 
@@ -47,6 +47,17 @@ def test_the_bench_runs_in_processes_of_its_own(tmp_path):
     record = json.loads((tmp_path / "step.json").read_text())
     assert record["finished"] and set(record["results"]) == {"minidiff float32", "minidiff bfloat16"}
     assert all(len(result["rounds"]) == 1 for result in record["results"].values())
+
+
+def test_with_a_controlnet_they_predict_the_same_and_its_cost_is_said(folder, tmp_path):
+    plain = checked(folder, tmp_path, library="minidiff")
+    write_random_controlnet(small_config(), folder)
+    theirs = checked(folder, tmp_path, library="diffusers", controlnet=True)
+    ours = checked(folder, tmp_path, library="minidiff", controlnet=True)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert np.abs(ours - plain).max() > 0.01
+    results = {"ours": {"rounds": [1.0, 2.0, 3.0]}, WITH + "ours": {"rounds": [2.7, 2.6, 9.0]}, "theirs": {"refused": "crashed"}}
+    assert list(format_costs(results, ["ours", "theirs"])) == ["", "ours: a ControlNet adds 35% to a step"]
 
 
 def test_without_diffusers_the_way_on_is_said(monkeypatch):

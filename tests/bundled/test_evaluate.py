@@ -9,7 +9,7 @@ import torch
 
 from minidiff.bundled import evaluate as evaluation
 from minidiff.bundled.evaluate import evaluate, judge_batch, mean_with_error, reconstruct, spread_prompts, summarize_verdicts
-from minidiff.bundled.figures import Figures, Measure, Verdict, format_figures
+from minidiff.bundled.figures import Measure, Verdict, format_figures
 from minidiff.bundled.judge import Judge, JudgeOutput
 from minidiff.bundled.train_judge import judge_config
 from minidiff.scenes.prompts import FixedPrompt, fixed_prompts
@@ -108,8 +108,7 @@ def test_each_figure_is_a_mean_over_the_pictures_it_is_about():
     real = [right(), right(place=True), right(place=False), right(tint=True)]
     features = {name: torch.eye(4) for name in ("model", "real", "reconstructed", "reference")}
     figures = summarize_verdicts(prompts, {"model": model, "real": real, "reconstructed": real}, features)
-    shares = {field.name: getattr(figures, field.name) for field in dataclasses.fields(Figures)}
-    assert {name: (f.model.value, f.model.count, f.real.value, f.real.count) for name, f in shares.items() if f and name != "kid"} == {
+    assert {name: (f.model.value, f.model.count, f.real.value, f.real.count) for name, f in figures.items() if f and name != "kid"} == {
         "one_subject": (1, 1, 1, 1),
         "two_subjects": (0.5, 2, 1, 2),
         "two_subjects_held_out_pairs": (0, 1, 1, 1),
@@ -119,7 +118,7 @@ def test_each_figure_is_a_mean_over_the_pictures_it_is_about():
         "colour_and_subject": (0, 1, 1, 1),
         "text_alignment": (pytest.approx(0.4), 4, 0.5, 4),
     }
-    assert figures.style is None
+    assert figures["style"] is None
 
 
 def test_a_mean_has_its_standard_error():
@@ -134,11 +133,11 @@ def test_the_whole_evaluation_gives_the_same_figures_twice(judge):
     assert [p.figures is None for p in runs[0]] == [True, True, False]
     assert runs[0][-1].figures == runs[1][-1].figures
     figures = runs[0][-1].figures
-    assert figures.background.model.count == figures.kid.real.count == 10
+    assert figures["background"].model.count == figures["kid"].real.count == 10
     assert "| background |" in format_figures(figures)
     # Another number of pictures at once gives other pictures by rounding only.
     *_, other = evaluate(sd, judge, steps=2, seeds=(0, 1), limit=5, batch=10)
-    assert other.figures.text_alignment.model.value == pytest.approx(figures.text_alignment.model.value, abs=1e-4)
+    assert other.figures["text_alignment"].model.value == pytest.approx(figures["text_alignment"].model.value, abs=1e-4)
 
 
 def test_an_evaluation_that_is_stopped_goes_on_and_ends_the_same(judge, tmp_path, monkeypatch):

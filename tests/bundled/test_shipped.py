@@ -22,7 +22,7 @@ def test_the_cards_table_is_that_of_the_figures():
 def test_the_recorded_pictures_are_of_the_fixed_prompts():
     texts = {prompt.text for prompt in fixed_prompts()}
     assert len(RECORD.verdicts) >= LIMIT and {prompt for prompt, _ in RECORD.verdicts} <= texts
-    assert RECORD.figures.background.model.count == len(texts) * 3  # the figures are of all of them
+    assert RECORD.figures["background"].model.count == len(texts) * 3  # the figures are of all of them
 
 
 @pytest.mark.slow
@@ -53,5 +53,5 @@ def test_the_half_trained_model_is_narrower_and_has_the_same_vae():
 @pytest.mark.slow
 def test_the_half_trained_model_knows_backgrounds_and_hardly_any_subject():
     *_, last = evaluate(weights_loader.load("half"), weights_loader.load_judge(), steps=10, seeds=(SEED,), limit=24)
-    assert last.figures.background.model.value == 1
-    assert last.figures.one_subject.model.value < 0.5
+    assert last.figures["background"].model.value == 1
+    assert last.figures["one_subject"].model.value < 0.5

@@ -21,7 +21,8 @@ from minidiff.bundled.train_judge import (
     retint,
 )
 from minidiff.pictures import to_pixels
-from minidiff.scenes.scenes import sample_scene, visible_backgrounds
+from minidiff.scenes.art import visible_backgrounds
+from minidiff.scenes.scenes import sample_scene
 from minidiff.trainers.engine.loop import rng_for, train
 
 CPU = torch.device("cpu")

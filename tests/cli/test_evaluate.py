@@ -10,7 +10,7 @@ from PIL import Image
 
 import weights_loader
 from minidiff.cli.evaluate import kid_of
-from minidiff.cli.model import slug
+from minidiff.cli.names import slug
 from minidiff.evaluation.weights import kind_of
 from minidiff.scenes.scenes import Item, compose
 from tests.command import runner

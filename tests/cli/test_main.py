@@ -1,5 +1,7 @@
 """The command line: pictures with their settings, and one clear line for whatever a user gets wrong."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,13 @@ from PIL import Image
 import minidiff.attention
 from minidiff import samplers
 from minidiff.cli.generate import parse_size
-from minidiff.cli.model import choose_device, slug
+from minidiff.cli.model import choose_device
+from minidiff.cli.names import slug
 from minidiff.kernels import tiles
+from minidiff.pictures import save_png
+from minidiff.png_settings import parse, picture_settings
 from tests.command import runner
+from tests.small_files import random_lora
 from tests.small_models import small_model
 
 
@@ -31,55 +37,148 @@ def test_generate_writes_the_picture_that_the_library_makes(run, tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "cat.png")), np.asarray(expected))
 
 
-def test_the_png_tells_all_that_is_needed_to_make_it_again(run, tmp_path):
-    run(
-        "generate",
-        "a cat",
-        "--negative-prompt",
-        "a dog",
-        "--steps",
-        "2",
-        "--seed",
-        "7",
-        "--sampler",
-        "euler",
-        "--guidance-scale",
-        "3",
-        "--size",
-        "72x56",
-        "--out",
-        "a.png",
-    )
-    picture = Image.open(tmp_path / "a.png")
-    assert picture.size == (72, 56)
-    prompt, negative, settings = picture.text["parameters"].split("\n")
-    assert (prompt, negative) == ("a cat", "Negative prompt: a dog")
-    values = dict(pair.split(": ") for pair in settings.split(", "))
-    again = [
-        "generate",
-        prompt,
-        "--negative-prompt",
-        "a dog",
-        "--steps",
-        values["Steps"],
-        "--seed",
-        values["Seed"],
-        "--sampler",
-        values["Sampler"],
-    ]
-    again += [
-        "--guidance-scale",
-        values["CFG scale"],
-        "--size",
-        values["Size"],
-        "--spacing",
-        values["Schedule type"],
-        "--model",
-        values["Model"],
-    ]
-    again += ["--eta", values["Eta"], "--dtype", values["dtype"], "--out", "b.png"]
-    assert run(*again)[0] == 0
+MADE = ("--steps", "2", "--seed", "7", "--sampler", "euler", "--guidance-scale", "3", "--size", "72x56")
+
+
+def test_a_picture_is_made_again_from_its_settings_and_flags_beside_it_win(run, tmp_path):
+    assert run("generate", "a cat", "--negative-prompt=-a dog, red", *MADE, "--out", "a.png")[0] == 0
+    code, _, err = run("generate", "--settings", "a.png", "--out", "b.png")
+    assert code == 0 and "not taken over" not in err, err
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    run("generate", "a dog", "--settings=a.png", "--seed", "0", "--guidance_scale=4", "--out", "c.png")  # 0 is a default, and was given
+    run("generate", "a dog", "--negative-prompt=-a dog, red", *MADE, "--seed", "0", "--guidance-scale", "4", "--out", "d.png")
+    assert (tmp_path / "c.png").read_bytes() == (tmp_path / "d.png").read_bytes() != (tmp_path / "a.png").read_bytes()
+
+
+def test_a_grid_of_several_prompts_is_made_again(run, tmp_path):
+    run("generate", "a cat | a dog", 'a "red" dog\nSteps: 3, Size: 1x1', "--steps", "1", "--batch", "2", "--out", "a.png")
+    assert run("generate", "--settings", "a.png", "--out", "b.png")[0] == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    names = sorted(path.name.removeprefix("b") for path in tmp_path.glob("b-*.png"))
+    assert names == sorted(path.name.removeprefix("a") for path in tmp_path.glob("a-*.png")) and len(names) == 4
+    for name in names:
+        assert (tmp_path / f"a{name}").read_bytes() == (tmp_path / f"b{name}").read_bytes()
+
+
+def test_small_files_in_the_settings_are_attached_again(run, tmp_path):
+    import weights_loader
+
+    sd = small_model()
+    weights_loader.save(sd, tmp_path / "a, b.safetensors")
+    for name in ("x", "y"):
+        weights_loader.write_lora(tmp_path / f"{name}.safetensors", random_lora(sd), sd)
+    loras = ("--lora", "x.safetensors:0.5", "--lora", "y.safetensors")
+    assert run("generate", "a cat", "--model", "a, b.safetensors", "--steps", "1", *loras, "--out", "a.png")[0] == 0
+    values = parse_as_web_interfaces_do(Image.open(tmp_path / "a.png").text["parameters"])
+    assert (values["Model"], values["LoRA"], values["LoRA 2"]) == ("a, b.safetensors", "x.safetensors:0.5", "y.safetensors")
+    assert run("generate", "--settings", "a.png", "--out", "b.png")[0] == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def parse_as_web_interfaces_do(text):
+    """Their grammar, written out: NAME: VALUE, joined by commas; VALUE is a JSON string, or anything without a comma."""
+    pair = re.compile(r'\s*(?P<name>\w[\w \-/]+):\s*(?P<value>"(?:[^"\\]|\\.)+"|[^,]*)(?:,|$)')
+    values = {}
+    for found in pair.finditer(text.split("\n")[-1]):
+        value = found["value"]
+        values[found["name"]] = json.loads(value) if len(value) > 1 and value[0] == value[-1] == '"' else value
+    return values
+
+
+def test_other_programs_read_every_setting_as_it_was_given():
+    awkward = (
+        "plain",
+        "a, b",
+        "C:\\new, folder\\x.safetensors:0.7",
+        'say "cat"',
+        "two\nlines",
+        "größe 大きい",
+        '"',
+        "Steps: 3",
+        " x ",
+        "-",
+    )
+    values = {"Steps": 30, "CFG scale": 4.5, "EMA": True, "VAE": None, "Prediction": False}
+    values |= {f"Value {chr(65 + i)}": text for i, text in enumerate(awkward)}
+    written = picture_settings(["a cat, a dog: both"], "red, 'blue'", values)
+    expected = {name: str(value) for name, value in values.items() if value not in (None, False)}
+    assert parse_as_web_interfaces_do(written) == expected
+    found = parse(written)
+    assert (found.prompts, found.negative_prompt, dict(found.values)) == (("a cat, a dog: both",), "red, 'blue'", expected)
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_samplers_have_the_names_of_web_interfaces_and_are_found_by_them(run, tmp_path, sampler):
+    eta = ("--eta", "0.5") if samplers.SAMPLERS[sampler].takes_eta else ()
+    assert run("generate", "a cat", "--steps", "2", "--sampler", sampler, *eta, "--out", "a.png")[0] == 0
+    values = parse_as_web_interfaces_do(Image.open(tmp_path / "a.png").text["parameters"])
+    known = {"euler_ancestral": "Euler a", "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_karras": "DPM++ 2M", "ddim": "DDIM", "plms": "PLMS"}
+    known |= {"heun": "Heun", "euler": "Euler", "ddpm": "DDPM"}
+    assert values["Sampler"] == known[sampler] and values["RNG"] == "CPU"
+    assert values.get("Schedule type") == {"dpmpp_2m": "Uniform", "dpmpp_2m_karras": "Karras"}.get(sampler)
+    assert values.get("Eta DDIM") == ("0.5" if eta else None)
+    assert run("generate", "--settings", "a.png", "--out", "b.png")[0] == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "said"),
+    [
+        ("a cat\nSteps: 1, Sampler: DPM++ 2M Karras, Model: tiny, Clip skip: 2, Version: v1.9", (), "not taken over: Clip skip: 2"),
+        ("a cat\nSteps: 1, Sampler: Euler a, Model: tiny", (), "its noise was not drawn on a CPU"),
+        (
+            "a cat\nSteps: 1, Sampler: DPM++ SDE, Model: tiny",
+            (),
+            "made with the sampler 'DPM++ SDE', which is not here; give --sampler too",
+        ),
+        ("a cat\nSteps: 1, Sampler: Euler, Model: dreamy", (), "made with the model 'dreamy', which is no file here; give --model too"),
+        ("a cat\nSteps: 1, Sampler: DPM++ SDE, Model: dreamy", ("--model", "tiny", "--sampler", "euler"), None),
+        ("a cat", (), "no settings in it; give a PNG as generate or a web interface wrote it"),
+    ],
+)
+def test_pictures_of_web_interfaces_are_taken_as_far_as_they_can_be(run, tmp_path, text, flags, said):
+    save_png(Image.new("RGB", (64, 64)), tmp_path / "web.png", text)
+    code, _, err = run("generate", "--settings", "web.png", *flags, "--out", "a.png")
+    assert "Traceback" not in err and (said is None or said in err), err
+    assert code == (2 if said and ("give" in said) else 0) and (tmp_path / "a.png").exists() == (code == 0)
+    assert run("generate", "--settings", "nothing.png")[0] == 2
+
+
+def test_what_has_no_effect_is_said(run):
+    err = run("generate", "a cat", "--negative-prompt", "blue", "--guidance-scale", "1", "--steps", "1")[2]
+    assert "--negative-prompt has no effect at --guidance-scale 1" in err
+    err = run("generate", "a cat", "--sampler", "dpmpp_2m_karras", "--spacing", "leading", "--steps", "1")[2]
+    assert "--spacing has no effect on the sampler dpmpp_2m_karras" in err
+
+
+def test_a_name_that_was_not_given_replaces_nothing(run, tmp_path):
+    (tmp_path / "cat-1.png").write_bytes(b"of somebody")
+    (tmp_path / "cat.png").write_bytes(b"given by name")
+    assert run("generate", "a cat", "--steps", "1", "--batch", "2", "--out", "cat.png")[0] == 0
+    assert (tmp_path / "cat-1.png").read_bytes() == b"of somebody"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat-0.png", "cat-1-2.png", "cat-1.png", "cat.png"]
+
+
+def test_names_are_measured_in_bytes_before_the_first_step(run, tmp_path):
+    long = "大きい赤い猫 " * 20
+    code, _, err = run("generate", long, "小さい犬" * 30, "--steps", "1", "--out", f"{'x' * 130}.png")
+    assert code == 0, err
+    assert len(list(tmp_path.iterdir())) == 3 and all(len(path.name.encode()) < 255 for path in tmp_path.iterdir())
+    code, _, err = run("generate", long, "--steps", "1", "--out", f"{'猫' * 90}.png")
+    assert code == 2 and "its name has 274 bytes; choose one of at most 241" in err and "step" not in err
+    code, _, err = run("generate", "a cat", "--steps", "1", "--batch", "2", "--out", f"{'x' * 238}.png")
+    assert code == 2 and "its name has" in err and "step" not in err
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_first_step(run, tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    code, _, err = run("generate", "a cat", "--steps", "1", "--out", "a.png")
+    assert code == 2 and "minidiff: a.png: cannot be written (Permission denied); choose another place" in err and "step" not in err
+    code, _, err = run("convert", "tiny", "a.safetensors")
+    assert code == 2 and "a.safetensors: cannot be written (Permission denied)" in err
 
 
 def test_a_batch_is_a_grid_and_each_picture_beside_it_by_its_seed(run, tmp_path):
@@ -206,9 +305,9 @@ def test_inspect_convert_and_compare_work_on_the_bundled_model(run, tmp_path):
     assert code == 0 and "first layer that differs: text_encoder.token_embedding" in out
 
 
-def test_a_long_prompt_is_cut_with_a_warning_and_makes_its_picture(run):
+def test_a_long_prompt_is_read_in_chunks_and_makes_its_picture(run):
     code, _, err = run("generate", "a cat " * 40, "--steps", "1")
-    assert code == 0 and "cut off" in err and "Traceback" not in err
+    assert code == 0 and "minidiff: a prompt of 80 tokens is read in 3 chunks; the model reads 30 at once" in err
 
 
 def test_sizes_are_one_number_or_width_by_height():
@@ -248,3 +347,19 @@ def test_the_commands_of_a_group_are_listed(run, group):
     assert (code, out) == (2, "") and f"usage: minidiff {group} {{" in err
     code, _, err = run(group, "nothing")
     assert code == 2 and f"command '{group} nothing' unknown; choose {group} " in err
+
+
+def test_a_learned_word_is_said_renamed_and_missed(run, tmp_path):
+    import torch
+
+    import weights_loader
+    from minidiff.adapters.tokens import NewTokens
+
+    width = weights_loader.load("tiny").config.text_encoder.width
+    weights_loader.write_embedding(tmp_path / "x.safetensors", NewTokens({"*": torch.ones(2, width)}))
+    code, _, err = run("generate", "a cat", "--steps", "1", "--embedding", "x.safetensors", "--out", "a.png")
+    assert code == 2 and "--embedding FILE:WORD" in err and not (tmp_path / "a.png").exists()
+    code, _, err = run("generate", "a cat", "--steps", "1", "--embedding", "x.safetensors:<cat>", "--out", "a.png")
+    assert code == 0 and "x.safetensors adds the word <cat> (2 vectors)" in err and "no prompt uses the learned word <cat>" in err
+    code, _, err = run("generate", "a <cat>", "--steps", "1", "--embedding", "x.safetensors:<cat>", "--out", "b.png")
+    assert code == 0 and "no prompt uses" not in err

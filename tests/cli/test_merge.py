@@ -180,3 +180,10 @@ def test_bad_input_gets_one_clear_line_and_writes_nothing(run, tmp_path, args):
     code, out, err = run(*args, *(MODEL if args[0] != "extract" else ()))
     assert (code, out) == (2, "") and err.startswith("minidiff: ") and BAD[args] in err and "Traceback" not in err, err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_lora_of_another_model_is_merged_with_a_note(run, tmp_path):
+    weights_loader.save(small_model(seed=1), tmp_path / "other.safetensors")
+    code, _, err = run("merge", "lora", "a.safetensors", "--model", "other.safetensors", "--out", "merged.safetensors")
+    assert code == 0 and "a.safetensors was learned on another model than this one" in err
+    assert "another model" not in run("merge", "lora", "a.safetensors", "--model", "model.safetensors", "--out", "same.safetensors")[2]

@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -23,12 +25,14 @@ from minidiff.cli import train
 from minidiff.cli.flags import flag_groups, given
 from minidiff.cli.main import commands
 from minidiff.cli.train import parse_concept
+from minidiff.files import exclusive
 from minidiff.kernels.dispatch import active_backend
 from minidiff.trainers.engine import memory
+from minidiff.trainers.engine.log import read_rows
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.lora import LoRAOptions
 from minidiff.trainers.methods.method import Method
-from minidiff.trainers.methods.options import Concept, DataOptions, LowRankOptions, Prior
+from minidiff.trainers.methods.options import Concept, DataOptions, LowRankOptions, PhaseOptions, Prior
 from minidiff.trainers.methods.override import documented, flat_fields, override
 from minidiff.trainers.methods.table import METHODS
 from tests.command import runner
@@ -50,6 +54,7 @@ def run(monkeypatch, tmp_path, capsys):
     weights_loader.save(small_model(), tmp_path / "model.safetensors")
     picture_folder(tmp_path / "cat", seed=1)
     picture_folder(tmp_path / "dog", seed=2)
+    picture_folder(tmp_path / "cat-hints", seed=4)
     picture_folder(tmp_path / "class", count=2, seed=3)
     return runner(monkeypatch, tmp_path, capsys)
 
@@ -59,7 +64,7 @@ CASES = {
         ("lora", "--token", "sks", "--class-word", "cat", "--rank", "2", "--prior", "folder", "--class-images", "class"),
         ["lora.safetensors"],
     ),
-    "lora for the web interfaces": (("lora", "--prompt", "a cat", "--names", "kohya", "--text-encoder", "yes"), ["lora.safetensors"]),
+    "lora for diffusers": (("lora", "--prompt", "a cat", "--names", "diffusers", "--text-encoder", "yes"), ["lora.safetensors"]),
     "dreambooth": (
         ("dreambooth", "--token", "sks", "--class-word", "cat", "--prior-count", "2", "--prior-steps", "2", "--ema-decay", "0.5"),
         ["model.safetensors"],
@@ -72,7 +77,7 @@ CASES = {
     ),
     "pivotal": (
         ("pivotal-tuning", "--token", "<it>", "--class-word", "cat", "--token-steps", "2"),
-        ["embedding.safetensors", "lora.safetensors"],
+        ["it.safetensors", "lora.safetensors"],
     ),
     "custom diffusion": (
         (
@@ -93,6 +98,11 @@ CASES = {
         ["delta.bin"],
     ),
     "fine-tune": (("fine-tune", "--class-word", "cat", "--weights", r"^unet\.up"), ["model.safetensors"]),
+    "controlnet": (("controlnet", "--class-word", "cat", "--hint", "canny"), ["controlnet.safetensors", "hint.png"]),
+    "controlnet with the decoder, for diffusers": (
+        ("controlnet", "--prompt", "a cat", "--hints", "cat-hints", "--decoder", "--names", "diffusers"),
+        ["controlnet", "model.safetensors"],
+    ),
 }
 
 
@@ -253,6 +263,14 @@ BAD = {
     ("textual-inversion", "--images", "cat", "--token", "<it>", "--start", "a red cat"): "is not a single token",
     ("custom-diffusion", "--images", "cat", "--token", "<it>", "--class-word", "cat", "--start-from", "no-such.bin"): "no-such.bin",
     ("fine-tune", "--images", "cat", "--class-word", "cat", "--weights", "nothing"): "nothing",
+    (*LORA, "--images", "cat", "--names", "diffusers", "--alpha", "1"): "take the names 'kohya', or an alpha that is the rank",
+    ("lora", "--images", "cat", "--token", "sks", "--prompt", "many tasks"): "does not name sks",
+    ("controlnet",): "scenes have 64 pixels, this model 32; give pictures of your own, --images",
+    ("controlnet", "--images", "cat", "--prompt", "a cat"): "hint 'outline' cannot be made from a picture; choose canny, scribble, tile",
+    ("controlnet", "--images", "cat", "--prompt", "a cat", "--hints", "class"): "class: no hint for 2.png",
+    ("controlnet", "--hints", "cat-hints"): "cat-hints without pictures; give the folder of the pictures, --images",
+    ("controlnet", "--images", "cat", "--class-word", "cat", "--class-images", "class"): "a ControlNet has no class pictures",
+    ("controlnet", "--images", "cat", "--start-from", "model.safetensors"): "given as a ControlNet, but it is a whole model",
 }
 
 
@@ -283,13 +301,81 @@ def test_attention_by_name_holds_for_the_whole_run(run, monkeypatch, args):
     assert active_backend() == "auto"
 
 
+def test_what_is_learned_so_far_is_kept_beside_each_sheet_and_is_what_the_sheet_shows(run, tmp_path):
+    args = ("train", "lora", "--images", "cat", "--prompt", "a cat", *QUICK, "--sample-every", "2", "--ema-decay", "0.9", "--rank", "2")
+    assert run(*args, "--out", "run", "--sample-prompt", "a cat", "--learning-rate", "0.1")[0] == 0
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"lora-000002.png", "lora-000002.safetensors", "lora-000003.png", "lora.safetensors"} <= names
+    assert "lora-000003.safetensors" not in names and not [name for name in names if name.startswith(".")]
+    for sheet, file in (("lora-000002", "lora-000002"), ("lora-000003", "lora")):
+        made = ("--model", "model.safetensors", "--lora", f"run/{file}.safetensors", "--steps", "1", "--out", f"{file}.png")
+        assert run("generate", "a cat", *made)[0] == 0
+        shown, drawn = (np.asarray(Image.open(tmp_path / path)).astype(int) for path in (f"run/{sheet}.png", f"{file}.png"))
+        assert np.abs(shown - drawn).max() <= 1  # of 255: rounding
+    assert (tmp_path / "lora.png").read_bytes() != (tmp_path / "lora-000002.png").read_bytes()
+
+
+def test_a_finished_run_goes_on_with_more_steps(run, tmp_path):
+    args = ("train", "lora", "--images", "cat", "--prompt", "a cat", *QUICK[:2], *QUICK[4:])
+    assert run(*args, "--batch", "2", "--steps", "2", "--out", "parts")[0] == 0
+    assert run(*args, "--batch", "2", "--steps", "4", "--out", "parts")[0] == 0
+    assert run(*args, "--batch", "2", "--steps", "4", "--out", "whole")[0] == 0
+    parts, whole = learned(tmp_path / "parts"), learned(tmp_path / "whole")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert [row[0] for row in read_rows(tmp_path / "parts" / "lora.csv")] == [1, 2, 3, 4]
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line(run, tmp_path):
+    args = ("train", "lora", "--images", "cat", "--prompt", "a cat", "--out", "run", *QUICK, "--max-grad-norm", "inf")
+    code, out, err = run(*args, "--learning-rate", "1e30")
+    lines = [line for line in err.splitlines() if line.startswith("minidiff: the loss is")]
+    assert (code, out) == (2, "") and len(lines) == 1 and "lower the learning rate (1e+30)" in lines[0] and "Traceback" not in err, err
+
+
+def test_flags_without_effect_are_said_before_the_first_step(run):
+    out = ("--out", "run", "--images", "cat", *QUICK)
+    err = run("train", *LORA, "--prior-count", "3", "--text-scale", "2", *out)[2]
+    assert "minidiff: --prior-count has no effect: there are no class pictures; --prior says which" in err
+    assert "minidiff: --text-scale has no effect: the text encoder is not trained" in err
+    folder = ("--class-word", "cat", "--prior", "folder", "--class-images", "class", "--prior-count", "3", "--prior-steps", "9")
+    err = run("train", *LORA, *folder, "--out", "second", *out[2:])[2]
+    assert "--prior-count has no effect: --prior folder takes all pictures of --class-images" in err
+    assert "--prior-steps has no effect: class pictures are not generated" in err
+    assert "has no effect" not in run("train", *LORA, "--text-encoder", "yes", "--text-scale", "2", "--out", "third", *out[2:])[2]
+
+
+def test_a_folder_with_files_that_are_no_runs_is_left_as_it_is(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "lora.safetensors").write_bytes(b"of somebody")
+    code, _, err = run("train", *LORA, "--images", "cat", "--out", "mine", *QUICK)
+    assert code == 2 and "--out mine: holds lora.safetensors, and no run; choose a new folder, or an empty one" in err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["lora.safetensors"]
+
+
+def test_two_runs_do_not_share_a_folder(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    with exclusive(tmp_path / "run"):
+        code, _, err = run("train", *LORA, "--images", "cat", "--out", "run", *QUICK)
+    assert code == 2 and "run: another run is at work there" in err
+    (tmp_path / "run" / "run.json").write_text("[]")
+    code, _, err = run("train", *LORA, "--images", "cat", "--out", "run", *QUICK)
+    assert code == 2 and "run.json: no settings of a run" in err
+
+
+def test_names_made_of_words_are_checked_before_the_first_step(run):
+    args = ("train", "textual-inversion", "--names", "a1111", "--images", "cat", "--out", "run", *QUICK)
+    code, _, err = run(*args, "--token", "<it>", "--concept", "images=dog,token=[it]")
+    assert code == 2 and "the words <it>, [it] would have one file name" in err and "step" not in err
+    assert run(*args, "--token", f"<{'猫' * 90}>")[0] == 0  # 270 bytes: its file's name is shorter
+
+
 def test_a_folder_of_another_run_is_left_as_it_is(run, tmp_path):
     assert run("train", *LORA, "--images", "cat", "--out", "run", *QUICK)[0] == 0
     state = (tmp_path / "run" / "lora.state").read_bytes()
     code, _, err = run("train", *LORA, "--images", "dog", "--out", "run", *QUICK)
     assert code == 2 and "run/lora.state holds another run (data " in err
     code, _, err = run("train", "fine-tune", "--images", "cat", "--class-word", "cat", "--out", "run", *QUICK)
-    assert code == 2 and "run holds another run (method 'lora', now 'fine-tune')" in err
+    assert code == 2 and "run holds another run (method 'lora', now 'fine-tune'; names 'kohya', now 'diffusers')" in err
     code, _, err = run("train", *LORA, "--images", "cat", "--out", "model.safetensors", *QUICK)
     assert code == 2 and "--out model.safetensors: no folder to write to" in err
     assert (tmp_path / "run" / "lora.state").read_bytes() == state
@@ -435,21 +521,14 @@ def test_a_concept_is_read_from_one_argument():
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ToyOptions:
+class ToyOptions(PhaseOptions):
     """A method of this test's own.
 
     Args:
         glow: how much it glows
     """
 
-    settings: Settings
-    data: DataOptions = DataOptions()
-    prior: Prior = Prior()
-    prompt: str = "a photo of a {}"
     glow: float = 1.0
-
-    def phases(self):
-        return (self,)
 
     def highlights(self):
         return (f"glow {self.glow:g}",)

@@ -67,3 +67,24 @@ def test_unknown_names_missing_files_and_other_weights_are_named(small, tmp_path
     torch.save({"visual.proj": torch.zeros(3, 3)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="not the weights of small-clip"):
         OpenClip("small-clip", tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not a file of weights",
+        b"PK\x03\x04" + bytes(100),
+        b"\x80\x02}q\x00.",
+        b'\x10\x00\x00\x00\x00\x00\x00\x00{"a": [1, 2, 3]}',
+        bytes(1000),
+    ],
+    ids=["empty", "text", "cut zip", "empty dict", "wrong header", "zeros"],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".npz", ".bin"])
+def test_any_bad_file_of_weights_ends_in_one_line(suffix, content, small, tmp_path):
+    path = tmp_path / f"bad{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"bad{suffix}: not the weights of small-clip, or damaged") as error:
+        OpenClip("small-clip", path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500

@@ -17,6 +17,7 @@ SHAPES = {
     "SD 2.1, 512 and 768, levels 1 and 2": (4096, 64, 5, False),
     "SD 2.1, 512 and 768, level 3; 512, middle": (256, 64, 20, False),
     "SD 2.1, 768, middle": (144, 64, 20, False),
+    "SDXL, 1024, levels 2 and 3": (4096, 64, 10, False),
     "text encoders": (77, 64, 12, True),
     "bundled model, levels 1 and 2": (256, 32, 2, False),
     "bundled model, middle": (16, 32, 5, False),

@@ -173,6 +173,8 @@ SHAPES = {
     "SD 1.5 at 768, level 2": (2304, 77, 80, 8),
     "SD 1.5 at 768, level 3": (576, 77, 160, 8),
     "SD 2.1 at 768, level 1": (9216, 77, 64, 5),
+    "SDXL at 1024, level 2": (4096, 77, 64, 10),
+    "SDXL at 1024, level 3 and middle": (1024, 77, 64, 20),
     "bundled model, level 1": (256, 32, 32, 2),
 }
 CASES = {name: partial(call, 2, *shape, HALF) for name, shape in SHAPES.items()}
@@ -181,7 +183,7 @@ CASES |= {f"float32, {d} wide": partial(call, 2, 1024, 77, d, 8, FLOAT) for d in
 
 # Left out: float32 for 8.6 and 8.9, where Triton 3.6 spills (400 bytes at heads 64 wide) and 3.8 does not.
 QUICK = list(product(("at 512", "bundled"), (80, 90)))
-SLOW = [*product(("at 768", "float32"), (80, 90)), *product(("at 512", "bundled", "at 768"), (86, 89))]
+SLOW = [*product(("at 768", "at 1024", "float32"), (80, 90)), *product(("at 512", "bundled", "at 768", "at 1024"), (86, 89))]
 
 
 @pytest.mark.parametrize(("part", "capability"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])

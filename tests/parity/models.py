@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from minidiff.config import ModelConfig, ScheduleConfig, TextEncoderConfig, TokenizerConfig, UNetConfig, VAEConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
-from minidiff.tokenizer import Tokenizer
+from minidiff.two_encoders import text_configs, text_side
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 from weights_loader.dialects import TEXT_DIFFUSERS_ALIASES
 from weights_loader.families.shared import DIFFUSERS
 from weights_loader.families.stable_diffusion_2 import STABLE_DIFFUSION_2
+from weights_loader.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from weights_loader.name_table import PartNames, canonical_name, from_file, name_table
 
 
@@ -40,6 +41,11 @@ class Shape:
     tokenizer: TokenizerConfig = TokenizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     latent: tuple[int, int] = (16, 16)
+    text_2: TextEncoderConfig | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig(self.tokenizer, self.text, self.unet, self.vae, self.schedule, text_encoder_2=self.text_2)
 
     def __str__(self) -> str:
         return self.name
@@ -70,6 +76,16 @@ BUNDLED = Shape(
     VAEConfig(widths=(24, 48, 96), blocks_per_level=1, groups=8),
     TextEncoderConfig(vocab_size=800, context_length=32, width=128, layers=2, heads=4),
 )
+# Three levels, the first without transformers, the others deeper; heads and all widths differ.
+SDXL = Shape(
+    "SDXL",
+    UNetConfig(
+        widths=(16, 32, 48), groups=8, attention=(0, 2, 3), heads=(1, 2, 3), context_width=64, linear_projection=True, pooled_width=20
+    ),
+    VAEConfig(**LEVELS, scaling_factor=0.13025),
+    TextEncoderConfig(vocab_size=49408, width=24, layers=3, heads=4, penultimate=True),
+    text_2=TextEncoderConfig(vocab_size=49408, width=40, layers=3, heads=5, activation="gelu", penultimate=True, projection=20),
+)
 
 
 def randomise(module: nn.Module) -> nn.Module:
@@ -81,7 +97,7 @@ def randomise(module: nn.Module) -> nn.Module:
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             if p.ndim == 1:
                 noise = 0.3 * noise + (1.0 if id(p) in norms and name.endswith("weight") else 0.0)
-            elif "embedding" not in name or "time" in name:
+            elif "embedding" not in name or "time" in name or "controlnet" in name:
                 noise = noise / p[0].numel() ** 0.5
             p.copy_(noise)
     return module.eval().requires_grad_(False)
@@ -100,9 +116,20 @@ def diffusers_unet(config: UNetConfig, dtype: torch.dtype) -> diffusers.UNet2DCo
         attention_head_dim=config.heads,  # its name notwithstanding, the number of heads
         cross_attention_dim=config.context_width,
         use_linear_projection=config.linear_projection,
+        sample_size=64,  # the image-to-image pipelines compare it with 64, and nothing else here depends on it
         norm_num_groups=config.groups,
+        **({} if config.pooled_width is None else added_embedding(config)),
     )
     return randomise(unet.to(dtype))
+
+
+def added_embedding(config: UNetConfig) -> dict[str, object]:
+    return dict(
+        transformer_layers_per_block=[max(1, depth) for depth in config.attention],  # a level without transformers has none to count
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=config.pooled_width + 6 * 256,
+    )
 
 
 @cache
@@ -132,7 +159,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @cache
 def transformers_text(config: TextEncoderConfig, dtype: torch.dtype) -> transformers.CLIPTextModel:
-    text = transformers.CLIPTextModel(
+    kind = transformers.CLIPTextModelWithProjection if config.projection else transformers.CLIPTextModel
+    text = kind(
         transformers.CLIPTextConfig(
             vocab_size=config.vocab_size,
             max_position_embeddings=config.context_length,
@@ -141,8 +169,9 @@ def transformers_text(config: TextEncoderConfig, dtype: torch.dtype) -> transfor
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             hidden_act=config.activation,
-            bos_token_id=0,  # for the pooled vector, which is not compared
-            eos_token_id=1,
+            projection_dim=config.projection or config.width,
+            bos_token_id=49406,
+            eos_token_id=49407,  # of which the first is pooled
         )
     )
     # Before version 5 transformers makes the causal mask in PyTorch's default dtype, where float64's least number does not fit into float32.
@@ -152,13 +181,14 @@ def transformers_text(config: TextEncoderConfig, dtype: torch.dtype) -> transfor
 
 @cache
 def open_clip_text(config: TextEncoderConfig, dtype: torch.dtype) -> open_clip.transformer.TextTransformer:
-    """One block more than we run: Stable Diffusion 2 takes the penultimate layer."""
+    """One block more than we have for Stable Diffusion 2, which takes the penultimate layer and has no pooled vector."""
     text = open_clip.transformer.TextTransformer(
         vocab_size=config.vocab_size,
         context_length=config.context_length,
         width=config.width,
-        layers=config.layers + 1,
+        layers=config.layers + (not config.penultimate),
         heads=config.heads,
+        output_dim=config.projection or config.width,
     )
     return randomise(text.to(dtype))
 
@@ -185,19 +215,23 @@ def vaes(shape: Shape, dtype: torch.dtype) -> tuple[VAE, diffusers.AutoencoderKL
     return with_weights_of(ours, DIFFUSERS["vae"], theirs.state_dict()), theirs
 
 
-def text_encoders(shape: Shape, dtype: torch.dtype) -> tuple[TextEncoder, transformers.CLIPTextModel]:
-    theirs = transformers_text(shape.text, dtype)
+def text_encoders(shape: Shape, dtype: torch.dtype, second: bool = False) -> tuple[TextEncoder, transformers.CLIPTextModel]:
+    config = shape.text_2 if second else shape.text
+    theirs = transformers_text(config, dtype)
     with torch.device("meta"):
-        ours = TextEncoder(shape.text)
+        ours = TextEncoder(config)
+    names = STABLE_DIFFUSION_XL.names["diffusers"]["text_encoder_2" if second else "text_encoder"]
     tensors = {canonical_name(name, TEXT_DIFFUSERS_ALIASES): tensor for name, tensor in theirs.state_dict().items()}
-    return with_weights_of(ours, DIFFUSERS["text_encoder"], tensors), theirs
+    return with_weights_of(ours, names, tensors), theirs
 
 
 def open_clips(shape: Shape, dtype: torch.dtype) -> tuple[TextEncoder, open_clip.transformer.TextTransformer]:
-    theirs = open_clip_text(shape.text, dtype)
+    config = shape.text_2 or shape.text
+    theirs = open_clip_text(config, dtype)
     with torch.device("meta"):
-        ours = TextEncoder(shape.text)
-    names = STABLE_DIFFUSION_2.names["ldm"]["text_encoder"]
+        ours = TextEncoder(config)
+    ldm = STABLE_DIFFUSION_XL.names["ldm"]
+    names = ldm["text_encoder_2"] if shape.text_2 else STABLE_DIFFUSION_2.names["ldm"]["text_encoder"]
     return with_weights_of(ours, names, {names.prefix + name: tensor for name, tensor in theirs.state_dict().items()}), theirs
 
 
@@ -214,25 +248,40 @@ def clip_tokenizer(pad_token: str) -> transformers.CLIPTokenizer:
         return transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=77, pad_token=pad_token)
 
 
-def pipelines(shape: Shape, dtype: torch.dtype) -> tuple[StableDiffusion, diffusers.StableDiffusionPipeline]:
-    parts = {"text_encoder": text_encoders(shape, dtype), "unet": unets(shape, dtype), "vae": vaes(shape, dtype)}
-    settings = ModelConfig(shape.tokenizer, shape.text, shape.unet, shape.vae, shape.schedule)
-    ours = StableDiffusion(settings, tokenizer=Tokenizer(shape.tokenizer), **{name: pair[0] for name, pair in parts.items()})
+def ddim(shape: Shape) -> diffusers.DDIMScheduler:
+    return diffusers.DDIMScheduler(
+        beta_start=shape.schedule.beta_start,
+        beta_end=shape.schedule.beta_end,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+        prediction_type={"eps": "epsilon", "v": "v_prediction"}[shape.schedule.prediction],
+    )
+
+
+def pipelines(shape: Shape, dtype: torch.dtype) -> tuple[StableDiffusion, diffusers.DiffusionPipeline]:
+    parts = {"unet": unets(shape, dtype), "vae": vaes(shape, dtype)}
+    texts = {name: text_encoders(shape, dtype, name == "text_encoder_2") for name in text_configs(shape.config)}
+    text = text_side(shape.config, {name: pair[0] for name, pair in texts.items()})
+    ours = StableDiffusion(shape.config, text, parts["unet"][0], parts["vae"][0])
+    if shape.text_2:
+        theirs = diffusers.StableDiffusionXLPipeline(
+            tokenizer=clip_tokenizer("<|endoftext|>"),
+            tokenizer_2=clip_tokenizer("!"),
+            scheduler=ddim(shape),
+            add_watermarker=False,
+            **{name: pair[1] for name, pair in (parts | texts).items()},
+        )
+        theirs.set_progress_bar_config(disable=True)
+        return ours, theirs
     theirs = diffusers.StableDiffusionPipeline(
         tokenizer=clip_tokenizer("<|endoftext|>" if shape.tokenizer.padding == "end" else "!"),  # "!" is token 0
-        scheduler=diffusers.DDIMScheduler(
-            beta_start=shape.schedule.beta_start,
-            beta_end=shape.schedule.beta_end,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            set_alpha_to_one=False,
-            clip_sample=False,
-            prediction_type={"eps": "epsilon", "v": "v_prediction"}[shape.schedule.prediction],
-        ),
+        scheduler=ddim(shape),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-        **{name: pair[1] for name, pair in parts.items()},
+        **{name: pair[1] for name, pair in (parts | texts).items()},
     )
     theirs.set_progress_bar_config(disable=True)
     return ours, theirs

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.conditioning import Conditioning
 from minidiff.config import UNetConfig
 from minidiff.pipeline import noise_source
+from minidiff.two_encoders import SizeNumbers, told
 from tests.parity.check import largest_error
-from tests.parity.models import BUNDLED, INPAINTING, ODD, SD1, SD2, Shape, open_clips, pipelines, text_encoders, unets, vaes
+from tests.parity.models import BUNDLED, INPAINTING, ODD, SD1, SD2, SDXL, Shape, open_clips, pipelines, text_encoders, unets, vaes
 
 Outputs = Iterator[tuple[Tensor, Tensor]]
 
@@ -113,12 +115,20 @@ def levels(shape: Shape, dtype: torch.dtype) -> Outputs:
         x = y
 
 
+# Six different numbers, some beyond what float16 and bfloat16 count in ones.
+SIZES = torch.tensor([[1025.0, 2049.0, 3.0, 517.0, 768.0, 1280.0], [511.0, 640.0, 259.0, 0.0, 1024.0, 1536.0]])
+
+
 def unet(shape: Shape, dtype: torch.dtype) -> Outputs:
     ours, theirs = unets(shape, dtype)
     x, words = noise(2, shape.unet.in_channels, *shape.latent, dtype=dtype), context(shape.unet, dtype)
     t = torch.tensor([1, 999])
     # In float64 too both sides start from the timestep's float32 cosines and sines, which are equal to the bit.
-    yield ours(x, t, words), theirs(x, t, words).sample
+    if shape.unet.pooled_width is None:
+        yield ours(x, t, words), theirs(x, t, words).sample
+        return
+    told = Conditioning(words, noise(2, shape.unet.pooled_width, dtype=dtype, seed=5), SIZES)
+    yield ours(x, t, told), theirs(x, t, words, added_cond_kwargs={"text_embeds": told.pooled, "time_ids": SIZES}).sample
 
 
 # --------------------------------------------------------------------------------------------------------------- VAE
@@ -185,6 +195,37 @@ def text_encoder(shape: Shape, dtype: torch.dtype) -> Outputs:
     yield ours(tokens(shape)), theirs(tokens(shape)).last_hidden_state
 
 
+def ended_tokens(shape: Shape) -> Tensor:
+    """Tokens with an end each, at another place and with another padding behind it, as the two encoders of SDXL have."""
+    rows = tokens(shape).clamp(max=49405)
+    rows[0, 5:], rows[1, 11], rows[1, 12:] = 49407, 49407, 0
+    return rows
+
+
+ENDS = torch.tensor([5, 11])
+
+
+def penultimate(shape: Shape, dtype: torch.dtype) -> Outputs:
+    """Both encoders of SDXL: what enters the last block, and the second one's pooled vector."""
+    rows = ended_tokens(shape)
+    for second in (False, True):
+        ours, theirs = text_encoders(shape, dtype, second)
+        answer = theirs(rows, output_hidden_states=True)
+        yield ours(rows), answer.hidden_states[-2]
+    yield ours.pool(ours(rows), ENDS), answer.text_embeds
+
+
+def open_clip_pooled(shape: Shape, dtype: torch.dtype) -> Outputs:
+    """As SDXL's original runs it: the last block's input, and the pooled vector at the highest id."""
+    ours, theirs = open_clips(shape, dtype)
+    rows = ended_tokens(shape)
+    x = theirs.token_embedding(rows) + theirs.positional_embedding
+    for block in theirs.transformer.resblocks[:-1]:
+        x = block(x, attn_mask=theirs.attn_mask)
+    yield ours(rows), x
+    yield ours.pool(ours(rows), ENDS), theirs(rows)
+
+
 def open_clip_block(shape: Shape, dtype: torch.dtype) -> Outputs:
     ours, theirs = open_clips(shape, dtype)
     x = noise(2, shape.text.context_length, shape.text.width, dtype=dtype)
@@ -226,6 +267,34 @@ def pipeline(shape: Shape, dtype: torch.dtype) -> Outputs:
     yield (pixels + 1) / 2, their("pt")
 
 
+def sdxl_pipeline(shape: Shape, dtype: torch.dtype) -> Outputs:
+    """Prompts to pictures by SDXL: negative prompts left out, empty and given, size numbers and another prompt for the second encoder."""
+    ours, theirs = pipelines(shape, dtype)
+    prompts = [*PROMPTS, ""]
+    context, _, pooled, _ = theirs.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    encoded = ours.text(prompts, (128, 128))
+    yield encoded.context, context
+    yield encoded.pooled, pooled
+
+    seeds, (height, width) = [0, 1], shape.latent
+    size = (shape.vae.factor * width, shape.vae.factor * height)
+    x = noise_source(seeds, (shape.vae.latent_channels, height, width), torch.device("cpu"))().to(dtype)
+    sizes = SizeNumbers(original=(1025, 640), crop=(3, 517), target=(768, 1280))
+    their_sizes = dict(original_size=(640, 1025), crops_coords_top_left=(517, 3), target_size=(1280, 768))
+    for negative, text, more in (
+        (None, None, {}),
+        ("", None, {}),
+        (NEGATIVE, told(ours.text, sizes=sizes), their_sizes),
+        (None, told(ours.text, prompt_2="a dog"), {"prompt_2": ["a dog"] * 2}),
+    ):
+        *_, step = ours.denoise(PROMPTS, steps=3, guidance_scale=3.0, negative_prompt=negative, seeds=seeds, size=size, text=text)
+        settings = dict(num_inference_steps=3, guidance_scale=3.0, width=size[0], height=size[1], latents=x, output_type="latent")
+        given = None if negative is None else [negative] * 2
+        latent = theirs(PROMPTS, negative_prompt=given, **settings, **more).images
+        yield step.x_t / latent.std(), latent / latent.std()
+    yield (ours.decode(step.x_t) + 1) / 2, theirs(PROMPTS, **settings | {"output_type": "pt"}, **more).images
+
+
 # ---------------------------------------------------------------------------------------------------------- the list
 
 
@@ -241,8 +310,9 @@ class Part:
         return self.name
 
 
-ALL = (SD1, SD2, INPAINTING, ODD, BUNDLED)
-FAMILIES = (SD1, SD2, BUNDLED)
+ALL = (SD1, SD2, SDXL, INPAINTING, ODD, BUNDLED)
+FAMILIES = (SD1, SD2, SDXL, BUNDLED)
+ONE_ENCODER = (SD1, SD2, BUNDLED)
 PARTS = (
     Part("U-Net: time embedding", "diffusers", time_embedding, FAMILIES),
     Part("U-Net: ResBlock", "diffusers ResnetBlock2D", res_block, FAMILIES),
@@ -258,9 +328,12 @@ PARTS = (
     Part("VAE: encoder", "diffusers AutoencoderKL", encoder, (SD1, ODD, BUNDLED)),
     Part("VAE: decoder", "diffusers AutoencoderKL", decoder, (SD1, ODD, BUNDLED)),
     Part("text encoder: block", "transformers CLIPEncoderLayer", text_block, (SD1, SD2)),
-    Part("text encoder", "transformers CLIPTextModel", text_encoder, FAMILIES),
+    Part("text encoder", "transformers CLIPTextModel", text_encoder, ONE_ENCODER),
     Part("text encoder: block", "open_clip ResidualAttentionBlock", open_clip_block, (SD2,)),
     Part("text encoder, penultimate layer", "open_clip", open_clip_penultimate, (SD2,)),
+    Part("text encoders of SDXL, pooled vector", "transformers CLIPTextModelWithProjection", penultimate, (SDXL,)),
+    Part("text encoder of SDXL, pooled vector", "open_clip", open_clip_pooled, (SDXL,)),
+    Part("prompt to picture", "diffusers StableDiffusionXLPipeline", sdxl_pipeline, (SDXL,), (torch.float32,)),
     Part("prompt to picture", "diffusers StableDiffusionPipeline", pipeline, (SD1, SD2), (torch.float32,)),
 )
 

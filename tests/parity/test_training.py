@@ -18,7 +18,6 @@ import weights_loader
 from minidiff.config import SD1, SD2, ModelConfig
 from minidiff.pipeline import StableDiffusion
 from minidiff.text_encoder import TextEncoder
-from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine.diffusion_loss import sample_noise
 from minidiff.trainers.engine.loop import rng_for, train
 from minidiff.trainers.engine.settings import Settings
@@ -28,6 +27,7 @@ from minidiff.trainers.methods.dreambooth import DreamBoothOptions
 from minidiff.trainers.methods.fine_tune import FineTuneOptions
 from minidiff.trainers.methods.lora import LoRAOptions
 from minidiff.trainers.methods.options import Concept, DataOptions, LowRankOptions
+from minidiff.two_encoders import text_side
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 from tests.small_concepts import FOLDER, picture_folder
@@ -116,7 +116,7 @@ def test_twenty_steps_of_full_fine_tuning_are_diffusers(tmp_path, prediction):
 def full_size(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
     """Random weights, small enough that nothing overflows."""
     with torch.device("meta"):
-        parts = TextEncoder(config.text_encoder).to(dtype), UNet(config.unet).to(dtype), VAE(config.vae)
+        parts = text, unet, vae = TextEncoder(config.text_encoder).to(dtype), UNet(config.unet).to(dtype), VAE(config.vae)
     generator = torch.Generator().manual_seed(0)
     for part in parts:
         part.to_empty(device="cpu").eval().requires_grad_(False)
@@ -125,7 +125,7 @@ def full_size(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
                 p.fill_(1.0 if name.endswith("weight") else 0.0)
             else:
                 p.normal_(0, 0.5 / np.sqrt(p[0].numel()), generator=generator)
-    return StableDiffusion(config, *parts, Tokenizer(config.tokenizer))
+    return StableDiffusion(config, text_side(config, {"text_encoder": text}), unet, vae)
 
 
 def one_step(method) -> None:

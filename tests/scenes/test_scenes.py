@@ -26,7 +26,8 @@ from minidiff.scenes.art import (
     tint_picture,
     visible_backgrounds,
 )
-from minidiff.scenes.scenes import SPLITS, Item, bpe_merges, caption_of, compose, held_out_pairs, is_held_out_pair, prompts, sample_scene
+from minidiff.scenes.prompts import prompts
+from minidiff.scenes.scenes import SPLITS, Item, bpe_merges, caption_of, compose, held_out_pairs, is_held_out_pair, sample_scene
 from tests import small_models
 
 
@@ -203,13 +204,13 @@ def test_small_is_smaller_than_large():
 
 
 def test_the_evaluation_prompts_are_fixed_and_name_training_subjects():
-    assert len(prompts()) == 40 and len({prompt.subject for prompt in prompts()}) == 40
+    assert len(prompts()) == 40 and len({prompt.subjects for prompt in prompts()}) == 40
     assert prompts()[0].text == "a pizza on a yellow background"
     for prompt in prompts():
         assert prompt.text.endswith(
-            f"{prompt.subject} on {'an' if prompt.background[0] in 'aeiou' else 'a'} {prompt.background} background"
+            f"{prompt.subjects[0]} on {'an' if prompt.background[0] in 'aeiou' else 'a'} {prompt.background} background"
         )
-        assert not subjects()[prompt.subject].held_out
+        assert not subjects()[prompt.subjects[0]].held_out
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def walk_first_step(task, settings, monkeypatch):
 
 def moved_to_cuda(phase):
     """The phase, begun on the CPU, with its model on the GPU. A module gets new parameters there, which adapters and groups must learn of."""
-    modules = (phase.sd.unet, phase.sd.text_encoder, phase.sd.vae, *phase.adapters)
+    modules = (*phase.sd.parts.values(), *phase.adapters)
     before = [p for module in modules for p in module.parameters()]
     for adapter in reversed(phase.adapters):
         adapter.detach()
@@ -84,7 +84,7 @@ def moved_to_cuda(phase):
             adapter.attach(phase.sd)
     now = dict(zip(before, (p for module in modules for p in module.parameters()), strict=True))
     phase.groups = [dataclasses.replace(group, params=tuple(now[p] for p in group.params)) for group in phase.groups]
-    phase.contexts = phase.contexts and {caption: context.to(CUDA) for caption, context in phase.contexts.items()}
+    phase.contexts = phase.contexts and {caption: context.to(CUDA, torch.float32) for caption, context in phase.contexts.items()}
     return phase
 
 

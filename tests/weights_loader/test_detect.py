@@ -17,7 +17,7 @@ from weights_loader.write import write_safetensors
         ("base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight", "a LoRA"),
         ("control_model.time_embed.0.weight", "a ControlNet"),
         ("controlnet_cond_embedding.conv_in.weight", "a ControlNet"),
-        ("conditioner.embedders.1.model.ln_final.weight", "a Stable Diffusion XL"),
+        ("conditioner.embedders.1.model.ln_final.weight", "a text encoder alone"),
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "a diffusion transformer"),
         ("string_to_param.*", "a Textual Inversion"),
         ("<my-cat>", "a Textual Inversion"),

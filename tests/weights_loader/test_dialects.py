@@ -27,7 +27,7 @@ INPAINTING = dataclasses.replace(SD1, unet=dataclasses.replace(SD1.unet, in_chan
 
 def parts_of(config, layout):
     """The modules on the meta device, and how a layout names them."""
-    return [(part, part_names(config, name, layout)) for name, part in empty_parts(config)._asdict().items()]
+    return [(part, part_names(config, name, layout)) for name, part in empty_parts(config).named().items()]
 
 
 def shapes(tensors):
@@ -104,7 +104,9 @@ def assert_equal_tensors(ours, theirs):
 @pytest.mark.parametrize("name", family_configs())
 def test_ldm_names_become_diffusers_names_by_the_rules_of_diffusers_own_converter(name):
     sd = family_model(name)
-    theirs = convert_ldm_unet_checkpoint(part_to_file(sd, "unet", "ldm"), {"layers_per_block": sd.config.unet.blocks_per_level})
+    settings = {"layers_per_block": sd.config.unet.blocks_per_level}
+    settings |= {"addition_embed_type": "text_time"} if sd.config.unet.pooled_width else {}
+    theirs = convert_ldm_unet_checkpoint(part_to_file(sd, "unet", "ldm"), settings)
     assert_equal_tensors(part_to_file(sd, "unet", "diffusers"), theirs)
 
     levels = [""] * len(sd.config.vae.widths)
@@ -119,6 +121,12 @@ def test_ldm_names_become_diffusers_names_by_the_rules_of_diffusers_own_converte
         theirs = convert_ldm_clip_checkpoint(ldm)
     theirs = {canonical_name(name, TEXT_DIFFUSERS_ALIASES): tensor for name, tensor in theirs.items()}
     assert_equal_tensors(part_to_file(sd, "text_encoder", "diffusers"), theirs)
+    if sd.config.text_encoder_2:
+        config = CLIPTextConfig(hidden_size=sd.config.text_encoder_2.width)
+        ldm = part_to_file(sd, "text_encoder_2", "ldm")
+        theirs = convert_open_clip_checkpoint(_WithConfig(config), ldm, prefix="conditioner.embedders.1.model.")
+        theirs = {canonical_name(name, TEXT_DIFFUSERS_ALIASES): tensor for name, tensor in theirs.items()}
+        assert_equal_tensors(part_to_file(sd, "text_encoder_2", "diffusers"), theirs)
 
 
 class _WithConfig:

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,19 @@ import torch
 
 import weights_loader
 from minidiff.config import SD1
-from tests.checkpoints import CONTAINERS, assert_same_model, extras, family_configs, family_model, ldm_tensors, plug_in, public_keys
+from tests.checkpoints import (
+    CONTAINERS,
+    assert_same_model,
+    extras,
+    family_configs,
+    family_model,
+    ldm_tensors,
+    plug_in_small_families,
+    public_keys,
+)
 from tests.small_models import small_config, small_model
 from weights_loader import metadata, prediction
 from weights_loader.families.shared import UNET_PREFIX
-from weights_loader.families.stable_diffusion_1 import STABLE_DIFFUSION_1
-from weights_loader.families.stable_diffusion_2 import STABLE_DIFFUSION_2
 from weights_loader.load import _choose_dtype
 from weights_loader.write import write_safetensors
 
@@ -109,33 +117,23 @@ def test_prediction_overrides_the_file_and_is_checked(tmp_path):
 
 @pytest.fixture
 def small_families(monkeypatch):
-    """The small models take the places of the public ones, so that they are recognised without a config."""
-    configs = family_configs()
-    # The small ones are as wide as each other; the real ones are not.
-    wider = dataclasses.replace(configs["SD 2"], text_encoder=dataclasses.replace(configs["SD 2"].text_encoder, width=32, heads=4))
-    wider = dataclasses.replace(wider, unet=dataclasses.replace(wider.unet, context_width=32))
-    plug_in(
-        monkeypatch,
-        dataclasses.replace(STABLE_DIFFUSION_1, config=configs["SD 1"]),
-        dataclasses.replace(STABLE_DIFFUSION_2, config=wider),
-    )
-    return {"SD 1": configs["SD 1"], "SD 2": wider}
+    return plug_in_small_families(monkeypatch)
 
 
-def test_a_family_is_recognised_and_sd_1_needs_no_test_of_its_prediction(small_families, tmp_path):
+def test_a_family_is_recognised(small_families, tmp_path):
     sd = small_model(small_families["SD 1"])
     write_safetensors(tmp_path / "model.safetensors", ldm_tensors(sd))
-    loaded = weights_loader.load(tmp_path / "model.safetensors")
+    loaded = weights_loader.load(tmp_path / "model.safetensors", prediction="eps")
     assert_same_model(loaded, sd)
     assert loaded.notes == ()
 
 
 @pytest.mark.parametrize("stated, expected", [("v", "v"), ("epsilon", "eps")])
-def test_metadata_of_other_programs_says_the_prediction(small_families, stated, expected, tmp_path):
+def test_the_size_of_pictures_follows_the_prediction(small_families, stated, expected, tmp_path):
     sd = small_model(small_families["SD 2"])
-    write_safetensors(tmp_path / "model.safetensors", ldm_tensors(sd), {metadata.PREDICTION_KEY: stated})
+    write_safetensors(tmp_path / "model.safetensors", ldm_tensors(sd), {"modelspec.prediction_type": stated})
     loaded = weights_loader.load(tmp_path / "model.safetensors")
-    assert loaded.config.schedule.prediction == expected and loaded.notes == ()
+    assert loaded.config.schedule.prediction == expected
     assert loaded.config.image_size == (512 if expected == "eps" else small_families["SD 2"].image_size)
 
 
@@ -169,7 +167,8 @@ def test_a_full_size_sd_1_of_made_up_weights_loads_and_answers(tmp_path):
         norm = len(shape) == 1 and name.endswith("weight")
         return torch.ones(shape).half() if norm else torch.randn(shape, generator=generator).mul_(0.02).half()
 
-    write_safetensors(tmp_path / "model.safetensors", {name: make_up(name, shape) for name, shape in public_keys(1).items()})
+    tensors = {name: make_up(name, shape) for name, shape in public_keys(1).items()}
+    write_safetensors(tmp_path / "model.safetensors", tensors, {"minidiff.config": metadata.config_to_json(SD1)})
     sd = weights_loader.load(tmp_path / "model.safetensors")
     assert sd.config == SD1 and sd.dtype == torch.float32 and sd.notes == ()
     (picture,) = sd.generate("a photo of a cat", steps=2, size=64)
@@ -180,9 +179,34 @@ def test_broken_weights_are_not_taken_for_a_prediction(tmp_path, monkeypatch):
     monkeypatch.setattr(prediction, "noise_correlation", lambda *parts: float("nan"))
     sd = family_model("SD 2")
     with pytest.raises(ValueError, match="the U-Net's answer is not finite"):
-        prediction.ask_prediction(sd.config, sd.unet, sd.text_encoder, sd.tokenizer)
+        prediction.ask_prediction(sd.config, sd.unet, sd.text)
 
 
 def test_whole_numbers_are_refused_as_weights():
     with pytest.raises(ValueError, match="whole numbers: a quantised model"):
         _choose_dtype("file", torch.device("cpu"), {"unet": {"w": torch.ones(1, dtype=torch.int8)}})
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        (("text_encoder", "layers"), 10**6, "the config asks for 1000000 blocks in the text encoder, and there are"),
+        (("unet", "blocks_per_level"), 10**6, "the config asks for 3000000 blocks in the unet"),
+        (("unet", "attention"), [10**6, 1, 0], "the config asks for 3000000 blocks in the unet"),
+        (("vae", "blocks_per_level"), 0, "the config asks for 0 blocks in the vae"),
+        (("schedule", "timesteps"), 10**9, "the config asks for schedule.timesteps 1000000000; expected 0 to 1048576"),
+        (("schedule", "timesteps"), 10**6, "the config asks for 1000000 timesteps; at most 100000"),
+        (("text_encoder", "width"), 2**60, "the config asks for text_encoder.width"),
+        (("unet", "in_channels"), -4, "the config asks for unet.in_channels -4"),
+        (("vae", "scaling_factor"), 0.0, "the config's scaling_factor is 0.0"),
+        (("schedule", "beta_start"), 3.0, "expected 0 < beta_start"),
+    ],
+    ids=str,
+)
+def test_metadata_that_ask_for_more_than_the_file_holds_are_refused_before_anything_is_built(path, value, message, tmp_path):
+    sd = family_model("bundled")
+    config = json.loads(metadata.config_to_json(sd.config))
+    config[path[0]][path[1]] = value
+    write_safetensors(tmp_path / "model.safetensors", ldm_tensors(sd), {metadata.KEY: json.dumps(config)})
+    with pytest.raises(ValueError, match=message):
+        weights_loader.load(tmp_path / "model.safetensors")

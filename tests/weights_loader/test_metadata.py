@@ -5,7 +5,7 @@ import pytest
 
 from minidiff.config import SD1, SD2, ModelConfig
 from tests.small_models import small_config
-from weights_loader.metadata import SETTINGS_KEY, config_from_json, config_to_json, prediction_from_metadata, settings_to_metadata
+from weights_loader.metadata import SETTINGS_KEY, config_from_json, config_to_json, settings_to_metadata
 
 
 @pytest.mark.parametrize("config", [SD1, SD2, small_config()], ids=["SD 1", "SD 2", "bundled"])
@@ -40,12 +40,6 @@ def test_a_wrong_value_is_named(text, message):
 def test_whole_numbers_are_welcome_where_floats_are_expected():
     assert config_from_json('{"guidance_scale": 4}').guidance_scale == 4.0
     assert isinstance(config_from_json(json.dumps({"guidance_scale": 4})).guidance_scale, float)
-
-
-@pytest.mark.parametrize("written, prediction", [("epsilon", "eps"), ("v", "v"), ("something", None)])
-def test_the_prediction_that_other_programs_write_is_read(written, prediction):
-    assert prediction_from_metadata({"modelspec.prediction_type": written}) == prediction
-    assert prediction_from_metadata({}) is None
 
 
 def test_settings_are_text_that_json_reads():

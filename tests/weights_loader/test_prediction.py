@@ -52,8 +52,8 @@ def v_model():
 
 def test_a_v_model_and_its_eps_twin_are_told_apart(v_model):
     twin = EpsTwin(v_model.unet, NoiseSchedule(SD2.schedule))
-    assert noise_correlation(v_model.unet, v_model.text_encoder, v_model.tokenizer, 1000) < 0.3
-    assert noise_correlation(twin, v_model.text_encoder, v_model.tokenizer, 1000) > 0.9
+    assert noise_correlation(v_model.unet, v_model.text, 1000) < 0.3
+    assert noise_correlation(twin, v_model.text, 1000) > 0.9
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -70,5 +70,5 @@ def test_an_inpainting_model_is_asked_with_everything_masked():
     sd = small_model(family_configs()["SD 2 inpainting"])
     seen = []
     sd.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    assert -1 <= noise_correlation(sd.unet, sd.text_encoder, sd.tokenizer, 1000) <= 1
+    assert -1 <= noise_correlation(sd.unet, sd.text, 1000) <= 1
     assert seen[0].shape == (1, 9, 16, 16) and (seen[0][:, 4] == 1).all() and (seen[0][:, 5:] == 0).all()

@@ -132,7 +132,7 @@ def test_a_folder_is_complete_for_a_diffusers_pipeline(tmp_path):
         ("model.ckpt", "ldm", "one .safetensors file; give it a name that ends so"),
         ("model", "ldm", "one .safetensors file"),
         ("model.safetensors", "diffusers", "is a folder; give a name without .safetensors"),
-        ("model", "comfy", "layout 'comfy' unknown; choose ldm or diffusers"),
+        ("model", "comfy", "layout 'comfy' unknown; choose ldm, diffusers"),
     ],
 )
 def test_a_name_that_does_not_fit_the_layout_is_refused(name, layout, message, tmp_path):
@@ -148,3 +148,11 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written(layout, name, tmp_p
     with pytest.raises(ValueError, match="complex64"):
         weights_loader.save(sd, tmp_path / name, layout)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_ending_of_a_file_may_be_in_capitals(tmp_path):
+    weights_loader.convert("tiny", tmp_path / "UP.SAFETENSORS")
+    assert (tmp_path / "UP.SAFETENSORS").is_file()
+    assert weights_loader.load(tmp_path / "UP.SAFETENSORS").config == weights_loader.load("tiny").config
+    with pytest.raises(ValueError, match="checkpoints are written as .safetensors"):
+        weights_loader.convert("tiny", tmp_path / "UP.CKPT")

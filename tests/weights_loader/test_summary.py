@@ -11,7 +11,7 @@ from tests.small_models import small_model
 from weights_loader import prediction
 from weights_loader.adapters.custom_diffusion import write_custom_diffusion
 from weights_loader.adapters.embedding import write_embedding
-from weights_loader.adapters.lora import write_lora
+from weights_loader.adapters.lora import pack, write_lora
 from weights_loader.families.shared import UNET_PREFIX
 from weights_loader.families.stable_diffusion_2 import STABLE_DIFFUSION_2
 from weights_loader.name_table import ema_name
@@ -33,7 +33,7 @@ def test_a_file_of_a_public_family_is_summed_up(tmp_path, monkeypatch):
     assert summary.parameters["unet"] == sum(parameter.numel() for parameter in sd.unet.parameters())
     assert summary.used + sum(summary.converted.values()) + summary.extra + sum(summary.ignored.values()) == len(tensors)
     text = str(summary)
-    assert "family      Stable Diffusion 2.x" in text and "predicts    v" in text and "decided by a numerical test" in text
+    assert "family      Stable Diffusion 2.x" in text and "predicts    v, by a numerical test" in text
     assert "324 ignored: moving average" in text and "'epoch' stands" in text
 
 
@@ -70,7 +70,9 @@ def test_a_lora_is_summed_up(tmp_path):
 
 def test_a_folder_with_a_lora_of_many_ranks_is_summed_up(tmp_path):
     sd = small_model()
-    write_lora(tmp_path / "pytorch_lora_weights.safetensors", random_lora(sd, "", (1, 2, 3, 4, 5), (1.0, 2.0)), sd)
+    write_safetensors(
+        tmp_path / "pytorch_lora_weights.safetensors", *pack(random_lora(sd, "", (1, 2, 3, 4, 5), (1.0, 2.0)), sd, "diffusers")
+    )
     text = str(weights_loader.inspect(tmp_path))
     assert "LoRA, names of diffusers" in text and "rank        1 to 5\n" in text and "1 (" in text and "lora_adapter_metadata: {" in text
 
@@ -91,6 +93,6 @@ def test_words_and_custom_diffusion_are_summed_up(tmp_path):
 
 
 def test_a_small_file_that_is_damaged_is_named(tmp_path):
-    write_safetensors(tmp_path / "x.safetensors", {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 2)})
-    with pytest.raises(ValueError, match="x.safetensors: a LoRA for Stable Diffusion XL"):
+    write_safetensors(tmp_path / "x.safetensors", {"lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match="x.safetensors: a DoRA"):
         weights_loader.inspect(tmp_path / "x.safetensors")

@@ -171,3 +171,16 @@ def test_a_torch_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
     assert (tmp_path / "x.pt").read_bytes() == old and list(tmp_path.iterdir()) == [tmp_path / "x.pt"]
     with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere; make it first"):
         write_torch(tmp_path / "nowhere" / "x.pt", {})
+
+
+def test_what_a_killed_save_left_of_a_folder_is_cleared_by_the_next_one(tmp_path):
+    leftover = tmp_path / ".model.0123abcd.tmp"
+    (leftover / "unet").mkdir(parents=True)
+    (leftover / "unet" / "weights").write_bytes(bytes(100))
+    (tmp_path / ".model-2.0123abcd.tmp").mkdir()  # of another place
+    with new_folder(tmp_path / "model") as outer:
+        assert not leftover.exists()
+        with new_folder(tmp_path / "model"):
+            assert outer.exists(), "that one is at work"
+        (tmp_path / "model").rmdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model-2.0123abcd.tmp", "model"]

@@ -11,7 +11,8 @@ In all but diffusers' form W may be {"u": [out, r], "v": [r, in]}, to be added t
 """
 
 import re
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,20 +23,21 @@ from minidiff.adapters.custom_diffusion import Compressed, CustomDiffusion
 from minidiff.adapters.tokens import NewTokens
 from minidiff.pipeline import StableDiffusion
 from weights_loader.adapters import embedding
+from weights_loader.adapters.common import misfit, weights_file
+from weights_loader.adapters.origin import describe_origin
 from weights_loader.detect import describe, kind
 from weights_loader.families import part_names
 from weights_loader.metadata import FORMAT, settings_to_metadata
 from weights_loader.name_table import name_table
 from weights_loader.read import read
-from weights_loader.report import SHOWN, nearest, some
 from weights_loader.write import new_folder, write_safetensors, write_torch
 
 FOLDER = ("pytorch_custom_diffusion_weights.safetensors", "pytorch_custom_diffusion_weights.bin")  # the weights in a folder of diffusers
 TOKEN = "modifier_token."
-# The parts of a tensor's name: the place in the model, the layer, the half of a compressed change.
-DELTA = re.compile(r"(?:unet\.)?(?P<place>.+\.attn2)\.(?P<layer>to_[qkv]|to_out\.0)\.(?P<kind>weight|bias)(?:\.(?P<half>[uv]))?")
-PROCESSOR = re.compile(
-    r"(?:unet\.)?(?P<place>.+\.attn2)\.processor\.(?P<layer>to_[qkv]|to_out)_custom_diffusion(?:\.0)?\.(?P<kind>weight|bias)"
+# The parts of a tensor's name: the place in the model, diffusers' processor, the layer, the half of a compressed change.
+CHANGE = re.compile(
+    r"(?:unet\.)?(?P<place>.+\.attn2)\.(?P<processor>processor\.)?(?P<layer>to_[qkv]|to_out)(?(processor)_custom_diffusion)(?:\.0)?"
+    r"\.(?P<kind>weight|bias)(?:\.(?P<half>[uv]))?"
 )
 EMPTY = re.compile(r".+\.attn[12]\.processor")  # diffusers wants a name for each attention, also where nothing has changed
 
@@ -49,33 +51,36 @@ def read_custom_diffusion(path: str | Path, sd: StableDiffusion, names: tuple[st
     names: the words of a delta.ckpt, which holds their vectors only; "<new1>", "<new2>", ... by default, as in the original's command.
     Raises FileNotFoundError, and ValueError for what is none or does not fit the model, with the layers and shapes that disagree.
     """
-    path = Path(path)
+    checkpoint = read(weights_file(path, FOLDER, "Custom Diffusion"))
     try:
-        changes, rows = parse_folder(path, names) if path.is_dir() else parse(read(path).tensors, names)
+        changes, rows = parse(checkpoint.tensors, names)
+        rows |= words_beside(Path(path))
         embedding.check_width(rows, sd)
-        by_kind = {"weight": {}, "bias": {}}
-        for name, value in fit(changes, sd).items():
-            layer, kind = name.rsplit(".", 1)
-            by_kind[kind][layer] = value
-        return CustomDiffusion(by_kind["weight"], NewTokens(rows) if rows else None, by_kind["bias"])
+        weights, biases = fit(changes, sd)
+        return CustomDiffusion(weights, NewTokens(rows) if rows else None, biases)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def parse_folder(path: Path, names: tuple[str, ...] = ()) -> tuple[dict[str, Change], dict[str, Tensor]]:
-    """Parse a folder of diffusers: the weights, and every file next to them that holds the word it is named after."""
-    weights = next((path / name for name in FOLDER if (path / name).is_file()), None)
-    if weights is None:
-        is_model = (path / "model_index.json").is_file()
-        what = "a whole model, given as a Custom Diffusion" if is_model else "no Custom Diffusion in this folder"
-        raise ValueError(f"{what}; expected a file, or a folder with {' or '.join(FOLDER)}")
-    changes, rows = parse(read(weights).tensors, names)
-    for file in sorted(path.iterdir()):
-        if file.suffix in (".safetensors", ".bin") and file.name not in FOLDER:
-            checkpoint = read(file)
-            if list(checkpoint.tensors) == [file.stem]:
-                rows |= embedding.parse(checkpoint)
-    return changes, rows
+def words_beside(folder: Path) -> dict[str, Tensor]:
+    """Return the words of a folder of diffusers: of every file that holds nothing else, whatever its name. None for a file.
+
+    diffusers names a file after its word; not every system lets a name have < and > in it, so that it may have been changed. A warning
+    names what is left out: a file that cannot be read, or holds something else.
+    """
+    rows = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.suffix not in (".safetensors", ".bin") or file.name in FOLDER:
+            continue
+        try:
+            found = embedding.parse(read(file))
+            if twice := rows.keys() & found.keys():
+                raise ValueError(f"the word {min(twice)!r} is in another file too")
+            rows |= found
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{file}: ")
+            warnings.warn(f"{file} beside the Custom Diffusion is left out: {reason}", stacklevel=2)
+    return rows
 
 
 def parse(tensors: Mapping[str, Tensor], names: tuple[str, ...] = ()) -> tuple[dict[str, Change], dict[str, Tensor]]:
@@ -84,16 +89,17 @@ def parse(tensors: Mapping[str, Tensor], names: tuple[str, ...] = ()) -> tuple[d
         raise ValueError(f"given as a Custom Diffusion, but it is {describe(list(tensors))}")
     if names and "embed" not in tensors:
         raise ValueError(f"names are given ({', '.join(names)}), and the file has no words without a name")
-    named = {name: _rows(name, tensor) for name, tensor in tensors.items() if name.startswith(TOKEN)}
-    words = {name.removeprefix(TOKEN): rows for name, rows in named.items()}
+    words = {name.removeprefix(TOKEN): _rows(name, tensor) for name, tensor in tensors.items() if name.startswith(TOKEN)}
     if "embed" in tensors:
         words |= _name_rows(_rows("embed", tensors["embed"]), names)
-    rest = {name: tensor for name, tensor in tensors.items() if name != "embed" and name not in named}
-    processors, rest = _processors(rest)
-    whole, compressed, rest = _deltas(rest)
-    if rest:
-        _refuse(next(iter(rest)))
-    return processors | whole | _pairs(compressed, {*processors, *whole}), words
+    parts: dict[str, dict[str, Tensor]] = {}  # of each change: "weight", or "u" and "v"
+    for name, tensor in tensors.items():
+        if match := CHANGE.fullmatch(name):
+            layer = "to_out.0" if match["layer"] == "to_out" else match["layer"]
+            parts.setdefault(f"{match['place']}.{layer}.{match['kind']}", {})[match["half"] or "weight"] = tensor.float()
+        elif name != "embed" and not name.startswith(TOKEN) and not (EMPTY.fullmatch(name) and tensor.numel() == 0):
+            _refuse(name)
+    return {place: _change(place, found) for place, found in parts.items()}, words
 
 
 def _rows(name: str, tensor: Tensor) -> Tensor:
@@ -109,38 +115,13 @@ def _name_rows(rows: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: row[None] for name, row in zip(names, rows)}
 
 
-def _processors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the weights in diffusers' form, and the tensors that are left."""
-    found, rest = {}, {}
-    for name, tensor in tensors.items():
-        if match := PROCESSOR.fullmatch(name):
-            layer = "to_out.0" if match["layer"] == "to_out" else match["layer"]
-            found[f"{match['place']}.{layer}.{match['kind']}"] = tensor.float()
-        elif not (EMPTY.fullmatch(name) and tensor.numel() == 0):
-            rest[name] = tensor
-    return found, rest
-
-
-def _deltas(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Return whole weights and the halves of compressed changes in our form, which is the original's too, and the tensors that are left."""
-    whole, halves, rest = {}, {}, {}
-    for name, tensor in tensors.items():
-        match = DELTA.fullmatch(name)
-        if match is None:
-            rest[name] = tensor
-        elif match["half"]:
-            halves.setdefault(f"{match['place']}.{match['layer']}.{match['kind']}", {})[match["half"]] = tensor.float()
-        else:
-            whole[f"{match['place']}.{match['layer']}.{match['kind']}"] = tensor.float()
-    return whole, halves, rest
-
-
-def _pairs(compressed: Mapping[str, Mapping[str, Tensor]], whole: Collection[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    for place, halves in compressed.items():
-        if halves.keys() != {"u", "v"} or place in whole:
-            found = ", ".join(sorted(halves)) + (" and a weight" if place in whole else "")
-            raise ValueError(f"{place} needs one weight, or u and v; found {found}")
-    return {place: (halves["u"], halves["v"]) for place, halves in compressed.items()}
+def _change(place: str, parts: Mapping[str, Tensor]) -> Change:
+    if parts.keys() == {"weight"}:
+        return parts["weight"]
+    if parts.keys() != {"u", "v"}:
+        found = ", ".join(sorted(parts.keys() - {"weight"})) + (" and a weight" if "weight" in parts else "")
+        raise ValueError(f"{place} needs one weight, or u and v; found {found}")
+    return parts["u"], parts["v"]
 
 
 def _refuse(name: str) -> NoReturn:
@@ -149,8 +130,8 @@ def _refuse(name: str) -> NoReturn:
     raise ValueError(f"tensor {name!r} is no part of a Custom Diffusion; expected cross-attention (attn2) and modifier_token")
 
 
-def fit(changes: Mapping[str, Change], sd: StableDiffusion) -> dict[str, Tensor]:
-    """Return {our parameter: its whole new value}, such as "unet.down.0....cross_attention.to_k.weight".
+def fit(changes: Mapping[str, Change], sd: StableDiffusion) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the whole new weights and biases by our layers, such as "unet.down.0....cross_attention.to_k".
 
     Raises ValueError with all layers that the model lacks or has in another shape.
     """
@@ -160,7 +141,7 @@ def fit(changes: Mapping[str, Change], sd: StableDiffusion) -> dict[str, Tensor]
         for layout in ("ldm", "diffusers")
         for ours, place in name_table(sd.unet, part_names(sd.config, "unet", layout)).items()
     }
-    result, unknown, wrong = {}, [], []
+    result, unknown, wrong = {"weight": {}, "bias": {}}, [], []
     for name, change in changes.items():
         if name not in places:
             unknown.append(name)
@@ -171,15 +152,13 @@ def fit(changes: Mapping[str, Change], sd: StableDiffusion) -> dict[str, Tensor]
             shapes = tuple(change.shape) if isinstance(change, Tensor) else tuple(tuple(half.shape) for half in change)
             wrong.append(f"{name} has shape {shapes}; this layer's is {tuple(base.shape)}")
         else:
-            result[f"unet.{places[name]}"] = value
+            layer, kind = places[name].rsplit(".", 1)
+            result[kind][f"unet.{layer}"] = value
     if unknown or wrong:
-        attention = [name for name in places if ".attn2." in name]
         counts = f"{len(unknown)} of its {len(changes)} layers are not there, {len(wrong)} have other shapes"
-        lines = [f"not a Custom Diffusion for this model: {counts}"]
-        lines += some([f"no layer {name}{nearest(name, attention)}" for name in unknown[:SHOWN]], len(unknown))
-        lines += some(wrong, len(wrong))
-        raise ValueError("\n".join(lines))
-    return result
+        attention = [name for name in places if ".attn2." in name]
+        raise ValueError(misfit(f"not a Custom Diffusion for this model: {counts}", unknown, attention, wrong))
+    return result["weight"], result["bias"]
 
 
 def _whole(change: Change, base: Tensor) -> Tensor | None:
@@ -217,7 +196,7 @@ def write_custom_diffusion(
     changes |= {f"{name}.bias": bias for name, bias in delta.biases.items()}
     rows: Mapping[str, Tensor] = delta.tokens.rows if delta.tokens else {}
     path = Path(path)
-    metadata = FORMAT | settings_to_metadata(settings or {})
+    metadata = FORMAT | settings_to_metadata(settings or {}) | describe_origin("custom-diffusion", path, sd, settings)
     if settings and path.suffix in (".bin", ".ckpt"):
         raise ValueError(f"{path}: settings are kept in .safetensors and folders only; leave them out, or change the name")
     layout = "ldm" if path.suffix == ".ckpt" else "diffusers"

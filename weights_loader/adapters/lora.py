@@ -23,49 +23,41 @@ from minidiff.adapters.layers import PARTS, layers_of
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.low_rank import LowRank
 from minidiff.pipeline import StableDiffusion
+from weights_loader.adapters.common import misfit, weights_file
 from weights_loader.adapters.kohya import KOHYA
-from weights_loader.adapters.lora_file import Dialect, Factors, PlacedChanges, StoredChange
+from weights_loader.adapters.lora_file import Dialect, Factors, StoredChange
+from weights_loader.adapters.origin import describe_origin
 from weights_loader.adapters.peft import PEFT
 from weights_loader.detect import describe
-from weights_loader.families import part_names
+from weights_loader.families import family_of_config, part_names
 from weights_loader.metadata import FORMAT, settings_to_metadata
 from weights_loader.name_table import TensorLocation, name_table
 from weights_loader.read import Checkpoint, read
-from weights_loader.report import SHOWN, nearest, some
 from weights_loader.write import write_safetensors
 
 DIALECTS: tuple[Dialect, ...] = (KOHYA, PEFT)  # the first that matches a file reads it
+# In a folder that diffusers' save_lora_weights or peft's save_pretrained made.
 FOLDER = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
+ONLY_XL = r"^lora_te2_|^text_encoder_2\.|transformer_blocks[._][1-9]"  # layers that only Stable Diffusion XL has
 CONTEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_lora(path: str | Path, sd: StableDiffusion) -> LoRA:
+def read_lora(path: str | Path, sd: StableDiffusion, weight: float = 1.0) -> LoRA:
     """Read a LoRA from a file in any of the dialects, or from a folder that diffusers or peft wrote; float32, not attached.
 
+    weight: the factor that it is used with (LoRA.weight).
     Raises FileNotFoundError, and ValueError for what is no LoRA and for one that does not fit the model, with the layers and widths
     that disagree. A tensor that is not understood is an error too: half a LoRA silently draws another picture.
     """
-    path = find_lora(path)
+    path = weights_file(path, FOLDER, "LoRA")
     checkpoint = read(path)
     try:
-        return LoRA(fit(parse(checkpoint), sd))
+        return LoRA(fit(parse(checkpoint), sd), weight)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def find_lora(path: str | Path) -> Path:
-    """Return the file itself, or the one in a folder that diffusers' save_lora_weights or peft's save_pretrained made."""
-    path = Path(path)
-    if path.is_dir():
-        found = next((path / name for name in FOLDER if (path / name).is_file()), None)
-        if found is None:
-            what = "a whole model, given as a LoRA" if (path / "model_index.json").is_file() else "no LoRA in this folder"
-            raise ValueError(f"{path}: {what}; expected a file, or a folder with {' or '.join(FOLDER[::2])}")
-        return found
-    return path
 
 
 def dialect_of(names: list[str]) -> Dialect | None:
@@ -82,16 +74,33 @@ def parse(checkpoint: Checkpoint) -> Mapping[str, StoredChange]:
     return dialect.parse(checkpoint)
 
 
-def layer_locations(sd: StableDiffusion, dialect: Dialect) -> dict[str, TensorLocation]:
-    """Return {our layer: where a LoRA file has it}, for all linear layers and convolutions of the U-Net and the text encoder."""
+def layer_locations(sd: StableDiffusion, dialect: Dialect, unet_layout: str = "diffusers") -> dict[str, TensorLocation]:
+    """Return {our layer: where a LoRA file has it}, for all linear layers and convolutions of the U-Net and the text encoders.
+
+    unet_layout: whose names and numbers the U-Net's layers have; those of SDXL occur in both.
+    """
     assert dialect.layer_name is not None, f"{dialect.name} has no names of its own"
-    tables = {part: name_table(sd.parts[part], part_names(sd.config, part, "diffusers")) for part in PARTS}
+    names = {part: part_names(sd.config, part, unet_layout if part == "unet" else "diffusers") for part in PARTS if part in sd.parts}
+    tables = {part: name_table(sd.parts[part], own) for part, own in names.items()}
     result = {}
     for ours in layers_of(sd):
         part, layer = ours.split(".", 1)
         location = tables[part][f"{layer}.weight"]
-        result[ours] = TensorLocation(dialect.layer_name(part, location.name.removesuffix(".weight")), convolution=location.convolution)
+        theirs = location.name.removesuffix(".weight").removeprefix(names[part].prefix if part == "unet" else "")
+        result[ours] = TensorLocation(dialect.layer_name(part, theirs), convolution=location.convolution)
     assert len({location.name for location in result.values()}) == len(result), f"two layers have one name in {dialect.name} files"
+    return result
+
+
+def _ldm_layers(sd: StableDiffusion) -> dict[str, str]:
+    """Return {layer in the file: our layer} of the U-Net for files that number it as the original: OneTrainer's and ComfyUI's."""
+    names = part_names(sd.config, "unet", "ldm")
+    result = {}
+    for ours, location in name_table(sd.unet, names).items():
+        theirs = location.name.removeprefix(names.prefix).removesuffix(".weight")
+        if ours.endswith(".weight") and f"unet.{ours.removesuffix('.weight')}" in layers_of(sd):
+            for name in (f"lora_unet_{theirs.replace('.', '_')}", f"diffusion_model.{theirs}", f"lora_unet.{theirs}"):
+                result[name] = f"unet.{ours.removesuffix('.weight')}"
     return result
 
 
@@ -102,8 +111,9 @@ def fit(changes: Mapping[str, StoredChange], sd: StableDiffusion) -> dict[str, L
     """
     named = [dialect for dialect in DIALECTS if dialect.layer_name]
     ours_of = {location.name: ours for dialect in named for ours, location in layer_locations(sd, dialect).items()}
-    # Files of one part alone leave its name out.
-    ours_of |= {name.split(".", 1)[1]: ours for name, ours in ours_of.items() if "." in name}
+    ours_of |= _ldm_layers(sd)
+    # Files of one part alone leave its name out; of two text encoders the first is meant.
+    ours_of = {name.split(".", 1)[1]: ours for name, ours in reversed(ours_of.items()) if "." in name} | ours_of
     layers, result, unknown, wrong = layers_of(sd), {}, [], []
     for name, change in changes.items():
         if name not in ours_of:
@@ -117,10 +127,8 @@ def fit(changes: Mapping[str, StoredChange], sd: StableDiffusion) -> dict[str, L
         except ValueError as error:
             wrong.append(f"{name}: {error}")
     if unknown or wrong:
-        lines = [f"not a LoRA for this model: {len(unknown)} of its {len(changes)} layers are not there, {len(wrong)} have other widths"]
-        lines += some([f"no layer {name}{nearest(name, list(ours_of))}" for name in unknown[:SHOWN]], len(unknown))
-        lines += some(wrong, len(wrong))
-        raise ValueError("\n".join(lines) + _likely_cause(changes, sd))
+        counts = f"{len(unknown)} of its {len(changes)} layers are not there, {len(wrong)} have other widths"
+        raise ValueError(misfit(f"not a LoRA for this model: {counts}", unknown, list(ours_of), wrong) + _likely_cause(changes, sd))
     return result
 
 
@@ -128,35 +136,51 @@ def _likely_cause(changes: Mapping[str, StoredChange], sd: StableDiffusion) -> s
     factors = {name: one for name, one in changes.items() if isinstance(one, Factors) and one.down.dim() > 1}
     widths = Counter(one.down.shape[1] for name, one in factors.items() if re.search(r"attn2[._]to_[kv]$", name))
     ours = sd.config.unet.context_width
-    if not widths or widths.most_common(1)[0][0] == ours:
-        return ""
-    width = widths.most_common(1)[0][0]
-    return f"\n  likely cause: made for {CONTEXT_WIDTHS.get(width, 'another model')} (context of width {width}; this model's is {ours})"
+    this = family_of_config(sd.config).name_of(sd.config)
+    if widths and widths.most_common(1)[0][0] != ours:
+        width = widths.most_common(1)[0][0]
+        made_for = CONTEXT_WIDTHS.get(width, "another model")
+        return f"\n  likely cause: made for {made_for} (context of width {width}), and this model is {this} (of width {ours})"
+    if "text_encoder_2" not in sd.parts and any(re.search(ONLY_XL, name) for name in changes):
+        return f"\n  likely cause: made for Stable Diffusion XL, and this model is {this}"
+    return ""
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_lora(
-    path: str | Path, lora: LoRA, sd: StableDiffusion, names: str = "diffusers", settings: dict[str, object] | None = None
-) -> None:
+def write_lora(path: str | Path, lora: LoRA, sd: StableDiffusion, names: str = "kohya", settings: dict[str, object] | None = None) -> None:
     """Write a LoRA of low-rank changes as .safetensors, in the dtype it has. The multiplier lora.weight belongs to its use: it stays out.
 
     Args:
         path: the file
         lora: attached or not
         sd: a model that it fits
-        names: the dialect, "diffusers" for diffusers and peft or "kohya" for the web interfaces. diffusers reads kohya's names too, but
-            takes the commonest alpha for all layers: write a LoRA of several alphas in its own dialect
-        settings: what it was made with, kept as JSON in the metadata
+        names: the dialect, "kohya", which the web interfaces and diffusers read, or "diffusers" for diffusers and peft alone
+        settings: what it was made with, kept as JSON in the metadata; the rest of the metadata is that of origin.py
 
-    Raises ValueError for an unknown dialect, another suffix and other changes than low-rank ones, FileNotFoundError without the folder.
+    Raises ValueError for an unknown dialect, another suffix, other changes than low-rank ones and as `check_names` does, FileNotFoundError
+    without the folder.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a LoRA is written as .safetensors; name it {path.with_suffix('.safetensors').name}")
+    check_names(lora, names)
     tensors, metadata = pack(lora, sd, names)
-    write_safetensors(path, tensors, FORMAT | settings_to_metadata(settings or {}) | metadata)
+    origin = describe_origin("lora", path, sd, settings)
+    write_safetensors(path, tensors, FORMAT | settings_to_metadata(settings or {}) | origin | metadata)
+
+
+def check_names(lora: LoRA, names: str) -> None:
+    """Raise ValueError where a dialect's readers would take another alpha than the LoRA has: they take the rank where they find none."""
+    tells_alpha = {dialect.name: dialect.tells_alpha for dialect in DIALECTS}.get(names, True)
+    scaled = {name: one for name, one in lora.layers.items() if isinstance(one, LowRank) and one.alpha != one.rank}
+    if scaled and not tells_alpha:
+        name, one = next(iter(scaled.items()))
+        raise ValueError(
+            f"names {names!r}: most programs that read them take the rank for alpha, and {len(scaled)} layers have another ({name}: rank "
+            f"{one.rank}, alpha {one.alpha:g}); take the names 'kohya', or an alpha that is the rank"
+        )
 
 
 def pack(lora: LoRA, sd: StableDiffusion, names: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -164,12 +188,13 @@ def pack(lora: LoRA, sd: StableDiffusion, names: str) -> tuple[dict[str, Tensor]
     written = {dialect.name: dialect for dialect in DIALECTS if dialect.pack and dialect.layer_name}
     if names not in written or (write := written[names].pack) is None:
         raise ValueError(f"names {names!r} unknown; choose {' or '.join(sorted(written))}")
-    layers = {}
+    layout = family_of_config(sd.config).kohya_layout if names == "kohya" else "diffusers"
+    locations, changes = layer_locations(sd, written[names], layout), {}
     for name, change in lora.layers.items():
         if not isinstance(change, LowRank):
             raise ValueError(f"{name} has a {type(change).__name__}, and files of {names} hold low-rank changes only")
-        layers[name] = change
-    return write(PlacedChanges(layers, layer_locations(sd, written[names]), sd))
+        changes[locations[name]] = change
+    return write(changes, sd)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

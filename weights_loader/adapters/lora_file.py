@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from minidiff.adapters.layer_change import LayerChange
@@ -29,23 +30,7 @@ class StoredChange(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class PlacedChanges:
-    """What goes into a file: the changes by our names of the layers, where the file has these layers, and the model they belong to."""
-
-    layers: Mapping[str, LowRank]
-    locations: Mapping[str, TensorLocation]
-    sd: StableDiffusion
-
-    def tensors(self, down: str, up: str) -> dict[str, Tensor]:
-        """Return both halves of each layer, named by the layer and these ends."""
-        result = {}
-        for ours, change in self.layers.items():
-            location = self.locations[ours]
-            kernel = (..., None, None) if location.convolution else ...
-            result[f"{location.name}.{down}.weight"] = change.down.weight.detach()[kernel]
-            result[f"{location.name}.{up}.weight"] = change.up.weight.detach()[kernel]
-        return result
+Placed = Mapping[TensorLocation, LowRank]  # changes, by where a file has their layers
 
 
 @dataclass(frozen=True)
@@ -57,14 +42,26 @@ class Dialect:
     parse: the changes by the file's name of the layer; raises ValueError for what it does not understand.
     layer_name: (part, the layer's name in that part of a diffusers model) -> its name in the file; None if layers have the names of another
         dialect.
-    pack: the tensors and metadata of a file; None for a dialect that is only read.
+    pack: (changes, the model they belong to) -> the tensors and metadata of a file; None for a dialect that is only read.
+    tells_alpha: whether every program that reads such files finds each layer's alpha in them.
     """
 
     name: str
     matches: Callable[[Sequence[str]], bool]
     parse: Callable[[Checkpoint], Mapping[str, StoredChange]]
     layer_name: Callable[[str, str], str] | None = None
-    pack: Callable[[PlacedChanges], tuple[dict[str, Tensor], dict[str, str]]] | None = None
+    pack: Callable[[Placed, StableDiffusion], tuple[dict[str, Tensor], dict[str, str]]] | None = None
+    tells_alpha: bool = True
+
+
+def named_halves(changes: Placed, down: str, up: str) -> dict[str, Tensor]:
+    """Return both halves of each layer, named by the layer and these ends."""
+    result = {}
+    for location, change in changes.items():
+        kernel = (..., None, None) if location.convolution else ...
+        result[f"{location.name}.{down}.weight"] = change.down.weight.detach()[kernel]
+        result[f"{location.name}.{up}.weight"] = change.up.weight.detach()[kernel]
+    return result
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -74,14 +71,27 @@ END = re.compile(
     r"(?P<layer>.+?)(?:\.lora_(?P<peft>[AB])(?:\.[^.]+)?|[._]lora(?:_linear_layer)?\.(?P<older>down|up)|\.lora_(?P<kohya>down|up))\.weight"
     r"|(?P<scaled>.+)\.alpha"
 )
+ALPHA = re.compile(r".+\.alpha")
 HALVES = {"A": "down", "B": "up", "down": "down", "up": "up"}
 # (pattern of a tensor's name, what a file with such a name is)
 REFUSED = (
     (r"^(lora_)?transformer[._]|(double|single|single_transformer|joint)_blocks", "a LoRA for a diffusion transformer (Flux, SD 3)"),
-    (r"^lora_te2_|^text_encoder_2\.|transformer_blocks[._][1-9]", "a LoRA for Stable Diffusion XL"),
-    (r"\.hada_|\.lokr_|\.oft_", "a LoHa, LoKr or OFT, which change a weight by another product than a LoRA's"),
+    (r"\.hada_|\.lokr_", "a LoHa or LoKr, which change a weight by another product than a LoRA's"),
+    (r"\.b?oft_(blocks|[RS])|^oft_", "an OFT or BOFT, which rotates the weight"),
     (r"dora_scale|lora_magnitude_vector", "a DoRA, which scales the weight too"),
     (r"\.lora_mid\.", "a LoRA with Tucker's middle factor"),
+    (r"\.on_input$|\.ia3_l", "an IA3, which scales the rows or columns of a weight"),
+    (r"\.[ab][12]\.weight$", "a GLoRA, which changes the weight by four factors"),
+    (r"\.diff(_b)?$", "whole differences of weights or biases (.diff), in place of or beside a LoRA's two factors"),
+    (r"\.[wb]_norm$", "changes of normalisation layers"),
+    (r"\.lora_E(\.|$)|\.ranknum", "an AdaLora, which has singular values between a LoRA's two factors"),
+    (r"\.lora_embedding_[AB]", "a LoRA of an embedding table"),
+    (r"\.lora_[AB](\.[^.]+)?\.bias$", "a LoRA with biases of its own (lora_bias)"),
+    (r"vera_lambda|fourierft_|\.(hra_u|bone_|miss_|shira_|vblora_|randlora_|c3a_|waveft_|road_)", "one of peft's other methods than LoRA"),
+    (
+        r"^bundle_emb\.",
+        "a LoRA with learned words bundled into it (OneTrainer), which belong into files of their own",
+    ),
     (r"^(unet|text_encoder):\d+:(up|down)$", "a LoRA of cloneofsimo/lora, which numbers its layers instead of naming them"),
 )
 
@@ -112,6 +122,12 @@ class Factors:
 def _as_weight(half: Tensor, weight: Tensor) -> Tensor:
     half = half.float()
     return half[:, :, 0, 0] if weight.dim() == 2 and half.shape[2:] == (1, 1) else half
+
+
+def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return the tensors of a file, and the alphas that a .pt holds as Python numbers, as tensors."""
+    numbers = {name: torch.tensor(number, dtype=torch.float64) for name, number in checkpoint.numbers.items() if ALPHA.fullmatch(name)}
+    return checkpoint.tensors | numbers
 
 
 def parse_factors(tensors: Mapping[str, Tensor], aliases: Aliases, default_alpha: Callable[[str, int], float]) -> dict[str, Factors]:

@@ -1,4 +1,4 @@
-"""What `minidiff inspect` says of a small file that changes a model: a LoRA, learned words, a Custom Diffusion."""
+"""What `minidiff inspect` says of a small file that changes or steers a model: a LoRA, learned words, a Custom Diffusion, a ControlNet."""
 
 import re
 from collections import Counter
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from weights_loader import controlnet
 from weights_loader.adapters import custom_diffusion, embedding, lora
 from weights_loader.adapters.lora_file import Dialect, Factors
 from weights_loader.detect import FEW, kind
@@ -81,13 +82,16 @@ def inspect_small(given: Path) -> SmallSummary | None:
     """Summarise a file or folder that changes a model. Return None for anything else."""
     path = given
     if given.is_dir():
-        path = next((given / name for name in (*lora.FOLDER, *custom_diffusion.FOLDER) if (given / name).is_file()), None)
+        folders = (*lora.FOLDER, *custom_diffusion.FOLDER, *controlnet.FOLDER)
+        path = next((given / name for name in folders if (given / name).is_file()), None)
         if path is None or (given / INDEX).is_file():
             return None
     checkpoint = read(path)
     names = list(checkpoint.tensors)
     change = kind(names)
     try:
+        if controlnet.is_controlnet(names):
+            return summarise_controlnet(checkpoint)
         if dialect := lora.dialect_of(names):
             return summarise_lora(checkpoint, dialect)
         if change == "custom_diffusion":
@@ -102,18 +106,33 @@ def inspect_small(given: Path) -> SmallSummary | None:
 def summarise_lora(checkpoint: Checkpoint, dialect: Dialect) -> SmallSummary:
     """Summarise a LoRA in the given dialect."""
     changes = dialect.parse(checkpoint)
-    parts = Counter("text encoder" if re.search(r"^lora_te_|encoder[._]layers", name) else "unet" for name in changes)
+    parts = Counter(_part(name) for name in changes)
     factors = [one for one in changes.values() if isinstance(one, Factors)]
     ranks, alphas = Counter(one.rank for one in factors), Counter(one.alpha for one in factors)
     return replace(_summary(checkpoint, f"LoRA, names of {dialect.name}"), parts=parts, ranks=ranks, alphas=alphas)
 
 
+def summarise_controlnet(checkpoint: Checkpoint) -> SmallSummary:
+    """Summarise a ControlNet. Raises ValueError for its relatives, by name."""
+    tensors, names = controlnet.parse(checkpoint)
+    form = next((f", {what}" for key, what in controlnet.ADDED.items() if key in tensors), "")
+    return replace(
+        _summary(replace(checkpoint, tensors=tensors), f"ControlNet, names of {names}{form}"), parts={"U-Net and hint": len(tensors)}
+    )
+
+
+def _part(layer: str) -> str:
+    second = re.search(r"^lora_te2_|^text_encoder_2\.", layer)
+    return "text encoder 2" if second else "text encoder" if re.search(r"^lora_te_|encoder[._]layers", layer) else "unet"
+
+
 def summarise_custom_diffusion(checkpoint: Checkpoint, given: Path) -> SmallSummary:
     """Summarise a Custom Diffusion: a file, or the folder `given` whose weights are the checkpoint."""
-    changes, rows = custom_diffusion.parse_folder(given) if given.is_dir() else custom_diffusion.parse(checkpoint.tensors)
+    changes, rows = custom_diffusion.parse(checkpoint.tensors)
     ranks = Counter(change[0].shape[1] for change in changes.values() if not isinstance(change, Tensor))
     what = "Custom Diffusion" + ", compressed" * bool(ranks)
-    return replace(_summary(checkpoint, what, rows), parts={"unet cross-attention": len(changes)}, ranks=ranks)
+    summary = _summary(checkpoint, what, rows | custom_diffusion.words_beside(given))
+    return replace(summary, parts={"unet cross-attention": len(changes)}, ranks=ranks)
 
 
 def _summary(checkpoint: Checkpoint, kind: str, rows: Mapping[str, Tensor] | None = None) -> SmallSummary:

@@ -1,7 +1,7 @@
 """The families of models that can be loaded: one object each, and this table.
 
     base.py                what is asked of a family
-    stable_diffusion_1.py  stable_diffusion_2.py  own_size.py (the bundled model)
+    stable_diffusion_1.py  stable_diffusion_2.py  stable_diffusion_xl.py  own_size.py (the bundled model)
     shared.py              what these have in common
     sizes.py               the numbers of a model that shapes tell
 
@@ -13,14 +13,22 @@ from dataclasses import replace
 
 from minidiff.config import ModelConfig
 from weights_loader.families.base import Family, differences
-from weights_loader.families.own_size import OWN_SIZE_CLIP, OWN_SIZE_OPEN_CLIP
+from weights_loader.families.own_size import OWN_SIZE_CLIP, OWN_SIZE_OPEN_CLIP, OWN_SIZE_XL
 from weights_loader.families.sizes import Shapes, config_sizes
 from weights_loader.families.stable_diffusion_1 import STABLE_DIFFUSION_1
 from weights_loader.families.stable_diffusion_2 import STABLE_DIFFUSION_2
+from weights_loader.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from weights_loader.name_table import PartNames
 
 # The first that fits is taken, so those of any size come last.
-FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION_1, STABLE_DIFFUSION_2, OWN_SIZE_CLIP, OWN_SIZE_OPEN_CLIP)
+FAMILIES: tuple[Family, ...] = (
+    STABLE_DIFFUSION_1,
+    STABLE_DIFFUSION_2,
+    STABLE_DIFFUSION_XL,
+    OWN_SIZE_CLIP,
+    OWN_SIZE_OPEN_CLIP,
+    OWN_SIZE_XL,
+)
 
 NEAR = 2  # how many numbers of a model a single missing tensor can change
 
@@ -72,6 +80,9 @@ def family_config(shapes: Shapes) -> ModelConfig:
     marked = [family for family in FAMILIES if family.marked(shapes)] or [STABLE_DIFFUSION_1]
     family = min(marked, key=lambda family: len(_apart(family, shapes)))
     found, base = family.sizes(shapes), family.config
+    depths, known = found["U-Net attention"], base.unet.attention
+    if len(depths) == len(known) and depths != known and all(a <= b for a, b in zip(depths, known)) and family.distilled:
+        raise ValueError(f"{family.distilled}: its transformers have {depths} blocks a level, not {known}; not supported")
     if len(_apart(family, shapes)) > NEAR:
         numbers = ", ".join(f"{key} {value}" for key, value in found.items() if value)
         raise ValueError(
@@ -81,10 +92,15 @@ def family_config(shapes: Shapes) -> ModelConfig:
     inputs = found["U-Net input channels"] or base.unet.in_channels
     if inputs not in family.variants:
         kind = family.other_variants.get(inputs, "another task")
-        raise ValueError(f"a {family.name} whose U-Net takes {inputs} channels, made for {kind}; supported are 4 and, for inpainting, 9")
+        raise ValueError(
+            f"a {family.name} whose U-Net takes {inputs} channels, made for {kind}; supported are "
+            + " and".join(f"{what and f', for{what},'} {count}" for count, what in family.variants.items()).strip()
+        )
     return replace(
         base,
         text_encoder=replace(base.text_encoder, vocab_size=found["vocabulary"] or base.text_encoder.vocab_size),
+        text_encoder_2=base.text_encoder_2
+        and replace(base.text_encoder_2, vocab_size=found["vocabulary 2"] or base.text_encoder_2.vocab_size),
         unet=replace(base.unet, in_channels=inputs, linear_projection=bool(found["linear projection"])),
     )
 

@@ -10,7 +10,7 @@ from weights_loader.families.sizes import Shapes, config_sizes, sizes
 from weights_loader.name_table import LAYOUTS, PartNames
 
 # Models that differ in these numbers alone are of one family: a personalised one has more words, an inpainting one more inputs.
-VARYING = ("vocabulary", "U-Net input channels", "linear projection")
+VARYING = ("vocabulary", "vocabulary 2", "U-Net input channels", "linear projection")
 
 Rules = tuple[tuple[str, str], ...]  # (pattern of a tensor's name, what is said about it)
 
@@ -25,18 +25,19 @@ class Family:
         names: how files name each part of a model: {layout: {part: names}}.
         marker: a pattern of one tensor that every whole file in LDM names has, and no other family's file; None if only metadata tell.
         any_size: the models differ in their numbers, and each file states its own in its metadata.
-        predictions: what the U-Nets of this family predict; if there are several and a file does not say which, the model is asked.
         image_sizes: pixels of the models with each prediction, where they differ from config.image_size.
         variants: {input channels of the U-Net: what is added to the name}.
         other_variants: the same for models that are refused, by what they are made for.
         ignored: (pattern, why nothing is lost without the tensor).
-        extra: patterns of tensors that are kept and written back, though nothing is computed with them; {n} is the number of the first
-            block of the text encoder that is not run.
+        extra: patterns of tensors that are kept and written back, though nothing is computed with them. With a group "block" only where
+            that is the number of a block of the text encoder that is not run.
         unused_text_layers: how many blocks of the text encoder a whole file has that are not run.
         refused: (pattern, what a file with such a tensor is): another kind of model.
         parts_alone: the same for parts of a model. A whole model has such tensors too, so they count only if it has no U-Net.
         pipelines: diffusers' classes for this family: for pictures from text, for inpainting, and others that load the same parts.
         settings: {part: {setting of its config.json in a diffusers folder: the only value that is supported}}.
+        kohya_layout: in whose names kohya's scripts write the U-Net's layers into a LoRA.
+        distilled: what models are called whose transformers have fewer blocks; they are refused.
     """
 
     name: str
@@ -44,7 +45,6 @@ class Family:
     names: Mapping[str, Mapping[str, PartNames]] = field(repr=False)
     marker: str | None
     any_size: bool = False
-    predictions: tuple[str, ...] = ("eps", "v")
     image_sizes: Mapping[str, int] = field(default_factory=dict)
     variants: Mapping[int, str] = field(default_factory=dict)
     other_variants: Mapping[int, str] = field(default_factory=dict)
@@ -55,6 +55,8 @@ class Family:
     parts_alone: Rules = field(default=(), repr=False)
     pipelines: tuple[str, ...] = ()
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict, repr=False)
+    kohya_layout: str = "diffusers"
+    distilled: str = "smaller models"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -89,16 +91,20 @@ class Family:
 
     def owns(self, config: ModelConfig) -> bool:
         """Return whether a model with this config has the parts and names of this family."""
-        same_text_encoder = config.text_encoder.activation == self.config.text_encoder.activation
-        return same_text_encoder and (self.any_size or not self.differences(config_sizes(config)))
+        ours = self.config.text_encoder, self.config.text_encoder_2
+        theirs = config.text_encoder, config.text_encoder_2
+        same_text_encoders = [one and one.activation for one in ours] == [one and one.activation for one in theirs]
+        return same_text_encoders and (self.any_size or not self.differences(config_sizes(config)))
 
     def name_of(self, config: ModelConfig) -> str:
         """Return the family's name and that of the variant, as "Stable Diffusion 1.x inpainting"."""
         return self.name + self.variants.get(config.unet.in_channels, "")
 
-    def extra_pattern(self, config: ModelConfig) -> str:
-        """Return one pattern of all tensors that are kept unused; one that matches nothing if there are none."""
-        return "|".join(pattern.format(n=config.text_encoder.layers) for pattern in self.extra) or r"(?!)"
+    def keeps(self, name: str, config: ModelConfig) -> bool:
+        """Return whether a tensor is kept unused."""
+        found = [match for pattern in self.extra if (match := re.search(pattern, name))]
+        run = config.text_encoder.layers
+        return any(int(match.groupdict().get("block") or run) >= run for match in found)
 
 
 def differences(numbers: Mapping[str, object], config: ModelConfig) -> dict[str, str]:

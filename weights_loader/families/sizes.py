@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
-from minidiff.config import ModelConfig
+from minidiff.blocks import SIZE_WAVES
+from minidiff.config import SIZE_NUMBERS, ModelConfig, TextEncoderConfig
 from weights_loader.name_table import PartNames, file_name
 
 Shapes = Mapping[str, tuple[int, ...]]
+TEXT_SIZES = ("text encoder width", "text encoder layers", "vocabulary", "context length")
 
 
 def sizes(shapes: Shapes, names: Mapping[str, PartNames], config: ModelConfig) -> dict[str, Any]:
@@ -18,11 +20,7 @@ def sizes(shapes: Shapes, names: Mapping[str, PartNames], config: ModelConfig) -
         names: how the family's files name each part, in the LDM layout.
         config: any config of the family; the names of layers depend on it.
     """
-    text, unet, vae = names["text_encoder"], names["unet"].prefix, names["vae"].prefix
-    text_names = text.layers(config.text_encoder)
-    token_embedding = text.prefix + file_name("token_embedding.weight", text_names)
-    positions = text.prefix + file_name("position_embedding.weight", text_names)
-    text_layer = text.prefix + file_name("blocks.0.norm_1.weight", text_names).replace(".0.", ".{n}.")
+    unet, vae = names["unet"].prefix, names["vae"].prefix
     widths, attention, blocks = _unet_levels(shapes, unet)
     encoder = vae + "encoder.down.{}.block.{}.conv1.weight"
     linear, context_width = None, None
@@ -31,11 +29,11 @@ def sizes(shapes: Shapes, names: Mapping[str, PartNames], config: ModelConfig) -
             context_width = _size(shapes, name, 1)
         if name.startswith(unet) and name.endswith("1.proj_in.weight"):
             linear = len(shape) == 2
+    added = _size(shapes, f"{unet}label_emb.0.0.weight", 1)
     return {
-        "text encoder width": _size(shapes, token_embedding, 1),
-        "text encoder layers": _length(shapes, text_layer),
-        "vocabulary": _size(shapes, token_embedding, 0),
-        "context length": _size(shapes, positions, 0),
+        **_text_sizes(shapes, names.get("text_encoder"), config.text_encoder, ""),
+        **_text_sizes(shapes, names.get("text_encoder_2"), config.text_encoder_2, " 2"),
+        "pooled width": None if added is None else added - SIZE_NUMBERS * SIZE_WAVES,
         "U-Net input channels": _size(shapes, f"{unet}input_blocks.0.0.weight", 1),
         "U-Net output channels": _size(shapes, f"{unet}out.2.weight", 0),
         "U-Net widths": widths,
@@ -51,12 +49,14 @@ def sizes(shapes: Shapes, names: Mapping[str, PartNames], config: ModelConfig) -
 
 def config_sizes(config: ModelConfig) -> dict[str, Any]:
     """Return the numbers of a config that shapes can tell."""
-    text, unet, vae = config.text_encoder, config.unet, config.vae
+    unet, vae = config.unet, config.vae
+    text = {}
+    for encoder, number in ((config.text_encoder, ""), (config.text_encoder_2, " 2")):
+        values = (encoder.width, encoder.layers, encoder.vocab_size, encoder.context_length) if encoder else (None, 0, None, None)
+        text |= dict(zip((f"{name}{number}" for name in TEXT_SIZES), values, strict=True))
     return {
-        "text encoder width": text.width,
-        "text encoder layers": text.layers,
-        "vocabulary": text.vocab_size,
-        "context length": text.context_length,
+        **text,
+        "pooled width": unet.pooled_width,
         "U-Net input channels": unet.in_channels,
         "U-Net output channels": unet.out_channels,
         "U-Net widths": unet.widths,
@@ -68,6 +68,19 @@ def config_sizes(config: ModelConfig) -> dict[str, Any]:
         "VAE blocks per level": vae.blocks_per_level,
         "latent channels": vae.latent_channels,
     }
+
+
+def _text_sizes(shapes: Shapes, names: PartNames | None, config: TextEncoderConfig | None, number: str) -> dict[str, int | None]:
+    values = None, 0, None, None
+    if names is not None and config is not None:
+        layers = names.layers(config)
+        table, positions, norm = (
+            names.prefix + file_name(ours, layers)
+            for ours in ("token_embedding.weight", "position_embedding.weight", "blocks.0.norm_1.weight")
+        )
+        place, layer = norm.rsplit(".0.", 1)
+        values = _size(shapes, table, 1), _length(shapes, f"{place}.{{n}}.{layer}"), _size(shapes, table, 0), _size(shapes, positions, 0)
+    return dict(zip((f"{name}{number}" for name in TEXT_SIZES), values, strict=True))
 
 
 def _unet_levels(shapes: Shapes, prefix: str) -> tuple[tuple[int | None, ...], tuple[int, ...], int]:

@@ -1,4 +1,7 @@
-"""Stable Diffusion 1.1 to 1.5, and its inpainting models: CLIP ViT-L/14's text encoder, 860 M parameters in the U-Net, predicts eps."""
+"""Stable Diffusion 1.1 to 1.5, and its inpainting models: CLIP ViT-L/14's text encoder, 860 M parameters in the U-Net.
+
+The public models predict eps, models that others trained from them eps or v.
+"""
 
 from minidiff.config import SD1
 from weights_loader.dialects import CLIP_LDM_ALIASES, text_clip
@@ -20,7 +23,6 @@ STABLE_DIFFUSION_1 = Family(
         "diffusers": shared.DIFFUSERS,
     },
     marker=r"^cond_stage_model\.(transformer\.)?(text_model\.)?embeddings\.token_embedding\.weight$",
-    predictions=("eps",),
     variants=shared.VARIANTS,
     other_variants=shared.OTHER_VARIANTS,
     ignored=shared.IGNORED,

@@ -1,30 +1,35 @@
 """Write the JSON files of a diffusers folder from a ModelConfig: the inverse of reading.py."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from minidiff.config import ModelConfig, ScheduleConfig
+from minidiff.blocks import SIZE_WAVES
+from minidiff.config import SIZE_NUMBERS, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
 from minidiff.tokenizer import Tokenizer
+from minidiff.two_encoders import text_configs
 from weights_loader.families import family_of_config
 from weights_loader.folder.reading import PREDICTIONS
 
 PREDICTION_NAMES = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 
 
-def write_folder_config(folder: Path, config: ModelConfig, tokenizer: Tokenizer):
+def write_folder_config(folder: Path, config: ModelConfig, tokenizers: Mapping[str, Tokenizer]):
     """Write all JSON files of a diffusers folder, as diffusers.StableDiffusionPipeline reads them, into an empty folder."""
     family = family_of_config(config)
     inpainting = config.unet.in_channels != config.vae.latent_channels
+    encoders = {name: numbers for name, (_, numbers) in text_configs(config).items()}
     for name, values in {
-        "model_index.json": _model_index(family.pipelines[1 if inpainting else 0]),
-        "unet/config.json": {**_unet_json(config), **family.settings["unet"]},
-        "vae/config.json": {**_vae_json(config), **family.settings["vae"]},
-        "text_encoder/config.json": {**_text_json(config, tokenizer), **family.settings["text_encoder"]},
-        "scheduler/scheduler_config.json": {**_scheduler_json(config.schedule), **family.settings["scheduler"]},
+        "model_index.json": _model_index(family.pipelines[1 if inpainting else 0], list(encoders)),
+        "unet/config.json": {**family.settings["unet"], **_unet_json(config)},
+        "vae/config.json": {**family.settings["vae"], **_vae_json(config)},
+        **{f"{part}/config.json": {**family.settings[part], **_text_json(encoders[part], tokenizers[part])} for part in encoders},
+        "scheduler/scheduler_config.json": _scheduler_json(config.schedule),
     }.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, values)
-    _write_tokenizer(folder / "tokenizer", tokenizer)
+    for part, tokenizer in tokenizers.items():
+        _write_tokenizer(folder / part.replace("text_encoder", "tokenizer"), tokenizer)
 
 
 def write_json(path: Path, values: dict):
@@ -32,13 +37,19 @@ def write_json(path: Path, values: dict):
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _model_index(pipeline: str) -> dict:
+def _model_index(pipeline: str, encoders: list[str]) -> dict:
+    second = {
+        "force_zeros_for_empty_prompt": True,
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "image_encoder": [None, None],
+    }
+    checker = {"requires_safety_checker": False, "safety_checker": [None, None]}
     return {
         "_class_name": pipeline,
         "_diffusers_version": "0.35.0",  # the oldest that the tests' dependencies allow
         "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
+        **(second if "text_encoder_2" in encoders else checker),
         "scheduler": ["diffusers", "DDIMScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -61,8 +72,17 @@ def _unet_json(config: ModelConfig) -> dict:
         "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
         "cross_attention_dim": unet.context_width,
         "attention_head_dim": unet.heads,  # their number, see reading.py
+        **({} if unet.pooled_width is None else _added_json(unet)),
         "use_linear_projection": unet.linear_projection,
         "norm_num_groups": unet.groups,
+    }
+
+
+def _added_json(unet: UNetConfig) -> dict:
+    assert unet.pooled_width is not None
+    return {
+        "transformer_layers_per_block": [max(1, depth) for depth in unet.attention],  # diffusers' middle takes the last one too
+        "projection_class_embeddings_input_dim": unet.pooled_width + SIZE_NUMBERS * SIZE_WAVES,
     }
 
 
@@ -81,10 +101,9 @@ def _vae_json(config: ModelConfig) -> dict:
     }
 
 
-def _text_json(config: ModelConfig, tokenizer: Tokenizer) -> dict:
-    text = config.text_encoder
+def _text_json(text: TextEncoderConfig, tokenizer: Tokenizer) -> dict:
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": ["CLIPTextModelWithProjection" if text.projection else "CLIPTextModel"],
         "model_type": "clip_text_model",
         "vocab_size": text.vocab_size,
         "max_position_embeddings": text.context_length,
@@ -93,10 +112,10 @@ def _text_json(config: ModelConfig, tokenizer: Tokenizer) -> dict:
         "num_hidden_layers": text.layers,
         "num_attention_heads": text.heads,
         "hidden_act": text.activation,
-        "projection_dim": text.width,
+        "projection_dim": text.projection or text.width,
         "bos_token_id": tokenizer.start_id,
         "eos_token_id": tokenizer.end_id,
-        "pad_token_id": 0 if config.tokenizer.padding == "zero" else tokenizer.end_id,
+        "pad_token_id": 0 if tokenizer.config.padding == "zero" else tokenizer.end_id,
     }
 
 
@@ -106,6 +125,8 @@ def _scheduler_json(schedule: ScheduleConfig) -> dict:
         "num_train_timesteps": schedule.timesteps,
         "beta_start": schedule.beta_start,
         "beta_end": schedule.beta_end,
+        "beta_schedule": "scaled_linear",  # what the original calls linear
+        "trained_betas": None,
         "prediction_type": PREDICTION_NAMES[schedule.prediction],
         "rescale_betas_zero_snr": schedule.zero_terminal_snr,
         "timestep_spacing": schedule.spacing,

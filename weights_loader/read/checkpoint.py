@@ -18,10 +18,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from weights_loader.read.pickles import InertObject, Name, Refused
+from weights_loader.read.pickles import InertObject, Name, Refused, refuse_call
 from weights_loader.read.torch_files import check_size, read_pickles, read_zip
 
 SAFETENSORS_LONGEST_HEADER = 100_000_000  # bytes; a limit of the format
+LONGEST_HEADER = 25_000_000  # what is read here: a Stable Diffusion's has 0.2 MB, and reading 100 MB of JSON takes gigabytes
+LONGEST_INDEX = 25_000_000
+DEEPEST, LONGEST_NAME, MOST_LETTERS, MOST_NOTES = 64, 1000, 50_000_000, 40  # of what is nested in a torch file, and of all its names
+FEW_BESIDE = 3  # tensors next to a state dict; more are weights that are meant
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +36,7 @@ class Checkpoint:
         are joined by dots.
     metadata: the text that a safetensors file carries; empty for the other formats.
     notes: a sentence for each thing in the file that is not among the tensors.
+    numbers: by name, what stands among the tensors of a torch file as a plain number.
     tree: the file's own nesting below the wrapper, for the small files (embeddings, weight deltas) in which it means something; the same as
         `tensors` for safetensors.
     """
@@ -41,6 +46,7 @@ class Checkpoint:
     metadata: dict[str, str]
     notes: tuple[str, ...]
     tree: object = field(repr=False)
+    numbers: dict[str, float] = field(default_factory=dict, repr=False)
 
 
 def read(path: str | Path) -> Checkpoint:
@@ -52,20 +58,26 @@ def read(path: str | Path) -> Checkpoint:
     Raises FileNotFoundError when something is not there; ValueError, with the likely cause, for what is no whole checkpoint
     and for a pickle that asks to call a function (nothing in it is run).
     """
-    path = Path(path)
+    return _read(Path(path))
+
+
+def _read(path: Path, is_shard: bool = False) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; check the spelling and the folder")
     if path.is_dir():
         path = find_weights(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: neither a file nor a folder")  # such as a pipe, whose reading would wait for ever
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty; interrupted download?")
     with path.open("rb") as file:
         # Copy-on-write: what is written to a tensor never reaches the file.
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     try:
-        checkpoint = _read_by_content(path, buffer)
+        checkpoint = _read_by_content(path, buffer, is_shard)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        text = str(error)
+        raise ValueError(f"{path}: {text if len(text) < LONGEST_NAME else text[:LONGEST_NAME] + ' ...'}") from error
     if not checkpoint.tensors:
         raise ValueError(f"{path}: no tensors in it; {' '.join(checkpoint.notes) or 'it is an empty list'}")
     return checkpoint
@@ -91,7 +103,7 @@ def find_weights(folder: str | Path) -> Path:
     raise FileNotFoundError(f"{folder}: no weights in this folder (it holds {names}); expected a name like model.safetensors")
 
 
-def _read_by_content(path: Path, buffer: mmap.mmap) -> Checkpoint:
+def _read_by_content(path: Path, buffer: mmap.mmap, is_shard: bool) -> Checkpoint:
     start = buffer[:512]
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= SAFETENSORS_LONGEST_HEADER:
         return _read_safetensors(path, buffer)
@@ -104,6 +116,8 @@ def _read_by_content(path: Path, buffer: mmap.mmap) -> Checkpoint:
         raise ValueError("a Git LFS pointer, a few lines in place of the weights; run `git lfs pull`, or download the file itself")
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise ValueError("a web page, not weights: the download led to an error or log-in page; download it again")
+    if text.startswith(b"{") and is_shard:
+        raise ValueError("an index, named as one of the shards of another")
     if text.startswith(b"{"):
         return _read_sharded(path)
     try:
@@ -117,6 +131,8 @@ def _read_by_content(path: Path, buffer: mmap.mmap) -> Checkpoint:
 def _read_safetensors(path: Path, buffer: mmap.mmap) -> Checkpoint:
     header_end = 8 + int.from_bytes(buffer[:8], "little")
     check_size(buffer, header_end)
+    if header_end > LONGEST_HEADER:
+        raise Refused(f"a header of {header_end:,} bytes, more than any model's ({LONGEST_HEADER:,})")
     try:
         header = json.loads(buffer[8:header_end])
         names = [name for name in header if name != "__metadata__"]
@@ -133,6 +149,8 @@ def _read_safetensors(path: Path, buffer: mmap.mmap) -> Checkpoint:
 
 def _read_sharded(path: Path) -> Checkpoint:
     """Read the shards beside an index: {"weight_map": {tensor name: file name}}."""
+    if path.stat().st_size > LONGEST_INDEX:
+        raise Refused(f"JSON of {path.stat().st_size:,} bytes, more than the index of any checkpoint has")
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
@@ -143,7 +161,7 @@ def _read_sharded(path: Path) -> Checkpoint:
         raise ValueError(f"the index names a file outside its folder: {outside[0]!r}")
     if absent := [shard for shard in shards if not (path.parent / shard).is_file()]:
         raise FileNotFoundError(f"{path}: {len(absent)} of {len(shards)} shards are not beside it, first {absent[0]}; download them too")
-    parts = [read(path.parent / shard) for shard in shards]
+    parts = [_read(path.parent / shard, is_shard=True) for shard in shards]
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
     if lost := sorted(weight_map.keys() - tensors.keys()):
         raise ValueError(f"{len(lost)} tensors of the index are in no shard, first {lost[0]}; do index and shards belong together?")
@@ -156,32 +174,43 @@ def _from_tree(path: Path, tree: object, inert: tuple[str, ...]) -> Checkpoint:
     notes = [f"'{name}' is not a known name; it stayed a name, nothing of it was run." for name in inert]
     outer = set()  # a pickle may hold a dict that holds itself
     while isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict) and id(tree) not in outer:
-        if any(isinstance(value, Tensor) for value in tree.values()):
+        if sum(isinstance(value, Tensor) for value in tree.values()) > FEW_BESIDE:
             break  # weights on both levels: all are kept, under their whole names
         outer.add(id(tree))
         notes += [f"{_show(key)} stands beside the state dict: {_show(value)}." for key, value in tree.items() if key != "state_dict"]
         tree = tree["state_dict"]
 
-    tensors = {}
+    tensors, numbers, left_out, letters = {}, {}, 0, 0
     seen = set()  # a pickle may hold a list that holds itself
-    waiting = [("", tree)]
+    waiting = [("", tree, 0)]
     while waiting:
-        name, value = waiting.pop()
+        name, value, depth = waiting.pop()
         if isinstance(value, Tensor):
             if name in tensors:
                 raise ValueError(f"two tensors have the name '{name}'")
             tensors[name] = value
-        elif isinstance(value, dict | list | tuple):
-            if id(value) in seen:
-                notes.append(f"'{name}' repeats what came before.")
-                continue
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            letters += (len(name) + 1) * len(value)
+            if depth > DEEPEST or len(name) > LONGEST_NAME or letters > MOST_LETTERS:
+                raise Refused(f"nested more than {DEEPEST} deep, or with names that are too long: no weights")
             seen.add(id(value))
             children = value.items() if isinstance(value, dict) else enumerate(value)
             prefix = f"{name}." if name else ""
-            waiting += reversed([(prefix + (child if isinstance(child, str) else _show(child)), item) for child, item in children])
+            named = [(prefix + (child if isinstance(child, str) else _show(child)), item, depth + 1) for child, item in children]
+            waiting += reversed(named)
+        elif isinstance(value, InertObject) and value.called:
+            refuse_call(value.name)  # beside the weights it is only told; among them it may stand for one
         else:
-            notes.append(f"'{name}' is not a tensor: {_show(value)}.")
-    return Checkpoint(path, tensors, {}, tuple(notes), tree)
+            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63:
+                numbers[name] = float(value)
+            if len(notes) >= MOST_NOTES:
+                left_out += 1
+            elif isinstance(value, dict | list | tuple):
+                notes.append(f"'{name}' repeats what came before.")
+            else:
+                notes.append(f"'{name}' is not a tensor: {_show(value)}.")
+    notes += [f"... and {left_out} more things that are no tensors."] * bool(left_out)
+    return Checkpoint(path, tensors, {}, tuple(notes), tree, numbers)
 
 
 def _show(value: object) -> str:
@@ -194,4 +223,6 @@ def _show(value: object) -> str:
             return f"an object of {value.name.path}"
         case dict() | list() | tuple():
             return f"a {type(value).__name__} of {len(value)}"
+        case int() if abs(value) >= 2**64:
+            return f"a number of {value.bit_length()} bits"  # Python refuses to write long ones out
     return reprlib.repr(value)

@@ -5,21 +5,28 @@ stack machine, some of which import any function of Python and call it. Here tho
 
     instruction                       what Python does                     what happens here
     GLOBAL, STACK_GLOBAL              imports what is named                a Name: the text, nothing imported
-    REDUCE                            calls it                             one of the few functions below, else refused
+    REDUCE                            calls it                             one of the few functions below, else an InertObject
     INST, OBJ                         calls it                             refused
     NEWOBJ, NEWOBJ_EX                 cls.__new__(...)                     an InertObject
     BUILD                             __setstate__ or any attribute        ignored
     EXT1, EXT2, EXT4                  looks up a registered function       refused
 
 No name is ever looked up in Python's modules, so there is no class or function for a file to reach: the table
-`CALLS` holds our own few lines in place of torch's and the standard library's.
+`CALLS` holds our own few lines in place of torch's and the standard library's. A file that asks for a function by which
+attacks reach the system is refused altogether (ATTACKS), and one with such an object among its weights by checkpoint.py.
+
+A small file can ask for much memory: by views of more elements than their storage has, or by one value made again and
+again. So what is made is counted, and bounded by a multiple of the pickle's size; so is the number of instructions.
 
 Left out: numbers, arrays and sets of other libraries keep their place but lose their value (INERT_CALLS); no weight is
 stored as one. The machine itself is described in Python's own pickletools.
 """
 
+import math
 import mmap
 import pickletools
+import re
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -41,13 +48,22 @@ class Name:
 
 @dataclass(eq=False)
 class InertObject:
-    """Stands where the pickle has an object of a class that is not ours. What was in it is gone."""
+    """Stands where the pickle has an object of a class that is not ours. What was in it is gone.
+
+    called: whether Python would have called `name` to make it, which may do anything.
+    """
 
     name: Name
+    called: bool = False
+
+
+class ParameterDict(dict):
+    """The parameters of a pickled torch.nn.ParameterDict, in which the authors of Textual Inversion save their words."""
 
 
 def unpickle(
     buffer: mmap.mmap,
+    size: int,
     load_storage: Callable[[tuple], Tensor | Name],
     load_bytes: Callable[[bytes], Tensor],
 ) -> tuple[object, tuple[str, ...]]:
@@ -57,22 +73,23 @@ def unpickle(
 
     Args:
         buffer: a mapped file, read from its position to the pickle's end.
+        size: the most bytes that the pickle can have.
         load_storage: takes a persistent id, as ("storage", Name("torch.FloatStorage"), key, location, numel), and gives the whole
             storage as one flat tensor.
         load_bytes: does the same for a torch file inside the pickle, the way that tensors are pickled without torch.save.
 
-    Raises Refused when the file asks for a call that is not in CALLS, ValueError when it is no whole pickle.
+    Raises Refused when the file asks for a call by which attacks work or for far more than it holds, ValueError when it is no whole pickle.
     """
-    machine = _Machine(load_storage, load_bytes)
+    machine = _Machine(size, load_storage, load_bytes)
     try:
         return machine.run(buffer), tuple(machine.inert)
     except Refused:
         raise
     except Exception as error:  # a damaged pickle can trip over anything: an empty stack, an unknown memo, a wrong type
-        raise ValueError(f"damaged or cut short: {type(error).__name__}: {error}") from error
+        raise ValueError(f"damaged or cut short: {type(error).__name__}: {str(error)[:LONGEST_NAME]}") from error
 
 
-def rebuild_tensor(storage: Tensor, offset: int, shape: tuple, stride: tuple, *_unused) -> Tensor:
+def rebuild_tensor(storage: Tensor, offset: int, shape: tuple | list, stride: tuple | list, *_unused) -> Tensor:
     """Make a view of a flat storage, as torch._utils._rebuild_tensor_v2.
 
     Args:
@@ -83,22 +100,49 @@ def rebuild_tensor(storage: Tensor, offset: int, shape: tuple, stride: tuple, *_
 
     Raises Refused for a tensor that does not fit its storage.
     """
-    numbers = (offset, *shape, *stride)
     if not isinstance(storage, Tensor) or storage.dim() != 1:
         raise Refused(f"damaged: a tensor is built from {type(storage).__name__}; expected a storage")
-    if len(shape) != len(stride) or not all(isinstance(number, int) and number >= 0 for number in numbers):
+    if not isinstance(shape, tuple | list) or not isinstance(stride, tuple | list) or len(shape) > MOST_AXES:
+        raise Refused(f"damaged: a tensor's shape is {reprlib.repr(shape)}, its stride {reprlib.repr(stride)}; expected a few integers")
+    if len(shape) != len(stride) or not all(type(number) is int and number >= 0 for number in (offset, *shape, *stride)):
         raise Refused(
             f"damaged: a tensor has offset {offset}, shape {shape}, stride {stride}; expected integers from 0, one stride an axis"
         )
     end = offset + 1 + sum((size - 1) * step for size, step in zip(shape, stride)) if 0 not in shape else offset
-    if end > storage.numel():
-        raise Refused(f"damaged: a tensor of shape {shape} needs {end} elements of a storage that has {storage.numel()}")
+    needed = max(end, math.prod(shape))  # a view may show an element twice, so that few numbers look like many
+    if needed > storage.numel():
+        raise Refused(f"damaged: a tensor of shape {tuple(shape)} needs {needed} elements of a storage that has {storage.numel()}")
     return storage.as_strided(shape, stride, offset)
 
 
+def _rebuild_typed(storage: Tensor, offset: int, shape: tuple, stride: tuple, _gradient, _hooks, dtype: object, *_unused) -> Tensor:
+    """Make a view of an untyped storage, as torch._utils._rebuild_tensor_v3: the newer dtypes are stored in this way."""
+    if not isinstance(dtype, torch.dtype) or not isinstance(storage, Tensor) or storage.dtype != torch.uint8:
+        raise Refused(f"damaged: a tensor of dtype {_describe(dtype)} is built from {_describe(storage)}; expected untyped bytes")
+    if storage.numel() % dtype.itemsize:
+        raise Refused(f"damaged: a storage of {storage.numel()} bytes for numbers of {dtype.itemsize} bytes each")
+    return rebuild_tensor(storage.view(dtype), offset, shape, stride)
+
+
+def _size(numbers) -> tuple:
+    if not isinstance(numbers, tuple | list):
+        raise Refused(f"damaged: a size made of {_describe(numbers)}; expected integers")
+    return tuple(numbers)
+
+
+def _text_to_bytes(text, _encoding) -> bytes:
+    """Return bytes as a pickle of protocol 2 holds them."""
+    if not isinstance(text, str):
+        raise Refused(f"damaged: bytes made of {_describe(text)}; expected text")
+    return text.encode("latin1")
+
+
 def _dict(items=()) -> dict:
+    pairs = list(items.items()) if isinstance(items, dict) else items
+    if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise Refused(f"damaged: a dict made of {_describe(items)}; expected pairs")
     result = {}
-    _set_items(result, [part for pair in (items.items() if isinstance(items, dict) else items) for part in pair])
+    _set_items(result, [part for pair in pairs for part in pair])
     return result
 
 
@@ -117,11 +161,13 @@ def _set_items(target: dict, keys_and_values: list):
 CALLS = {
     "torch._utils._rebuild_tensor": rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_typed,
     "torch._utils._rebuild_parameter": lambda tensor, *_unused: tensor,
-    "torch.Size": tuple,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_unused: tensor,
+    "torch.Size": _size,
     "collections.OrderedDict": _dict,
     "collections.defaultdict": lambda _factory=None, items=(): _dict(items),
-    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # how bytes look in a pickle of protocol 2
+    "_codecs.encode": _text_to_bytes,
 }
 
 # Harmless calls that training scripts leave in a file beside the weights. They are not made either: an InertObject is the result.
@@ -150,8 +196,25 @@ _STORAGE_DTYPES = {
     "Bool": torch.bool,
 }
 STORAGES = {f"torch.{name}Storage": dtype for name, dtype in _STORAGE_DTYPES.items()}
-_DTYPES = {str(dtype): dtype for dtype in STORAGES.values()}
+STORAGES |= {"torch.storage.UntypedStorage": torch.uint8, "torch.UntypedStorage": torch.uint8}
+_NEWER = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "uint16", "uint32", "uint64")
+_DTYPES = {str(dtype): dtype for dtype in (*_STORAGE_DTYPES.values(), *(getattr(torch, name) for name in _NEWER if hasattr(torch, name)))}
+PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
 
+# What no training script leaves in a file: a file that asks to call one of these attacks whoever reads it with Python's own pickle.
+ATTACKS = re.compile(
+    r"(os|posix|nt|sys|subprocess|shutil|socket|ctypes|importlib|runpy|pty|platform|signal|pickle|_pickle|marshal|types|code|webbrowser"
+    r"|requests|urllib|http|pip|timeit|cProfile|pdb|bdb)\..+"
+    r"|(builtins|__builtin__)\.(eval|exec|compile|open|__import__|input|breakpoint|globals|locals|vars|setattr|delattr|execfile|map|apply)"
+    r"|torch\.(load|hub\..+|serialization\..+|jit\..+|utils\.cpp_extension\..+)|numpy\.(load|f2py\..+)|operator\.(attrgetter|methodcaller)"
+)
+
+MADE_FREE, MADE_PER_BYTE = 16_000_000, 32  # bytes: what any pickle may make, and for each of its own bytes
+CONTAINER, CALL, MEMO = 64, 512, 100  # bytes that these take at least
+MOST_INSTRUCTIONS = 4_000_000  # some seconds; a Stable Diffusion's pickle has 40,000
+MOST_MARKS, MOST_AXES, LONGEST_NAME = 10_000, 16, 300
+
+_MAKING = {"TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "LIST", "FROZENSET", "EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT", "DICT"}
 # Instructions that put their argument on the stack.
 _CONSTANTS = {
     "INT",
@@ -180,16 +243,20 @@ _CONSTANTS = {
 class _Machine:
     """The stack machine that a pickle is written for, without the instructions that reach outside."""
 
-    def __init__(self, load_storage: Callable[[tuple], Tensor | Name], load_bytes: Callable[[bytes], Tensor]):
+    def __init__(self, size: int, load_storage: Callable[[tuple], Tensor | Name], load_bytes: Callable[[bytes], Tensor]):
+        self.left = MADE_FREE + MADE_PER_BYTE * size
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.inert: dict[str, None] = {}  # a dict as a set that keeps its order
         self.load_storage = load_storage
-        self.calls: dict[str, Callable] = CALLS | {"torch.storage._load_from_bytes": load_bytes}
+        own = {"torch.storage._load_from_bytes": load_bytes, "torch._tensor._rebuild_from_type_v2": self.call_inner}
+        self.calls: dict[str, Callable] = CALLS | own
 
     def run(self, buffer: mmap.mmap) -> object:
-        for opcode, argument, _position in pickletools.genops(buffer):  # type: ignore[arg-type]  # an mmap reads like a file
+        for number, (opcode, argument, _position) in enumerate(pickletools.genops(buffer)):  # type: ignore[arg-type]  # reads like a file
+            if number > MOST_INSTRUCTIONS:
+                raise Refused(f"damaged, or no weights: a pickle of more than {MOST_INSTRUCTIONS:,} instructions")
             if opcode.name in _CONSTANTS:
                 self.stack.append(argument)
             elif opcode.name == "STOP":
@@ -203,12 +270,16 @@ class _Machine:
         stack = self.stack
         match name:
             case "BINPUT" | "LONG_BINPUT" | "PUT":
+                self.spend(MEMO)
                 self.memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET" | "GET":
                 stack.append(self.memo[argument])
             case "MEMOIZE":
+                self.spend(MEMO)
                 self.memo[len(self.memo)] = stack[-1]
             case "MARK":
+                if len(self.marks) >= MOST_MARKS:
+                    raise ValueError("nested too deep")
                 self.marks.append(len(stack))
             case "POP":
                 stack.pop()
@@ -227,6 +298,8 @@ class _Machine:
     def container(self, name: str) -> bool:
         """Handle tuples, lists, dicts, and sets as lists."""
         stack = self.stack
+        if name in _MAKING:
+            self.spend(CONTAINER)
         match name:
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack[-int(name[-1]) :] = [tuple(stack[-int(name[-1]) :])]
@@ -272,19 +345,23 @@ class _Machine:
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(self.call(function, arguments))
             case "INST":
-                _refuse_call(Name(argument.replace(" ", ".")))
+                refuse_call(Name(argument.replace(" ", ".")))
             case "OBJ":
-                _refuse_call(self.pop_to_mark()[0])
+                refuse_call(self.pop_to_mark()[0])
             case "EXT1" | "EXT2" | "EXT4":
                 raise Refused(f"refused: the file asks for number {argument} of Python's registered extensions ({name})")
             case "NEWOBJ" | "NEWOBJ_EX":
                 del stack[-1 if name == "NEWOBJ" else -2 :]
                 cls = stack.pop()
                 if not isinstance(cls, Name) or cls.path in self.calls:
-                    _refuse_call(cls)
-                stack.append(InertObject(cls))
+                    refuse_call(cls)
+                self.spend(CALL)
+                stack.append(ParameterDict() if cls.path == PARAMETER_DICT else InertObject(cls))
             case "BUILD":
-                stack.pop()
+                state = stack.pop()
+                if isinstance(stack[-1], ParameterDict) and isinstance(state, dict):
+                    held = state.get("_parameters")
+                    stack[-1].update(held if isinstance(held, dict) else {})
                 if not isinstance(stack[-1], dict | InertObject):
                     raise Refused(f"refused: the file sets the attributes of {_describe(stack[-1])}")
             case _:
@@ -295,21 +372,39 @@ class _Machine:
         if not isinstance(module, str) or not isinstance(attribute, str):
             raise ValueError(f"a name made of {_describe(module)} and {_describe(attribute)}; expected text")
         path = f"{module}.{attribute}"
+        if len(path) > LONGEST_NAME:
+            raise ValueError(f"a name of {len(path)} letters")
+        self.spend(CONTAINER)
         if path in _DTYPES:
             self.stack.append(_DTYPES[path])
             return
-        if path not in self.calls and path not in STORAGES and path not in INERT_CALLS:
+        if path not in self.calls and path not in STORAGES and path not in INERT_CALLS and path != PARAMETER_DICT:
             self.inert[path] = None
         self.stack.append(Name(path))
 
     def call(self, function: object, arguments: tuple) -> object:
-        if not isinstance(function, Name):
-            _refuse_call(function)
-        if function.path in INERT_CALLS:
-            return InertObject(function)
+        if not isinstance(function, Name) or ATTACKS.fullmatch(function.path):
+            refuse_call(function)
+        if not isinstance(arguments, tuple):
+            raise ValueError(f"the arguments of '{function.path}' are {_describe(arguments)}; expected a tuple")
         if function.path not in self.calls:
-            _refuse_call(function)
+            self.spend(CALL)
+            return InertObject(function, called=function.path not in INERT_CALLS)
+        # What is made of a value may be as large as the value, and a value can be taken from the memo any number of times.
+        self.spend(CALL + sum(len(one) * CONTAINER for one in arguments if isinstance(one, dict | list | tuple | str | bytes | bytearray)))
         return self.calls[function.path](*arguments)
+
+    def call_inner(self, function: object, _type: object, arguments: tuple, *_state: object) -> object:
+        """Do what torch._tensor._rebuild_from_type_v2 does for a tensor with attributes of its own, which are left out."""
+        if isinstance(function, Name) and function.path.endswith("_rebuild_from_type_v2"):
+            raise ValueError("a tensor with attributes, rebuilt of itself")
+        return self.call(function, arguments)
+
+    def spend(self, size: int):
+        """Count bytes that are made. Raises Refused for many times more than the file has."""
+        self.left -= size
+        if self.left < 0:
+            raise Refused("damaged or hostile: a pickle that asks for many times more memory than it has bytes")
 
     def pop_to_mark(self) -> list:
         start = self.marks.pop()
@@ -333,11 +428,13 @@ class _Machine:
         _set_items(target, keys_and_values)
 
 
-def _refuse_call(function: object) -> NoReturn:
+def refuse_call(function: object) -> NoReturn:
+    """Raise Refused for a file that asks to call a function, or a value that is none."""
     raise Refused(
         f"refused: the file asks to call {_describe(function)}, and weights need no call; nothing in it was run. Ask for a safetensors file"
     )
 
 
 def _describe(value: object) -> str:
+    value = value.name if isinstance(value, InertObject) else value
     return f"'{value.path}'" if isinstance(value, Name) else f"a value of type {type(value).__name__}"

@@ -12,6 +12,7 @@ Left out: torch's tar format of before 2017, TorchScript, compressed archives. E
 """
 
 import mmap
+import reprlib
 import struct
 import sys
 import zipfile
@@ -56,8 +57,9 @@ def read_zip(path: Path, buffer: mmap.mmap) -> tuple[object, tuple[str, ...]]:
             raise Refused(f"damaged: storage {key} has {size:,} bytes, too few for {numel:,} numbers of {dtype}")
         return _window(buffer, start, numel, dtype)
 
-    buffer.seek(_content(buffer, entries[pickled[0]])[0])
-    return _unpickle(buffer, load_storage)
+    start, size = _content(buffer, entries[pickled[0]])
+    buffer.seek(start)
+    return _unpickle(buffer, load_storage, size)
 
 
 def _content(buffer: mmap.mmap, entry: zipfile.ZipInfo) -> tuple[int, int]:
@@ -101,10 +103,11 @@ def read_pickles(buffer: mmap.mmap) -> tuple[object, tuple[str, ...]]:
     start_of_object = buffer.tell()
     sizes = _storage_sizes(buffer)
     keys, _ = _unpickle(buffer, _no_storage)
-    if not isinstance(keys, list) or set(map(str, keys)) != sizes.keys():
+    keys = keys if isinstance(keys, list) and all(isinstance(key, str) for key in keys) else []
+    if set(keys) != sizes.keys():
         raise Refused("damaged: its list of storages does not fit its tensors")
     starts, end = {}, buffer.tell()
-    for key in map(str, keys):
+    for key in keys:
         starts[key] = end + 8  # behind the number of elements, eight bytes
         end = starts[key] + sizes[key]
     check_size(buffer, end)
@@ -124,8 +127,11 @@ def _storage_sizes(buffer: mmap.mmap) -> dict[str, int]:
     return sizes
 
 
-def _unpickle(buffer: mmap.mmap, load_storage: LoadStorage) -> tuple[object, tuple[str, ...]]:
-    """Call unpickle with each storage loaded once, so that tensors which share one in the file share it in memory."""
+def _unpickle(buffer: mmap.mmap, load_storage: LoadStorage, size: int | None = None) -> tuple[object, tuple[str, ...]]:
+    """Call unpickle on a pickle of at most `size` bytes.
+
+    Each storage is loaded once, so that tensors which share one in the file share it in memory.
+    """
     loaded: dict[str, Tensor] = {}
 
     def from_persistent_id(persistent_id: tuple) -> Tensor | Name:
@@ -133,9 +139,9 @@ def _unpickle(buffer: mmap.mmap, load_storage: LoadStorage) -> tuple[object, tup
             return persistent_id[1]
         _storage, storage_type, key, _location, numel, *view = persistent_id
         if not isinstance(storage_type, Name) or storage_type.path not in STORAGES or not isinstance(key, str):
-            raise Refused(f"damaged: a storage of type {storage_type} with key {key!r}")
-        if not isinstance(numel, int) or numel < 0:
-            raise Refused(f"damaged: storage {key} has {numel!r} elements")
+            raise Refused(f"damaged: a storage of type {storage_type} with key {reprlib.repr(key)}")
+        if not isinstance(numel, int) or not 0 <= numel < 2**60:
+            raise Refused(f"damaged: storage {reprlib.repr(key)} has {reprlib.repr(numel)} elements")
         if any(view):
             raise Refused("a storage that is a view of another, as torch wrote them before 0.4; save it again with a later one")
         dtype = STORAGES[storage_type.path]
@@ -145,10 +151,12 @@ def _unpickle(buffer: mmap.mmap, load_storage: LoadStorage) -> tuple[object, tup
             raise Refused(f"damaged: storage {key} is used as {loaded[key].dtype} and as {dtype}")
         return loaded[key]
 
-    return unpickle(buffer, from_persistent_id, _storage_in_pickle)
+    return unpickle(buffer, size or len(buffer) - buffer.tell(), from_persistent_id, _storage_in_pickle)
 
 
 def _storage_in_pickle(content: bytes) -> Tensor:
+    if not isinstance(content, bytes | bytearray):
+        raise Refused(f"damaged: a storage is made of {type(content).__name__}; expected bytes")
     if b"_load_from_bytes" in content:
         raise Refused("a storage inside a storage, which no weights need; each level would double the work")
     buffer = mmap.mmap(-1, len(content))

@@ -15,7 +15,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from minidiff.config import check_choice
 from minidiff.pictures import fit
+from minidiff.two_encoders import SizeNumbers
 
 SMALL_BELOW = 0.6  # shares of the model's size between which nothing is said: the public code's; the paper gives none
 LARGE_ABOVE = 1.0
@@ -38,8 +40,7 @@ class SizeAugmentation:
     before: str | None = None
 
     def __post_init__(self):
-        if self.kind not in ("paper", "code"):
-            raise ValueError(f"augmentation {self.kind!r} unknown; choose paper, code")
+        check_choice("augmentation", self.kind, ("paper", "code"))
         if not self.small or not self.large:
             raise ValueError("augmentation without phrases: small and large need at least one each")
 
@@ -82,11 +83,34 @@ SCENE_SIZES = SizeAugmentation(small=("small",), large=("large",))  # the bundle
 
 @dataclass(frozen=True)
 class View:
-    """A picture as one training sample shows it. mask: 1 in the latent cells whose loss counts, else 0."""
+    """A picture as one training sample shows it.
+
+    mask: 1 in the latent cells whose loss counts, else 0. numbers: what SDXL is told of its size, see `size_numbers`.
+    """
 
     pixels: Float[Tensor, "3 H W"]
     mask: Float[Tensor, "1 h w"]
     size_phrase: str
+    numbers: list[int]
+
+
+def size_numbers(
+    original: tuple[int, int], size: int, *, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False, side: int | None = None
+) -> list[int]:
+    """Return SDXL's size numbers for the largest square of a picture: its own height and width, what is cut off top and left, and the
+    square's height and width (Podell et al. 2023, section 2.2).
+
+    Args:
+        original: width and height of the picture
+        size: side of the square that the model is shown
+        crop: where the square lies along x and y, 0..1, as in pictures.fit
+        flip: whether it is mirrored, which makes what is cut off right what is cut off left
+        side: of the scaled square, if the model is shown a part of it; the same as size by default
+    """
+    side = side or size
+    x, y = (1 - crop[0] if flip else crop[0]), crop[1]
+    left, top = (round((length * side // min(original) - side) * place) for length, place in zip(original, (x, y)))
+    return SizeNumbers(original, (left, top), (size, size)).row((size, size))
 
 
 def sized_view(
@@ -105,12 +129,14 @@ def sized_view(
     side = augmentation.draw_side(size, rng)
     phrase = augmentation.size_phrase(side, size, rng)
     top, left = (int(start) for start in rng.integers(abs(size - side) + 1, size=2))
-    picture = fit(image, side, flip=flip)
+    picture, numbers = fit(image, side, flip=flip), size_numbers(image.size, size, side=side)
     if side >= size:
-        return View(picture[:, top : top + size, left : left + size].contiguous(), torch.ones(1, size // factor, size // factor), phrase)
+        numbers[2:4] = numbers[2] + top, numbers[3] + left
+        pixels = picture[:, top : top + size, left : left + size].contiguous()
+        return View(pixels, torch.ones(1, size // factor, size // factor), phrase, numbers)
     pixels = torch.zeros(3, size, size)  # 0 is the grey halfway between black and white
     pixels[:, top : top + side, left : left + side] = picture
-    return View(pixels, valid_cells(top, left, side, size, factor), phrase)
+    return View(pixels, valid_cells(top, left, side, size, factor), phrase, numbers)
 
 
 def valid_cells(top: int, left: int, side: int, size: int, factor: int) -> Float[Tensor, "1 h w"]:

@@ -19,10 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minidiff.conditioning import Conditioning
+from minidiff.config import check_choice
 from minidiff.files import atomic_write, digest, fingerprint, tensor_bytes
 from minidiff.pictures import fit, load_picture
 from minidiff.pipeline import StableDiffusion
-from minidiff.trainers.data.augment import SizeAugmentation, View, sized_view
+from minidiff.trainers.data.augment import SizeAugmentation, View, size_numbers, sized_view
 from minidiff.trainers.data.folder import Example
 from minidiff.trainers.engine.loop import randn_per_sample
 
@@ -71,31 +73,34 @@ def _write_array(path: Path, array: np.ndarray) -> None:
         raise OSError(f"{path}: cannot be written ({error.strerror}); the cache needs room there, or another folder") from error
 
 
-class Contexts:
-    """Captions to contexts through the text encoder as it is now, each encoded once; not for an encoder that is being trained."""
+@torch.no_grad()
+def cached_texts(sd: StableDiffusion, cache: Cache, captions: Sequence[str]) -> Conditioning:
+    """Return contexts of captions and, where the model has them, pooled vectors, without the size of a picture.
 
-    def __init__(self, sd: StableDiffusion, cache: Cache):
-        self.sd, self.cache = sd, cache
-        self._encoder = f"{fingerprint(sd.text_encoder)} {sd.device.type}"
+    Each is encoded once, by itself, by the text encoders as they are now; float32, on the model's device. Not for encoders that are being
+    trained. Raises ValueError for what must not be kept: a new token, or an encoder with an adapter on it.
+    """
+    encoders = sd.text.encoders
+    if any(module._forward_hooks or module._forward_pre_hooks for encoder in encoders.values() for module in encoder.modules()):
+        raise ValueError("the text encoder has an adapter on it, so its contexts change: encode the captions at every step")
+    rows = {name: sd.text.tokens(name, captions) for name in encoders}
+    prints = f"{' '.join(fingerprint(encoder) for encoder in encoders.values())} {sd.device.type}"
+    kept: list[list[Tensor]] = []
+    for i, caption in enumerate(captions):
+        if any(rows[name][i].max() >= encoder.config.vocab_size for name, encoder in encoders.items()):
+            raise ValueError(f"caption {caption!r} holds a new token, whose vector changes: encode it at every step")
+        key = f"{prints} {' '.join(str(rows[name][i].tolist()) for name in encoders)}"
+        encode = functools.cache(functools.partial(_encode_alone, sd, caption))
+        kept.append([cache.get(digest([f"context {key}".encode()]), lambda encode=encode: encode().context[0])])
+        if sd.config.unet.pooled_width is not None:
+            kept[-1].append(cache.get(digest([f"pooled {key}".encode()]), lambda encode=encode: encode().tensors()[1][0]))
+    context, *pooled = [torch.stack(kind).to(sd.device) for kind in zip(*kept)]
+    return Conditioning(context, pooled[0] if pooled else None)
 
-    def __call__(self, captions: Sequence[str]) -> Float[Tensor, "B L D"]:
-        """Float32, on the model's device. Raises ValueError for what must not be kept: a new token, or an encoder with an adapter on it."""
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self.sd.text_encoder.modules()):
-            raise ValueError("the text encoder has an adapter on it, so its contexts change: encode the captions at every step")
-        rows = self.sd.tokenizer(list(captions))
-        for caption, row in zip(captions, rows):
-            if row.max() >= self.sd.text_encoder.config.vocab_size:
-                raise ValueError(f"caption {caption!r} holds a new token, whose vector changes: encode it at every step")
-        return torch.stack([self._context(row) for row in rows]).to(self.sd.device)
 
-    def _context(self, row: Tensor) -> Tensor:
-        key = digest([f"context {self._encoder} {row.tolist()}".encode()])
-        return self.cache.get(key, lambda: self._encode(row))
-
-    @torch.no_grad()
-    def _encode(self, row: Tensor) -> Tensor:
-        with torch.autocast(self.sd.device.type, enabled=False):
-            return self.sd.text_encoder(row[None].to(self.sd.device))[0]
+def _encode_alone(sd: StableDiffusion, caption: str) -> Conditioning:
+    with torch.autocast(sd.device.type, enabled=False):
+        return sd.text([caption], (sd.config.image_size, sd.config.image_size))
 
 
 @dataclass(frozen=True)
@@ -106,13 +111,14 @@ class Batch:
     mask: Float[Tensor, "B 1 h w"]
     captions: tuple[str, ...]
     size_phrases: tuple[str, ...]  # what the size augmentation says of each, already in its caption
+    sizes: Float[Tensor, "B 6"]  # SDXL's size numbers, on the CPU
 
     @classmethod
     def concatenate(cls, batches: "Sequence[Batch]") -> "Batch":
         """Put batches behind each other."""
-        latents, mask = torch.cat([batch.latents for batch in batches]), torch.cat([batch.mask for batch in batches])
+        latents, mask, sizes = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("latents", "mask", "sizes"))
         captions, phrases = ([text for batch in batches for text in getattr(batch, name)] for name in ("captions", "size_phrases"))
-        return cls(latents, mask, tuple(captions), tuple(phrases))
+        return cls(latents, mask, tuple(captions), tuple(phrases), sizes)
 
 
 class Pictures:
@@ -146,10 +152,8 @@ class Pictures:
             raise ValueError("no pictures to learn from; give at least one")
         if size < factor or size % factor:
             raise ValueError(f"size {size}: must be a multiple of {factor} pixels")
-        if crop not in ("centre", "random"):
-            raise ValueError(f"crop {crop!r} unknown; choose centre, random")
-        if posterior not in ("sample", "mean"):
-            raise ValueError(f"posterior {posterior!r} unknown; choose sample, mean")
+        check_choice("crop", crop, ("centre", "random"))
+        check_choice("posterior", posterior, ("sample", "mean"))
         if not 0 <= flip <= 1:
             raise ValueError(f"flip {flip}: a share of the samples, 0..1")
         if sizes is not None:
@@ -158,6 +162,7 @@ class Pictures:
         self.size, self.crop, self.flip, self.sizes, self.posterior = size, crop, flip, sizes, posterior
         self._encoder = f"{fingerprint(sd.vae)} {sd.device.type}"
         self._keys: dict[tuple[int, bool], str] = {}
+        self._shapes: dict[int, tuple[int, int]] = {}  # width and height of the pictures before they were scaled
         self._picture = functools.lru_cache(KEPT_PICTURES)(load_picture)
 
     def __len__(self) -> int:
@@ -183,16 +188,18 @@ class Pictures:
             moments = torch.stack([self._moments(i, flip) for i, flip in zip(indices, flips, strict=True)])
             cells = self.size // self.sd.config.vae.factor
             mask, phrases = torch.ones(len(captions), 1, cells, cells), ("",) * len(captions)
+            numbers = [size_numbers(self._shapes[i], self.size) for i in indices]
         else:
             views = [self._view(i, flip, rng) for i, flip, rng in zip(indices, flips, rngs, strict=True)]
             moments = self._encode(torch.stack([view.pixels for view in views]))
             mask, phrases = torch.stack([view.mask for view in views]), tuple(view.size_phrase for view in views)
+            numbers = [view.numbers for view in views]
         if self.sizes is not None:
             captions = tuple(self.sizes.with_phrase(caption, phrase) for caption, phrase in zip(captions, phrases))
         latents, std = moments.to(self.sd.device).unbind(1)
         if self.posterior == "sample":
             latents = latents + std * randn_per_sample(rngs, latents.shape[1:]).to(self.sd.device)
-        return Batch(latents * self.sd.config.vae.scaling_factor, mask.to(self.sd.device), captions, phrases)
+        return Batch(latents * self.sd.config.vae.scaling_factor, mask.to(self.sd.device), captions, phrases, torch.tensor(numbers).float())
 
     def _view(self, i: int, flip: bool, rng: np.random.Generator) -> View:
         image = self._picture(self.examples[i].path)
@@ -201,13 +208,16 @@ class Pictures:
             return sized_view(image, self.size, factor, self.sizes, rng, flip=flip)
         x, y = (float(place) for place in rng.random(2))
         cells = self.size // factor
-        return View(fit(image, self.size, crop=(x, y), flip=flip), torch.ones(1, cells, cells), "")
+        pixels, numbers = fit(image, self.size, crop=(x, y), flip=flip), size_numbers(image.size, self.size, crop=(x, y), flip=flip)
+        return View(pixels, torch.ones(1, cells, cells), "", numbers)
 
     def _moments(self, i: int, flip: bool) -> Tensor:
         """Return mean and standard deviation of the posterior of picture i, (2, C, h, w), from the cache or into it."""
 
         def pixels() -> Tensor:
-            return fit(load_picture(self.examples[i].path), self.size, flip=flip)
+            image = load_picture(self.examples[i].path)
+            self._shapes[i] = image.size
+            return fit(image, self.size, flip=flip)
 
         if (i, flip) not in self._keys:
             self._keys[i, flip] = digest([f"latent {self._encoder} {self.size} ".encode(), tensor_bytes(pixels())])

@@ -7,11 +7,12 @@ is found before training starts. Left out: colour profiles, all but the first fr
 shapes at once: every picture is cut to a square.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minidiff.captions import check_caption, read_captions
+from minidiff.captions import check_caption, find_caption_sources, read_captions
 from minidiff.pictures import ENDINGS, check_picture, list_pictures
 
 
@@ -28,7 +29,7 @@ def read_folder(folder: Path, *, size: int, caption: str | Callable[[Path], str]
 
     size: pixels of the model, to tell a picture that is too small. caption: one for all, or a function of the path; with None they
     are read from the folder: NAME.txt beside each picture, or metadata.jsonl ({"file_name": ..., "text": ...} a line), or
-    captions.json ({file name: caption}). Hidden files are passed over, sub-folders and pictures of other formats with a warning.
+    captions.json ({file name: caption}). Files are known by what is in them; what is passed over is named in a warning.
     Raises FileNotFoundError or NotADirectoryError for the folder, ValueError for what is in it; each names the file.
     """
     paths = list_pictures(folder)
@@ -37,6 +38,10 @@ def read_folder(folder: Path, *, size: int, caption: str | Callable[[Path], str]
     if caption is None:
         captions = read_captions(folder, paths)
     else:
+        if unread := find_caption_sources(folder):
+            warnings.warn(
+                f"{folder}: its captions ({', '.join(unread)}) are not read, for one is given; --captions reads them", stacklevel=2
+            )
         captions = {path.name: caption(path) if callable(caption) else caption for path in paths}
     for path in paths:
         check_caption(path, captions[path.name])

@@ -18,7 +18,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from minidiff.files import ensure_same_run, fingerprint
+from minidiff.config import check_choice
+from minidiff.files import ensure_same_run, fingerprint, write_text
 from minidiff.pictures import list_pictures, save_png
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.scenes import sample_scene
@@ -66,7 +67,7 @@ def class_pictures(
 
     Raises ValueError for a folder that holds another prompt's pictures or another model's, as soon as it is iterated.
     """
-    parts = {name: fingerprint(module) for name, module in (("text_encoder", sd.text_encoder), ("unet", sd.unet), ("vae", sd.vae))}
+    parts = {name: fingerprint(module) for name, module in sd.parts.items()}
     choices = {"prompt": prompt, "seed": seed, "steps": steps, "sampler": sampler, "guidance_scale": guidance_scale, "size": size}
     claim(folder, count, choices | parts)
     given = len([path for path in list_pictures(folder) if not path.name.startswith("class-")])
@@ -108,8 +109,7 @@ def pooled_text(sd: StableDiffusion, texts: Sequence[str], *, pool: str = "end",
 
     Raises ValueError for another pool.
     """
-    if pool not in ("end", "mean"):
-        raise ValueError(f"pool {pool!r} unknown; choose end, mean")
+    check_choice("pool", pool, ("end", "mean"))
     parts = []
     for start in range(0, len(texts), batch):
         tokens = sd.tokenizer(list(texts[start : start + batch]))
@@ -190,6 +190,6 @@ def scene_pictures(
         path = folder / f"scene-{done:05d}.png"
         if not path.exists():
             scene = sample_scene(np.random.default_rng([seed, i]))
-            path.with_suffix(".txt").write_text(scene.caption, encoding="utf-8")
+            write_text(path.with_suffix(".txt"), scene.caption)
             save_png(Image.fromarray(scene.image), path)
         yield Filled(done + 1, count)

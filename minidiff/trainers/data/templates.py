@@ -76,5 +76,5 @@ def scene_templates(*, background: str | None = None, size: str | None = None) -
 
 
 def fill_in(template: str, phrase: str) -> str:
-    """Put a phrase into the template's hole: "a {}" and "apple" give "an apple"."""
-    return re.sub(r"\ba \{\}", lambda _: with_article(phrase), template).replace("{}", phrase)
+    """Put a phrase into the template's holes: "a {}" and "apple" give "an apple". A {} within the phrase is no hole."""
+    return re.sub(r"(\ba )?\{\}", lambda hole: with_article(phrase) if hole[1] else phrase, template)

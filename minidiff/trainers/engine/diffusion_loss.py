@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minidiff.conditioning import Conditioning
 from minidiff.schedule import NoiseSchedule
 from minidiff.trainers.engine.loop import randn_per_sample, to_device
 
@@ -49,10 +50,10 @@ def sample_noise(
 
 
 def squared_error(
-    unet: Callable[[Tensor, Tensor, Tensor], Tensor],
+    unet: Callable[..., Tensor],
     schedule: NoiseSchedule,
     x_0: Float[Tensor, "B C h w"],
-    context: Float[Tensor, "B L D"],
+    context: Float[Tensor, "B L D"] | Conditioning,
     noise: NoiseSample,
 ) -> Float[Tensor, "B C h w"]:
     """Return (prediction - target)^2 at x_t, in float32. The target is eps or v, as the schedule's config says.
@@ -61,7 +62,7 @@ def squared_error(
         unet: unet(x_t, t, context)
         schedule: of the noise
         x_0: scaled latents
-        context: of their captions
+        context: of their captions, or all that the U-Net is told
         noise: timestep and eps of each
     """
     x_t = schedule.q_sample(x_0, noise.t, noise.eps)
@@ -70,10 +71,10 @@ def squared_error(
 
 
 def diffusion_loss(
-    unet: Callable[[Tensor, Tensor, Tensor], Tensor],
+    unet: Callable[..., Tensor],
     schedule: NoiseSchedule,
     x_0: Float[Tensor, "B C h w"],
-    context: Float[Tensor, "B L D"],
+    context: Float[Tensor, "B L D"] | Conditioning,
     noise: NoiseSample,
     *,
     mask: Float[Tensor, "B 1 h w"] | None = None,

@@ -7,7 +7,8 @@ With a single process everything here does nothing. Left out: sharded weights an
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,8 @@ def init_distributed(device: torch.device) -> torch.device:
 def destroy_distributed() -> None:
     """Leave the process group. Does nothing in a single process."""
     if world_size() > 1:
-        dist.destroy_process_group()
+        with suppress(RuntimeError):  # another process has ended: there is nothing left to leave
+            dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -47,7 +49,19 @@ def world_size() -> int:
 def barrier() -> None:
     """Wait until all processes have come here, as after rank 0 has written a file."""
     if world_size() > 1:
-        dist.barrier()
+        with all_alive():
+            dist.barrier()
+
+
+@contextmanager
+def all_alive() -> Iterator[None]:
+    """Raise ConnectionError in one line where the exchange within the block fails, as when another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's and NCCL's, many lines long
+        raise ConnectionError(
+            f"process {rank()} of {world_size()} has lost another one, which has ended; start all again to go on from the last state"
+        ) from error
 
 
 def all_equal(value: int, device: torch.device) -> bool:
@@ -55,7 +69,8 @@ def all_equal(value: int, device: torch.device) -> bool:
     if world_size() == 1:
         return True
     ends = torch.tensor([value, -value], device=device)
-    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    with all_alive():
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
     return ends[0].item() == -ends[1].item()
 
 
@@ -67,14 +82,16 @@ def average_gradients(params: Sequence[nn.Parameter], loss: torch.Tensor) -> tor
     if world_size() == 1:
         return loss
     met = torch.tensor([p.grad is not None for p in params], dtype=torch.int32, device=loss.device)
-    dist.all_reduce(met, dist.ReduceOp.MAX)
+    with all_alive():
+        dist.all_reduce(met, dist.ReduceOp.MAX)
     loss = loss.clone()
     moving = [p for p, one in zip(params, met.tolist()) if one]
     for p in moving:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     tensors = [loss, *(p.grad for p in moving)]
-    for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-        work.wait()
+    with all_alive():
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
     for tensor in tensors:
         tensor /= world_size()
     return loss

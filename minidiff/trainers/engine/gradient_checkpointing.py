@@ -42,11 +42,10 @@ def thrifty_malloc(enabled: bool = True) -> Iterator[None]:
     It costs a quarter more time, and does nothing where there is no glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if enabled and sys.platform == "linux" else None
-    if mallopt is None:
-        yield
-        return
-    mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
     try:
         yield
     finally:
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # glibc's own largest, to which it would have grown by itself
+        if mallopt:
+            mallopt(M_MMAP_THRESHOLD, 32 << 20)  # glibc's own largest, to which it would have grown by itself

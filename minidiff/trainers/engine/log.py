@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from minidiff.files import write_text
 from minidiff.markdown import format_duration
 from minidiff.pictures import save_png
 from minidiff.trainers.engine import distributed
@@ -81,7 +82,7 @@ class Log:
     def _write(self) -> None:
         self._look()
         if self.rows and not self.silent:
-            self.csv.write_text("".join(f"{i},{loss!r},{lr!r}\n" for i, loss, lr in self.rows))
+            write_text(self.csv, "".join(f"{i},{loss!r},{lr!r}\n" for i, loss, lr in self.rows))
             save_png(loss_curve([loss for _, loss, _ in self.rows], self.rows[0][0]), self.png)
 
 
@@ -112,9 +113,7 @@ class Pace:
     def forecast(self) -> str | None:
         """Return a line to be printed once, after the first steps."""
         seconds, left = self.seconds(), self.left()
-        if seconds is None or left is None:
-            return None
-        return f"{self.steps - self.last[0]} steps of {seconds:.2g} s: about {format_duration(left)}"
+        return None if left is None else f"{self.steps - self.last[0]} steps of {seconds:.2g} s: about {format_duration(left)}"
 
 
 def memory_taken(device: torch.device) -> int:

@@ -11,8 +11,11 @@ Steps are numbered from 0, and so are `step` of a loss and of the learning rate;
 """
 
 import dataclasses
+import math
 import signal
 import threading
+import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,6 +103,8 @@ class Training:
         self.optimizers = task.optimizers(settings)
         decay = settings.ema_decay
         self.ema = {} if decay is None else {name: EMA(module, decay) for name, module in task.modules.items()}
+        self.losses = LossWatch()
+        self.extended = False  # whether it goes on from a run of fewer steps, all of which were taken
         self.scaler = torch.amp.GradScaler(device.type, enabled=half_precision(settings.precision, device) == torch.float16)
         if state is not None and state.exists():
             self.load_state_dict(read_state(state))
@@ -116,6 +121,7 @@ class Training:
                 while self.done < settings.steps:
                     lr = learning_rate(self.done, settings)
                     loss = self._gradients()
+                    self.losses.add(self.done + 1, loss, lr)
                     with uninterrupted():
                         self._update(lr)
                     if self.done % settings.save_every == 0 or self.done == settings.steps:
@@ -156,12 +162,14 @@ class Training:
 
     def save(self) -> None:
         """Write the state, if there is a new one and a file to write to."""
+        self.losses.check(wait=True)
         if self.state is None or self.done == self.saved or distributed.rank() > 0:
             return
         for name, p in self.weights.items():
             if not p.isfinite().all():
-                kept = f"the state of step {self.saved} is kept"
-                raise ValueError(f"{name} is not finite after step {self.done}, {kept}: lower the learning rate")
+                raise ValueError(
+                    f"{name} is not finite after step {self.done}, the state of step {self.saved} is kept: lower the learning rate"
+                )
         with uninterrupted():
             self.saved = self.done  # also if writing fails: it is not tried again on the way out
             write_state(self.state, self.state_dict())
@@ -178,8 +186,14 @@ class Training:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Resume from a state. Raises ValueError if it belongs to another run."""
-        check_same(self.state or Path("the state"), state["asked"], self._asked())
+        """Resume from a state; a finished run may be given more steps. Raises ValueError if it belongs to another run."""
+        asked, found = self._asked(), dict(state["asked"])
+        longer = found | {"steps": asked["steps"]}
+        if found.get("steps") == state["i"] < asked["steps"] and longer == asked:
+            found, self.extended = longer, True
+            if self.settings.schedule != "constant":
+                warnings.warn(f"the learning rate goes on as in a run of {asked['steps']} steps, not from where it ended", stacklevel=2)
+        check_same(self.state or Path("the state"), found, asked)
         self.done = state["i"]
         with torch.no_grad():
             for name, p in self.weights.items():
@@ -194,7 +208,36 @@ class Training:
         """Identify a run by its settings, its task and the shapes of its weights."""
         settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in ONLY_HOW}
         weights = {name: "x".join(map(str, p.shape)) for name, p in self.weights.items()}
-        return settings | {"samples a step": samples_per_step(self.settings)} | getattr(self.task, "about", {}) | weights
+        samples = self.settings.batch * self.settings.gradient_accumulation * distributed.world_size()
+        return settings | {"samples a step": samples} | getattr(self.task, "about", {}) | weights
+
+
+class LossWatch:
+    """Stop at the first loss that is not finite, from which on nothing is learned; on a GPU a few steps later, without waiting."""
+
+    def __init__(self):
+        self.waiting: deque[tuple[int, float, Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, step: int, loss: Float[Tensor, ""], lr: float) -> None:
+        """Look at the loss of a step, counted from 1, and of those before that the GPU is done with. Raises like `check`."""
+        event, copy = None, loss.detach()
+        if copy.device.type == "cuda":
+            copy = torch.empty((), dtype=copy.dtype, pin_memory=True).copy_(copy, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.waiting.append((step, lr, copy, event))
+        self.check()
+
+    def check(self, wait: bool = False) -> None:
+        """Look at the losses that are there; `wait`: at all. Raises ValueError, naming the step, for one that is not finite."""
+        while self.waiting and (wait or self.waiting[0][3] is None or self.waiting[0][3].query()):
+            step, lr, loss, event = self.waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            if not math.isfinite(value := float(loss)):
+                self.waiting.clear()
+                lost = f"the loss is {value} at step {step}: nothing is learned from there on"
+                raise ValueError(f"{lost}; what was saved before is kept; lower the learning rate ({lr:g})")
 
 
 def trainable_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -211,11 +254,6 @@ def trainable_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Paramete
 def networks_of(task: Task) -> tuple[nn.Module, ...]:
     """Return the modules that the task's loss runs through."""
     return getattr(task, "networks", None) or tuple(task.modules.values())
-
-
-def samples_per_step(settings: Settings) -> int:
-    """Return the size of a step's whole batch."""
-    return settings.batch * settings.gradient_accumulation * distributed.world_size()
 
 
 def microbatches(settings: Settings) -> Iterator[range]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -77,20 +77,17 @@ def estimate_memory(task: loop.Task, settings: Settings, device: torch.device) -
     # While the optimizers step, the activations are gone. On a GPU AdamW works on all weights at once and makes a copy of them.
     stepping = gradients if device.type == "cuda" else 2 * max(map(bytes_of, ([p] for p in trained)))
     reserve = RESERVE.get((device.type, settings.checkpointing), 1.0)
-    slots = sum(bytes_of(params_of(o)) * (1 if isinstance(o, Muon) else 2) for o in task.optimizers(settings))
+    groups = [
+        (1 if isinstance(optimizer, Muon) else 2, group) for optimizer in task.optimizers(settings) for group in optimizer.param_groups
+    ]
     return Memory(
         frozen=bytes_of(p for p in weights if not p.requires_grad),
         trained=bytes_of(trained),
         gradients=gradients,
-        optimizer=slots,
+        optimizer=sum(slots * bytes_of(group["params"]) for slots, group in groups),
         ema=0 if settings.ema_decay is None else gradients,
         activations=round(reserve * max(live.peak, gradients + stepping)) - gradients,
     )
-
-
-def params_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Return the parameters that an optimizer changes."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from minidiff.config import check_choice
+
 Schedule = Literal["constant", "linear", "cosine", "linear_after_hold"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -58,7 +60,6 @@ class Settings:
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay {self.ema_decay} is outside 0..1 (1 left out); None keeps no average")
         for name, choices in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} {getattr(self, name)!r} unknown; choose {', '.join(choices)}")
+            check_choice(name, getattr(self, name), choices)
         if self.compile and self.checkpointing:
             raise ValueError("compile and checkpointing do not go together; choose one")

@@ -8,20 +8,21 @@ All that is wrong with what was asked for is found here, before training: ValueE
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import nn
 
-from minidiff.adapters.layers import choose
+from minidiff.adapters.layers import PARTS, choose
 from minidiff.adapters.lora import PATTERNS, LoRA, create_lora
 from minidiff.pipeline import StableDiffusion
+from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.data.augment import SizeAugmentation
 from minidiff.trainers.data.cache import Cache, Pictures
 from minidiff.trainers.data.folder import Example, check_distinct, read_folder
 from minidiff.trainers.data.templates import fill_in
 from minidiff.trainers.methods.finetune_task import Group, Subject
-from minidiff.trainers.methods.method import PhaseOptions
-from minidiff.trainers.methods.options import Concept, LowRankOptions
+from minidiff.trainers.methods.options import Concept, LowRankOptions, PhaseOptions
 from minidiff.trainers.methods.prior_preservation import prior_examples
 
 # --- what is trained --------------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ def make_lora(sd: StableDiffusion, options: LowRankOptions, seed: int) -> tuple[
 
 def base_weights(sd: StableDiffusion, patterns: tuple[str, ...], text_scale: float) -> tuple[dict[str, nn.Module], list[Group]]:
     """Return the model's parts with their parameters of these names. Raises ValueError if none has them, or one is not float32."""
-    parts: dict[str, nn.Module] = {"unet": sd.unet, "text_encoder": sd.text_encoder}
+    parts = {part: sd.parts[part] for part in PARTS if part in sd.parts}
     names = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
     params = {name: names[name] for name in choose(list(names), patterns)}
     for name, p in params.items():
@@ -55,15 +56,15 @@ def base_weights(sd: StableDiffusion, patterns: tuple[str, ...], text_scale: flo
             raise ValueError(
                 f"{name} is {p.dtype}, in which small steps are rounded away; load the model in float32 to train its own weights"
             )
-    return {part: module for part, module in parts.items() if any(name.startswith(part) for name in params)}, param_groups(
+    return {part: module for part, module in parts.items() if any(name.startswith(f"{part}.") for name in params)}, param_groups(
         params, text_scale
     )
 
 
 def param_groups(params: Mapping[str, nn.Parameter], text_scale: float) -> list[Group]:
-    """Split parameters into two groups, the U-Net's and the text encoder's, as far as there are such."""
-    text = tuple(p for name, p in params.items() if name.startswith("text_encoder."))
-    unet = tuple(p for name, p in params.items() if not name.startswith("text_encoder."))
+    """Split parameters into two groups, the U-Net's and the text encoders', as far as there are such."""
+    text = tuple(p for name, p in params.items() if name.startswith("text_encoder"))
+    unet = tuple(p for name, p in params.items() if not name.startswith("text_encoder"))
     return [group for group in (Group(unet), Group(text, text_scale)) if group.params]
 
 
@@ -79,24 +80,27 @@ def concept_tokens(concepts: Sequence[Concept]) -> list[str]:
 # --- which words go with which pictures -------------------------------------------------------------------------------
 
 
-def check_concepts(concepts: Sequence[Concept]) -> None:
-    """Raise ValueError for no concept, and for a folder that is given twice."""
-    if not concepts:
-        raise ValueError("no concept to learn; give at least one folder of pictures")
-    check_distinct([folder for concept in concepts for folder in (concept.images, concept.class_images) if folder is not None])
-
-
 def make_subjects(
-    sd: StableDiffusion, concepts: Sequence[Concept], options: PhaseOptions, cache: Cache | None, *, templates: Sequence[str] = ()
+    sd: StableDiffusion,
+    concepts: Sequence[Concept],
+    options: PhaseOptions,
+    cache: Cache | None,
+    *,
+    templates: Sequence[str] = (),
+    sizes: Sequence[SizeAugmentation | None] = (),
 ) -> list[Subject]:
-    """Check the concepts and make a subject of each.
+    """Make a subject of each concept. Raises ValueError for no concept, and for a folder that is given twice.
 
     Args:
         concepts: one subject each
         sd, options, cache, templates: as in `make_subject`
+        sizes: the augmentation of each concept's sizes; () for none
     """
-    check_concepts(concepts)
-    return [make_subject(sd, concept, options, cache, templates=templates) for concept in concepts]
+    if not concepts:
+        raise ValueError("no concept to learn; give at least one folder of pictures")
+    check_distinct([folder for concept in concepts for folder in (concept.images, concept.class_images) if folder is not None])
+    pairs = zip(concepts, sizes or [None] * len(concepts), strict=True)
+    return [make_subject(sd, concept, options, cache, templates=templates, sizes=size) for concept, size in pairs]
 
 
 def make_subject(
@@ -123,7 +127,7 @@ def make_subject(
     templates = () if concept.captions or concept.prompt else tuple(fill_in(template, phrase) for template in templates)
     examples = captioned_examples(concept, concept.prompt or options.prompt, phrase, size)
     for caption in templates or [example.caption for example in examples]:
-        if concept.token not in caption:
+        if concept.token and not names_token(sd.tokenizer, caption, concept.token):
             raise ValueError(f"{concept.images}: the caption {caption!r} does not name {concept.token}; write {{}} where it belongs")
     cache = cache or Cache()
     crop, flip = options.data.crop, options.data.flip
@@ -131,6 +135,14 @@ def make_subject(
     class_examples = prior_examples(sd, concept, options, size)
     prior = Pictures(sd, class_examples, cache, size=size, crop=crop, flip=flip) if class_examples else None
     return Subject(pictures, templates, prior)
+
+
+def names_token(tokenizer: Tokenizer, caption: str, token: str) -> bool:
+    """Say whether a caption has the token among its words, as the tokenizer splits them: "many tasks" does not name sks."""
+    with suppress(ValueError):  # it is a word of the vocabulary, was added before, or is several words
+        tokenizer = tokenizer.with_added({token: (-1,)})
+    words, own = ([word for word, _ in tokenizer.words(text)] for text in (caption, token))
+    return any(words[i : i + len(own)] == own for i in range(len(words)))
 
 
 def captioned_examples(concept: Concept, prompt: str, phrase: str, size: int) -> list[Example]:

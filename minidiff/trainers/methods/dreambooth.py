@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.lora import FORMATS
 from minidiff.trainers.methods.method import Method
-from minidiff.trainers.methods.options import Concept, DataOptions, Family, LowRankOptions, Prior, YesNo
+from minidiff.trainers.methods.options import Concept, Family, LowRankOptions, PhaseOptions, Prior, YesNo
 
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DreamBoothOptions:
+class DreamBoothOptions(PhaseOptions):
     """DreamBooth of the whole U-Net, or with low_rank of a LoRA; what of the text encoder learns is then said in low_rank.
 
     Args:
@@ -32,21 +32,14 @@ class DreamBoothOptions:
         text_scale: the text encoder's share of the learning rate
     """
 
-    settings: Settings
     low_rank: LowRankOptions | None = None
     text_encoder: YesNo = False
     text_scale: float = 1.0
-    data: DataOptions = DataOptions()
     prior: Prior = Prior(kind="generated")
-    prompt: str = "a photo of a {}"
 
     def __post_init__(self):
         if self.low_rank is not None and self.text_encoder:
             raise ValueError("text_encoder with low_rank: say it in low_rank, whose LoRA then changes the text encoder too")
-
-    def phases(self) -> "tuple[DreamBoothOptions]":
-        """Return the only phase."""
-        return (self,)
 
     def highlights(self) -> tuple[str, ...]:
         """Return what --help says beyond steps and learning rate."""
@@ -60,6 +53,7 @@ BUNDLED_PRIOR = Prior(kind="generated", count=48, steps=20)
 PRESETS: dict[Family, DreamBoothOptions] = {
     "sd1": STABLE_DIFFUSION,
     "sd2": STABLE_DIFFUSION,
+    "sdxl": STABLE_DIFFUSION,  # diffusers trains a LoRA only: take --low-rank unless memory is plenty
     "bundled": DreamBoothOptions(settings=Settings(steps=300, batch=4, learning_rate=5e-4), prior=BUNDLED_PRIOR),
 }
 
@@ -68,6 +62,8 @@ STABLE_DIFFUSION_LORA = DreamBoothOptions(settings=Settings(steps=500, batch=1, 
 LOW_RANK_PRESETS: dict[Family, DreamBoothOptions] = {
     "sd1": STABLE_DIFFUSION_LORA,
     "sd2": STABLE_DIFFUSION_LORA,
+    # diffusers' train_dreambooth_lora_sdxl: batches of 1, gathered four times
+    "sdxl": DreamBoothOptions(settings=Settings(steps=500, batch=4, learning_rate=1e-4), low_rank=LowRankOptions()),
     "bundled": DreamBoothOptions(
         settings=Settings(steps=300, batch=4, learning_rate=2e-3),
         low_rank=LowRankOptions(rank=8, layers=("conv",)),
@@ -93,15 +89,14 @@ def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: DreamBoot
     for concept in concepts:
         check_token(sd, concept)
     if options.low_rank is None:
-        patterns = (r"^unet\.", r"^text_encoder\.") if options.text_encoder else (r"^unet\.",)
+        patterns = (r"^unet\.", r"^text_encoder(_2)?\.") if options.text_encoder else (r"^unet\.",)
         modules, groups = base_weights(sd, patterns, options.text_scale)
         lora = None
     else:
         lora, groups = make_lora(sd, options.low_rank, options.settings.seed)
         modules = {"lora": lora}
     subjects = make_subjects(sd, concepts, options, cache)
-    adapters = [] if lora is None else [lora]
-    phase = FinetuneTask(sd, "dreambooth", subjects, options, modules=modules, adapters=adapters, groups=groups, cache=cache)
+    phase = FinetuneTask(sd, "dreambooth", subjects, options, modules=modules, adapters=[lora] if lora else [], groups=groups, cache=cache)
     return TrainingRun((phase,), lora=lora)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.method import Method
-from minidiff.trainers.methods.options import Concept, DataOptions, Family, Prior
+from minidiff.trainers.methods.options import Concept, Family, PhaseOptions
 
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuneOptions:
+class FineTuneOptions(PhaseOptions):
     r"""Which weights learn.
 
     Args:
@@ -23,20 +23,8 @@ class FineTuneOptions:
         text_scale: the text encoder's share of the learning rate, where its weights are among them
     """
 
-    settings: Settings
     weights: tuple[str, ...] = (r"^unet\.",)
     text_scale: float = 1.0
-    data: DataOptions = DataOptions()
-    prior: Prior = Prior()
-    prompt: str = "a photo of a {}"
-
-    def phases(self) -> "tuple[FineTuneOptions]":
-        """Return the only phase."""
-        return (self,)
-
-    def highlights(self) -> tuple[str, ...]:
-        """Return what --help says beyond steps and learning rate."""
-        return ()
 
 
 # diffusers' text-to-image
@@ -44,6 +32,7 @@ STABLE_DIFFUSION = FineTuneOptions(settings=Settings(steps=2000, batch=4, learni
 PRESETS: dict[Family, FineTuneOptions] = {
     "sd1": STABLE_DIFFUSION,
     "sd2": STABLE_DIFFUSION,
+    "sdxl": STABLE_DIFFUSION,
     "bundled": FineTuneOptions(settings=Settings(steps=200, batch=4, learning_rate=5e-4)),  # not among the methods of the study
 }
 

@@ -12,9 +12,11 @@ where it, or a word, is trained or has an adapter on it.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,16 +26,21 @@ from torch import Tensor, nn
 
 from minidiff.adapters.base import Adapter
 from minidiff.adapters.custom_diffusion import CustomDiffusion
+from minidiff.adapters.dropout import set_row_seeds
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.tokens import NewTokens
+from minidiff.conditioning import Conditioning
+from minidiff.controlnet import Control
 from minidiff.files import digest, fingerprint
+from minidiff.pictures import grid
 from minidiff.pipeline import StableDiffusion
-from minidiff.trainers.data.cache import Batch, Cache, Contexts, Pictures
+from minidiff.trainers.data.cache import Batch, Cache, Pictures, cached_texts
 from minidiff.trainers.engine.diffusion_loss import diffusion_loss, sample_noise
-from minidiff.trainers.engine.loop import Training, TrainStep, rng_for
+from minidiff.trainers.engine.ema import EMA
+from minidiff.trainers.engine.loop import Task, Training, TrainStep, rng_for
 from minidiff.trainers.engine.optimizer import adamw
 from minidiff.trainers.engine.settings import Settings
-from minidiff.trainers.methods.method import PhaseOptions
+from minidiff.trainers.methods.options import PhaseOptions
 from minidiff.trainers.methods.prior_preservation import prior_preservation_loss
 
 
@@ -52,6 +59,14 @@ class Group:
 
     params: tuple[nn.Parameter, ...]
     scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """Pictures to look at during training, and what was measured on them."""
+
+    image: Image.Image
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 class FinetuneTask:
@@ -91,10 +106,12 @@ class FinetuneTask:
             )
         self.sd, self.name, self.subjects = sd, name, tuple(subjects)
         self.modules, self.adapters, self.groups = dict(modules), tuple(adapters), tuple(groups)
+        self.trained = [p for group in self.groups for p in group.params]
         self.settings, self.data, self.prior_weight = options.settings, options.data, options.prior.weight
         self.has_prior = any(subject.prior is not None for subject in subjects)
         self.cache = cache or Cache()
-        self.contexts: dict[str, Tensor] | None = None  # by caption; None: the text encoder runs in every step
+        self.averages: Mapping[str, EMA] = {}  # by module, while the run keeps some: the weights that are its result
+        self.contexts: dict[str, Conditioning] | None = None  # by caption; None: the text encoders run in every step
         self.about: dict[str, object] = {"phase": name, "prior weight": self.prior_weight, "data": self._digest()}
         self.about |= {"model": fingerprint(sd.unet.conv_in)} | asdict(self.data)
 
@@ -102,24 +119,21 @@ class FinetuneTask:
 
     def prepare(self) -> Iterator[int]:
         """Make the latents that can be precomputed, one picture an iteration; `with task:` does it too, without saying how far it is."""
-        done = 0
-        for pictures in self._all_pictures():
-            for _ in pictures.precompute_latents():
-                done += 1
-                yield done
+        pictures_done = (pictures.precompute_latents() for pictures in self._all_pictures())
+        for done, _ in enumerate(chain.from_iterable(pictures_done), start=1):
+            yield done
 
     def __enter__(self) -> "FinetuneTask":
         for _ in self.prepare():
             pass
-        for module in (self.sd.unet, self.sd.text_encoder, *self.adapters):
+        for module in (self.sd.unet, *self.sd.text.encoders.values(), *self.adapters):
             module.requires_grad_(False)
         try:
             for adapter in self.adapters:
                 adapter.attach(self.sd)
                 adapter.train()  # dropout
-            for group in self.groups:
-                for p in group.params:
-                    p.requires_grad_(True)
+            for p in self.trained:
+                p.requires_grad_(True)
             self._precompute_contexts()
         except BaseException:
             self.__exit__()
@@ -130,20 +144,21 @@ class FinetuneTask:
         for adapter in reversed(self.adapters):
             adapter.detach()
             adapter.eval()
-        for group in self.groups:
-            for p in group.params:
-                p.requires_grad_(False)
-                p.grad = None
+            set_row_seeds(adapter, None)
+        for p in self.trained:
+            p.requires_grad_(False)
+            p.grad = None
         self.contexts = None
 
     def _precompute_contexts(self) -> None:
         captions = sorted({caption for subject in self.subjects for caption in possible_captions(subject)} | {""})
         rows = self.sd.tokenizer(captions)  # warns of what is cut off, before the first step
-        parts = list(self.sd.text_encoder.modules())
-        moving = any(p.requires_grad for p in self.sd.text_encoder.parameters()) or any(part._forward_hooks for part in parts)
+        encoders = self.sd.text.encoders.values()
+        parts = [part for encoder in encoders for part in encoder.modules()]
+        moving = any(p.requires_grad for encoder in encoders for p in encoder.parameters()) or any(part._forward_hooks for part in parts)
         if not moving and rows.max() < self.sd.text_encoder.config.vocab_size:
-            encode = Contexts(self.sd, self.cache)
-            self.contexts = {caption: encode([caption])[0] for caption in captions}
+            kept = cached_texts(self.sd, self.cache, captions)
+            self.contexts = {caption: kept[i : i + 1] for i, caption in enumerate(captions)}
 
     def _all_pictures(self) -> list[Pictures]:
         return [pictures for subject in self.subjects for pictures in (subject.pictures, subject.prior) if pictures is not None]
@@ -159,7 +174,7 @@ class FinetuneTask:
     @property
     def networks(self) -> tuple[nn.Module, ...]:
         """Return the modules that the loss runs through."""
-        return (self.sd.unet,) if self.contexts is not None else (self.sd.unet, self.sd.text_encoder)
+        return (self.sd.unet,) if self.contexts is not None else (self.sd.unet, *self.sd.text.encoders.values())
 
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
         """Return AdamW over the groups."""
@@ -170,12 +185,17 @@ class FinetuneTask:
         sd, B = self.sd, len(sample_ids)
         batch, rngs = self._draw([rng_for(self.settings.seed, step, sample) for sample in sample_ids])
         noise = sample_noise(rngs, batch.latents.shape[1:], sd.config.schedule.timesteps, sd.device, self.data.offset_noise)
-        context = self._context(batch.captions).to(sd.dtype)
+        seeds = torch.tensor([int(rng.spawn(1)[0].integers(2**62)) for rng in rngs])  # beside the stream of the noise
+        for adapter in self.adapters:
+            set_row_seeds(adapter, seeds.to(sd.device))
+        told = self._encode(batch.captions).to(sd.device, sd.dtype)
+        if told.pooled is not None:  # such a U-Net is told the size of each picture too
+            told = replace(told, size=batch.sizes.to(sd.device))
         losses = diffusion_loss(
             lambda x_t, t, context: sd.unet(x_t.to(sd.dtype), t, context),
             sd.schedule,
             batch.latents,
-            context,
+            told,
             noise,
             mask=batch.mask,
             min_snr=self.data.min_snr,
@@ -207,12 +227,28 @@ class FinetuneTask:
         dropped = [rng.random() < self.data.caption_dropout for rng in rngs]
         return replace(batch, captions=tuple("" if drop else caption for drop, caption in zip(dropped, captions)))
 
-    def _context(self, captions: Sequence[str]) -> Float[Tensor, "B L D"]:
+    def _encode(self, captions: Sequence[str]) -> Conditioning:
         if self.contexts is not None:
-            return torch.stack([self.contexts[caption] for caption in captions])
-        return self.sd.text_encoder(self.sd.tokenizer(list(captions)).to(self.sd.device))
+            rows = [self.contexts[caption] for caption in captions]
+            return rows[0].with_tensors([torch.cat(kind) for kind in zip(*(row.tensors() for row in rows))])
+        return self.sd.text(captions, (self.sd.config.image_size, self.sd.config.image_size))
 
     # --- to look at ---------------------------------------------------------------------------------------------------
+
+    @property
+    def picture_count(self) -> int:
+        """Return how many pictures are learned from, class pictures left out."""
+        return sum(len(subject.pictures) for subject in self.subjects)
+
+    @property
+    def prompts(self) -> list[str]:
+        """Return what each subject is asked for by."""
+        return [(subject.templates or (subject.pictures.examples[0].caption,))[0] for subject in self.subjects]
+
+    def sheet(self, prompts: Sequence[str], *, count: int, steps: int) -> Sheet:
+        """Draw one row per prompt, the same seeds 0..count-1 every time."""
+        columns = [self.pictures(prompts, seed=seed, steps=steps) for seed in range(count)]
+        return Sheet(grid([column[row] for row in range(len(prompts)) for column in columns], columns=count))
 
     def pictures(self, prompts: Sequence[str], *, seed: int = 0, steps: int = 30) -> list[Image.Image]:
         """Generate a picture per prompt with the model as it is now, between two steps; all on the same seed, without dropout."""
@@ -227,8 +263,7 @@ class FinetuneTask:
 
 def possible_captions(subject: Subject) -> Iterable[str]:
     """Yield every caption that a sample may have, with the phrases of the size augmentation."""
-    own = subject.templates or tuple(example.caption for example in subject.pictures.examples)
-    for pictures, captions in ((subject.pictures, own), (subject.prior, ())):
+    for pictures, captions in ((subject.pictures, subject.templates), (subject.prior, ())):
         if pictures is not None:
             captions = captions or tuple(example.caption for example in pictures.examples)
             sizes = pictures.sizes
@@ -236,21 +271,75 @@ def possible_captions(subject: Subject) -> Iterable[str]:
             yield from (caption if sizes is None else sizes.with_phrase(caption, phrase) for caption in captions for phrase in phrases)
 
 
+@runtime_checkable
+class Phase(Task, Protocol):
+    """A phase of a method: a Task, a context manager in which it can be trained, and what the command line shows of it."""
+
+    name: str
+    settings: Settings
+    averages: Mapping[str, EMA]
+
+    @property
+    def groups(self) -> Sequence[Group]: ...
+
+    @property
+    def picture_count(self) -> int: ...
+
+    @property
+    def prompts(self) -> list[str]: ...
+
+    def prepare(self) -> Iterator[int]: ...
+
+    def sheet(self, prompts: Sequence[str], *, count: int, steps: int) -> Sheet: ...
+
+    def __enter__(self) -> "Phase": ...
+
+    def __exit__(self, *_) -> None: ...
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
-    """The phases of a method, and the adapters that are its result; without any, the result is the model's own weights."""
+    """The phases of a method, and what is its result; without any, the result is the model's own weights.
 
-    phases: tuple[FinetuneTask, ...]
+    trains_model: whether these are a result too, where there is another one.
+    """
+
+    phases: tuple[Phase, ...]
     lora: LoRA | None = None
     tokens: NewTokens | None = None
     custom_diffusion: CustomDiffusion | None = None
+    controlnet: Control | None = None
+    trains_model: bool = False
 
-    def run(self, device: torch.device, folder: Path | None = None) -> Generator[tuple[FinetuneTask, TrainStep], None, None]:
+    def run(self, device: torch.device, folder: Path | None = None) -> Generator[tuple[Phase, TrainStep], None, None]:
         """Train one phase after the other, a step an iteration, each with its state in folder/NAME.state; EMAs become the weights."""
-        for phase in self.phases:
+        for number, phase in enumerate(self.phases):
             with phase:
-                training = Training(phase, phase.settings, device, folder / f"{phase.name}.state" if folder is not None else None)
+                training = Training(phase, phase.settings, device, state_file(phase, folder))
+                if training.extended:
+                    self._check_later(phase, self.phases[number + 1 :], folder)
+                phase.averages = training.ema
                 for step in training.run():
                     yield phase, step
                 for name, ema in training.ema.items():
                     ema.copy_to(phase.modules[name])
+                phase.averages = {}
+
+    def _check_later(self, phase: Phase, later: Sequence[Phase], folder: Path | None) -> None:
+        """Raise ValueError if a later phase has begun on what this one had learned before it was given more steps."""
+        if begun := [one.name for one in later if (path := state_file(one, folder)) is not None and path.exists()]:
+            raise ValueError(f"{folder}: {begun[0]} was trained on {phase.name} as it was with fewer steps; choose another folder")
+
+
+@contextmanager
+def averaged(phase: Phase) -> Iterator[None]:
+    """Let a phase hold, within the block and between two steps, the weights that would be written if the run ended now."""
+    with ExitStack() as stack:
+        for name, ema in phase.averages.items():
+            stack.enter_context(ema.swapped_in(phase.modules[name]))
+        yield
+
+
+def state_file(phase: Phase, folder: Path | None) -> Path | None:
+    """Return the file with the state of a phase, None without a folder."""
+    return None if folder is None else folder / f"{phase.name}.state"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.method import Method
-from minidiff.trainers.methods.options import Concept, DataOptions, Family, LowRankOptions, Prior
+from minidiff.trainers.methods.options import Concept, Family, LowRankOptions, PhaseOptions
 
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion
@@ -20,18 +20,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAOptions:
-    """A LoRA on a folder with captions. prompt: of concepts that bring no captions, with {} for the concept's words."""
+class LoRAOptions(PhaseOptions):
+    """A LoRA on a folder with captions."""
 
-    settings: Settings
-    data: DataOptions = DataOptions()
     low_rank: LowRankOptions = LowRankOptions()
-    prior: Prior = Prior()
-    prompt: str = "a photo of a {}"
-
-    def phases(self) -> "tuple[LoRAOptions]":
-        """Return the only phase."""
-        return (self,)
 
     def highlights(self) -> tuple[str, ...]:
         """Return what --help says beyond steps and learning rate."""
@@ -43,6 +35,8 @@ STABLE_DIFFUSION = LoRAOptions(settings=Settings(steps=1500, batch=4, learning_r
 PRESETS: dict[Family, LoRAOptions] = {
     "sd1": STABLE_DIFFUSION,
     "sd2": STABLE_DIFFUSION,
+    # diffusers' train_text_to_image_lora_sdxl: constant, batches of 1
+    "sdxl": LoRAOptions(settings=Settings(steps=1500, batch=1, learning_rate=1e-4)),
     # tried on five held-out subjects in five pictures each, with 200 steps (minidiff evaluate study)
     "bundled": LoRAOptions(
         settings=Settings(steps=300, batch=4, learning_rate=2e-3), low_rank=LowRankOptions(rank=8, layers=("transformer",))
@@ -68,7 +62,7 @@ def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: LoRAOptio
     return TrainingRun((phase,), lora=adapter)
 
 
-FORMATS = {"diffusers": "the names of diffusers", "kohya": "those of the web interfaces"}
+FORMATS = {"kohya": "the names that the web interfaces read, and diffusers too", "diffusers": "those of diffusers alone"}
 METHOD = Method(
     summary="Train a LoRA: small changes beside chosen layers, from a folder of pictures with one caption for all or one for each.",
     presets=PRESETS,

@@ -2,7 +2,7 @@
 
 A new method is a file with four things, and a line in table.py; the command line needs nothing else:
 
-    @dataclass ... class MyOptions      its numbers; each field is a flag, each line under `Args:` the flag's help
+    @dataclass ... class MyOptions      its numbers, a PhaseOptions; each field is a flag, each line under `Args:` the flag's help
     PRESETS                             numbers that work, for each family of models
     build(sd, concepts, options, cache) -> TrainingRun of FinetuneTasks (finetune_task.py)
     METHOD = Method(...)
@@ -14,48 +14,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, runtime_checkable
 
-from minidiff.trainers.engine.settings import Settings
-from minidiff.trainers.methods.options import DataOptions, Family, Prior
+from minidiff.trainers.methods.options import Family, PhaseOptions
 
 if TYPE_CHECKING:
     from minidiff.trainers.methods.finetune_task import TrainingRun
 
 
 @runtime_checkable
-class PhaseOptions(Protocol):
-    """The options of one phase of a method: what FinetuneTask reads of them."""
-
-    @property
-    def settings(self) -> Settings: ...
-
-    @property
-    def data(self) -> DataOptions: ...
-
-    @property
-    def prior(self) -> Prior: ...
-
-    @property
-    def prompt(self) -> str:
-        """Return the caption of concepts that bring none, and of class pictures, with {} for the words."""
-        ...
-
-    def highlights(self) -> tuple[str, ...]:
-        """Return what --help says of a preset beyond steps and learning rate, as "rank 8"."""
-        ...
-
-
-@runtime_checkable
 class MethodOptions(Protocol):
-    """The options of a method: a dataclass, whose phases are trained one after the other. data, prior, prompt: of its class pictures."""
-
-    @property
-    def data(self) -> DataOptions: ...
-
-    @property
-    def prior(self) -> Prior: ...
-
-    @property
-    def prompt(self) -> str: ...
+    """The options of a method: a dataclass, whose phases are trained one after the other. Class pictures are the last one's."""
 
     def phases(self) -> tuple[PhaseOptions, ...]: ...
 
@@ -71,10 +38,11 @@ class Method(Generic[Numbers]):
         summary: what it does, a sentence or two for --help
         presets: numbers that work, for each family
         build: build(sd, concepts, options, cache=None) puts the run together, and raises ValueError for all that is wrong. The results in
-            its TrainingRun (lora, tokens, custom_diffusion, or none: the model itself) say which files are written
+            its TrainingRun (lora, tokens, custom_diffusion, controlnet, or none: the model itself) say which files are written
         formats: spellings of these files, and for whom each is; the first one is taken by default
         low_rank_presets: presets behind --low-rank, where the method can train a LoRA in place of the model's weights
         start_from: a kind of result, as "custom_diffusion", that training can add to; build then takes it as start_from=
+        needs_images: whether there is nothing to learn without a folder of pictures
     """
 
     summary: str
@@ -83,6 +51,7 @@ class Method(Generic[Numbers]):
     formats: Mapping[str, str] = field(default_factory=dict)
     low_rank_presets: Mapping[Family, Numbers] = field(default_factory=dict)
     start_from: str | None = None
+    needs_images: bool = True
 
     @property
     def options(self) -> type:

@@ -4,6 +4,7 @@
     DataOptions       what a sample is, and how its loss counts
     Prior             class pictures
     LowRankOptions    which layers a LoRA changes
+    PhaseOptions      all of one phase; the options of a method are a subclass
 
 The options of a method, and its presets for each family of models, are in the method's own file. Each field is a flag of
 `minidiff train METHOD`, and its line under `Args:` is the flag's help. Importing this costs nothing, so that --help appears at once.
@@ -14,16 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from minidiff.config import ModelConfig
+from minidiff.config import ModelConfig, check_choice
+from minidiff.trainers.engine.settings import Settings
 
-Family = Literal["sd1", "sd2", "bundled"]
+Family = Literal["sd1", "sd2", "sdxl", "bundled"]
 TemplateSet = Literal["photo", "scenes"]
 YesNo = Annotated[bool, "a flag with yes or no, for presets may have either"]
 
 
 def family_of(config: ModelConfig) -> Family:
     """Return the family whose presets fit a model, by the width of its context."""
-    families: dict[int, Family] = {768: "sd1", 1024: "sd2"}
+    families: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
     return families.get(config.unet.context_width, "bundled")
 
 
@@ -128,8 +130,7 @@ class Prior:
     min_similarity: float | None = None
 
     def __post_init__(self):
-        if self.kind not in ("none", "folder", "generated", "scenes", "near"):
-            raise ValueError(f"prior {self.kind!r} unknown; choose none, folder, generated, scenes, near")
+        check_choice("prior", self.kind, ("none", "folder", "generated", "scenes", "near"))
         if not self.weight > 0:
             raise ValueError(f"prior weight {self.weight}: it must be above 0; kind none leaves the prior out")
         if self.count < 1:
@@ -165,3 +166,24 @@ class LowRankOptions:
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {' and '.join(self.layers)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseOptions:
+    """The options of one phase of training, and of a method that has only one: what FinetuneTask reads of them.
+
+    prompt: the caption of concepts that bring none, and of class pictures, with {} for the words.
+    """
+
+    settings: Settings
+    data: DataOptions = DataOptions()
+    prior: Prior = Prior()
+    prompt: str = "a photo of a {}"
+
+    def phases(self) -> "tuple[PhaseOptions, ...]":
+        """Return the phases of the method: this one."""
+        return (self,)
+
+    def highlights(self) -> tuple[str, ...]:
+        """Return what --help says of a preset beyond steps and learning rate, as "rank 8"."""
+        return ()

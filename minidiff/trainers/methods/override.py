@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import reduce
 from typing import Any, TypeVar, get_args, get_type_hints
 
 Options = TypeVar("Options")
@@ -56,14 +57,7 @@ def documented(cls: type) -> dict[str, str]:
 
 def places(options: object) -> list[Flat]:
     """List the flat fields that these options have: those inside a part that is None are left out."""
-
-    def exists(flat: Flat) -> bool:
-        part = options
-        for name in flat.path[:-1]:
-            part = getattr(part, name)
-        return part is not None
-
-    return [flat for flat in flat_fields(type(options)) if exists(flat)]
+    return [flat for flat in flat_fields(type(options)) if reduce(getattr, flat.path[:-1], options) is not None]
 
 
 def override(options: Options, values: Mapping[str, object]) -> Options:

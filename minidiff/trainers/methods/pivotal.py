@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.lora import FORMATS, LoRAOptions
-from minidiff.trainers.methods.method import Method, PhaseOptions
-from minidiff.trainers.methods.options import Concept, DataOptions, Family, LowRankOptions, Prior
+from minidiff.trainers.methods.method import Method
+from minidiff.trainers.methods.options import Concept, Family, LowRankOptions, PhaseOptions
 from minidiff.trainers.methods.textual_inversion import TextualInversionOptions, make_tokens, templates_of, token_phase
 
 if TYPE_CHECKING:
@@ -39,21 +39,6 @@ class PivotalOptions:
     lora: LoRAOptions
     tokens: TextualInversionOptions
 
-    @property
-    def data(self) -> DataOptions:
-        """Return how the LoRA is shown its pictures."""
-        return self.lora.data
-
-    @property
-    def prior(self) -> Prior:
-        """Return the LoRA's class pictures; the word has none."""
-        return self.lora.prior
-
-    @property
-    def prompt(self) -> str:
-        """Return the caption of class pictures."""
-        return self.lora.prompt
-
     def phases(self) -> tuple[PhaseOptions, ...]:
         """Return the word's phase and the LoRA's."""
         return self.tokens, self.lora
@@ -70,6 +55,7 @@ STABLE_DIFFUSION = PivotalOptions(
 PRESETS: dict[Family, PivotalOptions] = {
     "sd1": STABLE_DIFFUSION,
     "sd2": STABLE_DIFFUSION,
+    "sdxl": STABLE_DIFFUSION,  # the same program, which had no other numbers for it
     # tried on five held-out subjects in five pictures each, with 200 steps (minidiff evaluate study)
     "bundled": PivotalOptions(
         tokens=TextualInversionOptions(settings=Settings(steps=150, batch=4, learning_rate=2e-2), template_set="scenes", vectors=2),

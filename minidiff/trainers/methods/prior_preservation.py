@@ -18,8 +18,7 @@ from minidiff.pipeline import StableDiffusion
 from minidiff.trainers.data.folder import Example, read_folder
 from minidiff.trainers.data.regularisation import Filled, class_pictures, near_examples, pooled_text, scene_pictures
 from minidiff.trainers.data.templates import fill_in
-from minidiff.trainers.methods.method import MethodOptions, PhaseOptions
-from minidiff.trainers.methods.options import Concept
+from minidiff.trainers.methods.options import Concept, PhaseOptions
 
 
 def prior_preservation_loss(losses: Float[Tensor, " N"], count: int, weight: float) -> Float[Tensor, ""]:
@@ -45,7 +44,7 @@ def class_folder(concept: Concept, missing: str) -> Path:
     return concept.class_images
 
 
-def fill_class_images(sd: StableDiffusion, concept: Concept, options: MethodOptions, seed: int = 0) -> Iterator[Filled]:
+def fill_class_images(sd: StableDiffusion, concept: Concept, options: PhaseOptions, seed: int = 0) -> Iterator[Filled]:
     """Fill the concept's folder of class pictures, some pictures an iteration, if the options' prior is one that is made.
 
     Args:

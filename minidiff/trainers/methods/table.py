@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from minidiff.trainers.methods import custom_diffusion, dreambooth, fine_tune, lora, pivotal, textual_inversion
+from minidiff.config import check_choice
+from minidiff.trainers.methods import controlnet, custom_diffusion, dreambooth, fine_tune, lora, pivotal, textual_inversion
 from minidiff.trainers.methods.method import Method
 
 METHODS: dict[str, Method[Any]] = {
@@ -12,18 +13,17 @@ METHODS: dict[str, Method[Any]] = {
     "pivotal-tuning": pivotal.METHOD,
     "custom-diffusion": custom_diffusion.METHOD,
     "fine-tune": fine_tune.METHOD,
+    "controlnet": controlnet.METHOD,
 }
 
 
 def preset(method: str, family: str) -> Any:
-    """Return the options of a method (their class depends on it) that fit a family of models: "sd1", "sd2" or "bundled".
+    """Return the options of a method (their class depends on it) that fit a family of models: "sd1", "sd2", "sdxl" or "bundled".
 
     "dreambooth-lora" is DreamBooth's with a LoRA. Raises ValueError for an unknown method or family.
     """
     presets: dict[str, dict[str, Any]] = {name: {**one.presets} for name, one in METHODS.items()}
     presets |= {f"{name}-lora": {**one.low_rank_presets} for name, one in METHODS.items() if one.low_rank_presets}
-    if method not in presets:
-        raise ValueError(f"method {method!r} unknown; choose {', '.join(presets)}")
-    if family not in presets[method]:
-        raise ValueError(f"family {family!r} unknown; choose {', '.join(presets[method])}")
+    check_choice("method", method, presets)
+    check_choice("family", family, presets[method])
     return presets[method][family]

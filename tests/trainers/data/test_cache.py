@@ -1,6 +1,7 @@
 """Kept latents and contexts are the fresh ones, are made once, and never outlive what they were made from."""
 
 import errno
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from minidiff.pictures import fit, load_picture
 from minidiff.trainers.data.augment import CODE_SIZES, SizeAugmentation
-from minidiff.trainers.data.cache import Cache, Contexts, Pictures
+from minidiff.trainers.data.cache import Cache, Pictures, cached_texts
 from minidiff.trainers.data.folder import Example
 from tests.small_models import small_model
 
@@ -145,7 +146,7 @@ def test_the_trainings_precision_does_not_reach_kept_latents(sd, examples):
     with torch.autocast("cpu", torch.bfloat16):
         mixed = Pictures(sd, examples, Cache(), size=SIZE).batch([0], rngs(1))
         assert torch.equal(mixed.latents, plain.latents)
-        assert torch.equal(Contexts(sd, Cache())(["a cat"]), sd_context(sd, "a cat"))
+        assert torch.equal(cached_texts(sd, Cache(), ["a cat"]).context, sd_context(sd, "a cat"))
 
 
 def sd_context(sd, caption):
@@ -178,23 +179,23 @@ def test_a_latent_that_is_not_finite_is_refused(sd, examples):
 
 
 def test_a_kept_context_is_the_fresh_one_and_is_made_once(sd, monkeypatch):
-    contexts = Contexts(sd, Cache())
+    contexts = partial(cached_texts, sd, Cache())
     calls = counted(sd.text_encoder, "forward", monkeypatch)
-    rows = contexts(["a cat", "a dog", "a cat"])
-    assert len(calls) == 2 and torch.equal(contexts(["a dog"])[0], rows[1]) and len(calls) == 2
+    rows = contexts(["a cat", "a dog", "a cat"]).context
+    assert len(calls) == 2 and torch.equal(contexts(["a dog"]).context[0], rows[1]) and len(calls) == 2
     # float32 in another batch: a few roundings
     torch.testing.assert_close(rows, sd.encode_prompts(["a cat", "a dog", "a cat"]), rtol=1e-4, atol=1e-5)
 
 
 def test_contexts_that_change_are_refused(sd, monkeypatch):
-    contexts = Contexts(sd, Cache())
+    contexts = partial(cached_texts, sd, Cache())
     contexts(["a cat"])
     hook = sd.text_encoder.blocks[0].attention.to_q.register_forward_hook(lambda module, args, output: output + 1)
     with pytest.raises(ValueError, match="the text encoder has an adapter on it"):
         contexts(["a cat"])
     hook.remove()
     contexts(["a cat"])
-    monkeypatch.setattr(sd, "tokenizer", sd.tokenizer.with_added({"<cat>": (sd.text_encoder.config.vocab_size,)}))
+    monkeypatch.setitem(sd.text.tokenizers, "text_encoder", sd.tokenizer.with_added({"<cat>": (sd.text_encoder.config.vocab_size,)}))
     with pytest.raises(ValueError, match="caption 'a <cat>' holds a new token, whose vector changes"):
         contexts(["a <cat>"])
 

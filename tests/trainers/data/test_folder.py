@@ -116,10 +116,34 @@ def test_sub_folders_are_passed_over_with_a_warning(folder):
         assert len(read_folder(folder, size=32, caption="x")) == 3
 
 
-def test_pictures_of_other_formats_are_passed_over_with_a_warning(folder):
+@pytest.mark.parametrize("name", ["x.jfif", "x.jpe", "x.ppm", "x.tga", "x.jp2", "x.gif", "x.tif", "no ending"])
+def test_a_picture_is_known_by_what_is_in_it(folder, name):
+    format = {"": "PNG", ".jfif": "JPEG", ".jpe": "JPEG", ".jp2": "JPEG2000", ".tif": "TIFF"}.get((folder / name).suffix)
+    noise(48, 48).save(folder / name, format=format)
+    assert name in [example.path.name for example in read_folder(folder, size=32, caption="x")]
+
+
+def test_every_other_entry_is_named(folder):
     (folder / "phone.HEIC").write_bytes(b"x")
-    with pytest.warns(UserWarning, match=r"of formats that are not read: phone\.HEIC; save them as \.png"):
+    (folder / "x.jxl").write_bytes(b"\xff\x0a")
+    (folder / "x.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # Pillow would run a program for it
+    (folder / "link.png").symlink_to(folder / "nowhere.png")
+    (folder / "notes").write_text("hello")
+    with pytest.warns(UserWarning, match=r"not read, .*: link\.png \(a link to nothing\), .*phone\.HEIC, x\.eps, x\.jxl; save pictures"):
         assert len(read_folder(folder, size=32, caption="x")) == 3
+
+
+def test_captions_that_are_there_and_not_read_are_said(folder):
+    (folder / "a.txt").write_text("an apple")
+    with pytest.warns(UserWarning, match=r"its captions \(NAME\.txt\) are not read, for one is given; --captions reads them"):
+        read_folder(folder, size=32, caption="x")
+
+
+def test_a_small_file_that_asks_for_gigabytes_is_refused(folder):
+    Image.new("1", (9000, 9000)).save(folder / "bomb.png")
+    assert (folder / "bomb.png").stat().st_size < 20_000
+    with pytest.raises(ValueError, match=r"bomb\.png: .*9000 x 9000 pixels; at most 64 megapixels are read"):
+        read_folder(folder, size=32, caption="x")
 
 
 def test_two_concepts_in_one_folder_are_refused(tmp_path):

@@ -10,9 +10,9 @@ from PIL import Image
 
 from minidiff.pipeline import StableDiffusion
 from minidiff.scenes.scenes import sample_scene
-from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.data.folder import Example, read_folder
 from minidiff.trainers.data.regularisation import Filled, class_pictures, near_examples, nearest, pooled_text, scene_pictures
+from minidiff.two_encoders import text_side
 from tests.small_models import small_model
 
 
@@ -90,7 +90,7 @@ def test_pooled_text_is_the_output_at_the_end_token_or_the_mean_of_what_follows_
 
 def test_padding_with_another_token_changes_no_feature(sd):
     zero = replace(sd.config.tokenizer, padding="zero")
-    other = StableDiffusion(sd.config, sd.text_encoder, sd.unet, sd.vae, Tokenizer(zero))
+    other = StableDiffusion(sd.config, text_side(replace(sd.config, tokenizer=zero), sd.text.encoders), sd.unet, sd.vae)
     assert torch.equal(pooled_text(sd, ["a cat", "a red dog"]), pooled_text(other, ["a cat", "a red dog"]))
 
 

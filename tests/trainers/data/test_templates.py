@@ -7,7 +7,7 @@ from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
 from minidiff.scenes.art import COLOURS, STYLES
 from minidiff.scenes.scenes import Item, caption_of
-from minidiff.trainers.data.templates import OBJECT, SCENE_STYLE, STYLE, scene_templates
+from minidiff.trainers.data.templates import OBJECT, SCENE_STYLE, STYLE, fill_in, scene_templates
 
 
 def test_the_object_templates_are_27_of_which_clips_own_list_has_all_but_one():
@@ -47,3 +47,8 @@ def test_a_colour_or_size_that_the_bundled_model_does_not_know_is_refused():
         scene_templates(background="teal")
     with pytest.raises(ValueError, match="size 'tiny' unknown; choose small, large"):
         scene_templates(size="tiny")
+
+
+def test_a_hole_in_the_phrase_is_no_hole():
+    assert fill_in("a {} and a {}, {}", "{} apple") == "a {} apple and a {} apple, {} apple"
+    assert fill_in("a {} on a {}", "apple") == "an apple on an apple"

@@ -1,5 +1,6 @@
 """Several processes: what they average, and that one alone does nothing."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,22 @@ def test_processes_that_begin_at_different_steps_are_refused(tmp_path):
             Training(SmallTask(), small_settings(), CPU, tmp_path / f"{distributed.rank()}.pt")
 
     assert together(2, run) == [0, 0]
+
+
+@pytest.mark.forks
+def test_a_process_that_has_lost_another_says_so_in_one_line():
+    def run():
+        if distributed.rank() == 1:
+            os._exit(7)
+        p = nn.Parameter(torch.ones(2))
+        p.grad = torch.ones(2)
+        with pytest.raises(ConnectionError, match="process 0 of 2 has lost another one, which has ended; start all again") as error:
+            for _ in range(3):
+                distributed.average_gradients([p], torch.tensor(1.0))
+        assert "\n" not in str(error.value)
+        distributed.destroy_distributed()
+
+    assert together(2, run) == [0, 7]
 
 
 @pytest.mark.slow

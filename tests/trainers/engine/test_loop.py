@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minidiff.trainers.engine import loop
-from minidiff.trainers.engine.loop import Training, randn_per_sample, rng_for, train
+from minidiff.trainers.engine.loop import LossWatch, Training, randn_per_sample, rng_for, train
 from minidiff.trainers.engine.optimizer import learning_rate
 from tests.small_task import CPU, SmallTask, forked, small_settings, together
 
@@ -189,11 +189,11 @@ def test_how_a_batch_is_made_and_how_often_saved_may_change_between(tmp_path):
 
 def test_weights_that_are_not_finite_do_not_replace_a_good_state(tmp_path):
     path, task = tmp_path / "state.pt", SmallTask()
-    walk = train(task, small_settings(), CPU, path)
-    for _ in range(4):
+    training = Training(task, small_settings(), CPU, path)
+    walk = training.run()
+    for _ in range(5):
         next(walk)
-    with torch.no_grad():
-        task.net[0].weight[0, 0] = torch.nan
+    training.optimizers[0].state[task.net[0].weight]["exp_avg"].fill_(torch.nan)  # the loss of the next step is finite, its weights are not
     with pytest.raises(ValueError, match="is not finite after step 6, the state of step 3 is kept: lower the learning rate"):
         list(walk)
     assert torch.load(path, weights_only=True)["i"] == 3
@@ -296,3 +296,67 @@ def test_compiled_networks_learn_the_same():
     a, b = finished(small_settings(compile=True)), finished(small_settings())
     torch.testing.assert_close(weights(a), weights(b), rtol=1e-3, atol=1e-4)  # ten AdamW steps after other rounding
     assert a.task.net._compiled_call_impl is None
+
+
+# --- a loss that is not finite, and more steps ------------------------------------------------------------------------
+
+
+class Diverging(SmallTask):
+    """Its loss is NaN, or infinite, from a step on."""
+
+    def __init__(self, step, factor=float("nan")):
+        super().__init__()
+        self.step, self.factor = step, factor
+
+    def loss(self, step, samples):
+        return super().loss(step, samples) * (self.factor if step >= self.step else 1)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_run_stops_at_the_first_loss_that_is_not_finite(tmp_path, factor):
+    training = Training(Diverging(4, factor), small_settings(), CPU, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step 5: .*lower the learning rate \(0\.0\d+\)"):
+        list(training.run())
+    assert training.done == 4 and all(p.isfinite().all() for p in training.weights.values())
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["i"] == 3  # what was saved before stays
+
+
+def test_a_loss_that_a_gpu_gives_later_is_looked_at_later_without_waiting():
+    class Event:
+        ready = False
+
+        def query(self):
+            return self.ready
+
+        def synchronize(self):
+            self.ready = True
+
+    watch, event = LossWatch(), Event()
+    watch.waiting.append((3, 0.1, torch.tensor(float("nan")), event))
+    watch.check()  # the GPU is still at it
+    watch.add(4, torch.tensor(1.0), 0.1)
+    assert len(watch.waiting) == 2
+    with pytest.raises(ValueError, match="at step 3"):
+        watch.check(wait=True)
+    assert event.ready and not watch.waiting
+
+
+def test_a_finished_run_may_be_given_more_steps_and_ends_as_a_longer_one(tmp_path):
+    constant = {"schedule": "constant", "save_every": 100}
+    finished(small_settings(steps=6, **constant), tmp_path / "state.pt")
+    longer = Training(SmallTask(), small_settings(steps=9, **constant), CPU, tmp_path / "state.pt")
+    assert longer.extended and [step.done for step in longer.run()] == [7, 8, 9]
+    assert_same_state(longer.state_dict(), finished(small_settings(steps=9, **constant)).state_dict())
+    with pytest.raises(ValueError, match=r"holds another run \(steps 9, now 5"):
+        Training(SmallTask(), small_settings(steps=5, **constant), CPU, tmp_path / "state.pt")
+
+
+def test_an_unfinished_run_keeps_its_number_of_steps_and_a_schedule_that_depends_on_it_is_said(tmp_path):
+    walk = train(SmallTask(), small_settings(steps=6), CPU, tmp_path / "state.pt")
+    next(walk)
+    walk.close()
+    with pytest.raises(ValueError, match=r"holds another run \(steps 6, now 9"):
+        Training(SmallTask(), small_settings(steps=9), CPU, tmp_path / "state.pt")
+    finished(small_settings(steps=6), tmp_path / "state.pt")
+    with pytest.warns(UserWarning, match="the learning rate goes on as in a run of 9 steps"):
+        Training(SmallTask(), small_settings(steps=9), CPU, tmp_path / "state.pt")

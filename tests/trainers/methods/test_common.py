@@ -15,6 +15,7 @@ from minidiff.trainers.data.augment import PAPER_SIZES
 from minidiff.trainers.data.folder import read_folder
 from minidiff.trainers.data.templates import fill_in
 from minidiff.trainers.methods import custom_diffusion, dreambooth, fine_tune, lora, pivotal, textual_inversion
+from minidiff.trainers.methods.common import names_token
 from minidiff.trainers.methods.custom_diffusion import CustomDiffusionOptions, make_rare_tokens, size_augmentation
 from minidiff.trainers.methods.dreambooth import DreamBoothOptions
 from minidiff.trainers.methods.fine_tune import FineTuneOptions
@@ -405,3 +406,21 @@ def test_pivotal_with_several_concepts_has_a_word_for_each(tmp_path):
     assert method.phases[1].subjects[1].templates[0] == "a <dog>"
     method = pivotal.build(small_model(), concepts, dataclasses.replace(options, lora=dataclasses.replace(options.lora, prior=FOLDER)))
     assert {example.caption for example in method.phases[1].subjects[1].prior.examples} == {"a photo of a dog"}
+
+
+def test_a_caption_names_a_token_by_the_tokenizers_words():
+    tokenizer = small_model().tokenizer
+    for caption, token, named in (
+        ("many tasks", "sks", False),
+        ("a photo of sks, sitting", "sks", True),
+        ("a SKS cat", "sks", True),
+        ("a <cat>", "<cat>", True),
+        ("a(<cat>)", "<cat>", True),
+        ("a <cats>", "<cat>", False),
+        ("cats and dogs", "cat", False),
+        ("the red cat", "red cat", True),
+        ("red, cat", "red cat", False),
+    ):
+        assert names_token(tokenizer, caption, token) == named, (caption, token)
+    both = tokenizer.with_added({"<cat>": (9999,)})
+    assert names_token(both, "a <cat>", "<cat>") and not names_token(both, "a cat", "<cat>")

@@ -5,17 +5,20 @@ import dataclasses
 import pytest
 import torch
 
+from minidiff.adapters.dropout import SampleDropout
 from minidiff.adapters.lora import PATTERNS, create_lora
 from minidiff.trainers.data.cache import Cache, Pictures
 from minidiff.trainers.data.folder import Example, read_folder
 from minidiff.trainers.engine import loop
+from minidiff.trainers.engine.gradient_checkpointing import with_checkpointing
 from minidiff.trainers.engine.loop import Training, randn_per_sample, rng_for, train
 from minidiff.trainers.engine.memory import estimate_memory
-from minidiff.trainers.methods import custom_diffusion
+from minidiff.trainers.methods import custom_diffusion, lora, pivotal
 from minidiff.trainers.methods.custom_diffusion import CustomDiffusionOptions
-from minidiff.trainers.methods.finetune_task import FinetuneTask, Group, Subject, possible_captions
+from minidiff.trainers.methods.finetune_task import FinetuneTask, Group, Subject, averaged, possible_captions
 from minidiff.trainers.methods.lora import LoRAOptions
-from minidiff.trainers.methods.options import DataOptions, Prior
+from minidiff.trainers.methods.options import DataOptions, LowRankOptions, Prior
+from minidiff.trainers.methods.textual_inversion import TextualInversionOptions
 from tests.small_concepts import FOLDER, picture_folder, quick, small_concept, small_methods
 from tests.small_models import small_model
 from tests.small_task import CPU
@@ -226,3 +229,59 @@ def test_class_pictures_are_given_for_all_subjects_or_none(tmp_path):
     with_prior, without = (task_of(sd, tmp_path, prior=prior).subjects[0] for prior in (True, False))
     with pytest.raises(ValueError, match="class pictures for some of the concepts"):
         FinetuneTask(sd, "x", [with_prior, without], LoRAOptions(settings=quick()), modules={}, adapters=[], groups=[])
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_dropout_is_drawn_for_each_sample_so_that_parts_of_a_batch_give_its_mean(tmp_path, prior):
+    def losses(*parts, checkpointing=False):
+        task = task_of(small_model(), tmp_path, prior=prior)
+        for low in task.modules["lora"].layers.values():
+            low.dropout = SampleDropout(0.5)
+            torch.nn.init.constant_(low.up.weight, 0.1)
+        with task, with_checkpointing(task.networks, checkpointing):
+            loss = torch.stack([task.loss(3, part) for part in parts]).mean()
+            loss.backward()
+            gradient = torch.cat([p.grad.flatten() for p in task.modules["lora"].parameters()])
+        return loss.detach(), gradient
+
+    whole, parts, twice = losses(range(4)), losses(range(2), range(2, 4)), losses(range(4), checkpointing=True)
+    for (loss, gradient), other in ((whole, parts), (whole, twice)):
+        # float32 sums in another order
+        torch.testing.assert_close(other[0], loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(other[1], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+    plain = task_of(small_model(), tmp_path, prior=prior)
+    with plain:
+        assert not torch.isclose(plain.loss(3, range(4)), whole[0], rtol=1e-5)
+
+
+def test_what_is_shown_is_the_average_that_will_be_written(tmp_path):
+    sd = small_model()
+    options = LoRAOptions(settings=quick(steps=3, ema_decay=0.9, learning_rate=0.3), low_rank=LowRankOptions(rank=2))
+    training = lora.build(sd, [small_concept(tmp_path)], options)
+    for phase, step in training.run(CPU):
+        raw = phase.pictures(["a cat"], steps=2)[0]
+        with averaged(phase):
+            shown = phase.pictures(["a cat"], steps=2)[0]
+            mean = {name: p.detach().clone() for name, p in training.lora.named_parameters()}
+        if step.done > 1:
+            assert shown.tobytes() != raw.tobytes()
+    assert all(torch.equal(mean[name], p) for name, p in training.lora.named_parameters())
+    training.lora.attach(sd)
+    assert sd.generate(["a cat"], seed=0, steps=2)[0].tobytes() == shown.tobytes()
+
+
+def test_a_first_phase_is_not_lengthened_under_a_second_one(tmp_path):
+    words = TextualInversionOptions(settings=quick(steps=2))
+    second = LoRAOptions(settings=quick(steps=2), low_rank=LowRankOptions(rank=2))
+    concepts = [small_concept(tmp_path)]
+
+    def run(options):
+        return list(pivotal.build(small_model(), concepts, options).run(CPU, tmp_path / "run"))
+
+    (tmp_path / "run").mkdir()
+    run(pivotal.PivotalOptions(tokens=words, lora=second))
+    longer = dataclasses.replace(words, settings=quick(steps=3))
+    with pytest.raises(ValueError, match="lora was trained on tokens as it was with fewer steps; choose another folder"):
+        run(pivotal.PivotalOptions(tokens=longer, lora=second))
+    steps = run(pivotal.PivotalOptions(tokens=words, lora=dataclasses.replace(second, settings=quick(steps=4))))
+    assert [step.done for _, step in steps] == [3, 4]

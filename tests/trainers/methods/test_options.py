@@ -30,7 +30,7 @@ def test_every_method_has_numbers_for_every_family():
     for method in [*METHODS, "dreambooth-lora"]:
         assert type(preset(method, "sd1")) is type(preset(method, "sd2")) is type(preset(method, "bundled"))
         assert isinstance(preset(method, "bundled"), MethodOptions)
-        assert re.match(r"\d+ steps of \d samples?, learning rate ", describe(preset(method, "bundled")))
+        assert re.match(r"\d+ steps of \d+ samples?, learning rate ", describe(preset(method, "bundled")))
 
 
 def test_the_published_rates_are_kept():
@@ -49,8 +49,8 @@ def test_the_published_rates_are_kept():
 def test_unknown_methods_and_families_are_named():
     with pytest.raises(ValueError, match="method 'lorra' unknown; choose lora, dreambooth"):
         preset("lorra", "sd1")
-    with pytest.raises(ValueError, match="family 'sdxl' unknown; choose sd1, sd2, bundled"):
-        preset("lora", "sdxl")
+    with pytest.raises(ValueError, match="family 'sd3' unknown; choose sd1, sd2, sdxl, bundled"):
+        preset("lora", "sd3")
 
 
 def test_a_learning_rate_of_nothing_is_refused():
@@ -88,7 +88,7 @@ def test_a_flat_name_is_set_wherever_options_have_it_and_innermost_first():
     tokens, lora = pivotal.phases()
     assert (tokens.settings.steps, lora.settings.steps, tokens.settings.seed, lora.settings.seed) == (5, 7, 3, 3)
     assert (tokens.settings.schedule, lora.settings.schedule) == ("constant", "cosine")
-    assert lora.prior.kind == pivotal.prior.kind == "folder" and lora.prior.steps == Prior().steps
+    assert lora.prior.kind == pivotal.lora.prior.kind == "folder" and lora.prior.steps == Prior().steps
     plain, low = (override(preset(name, "sd1"), {"text_encoder": True, "rank": 9}) for name in ("dreambooth", "dreambooth-lora"))
     assert plain.text_encoder and plain.low_rank is None
     assert not low.text_encoder and low.low_rank == LowRankOptions(rank=9, text_encoder=True)

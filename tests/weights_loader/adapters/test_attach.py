@@ -58,7 +58,7 @@ def test_a_model_with_files_of_every_kind_computes_with_the_changed_weights(fold
         torch.testing.assert_close(answer(sd, prompt), answer(changed, prompt), **TOLERANCE[torch.float32])
     with_word = weights_loader.load(folder / "model.safetensors", embeddings=folder / "word.safetensors")
     assert (answer(sd) - answer(with_word)).abs().max() > 0.3
-    assert [str(one).split(" /")[0] for one in sd.adapters] == ["embedding", "Custom Diffusion", "LoRA", "LoRA at 0.5"]
+    assert [one.title.split(" /")[0] for one in sd.attached] == ["embedding", "<new2>", "Custom Diffusion", "LoRA", "LoRA at 0.5"]
 
 
 def test_what_is_attached_is_taken_off_bit_for_bit(folder):
@@ -67,8 +67,8 @@ def test_what_is_attached_is_taken_off_bit_for_bit(folder):
     files = {"lora": [(folder / "a.safetensors", -2.0)], "embeddings": [(folder / "word.safetensors", "<cat>")]}
     attach(sd, **files, custom_diffusion=folder / "delta.safetensors")
     assert not torch.equal(answer(sd, "a cat"), before)
-    for one in reversed(sd.adapters):
-        one.adapter.detach()
+    for one in reversed(sd.attached):
+        one.detach()
     assert torch.equal(answer(sd, "a cat"), before)
     assert_same_model(sd, small_model())
 
@@ -78,7 +78,7 @@ def test_a_model_is_saved_without_what_is_attached_and_that_is_said(folder, tmp_
     with pytest.warns(UserWarning, match="the model without what is attached to it .LoRA at 0.5 .*a.safetensors.; merge that"):
         weights_loader.save(sd, tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    sd.adapters[0].adapter.detach()
+    sd.attached[0].detach()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is attached any more
         weights_loader.save(sd, tmp_path / "model.safetensors")
@@ -91,7 +91,7 @@ def test_if_one_file_does_not_fit_none_is_attached(folder, tmp_path):
     for files in ({"lora": folder / "word.safetensors"}, {"embeddings": [folder / "word.safetensors", tmp_path / "again.safetensors"]}):
         with pytest.raises(ValueError, match=r"(word|again).safetensors: "):
             attach(sd, **({"embeddings": folder / "word.safetensors"} | files))
-        assert sd.adapters == [] and torch.equal(answer(sd, "a cat"), before)
+        assert sd.attached == [] and torch.equal(answer(sd, "a cat"), before)
         assert torch.equal(sd.tokenizer(["a <new1>"]), small_model().tokenizer(["a <new1>"]))
 
 

@@ -218,3 +218,18 @@ def test_writing_says_what_it_cannot(sd, tmp_path):
         with pytest.raises(ValueError, match=message):
             write_custom_diffusion(tmp_path / name, one, sd, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_word_whose_file_was_renamed_is_found_by_what_is_in_it_and_the_rest_is_named(tmp_path):
+    sd = family_model("SD 1")
+    delta = random_delta(sd)
+    write_custom_diffusion(tmp_path / "folder", delta, sd)
+    (tmp_path / "folder/<new1>.safetensors").rename(tmp_path / "folder/new1.safetensors")
+    (tmp_path / "folder/optimizer.bin").write_bytes(b"not a pickle")
+    with pytest.warns(UserWarning, match=r"optimizer.bin beside the Custom Diffusion is left out: truncated download"):
+        read = read_custom_diffusion(tmp_path / "folder", sd)
+    assert set(read.tokens.rows) == set(delta.tokens.rows) == {"<new1>", "<new2>"}
+    assert all(torch.equal(read.tokens.rows[word], rows) for word, rows in delta.tokens.rows.items())
+    (tmp_path / "folder/optimizer.bin").unlink()
+    weights_loader.attach(sd, custom_diffusion=tmp_path / "folder")
+    assert "adds the words <new2> (1 vector), <new1> (1 vector)" in sd.notes[-1]

@@ -8,7 +8,7 @@ import weights_loader
 from minidiff.adapters.tokens import NewTokens
 from tests.checkpoints import family_model, ldm_tensors
 from tests.parity.check import largest_error
-from weights_loader.adapters.embedding import read_embedding, write_embedding
+from weights_loader.adapters.embedding import parse_named, read_embedding, write_embedding
 from weights_loader.read import read
 from weights_loader.write import write_safetensors
 
@@ -94,18 +94,24 @@ def test_a_word_can_be_given_another_name(sd, tmp_path):
 
 def test_another_width_names_both_and_the_likely_model(sd, tmp_path):
     write_safetensors(tmp_path / "x.safetensors", {"<cat>": vectors(1, 1024)})
-    with pytest.raises(ValueError, match=r"x.safetensors: .*'<cat>' are 1024 wide, made for Stable Diffusion 2.x; .* encoder's are 16"):
+    with pytest.raises(
+        ValueError,
+        match=r"x.safetensors: .*'<cat>' are 1024 wide, made for Stable Diffusion 2.x; those of this one, a Stable Diffusion of its own size, are 16",
+    ):
         read_embedding(tmp_path / "x.safetensors", sd)
 
 
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({"clip_l": vectors(1, 768), "clip_g": vectors(1, 1280)}, "an embedding for Stable Diffusion XL"),
+        ({"clip_l": vectors(1, 768), "clip_g": vectors(1, 1280)}, ".* are 2048 wide, made for Stable Diffusion XL"),
+        ({"clip_g": vectors(1, 1280)}, "an embedding for Stable Diffusion XL has clip_l and clip_g; this one has clip_g"),
+        ({"clip_l": vectors(1, 768), "clip_g": vectors(2, 1280)}, "1 vectors in clip_l and 2 in clip_g"),
         ({"emb_params": vectors(), "bias": vectors()}, "beside emb_params it holds bias; expected one word alone"),
-        ({"<cat>": torch.zeros(2, 16, 1)}, "given as an embedding, but it is"),
-        ({"<cat>": torch.zeros(2, 16, dtype=torch.int64)}, "given as an embedding, but it is"),
-        ({"<cat>": torch.zeros(0, 16)}, "given as an embedding, but it is"),
+        ({"<cat>": torch.zeros(2, 16, 1)}, r"'<cat>' is torch.float32 of shape \(2, 16, 1\); expected vectors"),
+        ({"<cat>": torch.zeros(2, 16, dtype=torch.int64)}, r"'<cat>' is torch.int64 of shape \(2, 16\); expected vectors"),
+        ({"emb_params": torch.zeros(0, 16)}, r"'emb_params' is torch.float32 of shape \(0, 16\); expected vectors"),
+        ({f"encoder.mid.block_1.conv{i}.weight": torch.zeros(2, 16) for i in range(4)}, "given as an embedding, but it is a VAE alone"),
         ({"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": vectors()}, "given as an embedding, but it is a LoRA.*--lora"),
     ],
 )
@@ -123,7 +129,7 @@ def test_a_whole_model_given_as_an_embedding_is_named(sd, tmp_path):
 
 def test_writing_says_what_it_cannot(tmp_path):
     one, two = NewTokens({"<a>": vectors()}), NewTokens({"<a>": vectors(), "<b>": vectors()})
-    with pytest.raises(ValueError, match="form 'kohya' unknown; choose diffusers or a1111"):
+    with pytest.raises(ValueError, match="form 'kohya' unknown; choose diffusers, a1111"):
         write_embedding(tmp_path / "x.safetensors", one, "kohya")
     with pytest.raises(ValueError, match="for diffusers is written as .safetensors or .bin"):
         write_embedding(tmp_path / "x.pt", one)
@@ -132,3 +138,47 @@ def test_writing_says_what_it_cannot(tmp_path):
     with pytest.raises(ValueError, match="x.bin: settings are kept in .safetensors only"):
         write_embedding(tmp_path / "x.bin", one, settings={"steps": 3})
     assert not list(tmp_path.iterdir())
+
+
+def test_the_pickle_of_the_authors_of_textual_inversion_is_read(sd, tmp_path):
+    saved = {
+        "string_to_token": {"*": torch.tensor(265)},
+        "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(vectors(2))}),
+    }
+    torch.save(saved, tmp_path / "my cat.pt")
+    assert_rows(read_embedding(tmp_path / "my cat.pt", sd), {"my cat": vectors(2)})
+    assert_rows(read_embedding(tmp_path / "my cat.pt", sd, "<cat>"), {"<cat>": vectors(2)})
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("cat.pt", ("cat.pt", None)),
+        ("cat.pt:<cat>", ("cat.pt", "<cat>")),
+        ("a/b.SAFETENSORS:my:cat", ("a/b.SAFETENSORS", "my:cat")),
+        (r"C:\\words\\cat.bin", (r"C:\\words\\cat.bin", None)),
+        (r"C:\\words\\cat.bin:<cat>", (r"C:\\words\\cat.bin", "<cat>")),
+        ("folder:<cat>", ("folder:<cat>", None)),  # nothing of that name is there
+    ],
+)
+def test_a_word_stands_behind_the_file(text, expected):
+    assert parse_named(text) == expected
+
+
+def test_files_whose_names_have_a_colon_are_those_files(tmp_path):
+    (tmp_path / "cat.pt:x").touch()
+    (tmp_path / "noending").touch()
+    assert parse_named(str(tmp_path / "cat.pt:x")) == (str(tmp_path / "cat.pt:x"), None)
+    assert parse_named(f"{tmp_path}/noending:<cat>") == (f"{tmp_path}/noending", "<cat>")
+
+
+@pytest.mark.parametrize("word", ["*", "cat"])
+def test_a_word_that_cannot_be_added_is_given_another_one(word, sd, tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", {word: vectors(1)})
+    with pytest.raises(ValueError, match=r"x.safetensors: placeholder .* .--embedding FILE:WORD. gives it another word"):
+        weights_loader.attach(sd, embeddings=tmp_path / "x.safetensors")
+    weights_loader.attach(sd, embeddings=[(tmp_path / "x.safetensors", "<other>")])
+    try:
+        assert sd.notes[-1] == f"{tmp_path / 'x.safetensors'} adds the word <other> (1 vector)"
+    finally:
+        sd.attached[-1].detach()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 
 import weights_loader
 from minidiff.adapters.layer_change import LayerChange
@@ -18,7 +19,10 @@ from tests.small_files import random_lora, weight_of
 from tests.small_models import small_model
 from weights_loader.adapters import lora as lora_files
 from weights_loader.adapters.lora import pack, parse_weighted, read_lora, write_lora
-from weights_loader.adapters.lora_file import Dialect, parse_factors
+from weights_loader.adapters.lora_file import Dialect, named_halves, parse_factors
+from weights_loader.families import part_names
+from weights_loader.families.shared import UNET_PREFIX
+from weights_loader.name_table import name_table
 from weights_loader.read import read
 from weights_loader.write import write_safetensors
 
@@ -61,7 +65,7 @@ def outputs(unet, text_encoder, sd):
 
 @pytest.mark.parametrize("names", NAMES)
 def test_a_lora_on_every_layer_is_read_back_bit_for_bit(names, sd, tmp_path):
-    lora = random_lora(sd)
+    lora = random_lora(sd) if names == "kohya" else random_lora(sd, "", (2,), (2.0,))
     assert {weight_of(sd, name).dim() for name in lora.layers} == {2, 4}, "convolutions too"
     write_lora(tmp_path / "x.safetensors", lora, sd, names)
     assert_same(read_lora(tmp_path / "x.safetensors", sd), lora)
@@ -69,8 +73,9 @@ def test_a_lora_on_every_layer_is_read_back_bit_for_bit(names, sd, tmp_path):
 
 def test_the_same_lora_gives_the_same_bytes(sd, tmp_path):
     for name in ("a", "b"):
-        write_lora(tmp_path / f"{name}.safetensors", random_lora(sd, ATTENTION), sd, settings={"steps": 3, "images": ["a.png"]})
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+        (tmp_path / name).mkdir()
+        write_lora(tmp_path / name / "x.safetensors", random_lora(sd, ATTENTION), sd, settings={"steps": 3, "images": ["a.png"]})
+    assert (tmp_path / "a" / "x.safetensors").read_bytes() == (tmp_path / "b" / "x.safetensors").read_bytes()
 
 
 def test_names_are_those_that_other_programs_look_for(tmp_path):
@@ -90,6 +95,20 @@ def test_names_are_those_that_other_programs_look_for(tmp_path):
         "lora_unet_down_blocks_2_resnets_0_conv1.lora_up.weight",
         "lora_te_text_model_encoder_layers_1_self_attn_q_proj.alpha",
     } <= keys["kohya"]
+
+
+def test_names_whose_readers_lose_an_alpha_are_refused_for_one_that_is_not_the_rank(sd, tmp_path):
+    lora = random_lora(sd, ATTENTION, (4,), (1.0,))
+    with pytest.raises(ValueError, match=r"names 'diffusers': most programs .* (\d+) layers .* rank 4, alpha 1\); take the names 'kohya'"):
+        write_lora(tmp_path / "x.safetensors", lora, sd, "diffusers")
+    assert not list(tmp_path.iterdir())
+    write_lora(tmp_path / "x.safetensors", lora, sd)  # kohya's by default, with an alpha in each layer
+    assert all(
+        f"{name.removesuffix('.lora_up.weight')}.alpha" in read(tmp_path / "x.safetensors").tensors
+        for name in read(tmp_path / "x.safetensors").tensors
+        if name.endswith("lora_up.weight")
+    )
+    write_lora(tmp_path / "y.safetensors", random_lora(sd, ATTENTION, (4,), (4.0,)), sd, "diffusers")
 
 
 def test_settings_are_kept_as_json(sd, tmp_path):
@@ -122,7 +141,7 @@ def test_half_precision_files_are_read_as_float32(sd, tmp_path):
 def test_diffusers_gives_the_same_with_our_file(names, ranks, alphas, sd, pipe, tmp_path):
     before = outputs(sd.unet, sd.text_encoder, sd)
     lora = random_lora(sd, "", ranks, alphas)
-    write_lora(tmp_path / "x.safetensors", lora, sd, names)
+    write_safetensors(tmp_path / "x.safetensors", *pack(lora, sd, names))
     lora.attach(sd)
     pipe.load_lora_weights(tmp_path, weight_name="x.safetensors")
     try:
@@ -225,18 +244,78 @@ def test_an_alpha_that_is_missing_or_nought_is_the_rank(alpha, sd, tmp_path):
     assert {one.alpha for one in read_lora(tmp_path / "x.safetensors", sd).layers.values()} == {3}
 
 
+@pytest.mark.parametrize("names", ["kohya", "comfy"])
+def test_layers_with_the_originals_numbers_are_read(names, sd, tmp_path):
+    lora = random_lora(sd, r"^unet\.", (4,), (2.0,))
+    places = name_table(sd.unet, part_names(sd.config, "unet", "ldm"))
+    tensors = {}
+    for name, one in lora.layers.items():
+        layer = places[name.removeprefix("unet.") + ".weight"].name.removeprefix(UNET_PREFIX).removesuffix(".weight")
+        layer = f"lora_unet_{layer.replace('.', '_')}" if names == "kohya" else f"diffusion_model.{layer}"
+        tensors |= {f"{layer}.lora_down.weight": one.down.weight, f"{layer}.lora_up.weight": one.up.weight}
+        tensors[f"{layer}.alpha"] = torch.tensor(2.0)
+    assert any("input_blocks" in name for name in tensors) and any("output_blocks" in name for name in tensors)
+    write_safetensors(tmp_path / "x.safetensors", tensors)
+    assert_same(read_lora(tmp_path / "x.safetensors", sd), lora)
+
+
+def test_an_alpha_that_is_a_python_number_counts(sd, tmp_path):
+    lora = random_lora(sd, ATTENTION, (4,), (1.0,))
+    tensors, _ = pack(lora, sd, "kohya")
+    plain = {name: tensor.item() if name.endswith(".alpha") else tensor for name, tensor in tensors.items()}
+    for name, tree in (("x.pt", plain), ("y.ckpt", {"state_dict": plain | {"z.alpha": None}, "epoch": 3})):
+        torch.save(tree, tmp_path / name)
+        back = read_lora(tmp_path / name, sd)
+        assert {one.alpha for one in back.layers.values()} == {1.0}
+        assert_same(back, lora)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"to_k": 2},
+        {"attn1.to_k": 2, "to_k": 3},
+        {r".*attentions.[01].*attn2\.to_[qk]": 2},
+        {r"^mid_block.*": 2, "k": 9},
+        {"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": 2, r"(up|mid)_blocks?\..*": 3},
+    ],
+    ids=str,
+)
+def test_alpha_patterns_mean_what_they_mean_to_peft(patterns, sd, tmp_path):
+    lora = random_lora(sd, r"^unet\..*attention\.to_[qkv]", (4,), (1.0,))
+    tensors, _ = pack(lora, sd, "diffusers")
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 5, "unet.alpha_pattern": patterns})}
+    write_safetensors(tmp_path / "x.safetensors", tensors, metadata)
+    places, found = lora_files.layer_locations(sd, lora_files.PEFT), set()
+    for name, one in read_lora(tmp_path / "x.safetensors", sd).layers.items():
+        layer = places[name].name.removeprefix("unet.")
+        expected = patterns.get(get_pattern_key(patterns, layer), 5)
+        assert one.alpha == expected, layer
+        found.add(expected)
+    assert len(found) > 1
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "a LoRA for Stable Diffusion XL"),
-        ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn1_to_q.lora_down.weight", "a LoRA for Stable Diffusion XL"),
         ("lora_unet_double_blocks_0_img_attn_proj.lora_down.weight", "diffusion transformer"),
         ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "diffusion transformer"),
-        ("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", "LoHa, LoKr"),
+        ("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", "a LoHa or LoKr"),
+        ("lora_unet_mid_block_attentions_0_proj_in.oft_blocks", "an OFT or BOFT"),
+        ("unet.mid_block.attentions.0.proj_in.oft_R.default.weight", "an OFT or BOFT"),
         ("lora_unet_mid_block_attentions_0_proj_in.dora_scale", "a DoRA"),
+        ("lora_unet_mid_block_attentions_0_proj_in.on_input", "an IA3"),
+        ("base_model.model.mid_block.attentions.0.proj_in.ia3_l", "an IA3"),
+        ("lora_unet_mid_block_attentions_0_proj_in.a1.weight", "a GLoRA"),
+        ("lora_unet_mid_block_attentions_0_proj_in.diff", "whole differences"),
+        ("lora_unet_mid_block_attentions_0_proj_in.diff_b", "whole differences"),
+        ("lora_unet_mid_block_attentions_0_norm.w_norm", "changes of normalisation layers"),
+        ("unet.mid_block.attentions.0.proj_in.lora_E", "an AdaLora"),
+        ("base_model.model.mid_block.attentions.0.proj_in.vera_lambda_b", "one of peft's other methods"),
+        ("bundle_emb.cat.clip_l", "learned words bundled into it"),
         ("lora_unet_mid_block_resnets_0_conv1.lora_mid.weight", "Tucker"),
         ("unet:3:up", "numbers its layers"),
     ],
@@ -263,7 +342,9 @@ def test_a_lora_for_another_model_names_layers_widths_and_the_likely_cause(tmp_p
     assert "1 of its 9 layers are not there, 7 have other widths" in text
     assert f"no layer {extra} (nearest: lora_unet_down_blocks_2_resnets_0_conv1)" in text
     assert "attn2_to_k: down (4, 768) and up (16, 4); this layer needs (4, 16) and (16, 4)" in text and "and 3 more" in text
-    assert "made for Stable Diffusion 1.x (context of width 768; this model's is 16)" in text
+    assert (
+        "made for Stable Diffusion 1.x (context of width 768), and this model is a Stable Diffusion of its own size (of width 16)" in text
+    )
 
 
 def broken(change):
@@ -278,7 +359,7 @@ def broken(change):
     [
         (lambda t, layer: t.pop(f"{layer}.lora_up.weight"), "has no up half"),
         (lambda t, layer: t.update({"emb_params": torch.zeros(2, 16)}), "'emb_params' is no part of a LoRA"),
-        (lambda t, layer: t.update({f"{layer}.diff_b": torch.zeros(2)}), "diff_b' is no part of a LoRA"),
+        (lambda t, layer: t.update({f"{layer}.gamma": torch.zeros(2)}), "gamma' is no part of a LoRA"),
         (lambda t, layer: t.update({f"{layer}.alpha": torch.zeros(2)}), r"alpha has shape \(2,\)"),
         (lambda t, layer: t.update({f"{layer}.alpha": torch.tensor(float("nan"))}), "alpha is nan; expected a finite number"),
         (lambda t, layer: t.update({f"{layer}.lora_A.weight": torch.zeros(2)}), "two tensors for down"),
@@ -326,8 +407,16 @@ def test_something_else_given_as_a_lora_is_named(tmp_path):
         ("{", "no JSON"),
         ("[]", "expected an object"),
         ('{"unet.lora_alpha": "a"}', "alpha is 'a'; expected a finite number"),
-        ('{"unet.alpha_pattern": {".*to_[qk]": 3}}', "only plain names of layers are read"),
-        ('{"unet.alpha_pattern": [3]}', "only plain names of layers are read"),
+        ('{"unet.alpha_pattern": {"to_[": 3}}', r"alpha_pattern 'to_\[', which cannot be matched"),
+        ('{"unet.alpha_pattern": {"(.|..)+[0-9]q": 3}}', r"which cannot be matched .it takes longer than"),
+        ('{"unet.alpha_pattern": [3]}', r"alpha_pattern \[3\]; expected layers and their alphas"),
+        ('{"unet.init_lora_weights": "pissa_niter_16"}', "unet.init_lora_weights is 'pissa_niter_16': PiSSA, .* not supported"),
+        ('{"unet.init_lora_weights": "OLoRA"}', "init_lora_weights is 'olora': OLoRA"),
+        ('{"text_encoder.init_lora_weights": "corda"}', "text_encoder.init_lora_weights is 'corda': CorDA"),
+        ('{"unet.init_lora_weights": "loftq"}', "init_lora_weights is 'loftq': LoftQ"),
+        ('{"unet.bias": "all"}', "unet.bias is 'all', which is not supported; expected 'none'"),
+        ('{"unet.peft_type": "LOKR"}', "unet.peft_type is 'LOKR', which is not supported"),
+        ('{"unet.use_dora": true}', "unet.use_dora is True, which is not supported"),
     ],
 )
 def test_a_config_of_peft_that_is_damaged_is_an_error(text, message, sd, tmp_path):
@@ -335,6 +424,14 @@ def test_a_config_of_peft_that_is_damaged_is_an_error(text, message, sd, tmp_pat
     write_safetensors(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": text})
     with pytest.raises(ValueError, match=message):
         read_lora(tmp_path / "x.safetensors", sd)
+
+
+@pytest.mark.parametrize("start", ['"eva"', '"gaussian"', "true"])
+def test_a_lora_that_began_beside_an_unchanged_base_is_read(start, sd, tmp_path):
+    lora = random_lora(sd, ATTENTION)
+    tensors, _ = pack(lora, sd, "diffusers")
+    write_safetensors(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": f'{{"unet.init_lora_weights": {start}}}'})
+    assert read_lora(tmp_path / "x.safetensors", sd).layers.keys() == lora.layers.keys()
 
 
 def test_writing_says_what_it_cannot(sd, tmp_path):
@@ -389,7 +486,7 @@ def test_a_new_dialect_with_a_new_kind_of_change_is_a_line_in_the_table(sd, tmp_
     deltas = {name: one.delta().detach() for name, one in lora.layers.items()}
     tensors = {f"{places[name].name}.diff": delta[(..., None, None) if places[name].convolution else ...] for name, delta in deltas.items()}
     write_safetensors(tmp_path / "x.safetensors", tensors)
-    with pytest.raises(ValueError, match="given as a LoRA, but it is"):
+    with pytest.raises(ValueError, match="whole differences of weights or biases"):
         read_lora(tmp_path / "x.safetensors", sd)
     monkeypatch.setattr(lora_files, "DIALECTS", (DIFFERENCES, *lora_files.DIALECTS))
     back = read_lora(tmp_path / "x.safetensors", sd)
@@ -414,7 +511,7 @@ def test_a_dialect_that_names_and_writes_layers_in_its_own_way_is_a_line_too(sd,
         matches=lambda names: any(name.startswith("mirror.") for name in names),
         parse=lambda checkpoint: parse_factors(checkpoint.tensors, (), lambda layer, rank: 2.5),
         layer_name=lambda part, theirs: f"mirror.{theirs[::-1].replace('.', '-')}-{part}",
-        pack=lambda changes: (changes.tensors("lora_A", "lora_B"), {"by": "a toy"}),
+        pack=lambda changes, sd: (named_halves(changes, "lora_A", "lora_B"), {"by": "a toy"}),
     )
     monkeypatch.setattr(lora_files, "DIALECTS", (mirrored, *lora_files.DIALECTS))
     lora = random_lora(sd, alphas=(2.5,))

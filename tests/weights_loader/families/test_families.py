@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import weights_loader
-from minidiff.config import SD1, SD2, UNetConfig
+from minidiff.config import SD1, SD2, SDXL, UNetConfig
 from tests.checkpoints import assert_same_model, family_configs, ldm_shapes, ldm_tensors, plug_in, public_keys
 from tests.small_models import small_config, small_model
 from weights_loader.detect import describe, foreign
@@ -17,7 +17,9 @@ from weights_loader.name_table import PartNames
 from weights_loader.write import write_safetensors
 
 
-@pytest.mark.parametrize("version, config, name", [(1, SD1, "Stable Diffusion 1.x"), (2, SD2, "Stable Diffusion 2.x")])
+@pytest.mark.parametrize(
+    "version, config, name", [(1, SD1, "Stable Diffusion 1.x"), (2, SD2, "Stable Diffusion 2.x"), ("xl", SDXL, "Stable Diffusion XL")]
+)
 def test_the_public_models_are_recognised_by_their_shapes(version, config, name):
     keys = public_keys(version)
     assert foreign(list(keys)) is None
@@ -102,7 +104,6 @@ TOY = replace(
     config=replace(TOY_CONFIG, guidance_scale=3.0),
     names={"ldm": toy_names("toy.text.", "toy.unet.", "toy.vae."), "diffusers": STABLE_DIFFUSION_1.names["diffusers"]},
     marker=r"^toy\.unet\.",
-    predictions=("v",),
     variants={4: "", 9: " with a mask"},
     ignored=((r"^toy\.clock$", "it only tells the time"),),
     extra=(r"^toy\.badge$",),
@@ -130,7 +131,7 @@ def test_a_toy_file_without_metadata_is_known_by_its_prefixes_and_shapes(toy, tm
     assert all(name.startswith("toy.") for name in tensors) and family_of_names(tensors) is TOY
     tensors = {name.replace("toy.text.", "toy_text."): tensor for name, tensor in tensors.items()}  # an alias
     write_safetensors(tmp_path / "toy.safetensors", tensors | {"toy.clock": torch.zeros(1), "toy.badge": torch.ones(1)})
-    loaded = weights_loader.load(tmp_path / "toy.safetensors")
+    loaded = weights_loader.load(tmp_path / "toy.safetensors", prediction="v")
     assert loaded.config == TOY.config and loaded.extra_tensors.keys() == {"toy.badge"} and loaded.notes == ()
     summary = weights_loader.inspect(tmp_path / "toy.safetensors")
     assert summary.family == "a toy" and summary.ignored == {"it only tells the time": 1} and summary.extra == 1

@@ -1,6 +1,7 @@
 """One door for every kind of file: detection by content, the wrapper, shards, folders, and what is said of the rest."""
 
 import json
+import os
 import pickle
 
 import pytest
@@ -240,6 +241,41 @@ def test_a_state_dict_that_holds_itself_has_an_end(tmp_path):
         read(tmp_path / "x.ckpt")
 
 
-def test_weights_beside_and_inside_a_state_dict_are_all_kept(tmp_path):
-    torch.save({"a": torch.ones(1), "state_dict": {"b": torch.zeros(1)}}, tmp_path / "x.ckpt")
-    assert set(read(tmp_path / "x.ckpt").tensors) == {"a", "state_dict.b"}
+def test_weights_beside_and_inside_a_state_dict_are_all_kept_but_a_few_are_told(tmp_path):
+    torch.save({**{name: torch.ones(1) for name in "acde"}, "state_dict": {"b": torch.zeros(1)}}, tmp_path / "x.ckpt")
+    assert set(read(tmp_path / "x.ckpt").tensors) == {*"acde", "state_dict.b"}
+    torch.save({"ema_loss": torch.ones(2), "state_dict": {"b": torch.zeros(1)}}, tmp_path / "x.ckpt")
+    checkpoint = read(tmp_path / "x.ckpt")
+    assert set(checkpoint.tensors) == {"b"} and checkpoint.notes == ("'ema_loss' stands beside the state dict: a tensor of shape (2,).",)
+
+
+def test_numbers_among_the_tensors_are_kept_by_name(tmp_path):
+    torch.save({"w": torch.ones(1), "a": {"alpha": 4}, "half": 0.5, "on": True, "huge": 2**100}, tmp_path / "x.pt")
+    assert read(tmp_path / "x.pt").numbers == {"a.alpha": 4.0, "half": 0.5}
+
+
+def test_many_things_that_are_no_tensors_are_told_in_a_few_notes(tmp_path):
+    torch.save({"w": torch.ones(1), "history": list(range(1000))}, tmp_path / "x.pt")
+    notes = read(tmp_path / "x.pt").notes
+    assert len(notes) == 41 and notes[-1] == "... and 960 more things that are no tensors."
+
+
+@pytest.mark.parametrize("name", ["x.json", "y.json"])
+def test_an_index_is_no_shard(name, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    (tmp_path / "y.json").write_text(json.dumps({"weight_map": {"a": "x.json"}}))
+    with pytest.raises(ValueError, match="an index, named as one of the shards of another"):
+        read(tmp_path / "x.json")
+
+
+def test_a_header_longer_than_any_models_is_refused_before_it_is_read(tmp_path):
+    text = b'{"w":' + b" " * 26_000_000 + b"{}}"
+    (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ValueError, match="a header of 26,000,016 bytes, more than any model's"):
+        read(tmp_path / "x")
+
+
+def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: neither a file nor a folder"):
+        read(tmp_path / "pipe")

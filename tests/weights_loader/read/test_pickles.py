@@ -1,10 +1,15 @@
 """Pickles that attack: each is first given to Python's own pickle to show that it works, then to ours."""
 
+import collections
 import copyreg
+import datetime
+import enum
+import functools
 import mmap
 import os
 import pickle
 import struct
+import subprocess
 import sys
 import zipfile
 from argparse import Namespace
@@ -48,7 +53,7 @@ def unpickle_bytes(content: bytes):
     buffer = mmap.mmap(-1, len(content))
     buffer[:] = content
     no_weights = {}.__getitem__
-    return unpickle(buffer, no_weights, no_weights)
+    return unpickle(buffer, len(content), no_weights, no_weights)
 
 
 CONTAINERS = ("zip", "legacy", "bare")
@@ -179,6 +184,10 @@ def test_a_tensor_from_odd_arguments_is_a_damaged_file(tmp_path, arguments):
         ((1,), (1,), -1, "expected integers from 0"),
         ((2, 2), (1,), 0, "one stride an axis"),
         ((2,), (1.0,), 0, "expected integers"),
+        ((2,), (True,), 0, "expected integers"),
+        ((8,), (0,), 0, "needs 8 elements of a storage that has 4"),  # one number, seen eight times
+        ((2**31, 2**31), (0, 0), 0, "needs 4611686018427387904 elements"),
+        ((1,) * 20, (1,) * 20, 0, "expected a few integers"),
     ],
 )
 def test_a_view_beyond_its_storage_is_refused(tmp_path, monkeypatch, container, shape, stride, offset, message):
@@ -218,6 +227,116 @@ def test_what_a_training_script_leaves_beside_the_weights_does_not_stop_the_read
     notes = " ".join(checkpoint.notes)
     for told in (f"'{__name__}.Trap' is not a known name", "'argparse.Namespace' is not a known name", "'hyper_parameters' stands beside"):
         assert told in notes
+
+
+class Mode(enum.Enum):
+    FAST = "fast"
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_objects_outside_the_state_dict_are_inert_and_told(protocol, tmp_path):
+    hyper_parameters = {
+        "data": Path("/data"),
+        "started": datetime.datetime(2024, 5, 1),
+        "last": collections.deque([1, 2]),
+        "mode": Mode.FAST,
+        "loss": functools.partial(print, 3),
+    }
+    saved = {"state_dict": {"w": torch.ones(3)}, "hyper_parameters": hyper_parameters, "ema_loss": torch.zeros(1)}
+    torch.save(saved, tmp_path / "x.ckpt", pickle_protocol=protocol)
+    checkpoint = read(tmp_path / "x.ckpt")
+    assert list(checkpoint.tensors) == ["w"]
+    told = " ".join(checkpoint.notes)
+    assert "'datetime.datetime' is not a known name" in told and "'hyper_parameters' stands beside the state dict: a dict of 5" in told
+    torch.save(saved["state_dict"] | {"mode": hyper_parameters["last"]}, tmp_path / "x.ckpt", pickle_protocol=protocol)
+    with pytest.raises(ValueError, match="asks to call 'collections.deque', and weights need no call"):
+        read(tmp_path / "x.ckpt")
+
+
+def test_a_call_by_which_attacks_work_is_refused_wherever_it_stands(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    torch.save({"state_dict": {"w": torch.ones(3)}, "hyper_parameters": {"x": [Attack()]}}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="refused: the file asks to call '(posix|nt).system'"):
+        read(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_a_dict_of_parameters_is_read_as_data(form, tmp_path):
+    words = torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.arange(4.0)[None])})
+    torch.save({"string_to_param": words}, tmp_path / "x.pt", _use_new_zipfile_serialization=form == "zip")
+    checkpoint = read(tmp_path / "x.pt")
+    assert list(checkpoint.tensors) == ["string_to_param.*"] and checkpoint.notes == ()
+    assert torch.equal(checkpoint.tensors["string_to_param.*"], torch.arange(4.0)[None])
+
+
+def test_a_tensor_with_attributes_is_read_without_them(tmp_path):
+    tensor = torch.arange(3.0)
+    tensor.note = "mine"
+    torch.save({"w": tensor}, tmp_path / "x.pt")
+    assert torch.equal(read(tmp_path / "x.pt").tensors["w"], torch.arange(3.0))
+
+
+REDUCE_AGAIN = b"h\x01h\x02R"  # the function and the arguments in places 1 and 2 of the memo
+
+
+def text(letters: int) -> bytes:
+    return b"X" + struct.pack("<I", letters) + b"a" * letters
+
+
+def hostile(n: int) -> dict[str, bytes]:
+    """Pickles of some n bytes that ask for far more."""
+    return {
+        "a size of something else than numbers": b"ctorch\nSize\n(" + text(n) + b"tR.",
+        # One value in the memo, from which another one is made n times.
+        "a text made into bytes": b"](c_codecs\nencode\nq\x01" + text(n) + b"Vlatin1\n\x86q\x02" + REDUCE_AGAIN * n + b"e.",
+        "a dict of pairs": b"](ccollections\nOrderedDict\nq\x01](" + b"K\x01K\x02\x86" * n + b"e\x85q\x02" + REDUCE_AGAIN * n + b"e.",
+        "a long name before many": b"}" + text(n) + b"](" + b"N" * n + b"es.",
+        "a deep nest": b"]" * n + b"a" * (n - 1) + b".",
+        "dicts without end": b"](" + b"}" * n * 30 + b"e.",
+        "marks without end": b"(" * n * 30 + b".",
+        "nothing without end": b"](" + b"N" * n * 50 + b"e.",
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in hostile(1) if "end" not in name])
+def test_a_pickle_that_asks_for_far_more_than_it_holds_is_refused(name, tmp_path):
+    (tmp_path / "x.pt").write_bytes(hostile(20_000)[name])
+    with pytest.raises(ValueError, match="damaged|no weights"):
+        read(tmp_path / "x.pt")
+
+
+MEASURE = """
+import resource, sys, time
+import torch
+from weights_loader.read import read
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+for file in sys.argv[1:]:
+    start = time.process_time()
+    try:
+        read(file)
+    except ValueError:
+        pass
+    print(time.process_time() - start, peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux counts it")
+def test_hostile_pickles_take_little_time_and_memory(tmp_path):
+    cases = hostile(600_000)
+    for i, content in enumerate(cases.values()):
+        (tmp_path / f"{i}.pt").write_bytes(content)
+    files = [str(tmp_path / f"{i}.pt") for i in range(len(cases))]
+    command = [sys.executable, "-c", MEASURE, *files]
+    printed = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True).stdout
+    for name, line in zip(cases, printed.splitlines(), strict=True):
+        seconds, megabytes = map(float, line.split())
+        assert seconds < 5 and megabytes < 1000, f"{name}: {line}"
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

@@ -26,6 +26,7 @@ DTYPES = (
     torch.uint8,
     torch.bool,
 )
+NEWER = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16)  # stored as bytes and a dtype; in zips only
 FORMATS = ("zip", "legacy", "bare")
 
 
@@ -48,7 +49,7 @@ def many_kinds() -> dict[str, torch.Tensor]:
         "row": base[2],
         "transposed": base.T,
         "every other": base[:, ::2],
-        "expanded": torch.tensor([1.0, 2.0]).expand(3, 2),
+        "one axis more": torch.tensor([1.0, 2.0]).expand(1, 2),
         "channels last": torch.randn(2, 3, 4, 5, generator=generator).to(memory_format=torch.channels_last),
         "parameter": nn.Parameter(torch.randn(3, generator=generator)),
     }
@@ -64,6 +65,15 @@ def test_every_tensor_equals_what_torch_load_gives(tmp_path, format):
         assert ours[name].dtype == tensor.dtype and ours[name].shape == tensor.shape and ours[name].stride() == tensor.stride(), name
         assert torch.equal(ours[name], tensor), name
         assert not ours[name].requires_grad
+
+
+@pytest.mark.parametrize("dtype", NEWER, ids=str)
+def test_newer_dtypes_are_read(dtype, tmp_path):
+    numbers = torch.arange(12.0).reshape(3, 4).to(dtype)
+    path = save({"state_dict": {"w": numbers, "column": numbers[:, 1]}}, tmp_path / "x.ckpt", "zip")
+    tensors = read(path).tensors
+    assert tensors["w"].dtype == dtype and torch.equal(tensors["w"].double(), numbers.double())
+    assert torch.equal(tensors["column"].double(), numbers[:, 1].double())
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -1,0 +1,273 @@
+"""`minidiff verify FILE`: a checkpoint of one's own, held against diffusers on the same file: every layer, every step and the picture.
+
+    file -> weights_loader -> minidiff's modules ---.
+                                                     >- same tokens, latents and noise -> one page, to be read or passed on
+    file -> diffusers' own reader and modules ------'
+
+diffusers reads the tensors by its own conversion; of this project it gets the JSON settings alone, since it would download them. Without
+diffusers the page has what the file holds and what was decided about it.
+"""
+
+import importlib
+import importlib.util
+import platform
+import sys
+import tempfile
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from minidiff.cli.flags import File
+from minidiff.cli.model import load
+from minidiff.cli.names import check_writable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from minidiff.compare import Difference
+    from minidiff.pipeline import StableDiffusion
+
+TOLERANCE = 1e-3  # relative to a layer's largest value: float32, rounded anew in each of some hundred layers
+LEVELS = 2  # of 255: where rounding takes a value across the middle between two of them
+WORST = 8  # layers that the page shows
+PACKAGES = ("minidiff", "torch", "diffusers", "transformers", "safetensors")
+
+
+def verify(
+    file: tyro.conf.Positional[str], /, prompt: str = "a cat", steps: int = 10, seed: int = 0, size: int | None = None, out: File = None
+) -> None:
+    """Hold a checkpoint against diffusers on the same file and noise: every layer, a trajectory and the picture, on one page.
+
+    It runs on the CPU in float32. Without diffusers (pip install diffusers transformers) the page says what is in the file alone.
+
+    Args:
+        file: "tiny", a .safetensors or .ckpt file, or a diffusers folder
+        prompt: of the picture
+        steps: of ddim; a divisor of 1000, for at others diffusers visits other timesteps
+        seed: of the noise
+        size: of the picture in pixels; the model's own by default, less takes less time
+        out: a file for the page, which is printed otherwise
+    """
+    import weights_loader
+
+    if out is not None:
+        check_writable(out)
+    sd = load(file, "float32", "cpu")
+    lines = [f"# {file}", "", versions(), "", "```", str(weights_loader.inspect(file)), "```", ""]
+    agrees = True
+    if importlib.util.find_spec("diffusers") is None:
+        lines.append("diffusers is not installed, so nothing was compared: pip install diffusers transformers")
+    else:
+        with quiet():
+            pipe = their_pipeline(file, sd)
+        lines += page(sd, pipe, prompt, steps, seed, size)
+        agrees = lines[-1].startswith("Verdict: the same")
+    text = "\n".join(lines) + "\n"
+    if out is not None:
+        from minidiff.files import write_text
+
+        write_text(out, text)
+    print(out if out is not None else text)
+    if not agrees:
+        sys.exit(1)
+
+
+def versions() -> str:
+    """Return the versions of everything that takes part."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = [f"Python {platform.python_version()} on {platform.platform()}"]
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return ", ".join(found)
+
+
+def quiet() -> ExitStack:
+    """Return a context that keeps back what diffusers says while it reads."""
+    stack, nowhere = ExitStack(), StringIO()
+    stack.enter_context(redirect_stdout(nowhere))
+    stack.enter_context(redirect_stderr(nowhere))
+    return stack
+
+
+def their_pipeline(file: str, sd: "StableDiffusion") -> Any:
+    """Return diffusers' pipeline of the same file, in float32, without a download. Raises ValueError with what diffusers says."""
+    import torch
+
+    from weights_loader.contents import find
+    from weights_loader.folder import write_folder_config
+
+    if len(sd.text.encoders) > 1:
+        raise ValueError(f"{file}: verify compares models of one text encoder alone, and this one has {len(sd.text.encoders)}")
+    diffusers: Any = importlib.import_module("diffusers")
+    diffusers.utils.logging.set_verbosity_error()  # its warnings are of its own loading
+    path = find(file)
+    with tempfile.TemporaryDirectory() as settings:
+        write_folder_config(Path(settings), sd.config, sd.text.tokenizers)
+        common: dict[str, Any] = {"local_files_only": True, "safety_checker": None, "torch_dtype": torch.float32}
+        read = diffusers.StableDiffusionPipeline
+        try:
+            pipe = read.from_pretrained(path, **common) if path.is_dir() else read.from_single_file(str(path), config=settings, **common)
+            pipe.scheduler = diffusers.DDIMScheduler.from_pretrained(settings, subfolder="scheduler")
+        except Exception as error:  # of any kind: it is another program's
+            raise ValueError(f"{file}: diffusers does not read it ({type(error).__name__}: {error})") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def page(sd: "StableDiffusion", pipe: Any, prompt: str, steps: int, seed: int, size: int | None) -> list[str]:
+    """Return the lines of the comparison, the verdict last.
+
+    Args:
+        sd: minidiff's model
+        pipe: diffusers' pipeline
+        prompt, steps, seed, size: of the picture
+    """
+    layers = compare_layers(sd, pipe, prompt, seed)
+    worst = sorted(layers, key=lambda one: -one.relative)[:WORST]
+    drifts, levels = compare_pictures(sd, pipe, prompt, steps, seed, size)
+    wrong = next((one.layer for one in layers if not one.relative <= TOLERANCE), None)
+    differs = f"layer {wrong} differs first" if wrong else f"the pictures differ by {levels} of 255" if levels > LEVELS else None
+    rows = [f"| {one.layer} | {one.absolute:.2e} | {one.relative:.2e} |" for one in worst]
+    return [
+        f"## {len(layers)} layers, the {len(worst)} that differ most",
+        "",
+        *("| layer | largest difference | relative |", "|---|---|---|", *rows),
+        "",
+        f"## Trajectory and picture: {prompt!r}, ddim, {steps} steps, seed {seed}",
+        "",
+        f"Largest difference of the latent after each step: {', '.join(f'{drift:.1e}' for drift in drifts)}.",
+        f"Largest difference of the 8-bit picture: {levels} of 255.",
+        "",
+        f"Verdict: {differs or 'the same'} (layers to {TOLERANCE:g} of their largest value, pixels to {LEVELS} of 255).",
+    ]
+
+
+def compare_layers(sd: "StableDiffusion", pipe: Any, prompt: str, seed: int) -> "list[Difference]":
+    """Run the parts of both on the same inputs; return one Difference per layer with weights, in the order in which they run.
+
+    Args:
+        sd: minidiff's model
+        pipe: diffusers' pipeline
+        prompt: the text encoders' input
+        seed: of latent and pixels
+    """
+    import torch
+
+    from minidiff.compare import difference
+    from minidiff.pipeline import noise_source
+    from minidiff.vae import VAE
+
+    cells, config = 16, sd.config
+    noise = noise_source([seed], (config.unet.in_channels, cells, cells), sd.device)()
+    latent = noise[:, : config.vae.latent_channels]
+    pixels = noise_source([seed], (3, cells * config.vae.factor, cells * config.vae.factor), sd.device)().clamp(-1, 1)
+    tokens, t = sd.tokenizer([prompt]), torch.tensor([config.schedule.timesteps // 2])
+    found = []
+    with torch.no_grad():
+        context = sd.text_encoder(tokens)
+        for part, ours, theirs in (
+            ("text_encoder", partial(sd.text_encoder, tokens), partial(pipe.text_encoder, tokens)),
+            ("unet", partial(sd.unet, noise, t, context), partial(pipe.unet, noise, t, context)),
+            ("vae", partial(VAE.encode, sd.vae, pixels), partial(pipe.vae.encode, pixels)),
+            ("vae", partial(VAE.decode, sd.vae, latent), partial(pipe.vae.decode, latent)),
+        ):
+            pairs = paired_layers(sd, part, getattr(pipe, part))
+            ours_of = outputs({name: one for name, (one, _) in pairs.items()}, ours)
+            theirs_of = outputs({name: other for name, (_, other) in pairs.items()}, theirs)
+            found += [
+                difference(f"{part}.{name}", ours_of[name], _as_shaped(theirs_of[name], ours_of[name], pairs[name][0])) for name in ours_of
+            ]
+    return found
+
+
+def paired_layers(sd: "StableDiffusion", part: str, theirs: "nn.Module") -> "dict[str, tuple[nn.Module, nn.Module]]":
+    """Return the layers with weights of a part of ours, each with diffusers' layer of that place. Raises ValueError for one it lacks."""
+    from weights_loader.families import part_names
+    from weights_loader.name_table import name_table
+
+    modules, pairs = dict(theirs.named_modules()), {}
+    for ours, place in name_table(sd.parts[part], part_names(sd.config, part, "diffusers")).items():
+        layer, name = ours.rpartition(".")[0], place.name.rpartition(".")[0]
+        module = modules.get(name) or modules.get(name.removeprefix("text_model."))  # transformers 5 leaves that out
+        if module is None and layer:
+            raise ValueError(f"diffusers has no {name}, the place of {part}.{layer}: another version of diffusers or transformers?")
+        if layer and module is not None:
+            pairs[layer] = (sd.parts[part].get_submodule(layer), module)
+    return pairs
+
+
+def outputs(layers: "dict[str, nn.Module]", run: Any) -> "dict[str, Tensor]":
+    """Return the outputs of layers, as they run."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, module: object, args: object, output: Any) -> None:
+        found[name] = output
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(partial(keep, name)))
+        run()
+    return found
+
+
+def _as_shaped(theirs: "Tensor", ours: "Tensor", layer: "nn.Module") -> "Tensor":
+    """Return diffusers' output in our layout: cells are an axis in one place, height and width in another.
+
+    Args:
+        theirs: the output of diffusers' layer
+        ours: the output of ours
+        layer: ours; a GroupNorm has its channels first in any case, a matrix last
+    """
+    from torch import nn
+
+    if theirs.dim() == ours.dim():
+        return theirs
+    if isinstance(layer, nn.GroupNorm):
+        return theirs.reshape(ours.shape)
+    return theirs.flatten(2).transpose(1, 2) if theirs.dim() == 4 else theirs.transpose(1, 2).reshape(ours.shape)
+
+
+def compare_pictures(sd: "StableDiffusion", pipe: Any, prompt: str, steps: int, seed: int, size: int | None) -> tuple[list[float], int]:
+    """Return the largest difference of the latents after each step, and that of the pictures, in levels of 255.
+
+    Args:
+        sd, pipe: both models
+        prompt, steps, seed, size: of the picture
+    """
+    import numpy as np
+    import torch
+
+    from minidiff.pipeline import noise_source, to_images
+
+    side = size or sd.config.image_size
+    ours = [step.x_t for step in sd.denoise([prompt], seeds=[seed], steps=steps, sampler="ddim", size=side)]
+    picture = to_images(sd.decode(ours[-1]))[0]
+    theirs: list[torch.Tensor] = []
+
+    def keep(_pipe: Any, _step: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        theirs.append(values["latents"].clone())
+        return values
+
+    cells = side // sd.config.vae.factor
+    noise = noise_source([seed], (sd.config.vae.latent_channels, cells, cells), sd.device)()
+    scale = sd.config.guidance_scale
+    other = pipe(
+        prompt,
+        height=side,
+        width=side,
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        latents=noise,
+        callback_on_step_end=keep,
+    ).images[0]
+    drifts = [(a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True)]
+    levels = int(np.abs(np.asarray(picture).astype(int) - np.asarray(other).astype(int)).max())
+    return drifts, levels

@@ -1,0 +1,71 @@
+"""`minidiff verify`: the same file in diffusers' hands and ours, and a difference that is found where it is."""
+
+import importlib.util
+
+import pytest
+import torch
+
+import weights_loader
+from minidiff.cli import verify as verify_command
+from tests.checkpoints import family_model
+from tests.command import runner
+
+# diffusers with NumPy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    return runner(monkeypatch, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", ["SD 1", "SD 2"])
+@pytest.mark.parametrize("layout", ["ldm", "diffusers"])
+def test_a_checkpoint_is_the_same_in_diffusers(run, tmp_path, name, layout):
+    sd = family_model(name)
+    file = "model.safetensors" if layout == "ldm" else "model"
+    weights_loader.save(sd, tmp_path / file, layout=layout)
+    code, out, err = run("verify", file, "--steps", "4", "--size", "64")
+    assert code == 0 and out.rstrip().splitlines()[-1].startswith("Verdict: the same"), out + err
+    assert f"# {file}" in out and f"torch {torch.__version__.split('+')[0]}" in out and "diffusers 0." in out
+    assert "family" in out and "predicts" in out and "Largest difference of the latent after each step: " in out
+    weighted = [one for part in sd.parts.values() for one in part.modules() if any(True for _ in one.parameters(recurse=False))]
+    counted = int(out.split("## ")[1].split(" ")[0])
+    assert counted >= 0.95 * len(weighted) - 2  # but for layers that the encoder's last, unused block or the VAE's other half has
+
+
+def test_the_bundled_model_is_the_same_in_diffusers_and_the_page_is_written_to_a_file(run, tmp_path):
+    code, out, err = run("verify", "tiny", "--steps", "5", "--out", "page.md")
+    assert (code, out.strip()) == (0, "page.md"), err
+    assert "Verdict: the same" in (tmp_path / "page.md").read_text()
+
+
+def test_the_first_layer_that_differs_is_named_and_the_exit_code_says_it(run, tmp_path, monkeypatch):
+    sd = family_model("SD 1")
+    weights_loader.save(sd, tmp_path / "model.safetensors")
+    real = verify_command.their_pipeline
+
+    def changed(file, sd):
+        pipe = real(file, sd)
+        with torch.no_grad():
+            pipe.unet.mid_block.resnets[0].conv1.weight *= 1.5
+        return pipe
+
+    monkeypatch.setattr(verify_command, "their_pipeline", changed)
+    code, out, _ = run("verify", "model.safetensors", "--steps", "2", "--size", "64")
+    assert code == 1 and "Verdict: layer unet.middle.block_1.conv_1 differs first" in out, out
+
+
+def test_without_diffusers_there_is_the_account_of_the_file(run, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "diffusers" else find(name, *rest))
+    code, out, _ = run("verify", "tiny")
+    assert code == 0 and "diffusers is not installed, so nothing was compared: pip install diffusers" in out
+    assert "family" in out and "predicts" in out and "Verdict" not in out
+
+
+def test_what_is_no_checkpoint_ends_in_one_line(run, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"nothing")
+    for args in (["nothing.safetensors"], ["x.safetensors"], ["tiny", "--out", "nowhere/page.md"]):
+        code, out, err = run("verify", *args)
+        assert (code, out) == (2, "") and len(err.splitlines()) == 1 and "Traceback" not in err
