@@ -6,7 +6,7 @@ layer that has it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
@@ -105,17 +105,22 @@ def outputs_by_layer(module: nn.Module, run: Callable[..., object], inputs: Sequ
 
     Floats are given in the module's dtype.
     """
+    dtype = next(module.parameters()).dtype
+    return record_outputs(dict(module.named_modules()), partial(run, module, *(_cast(x, dtype) for x in inputs)))
+
+
+def record_outputs(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, Tensor]:
+    """Return the output of every layer that gives one tensor, by name, as they finish in run()."""
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str, submodule: nn.Module, args: tuple, output: object) -> None:
+    def keep(name: str, layer: nn.Module, args: tuple, output: object) -> None:
         if isinstance(output, Tensor):
             outputs[name] = output
 
-    dtype = next(module.parameters()).dtype
     with ExitStack() as hooks:
-        for name, submodule in module.named_modules():
-            hooks.enter_context(submodule.register_forward_hook(partial(keep, name)))
-        run(module, *(_cast(x, dtype) for x in inputs))
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(partial(keep, name)))
+        run()
     return outputs
 
 

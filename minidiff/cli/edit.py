@@ -44,14 +44,18 @@ class EditFlags:
         """Return what a PNG tells of the edit."""
         if self.image is None:
             return {}
-        strength = self.strength if self.strength is not None else STRENGTH[self.has_mask]
-        names = {"Image": self.image, "Denoising strength": strength, "Fit": self.fit, "Mask": self.mask}
+        names = {"Image": self.image, "Denoising strength": self.chosen_strength, "Fit": self.fit, "Mask": self.mask}
         return {**names, "Outpaint": self.outpaint, "Only masked": self.only_masked, "Feather": self.feather}
 
     @property
     def has_mask(self) -> bool:
         """Say whether a part of the picture is to be kept."""
         return self.mask is not None or self.outpaint is not None
+
+    @property
+    def chosen_strength(self) -> float:
+        """Return the strength that was given, or the default of this kind of edit."""
+        return STRENGTH[self.has_mask] if self.strength is None else self.strength
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ def prepare_edit(flags: EditFlags, read: "tuple[Tensor, Tensor | None]", sd: "St
     from minidiff.editing.masks import grow_small_mask
 
     (pixels, mask), config = read, sd.config
-    factor, strength = config.vae.factor, STRENGTH[mask is not None] if flags.strength is None else flags.strength
+    factor, strength = config.vae.factor, flags.chosen_strength
     width, height = (size, size) if isinstance(size, int) else size or (None, None)
     if mask is None:
         if width is None or height is None:

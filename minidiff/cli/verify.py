@@ -161,7 +161,7 @@ def compare_layers(sd: "StableDiffusion", pipe: Any, prompt: str, seed: int) -> 
     """
     import torch
 
-    from minidiff.compare import difference
+    from minidiff.compare import difference, record_outputs
     from minidiff.pipeline import noise_source
     from minidiff.vae import VAE
 
@@ -180,8 +180,8 @@ def compare_layers(sd: "StableDiffusion", pipe: Any, prompt: str, seed: int) -> 
             ("vae", partial(VAE.decode, sd.vae, latent), partial(pipe.vae.decode, latent)),
         ):
             pairs = paired_layers(sd, part, getattr(pipe, part))
-            ours_of = outputs({name: one for name, (one, _) in pairs.items()}, ours)
-            theirs_of = outputs({name: other for name, (_, other) in pairs.items()}, theirs)
+            ours_of = record_outputs({name: one for name, (one, _) in pairs.items()}, ours)
+            theirs_of = record_outputs({name: other for name, (_, other) in pairs.items()}, theirs)
             found += [
                 difference(f"{part}.{name}", ours_of[name], _as_shaped(theirs_of[name], ours_of[name], pairs[name][0])) for name in ours_of
             ]
@@ -202,20 +202,6 @@ def paired_layers(sd: "StableDiffusion", part: str, theirs: "nn.Module") -> "dic
         if layer and module is not None:
             pairs[layer] = (sd.parts[part].get_submodule(layer), module)
     return pairs
-
-
-def outputs(layers: "dict[str, nn.Module]", run: Any) -> "dict[str, Tensor]":
-    """Return the outputs of layers, as they run."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str, module: object, args: object, output: Any) -> None:
-        found[name] = output
-
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_hook(partial(keep, name)))
-        run()
-    return found
 
 
 def _as_shaped(theirs: "Tensor", ours: "Tensor", layer: "nn.Module") -> "Tensor":

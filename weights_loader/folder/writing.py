@@ -47,7 +47,7 @@ def _model_index(pipeline: str, encoders: list[str]) -> dict:
     checker = {"requires_safety_checker": False, "safety_checker": [None, None]}
     return {
         "_class_name": pipeline,
-        "_diffusers_version": "0.35.0",  # the oldest that the tests' dependencies allow
+        "_diffusers_version": "0.35.0",  # diffusers only notes it; newer ones read the same settings
         "feature_extractor": [None, None],
         **(second if "text_encoder_2" in encoders else checker),
         "scheduler": ["diffusers", "DDIMScheduler"],
