@@ -82,12 +82,12 @@ def forward_kernel(
     k_1, k_2 = load_head(k, keys_1, L, k_token, d, D_1, D_2, False), load_head(k, keys_2, L, k_token, d, D_1, D_2, False)
     v_1, v_2 = load_head(v, keys_1, L, v_token, d, D_1, D_2, False), load_head(v, keys_2, L, v_token, d, D_1, D_2, False)
 
-    # S = q k^T / sqrt(d), in base 2
-    s_1 = tl.where(keys_1[None, :] < L, dot_heads(*q, *k_1, D_2) * scale, float("-inf"))
-    s_2 = tl.where(keys_2[None, :] < L, dot_heads(*q, *k_2, D_2) * scale, float("-inf"))
+    # S = q k^T / sqrt(d), in base 2: scaled after the maximum, so that S - m is one multiply-add an entry
+    qk_1 = tl.where(keys_1[None, :] < L, dot_heads(*q, *k_1, D_2), float("-inf"))
+    qk_2 = tl.where(keys_2[None, :] < L, dot_heads(*q, *k_2, D_2), float("-inf"))
     # m = max_j S_j    p = exp(S - m)    l = sum_j p_j
-    m = tl.maximum(tl.max(s_1, 1), tl.max(s_2, 1))
-    p_1, p_2 = tl.exp2(s_1 - m[:, None]), tl.exp2(s_2 - m[:, None])
+    m = tl.maximum(tl.max(qk_1, 1), tl.max(qk_2, 1)) * scale
+    p_1, p_2 = tl.exp2(qk_1 * scale - m[:, None]), tl.exp2(qk_2 * scale - m[:, None])
     l = tl.sum(p_1, 1) + tl.sum(p_2, 1)
     # O = p v / l
     pv = dot_add(p_1.to(q[0].dtype), *v_1, *zeros_head(BLOCK_N, D_1, D_2), D_2)
@@ -141,10 +141,10 @@ def backward_kernel(
         rows = tl.program_id(0) * STRIP + first + tl.arange(0, BLOCK_N)
         q_n = load_head(q, rows, N, q_token, d, D_1, D_2, False)
         dout_n = load_head(dout, rows, N, width, d, D_1, D_2, False)
-        # S = q k^T / sqrt(d)    P = exp(S - m) / l: the forward pass once more
-        s = tl.where(keys[:, None] < L, dot_heads(*k, *q_n, D_2) * scale, float("-inf"))
-        p = tl.exp2(s - tl.max(s, 0)[None, :])
-        p = p / tl.sum(p, 0)[None, :]
+        # S = q k^T / sqrt(d)    P = exp(S - m) / l: the forward pass once more, with one division a query
+        qk = tl.where(keys[:, None] < L, dot_heads(*k, *q_n, D_2), float("-inf"))
+        p = tl.exp2(qk * scale - (tl.max(qk, 0) * scale)[None, :])
+        p *= (1 / tl.sum(p, 0))[None, :]
         # dV = P^T dO
         if NEED_DV:
             dv = dot_add(p.to(q_n[0].dtype), *dout_n, *dv, D_2)

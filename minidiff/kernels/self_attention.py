@@ -61,7 +61,7 @@ from minidiff.kernels.tiles import (
 
 @jit
 def seen(s, rows, keys, L, CAUSAL: tl.constexpr, EVEN: tl.constexpr):
-    """S with -inf, of which the exponential is 0, at keys that a query does not see and at those beyond L (EVEN: there are none)."""
+    """S, or q k^T, with -inf, of which the exponential is 0, at keys that a query does not see and beyond L (EVEN: there are none)."""
     if CAUSAL:
         s = tl.where((keys[None, :] <= rows[:, None]) & (keys[None, :] < L), s, float("-inf"))
     elif not EVEN:
@@ -115,12 +115,11 @@ def forward_kernel(
     for first in range(0, end, BLOCK_L):
         keys = first + tl.arange(0, BLOCK_L)
         k_1, k_2 = load_head(k, keys, L, k_token, d, D_1, D_2, EVEN)
-        # S = q k^T / sqrt(d)
-        s = dot_heads(q_1, q_2, k_1, k_2, D_2) * scale
-        s = seen(s, rows, keys, L, CAUSAL, EVEN)
+        # S = q k^T / sqrt(d): scaled after the maximum, so that S - m' is one multiply-add an entry
+        qk = seen(dot_heads(q_1, q_2, k_1, k_2, D_2), rows, keys, L, CAUSAL, EVEN)
         # m' = max(m, max_j S_j)    p = exp(S - m')    alpha = exp(m - m')
-        m_new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - m_new[:, None])
+        m_new = tl.maximum(m, tl.max(qk, 1) * scale)
+        p = tl.exp2(qk * scale - m_new[:, None])
         alpha = tl.exp2(m - m_new)
         # l' = alpha l + sum_j p_j    O' = alpha O + p v
         l = l * alpha + tl.sum(p, 1)
