@@ -28,10 +28,11 @@ class Refused(Exception):
 
 
 class Contender(AbstractContextManager):
-    """Another process: `with Contender(module, job) as one: one.ask(do="time")`."""
+    """Another process: `with Contender(module, job) as one: one.ask(do="time")`. environment: variables that it has besides ours."""
 
-    def __init__(self, module: str, job: dict):
+    def __init__(self, module: str, job: dict, environment: dict[str, str] | None = None):
         self.command = [sys.executable, "-m", module, json.dumps(job)]
+        self.environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | (environment or {})
         self.start()
 
     def start(self) -> None:
@@ -43,7 +44,7 @@ class Contender(AbstractContextManager):
             stdout=subprocess.PIPE,
             stderr=self.stderr,
             text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env=os.environ | self.environment,
         )
         assert self.process.stdin is not None and self.process.stdout is not None  # both are pipes
         self.requests, self.answers = self.process.stdin, self.process.stdout

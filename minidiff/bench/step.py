@@ -18,7 +18,7 @@ from torch import Tensor
 from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
 from minidiff.bench.pipelines import diffusers_pipeline, make_model_jobs, minidiff_model, start_worker
-from minidiff.bench.race import race_models
+from minidiff.bench.race import RaceRules, race_models
 from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
 
@@ -37,6 +37,7 @@ def bench_step(
     device: str = "cpu",
     max_autotune: bool = False,
     controlnet: bool = False,
+    rules: RaceRules = RaceRules(),
 ) -> Iterator[str]:
     """Measure, and yield the lines of a Markdown table. Raises ValueError for unknown names and if diffusers is missing.
 
@@ -49,12 +50,13 @@ def bench_step(
         device: Of all contenders.
         max_autotune: Race diffusers compiled with max-autotune too.
         controlnet: Race all of them again, with a ControlNet.
+        rules: Who takes part, on which weights, how long.
     """
     rounds = (3 if torch.device(device).type == "cpu" else 10) if rounds is None else rounds
     check_arguments(rounds, out, against)
     config = model_config(model)
     size = size or config.image_size
-    jobs = make_model_jobs(device, against, max_autotune)
+    jobs = rules.choose(make_model_jobs(device, against, max_autotune))
     parts = [(f"One step of {size} x {size} with guidance\n", "", jobs)]
     settings = {"bench": "step", "model": str(config), "size": size, "rounds": rounds, "device": device}
     if controlnet:
@@ -67,7 +69,7 @@ def bench_step(
         if controlnet:
             write_random_controlnet(config, folder)
 
-    yield from race_models(__name__, parts, config, write_inputs, record)
+    yield from race_models(__name__, parts, config, write_inputs, record, rules)
     if controlnet:
         yield from format_costs(record.results, list(jobs))
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
 from minidiff.bench.pipelines import COMPILED, make_jobs, minidiff_model, start_worker
-from minidiff.bench.race import race_models
+from minidiff.bench.race import RaceRules, race_models
 from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
 
@@ -40,6 +40,7 @@ def bench_train(
     size: int | None = None,
     methods: tuple[str, ...] = METHODS,
     device: str = "cpu",
+    rules: RaceRules = RaceRules(),
 ) -> Iterator[str]:
     """Measure, and yield the lines of Markdown tables. Raises ValueError for unknown names and if diffusers or peft is missing.
 
@@ -51,6 +52,7 @@ def bench_train(
         size: Pixels a side; None is the model's own, on a CPU half of it.
         methods: Of METHODS.
         device: Of all contenders.
+        rules: Who takes part, on which weights, how long.
     """
     on_cpu = torch.device(device).type == "cpu"
     rounds = (2 if on_cpu else 10) if rounds is None else rounds
@@ -68,7 +70,7 @@ def bench_train(
             Image.fromarray(pixels).save(folder / name / "0.png")
         torch.save(sample(config, size), folder / "sample.pt")
 
-    jobs = make_train_jobs(device, against)
+    jobs = rules.choose(make_train_jobs(device, against))
     parts = [
         (
             f"\nA step of {method}, {size} x {size}\n",
@@ -77,7 +79,7 @@ def bench_train(
         )
         for method in methods
     ]
-    yield from race_models(__name__, parts, config, write_inputs, BenchRecord(out, settings))
+    yield from race_models(__name__, parts, config, write_inputs, BenchRecord(out, settings), rules)
 
 
 def make_train_jobs(device: str, against: bool) -> dict[str, dict]:
