@@ -58,7 +58,7 @@ def bench_image(
     config = model_config(model)
     size = size or config.image_size
     jobs = {name: job | {"size": size, "steps": steps} for name, job in make_model_jobs(device, against, max_autotune).items()}
-    if on_cpu and against:
+    if on_cpu and against and "minidiff float32" not in rules.contenders:
         del jobs["minidiff float32"]
     jobs = rules.choose(jobs)
     record = BenchRecord(out, {"bench": "image", "model": str(config), "size": size, "steps": steps, "rounds": rounds, "device": device})

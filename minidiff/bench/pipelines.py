@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minidiff.bench.common import random_model_to_run
+from minidiff.bench.stand_in import provide_open_clip
 from minidiff.bench.worker_protocol import PeakMemory
 from minidiff.config import ModelConfig
 
@@ -26,6 +27,7 @@ def model_folder(config: ModelConfig) -> Iterator[Path]:
     """Write a diffusers folder of float32 weights, 4.3 GB for Stable Diffusion 1.x, 13.9 GB for XL, to a temporary folder for the block."""
     import weights_loader
 
+    provide_open_clip()
     with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
         weights_loader.save(random_model_to_run(config), Path(folder) / "model", layout="diffusers")
         yield Path(folder)
@@ -89,6 +91,7 @@ def start_worker(job: dict) -> tuple[PeakMemory, torch.device, torch.dtype]:
         from minidiff.config import TokenizerConfig
         from minidiff.tokenizer import Tokenizer
 
+        provide_open_clip()
         Tokenizer(TokenizerConfig(merges=()))  # imports open_clip's
     return PeakMemory(device, converted=dtype != torch.float32), device, dtype
 
