@@ -52,7 +52,8 @@ Check = Callable[[], dict]
 def kernel_checks(device: torch.device, miniature: bool) -> dict[str, Check]:
     """Return a check per kernel, shape, dtype and kind of input, by name.
 
-    miniature: small shapes in float32, for Triton's interpreter, which cuts bfloat16 off where a GPU rounds.
+    miniature: small shapes in float32, for Triton's interpreter, which cuts bfloat16 off where a GPU rounds, and easy inputs: float32's
+        errors at large logits are bounded by the tests of the kernels.
     """
     dtypes = (torch.float32,) if miniature else (torch.bfloat16, torch.float16)
     checks: dict[str, Check] = {}
@@ -63,7 +64,7 @@ def kernel_checks(device: torch.device, miniature: bool) -> dict[str, Check]:
         else:
             cases = [case for case in list_cases("sd1", model_config("sd1"), 512, 2, name) if case.head_dim <= WIDEST_HEAD]
         for case in cases:
-            checks |= {f"attention, {case}, {kind}": partial(check_attention, case, kind, device) for kind in KINDS}
+            checks |= {f"attention, {case}, {kind}": partial(check_attention, case, kind, device) for kind in KINDS[: 1 if miniature else None]}
         for shape in SMALL_NORMS if miniature else NORMS:
             checks[f"GroupNorm + SiLU, {shape}, {name}"] = partial(check_group_norm_silu, shape, dtype, device)
         for shape in SMALL_GATES if miniature else GATES:
@@ -209,7 +210,8 @@ def model_checks(job: dict, device: torch.device) -> dict[str, Check]:
 
 def prepare(job: dict) -> Callable[[dict], dict]:
     """Return the function that answers: the names of the checks, then one check after the other."""
-    _, device, _ = start_worker(job)
+    peak, device, _ = start_worker(job)
+    peak.stop()  # nobody asks for it
     checks = kernel_checks(device, job["miniature"]) if job["what"] == "kernels" else model_checks(job, device)
     return lambda request: {"names": list(checks)} if request["do"] == "list" else checks[request["name"]]()
 

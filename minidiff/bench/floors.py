@@ -9,7 +9,7 @@ Operations are counted by running the modules on tensors without contents, with 
 sees. Convolutions count as matrix products. Norms, activations and launches are free, so no program reaches a floor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from time import perf_counter
 
@@ -66,18 +66,18 @@ def fastest(run: Callable[[], object], device: torch.device) -> float:
 
 
 def floor_seconds(
-    ceilings: dict[str, float | None], operations: float, moved: float = 0.0, exponentials: float = 0.0
+    ceilings: Mapping[str, object], operations: float, moved: float = 0.0, exponentials: float = 0.0
 ) -> tuple[float, str]:
     """Return the floor in seconds, and which of the ceilings it is.
 
     Args:
-        ceilings: Of `measure_ceilings`.
+        ceilings: Of `measure_ceilings`, perhaps among others.
         operations: Multiplications and additions.
         moved: Bytes.
         exponentials: Their number.
     """
     work = {"products": operations, "bytes": moved, "exponentials": exponentials}
-    floors = {name: amount / rate for name, amount in work.items() if (rate := ceilings[name])}
+    floors = {name: amount / rate for name, amount in work.items() if isinstance(rate := ceilings[name], float)}
     bound = max(floors, key=lambda name: floors[name])
     return floors[bound], bound
 

@@ -1,4 +1,4 @@
-"""The benchmarks of the command line: `minidiff bench load`, `attention`, `step`, `image`, `train`.
+"""The benchmarks of the command line: `minidiff bench load`, `attention`, `step`, `image`, `train`, `gpu`.
 
 Each prints a Markdown table, and with --out writes all its numbers. Imports that take long are inside the commands that need them.
 """
@@ -9,11 +9,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from minidiff.cli.flags import UNSET, Several, Whole
+from minidiff.cli.flags import UNSET, Whole
 from minidiff.cli.model import choose_device
 
 Models = Literal["sd1", "sd2", "sdxl", "bundled"]
 Trained = Literal["sd1", "sd2", "bundled"]  # by the loops of diffusers' examples that bench train races
+Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint=UNSET)]
 Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]", help_behavior_hint=UNSET)]
 
 
@@ -39,7 +40,7 @@ def attention(
     sizes: Sizes = (),
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = (),
     device: str = "auto",
-    contender: Several = (),
+    contender: Names = (),
     batch: int = 2,
 ) -> None:
     """Time, memory and errors of attention at every shape of a U-Net step, beside all of PyTorch's ways.
@@ -75,6 +76,7 @@ def step(
     device: str = "auto",
     max_autotune: bool = False,
     controlnet: bool = False,
+    contender: Names = (),
 ) -> None:
     """Time, memory and errors of a U-Net step of one picture with guidance, beside diffusers, on made-up weights.
 
@@ -89,10 +91,13 @@ def step(
         device: auto, cpu, cuda, cuda:1
         max_autotune: diffusers compiled by max-autotune as well, which takes minutes
         controlnet: measure all of it again with a ControlNet, and what that adds; 1.4 GB more of disk
+        contender: only these, such as minidiff "diffusers compiled"; all by default
     """
+    from minidiff.bench.race import RaceRules
     from minidiff.bench.step import bench_step
 
-    show(bench_step(against, out, rounds, model, size, str(choose_device(device)), max_autotune, controlnet))
+    rules = RaceRules(contender)
+    show(bench_step(against, out, rounds, model, size, str(choose_device(device)), max_autotune, controlnet, rules))
 
 
 def image(
@@ -104,6 +109,7 @@ def image(
     steps: Whole = None,
     device: str = "auto",
     max_autotune: bool = False,
+    contender: Names = (),
 ) -> None:
     """Time, memory and errors of a whole picture, from the prompt to pixels, beside diffusers, on made-up weights.
 
@@ -118,10 +124,13 @@ def image(
         steps: of the sampler, DDIM; 50 on a GPU, 4 on a CPU by default
         device: auto, cpu, cuda, cuda:1
         max_autotune: diffusers compiled by max-autotune as well, which takes minutes
+        contender: only these, such as minidiff "diffusers compiled"; all by default
     """
     from minidiff.bench.image import bench_image
+    from minidiff.bench.race import RaceRules
 
-    show(bench_image(against, out, rounds, model, size, steps, str(choose_device(device)), max_autotune))
+    rules = RaceRules(contender)
+    show(bench_image(against, out, rounds, model, size, steps, str(choose_device(device)), max_autotune, rules))
 
 
 def train(
@@ -132,6 +141,7 @@ def train(
     size: Whole = None,
     methods: tuple[Literal["lora", "custom-diffusion"], ...] = ("lora", "custom-diffusion"),
     device: str = "auto",
+    contender: Names = (),
 ) -> None:
     """Time, memory and loss of a training step, beside the loops of diffusers' examples, on made-up weights.
 
@@ -145,10 +155,28 @@ def train(
         size: of the pictures, in pixels; the model's own by default, on a CPU half of it
         methods: which trainings
         device: auto, cpu, cuda, cuda:1
+        contender: only these, such as minidiff "diffusers channels-last"; all by default
     """
+    from minidiff.bench.race import RaceRules
     from minidiff.bench.train import bench_train
 
-    show(bench_train(against, out, rounds, model, size, methods, str(choose_device(device))))
+    show(bench_train(against, out, rounds, model, size, methods, str(choose_device(device)), RaceRules(contender)))
+
+
+def gpu(out: Path, minutes: float = 8.0, device: str = "auto", contender: Names = ()) -> None:
+    """Everything about one GPU in a few minutes: kernels and model checked, then attention, a step, a picture and training measured.
+
+    Each stage has its share of the time, and each number is written as soon as it is known. On a CPU all of it runs in miniature.
+
+    Args:
+        out: folder for the results; gpu.md is the report
+        minutes: for everything
+        device: auto, cpu, cuda, cuda:1
+        contender: only these, of any stage; all by default
+    """
+    from minidiff.bench.gpu import bench_gpu
+
+    show(bench_gpu(out, minutes, str(choose_device(device)), contender))
 
 
 def show(lines: Iterator[str]) -> None:
@@ -157,4 +185,4 @@ def show(lines: Iterator[str]) -> None:
         print(line, flush=True)
 
 
-COMMANDS = {"load": load, "attention": attention, "step": step, "image": image, "train": train}
+COMMANDS = {"load": load, "attention": attention, "step": step, "image": image, "train": train, "gpu": gpu}
