@@ -42,7 +42,7 @@ from minidiff.bench.contender import TIMEOUT, Contender, Refused, format_error
 from minidiff.bench.floors import count_decoder, count_unet, floor_seconds, measure_ceilings
 from minidiff.bench.gpu_report import format_report
 from minidiff.bench.image import bench_image
-from minidiff.bench.pipelines import make_model_jobs, model_folder
+from minidiff.bench.pipelines import make_model_jobs, make_step_jobs, model_folder
 from minidiff.bench.race import RaceRules, race
 from minidiff.bench.step import bench_step
 from minidiff.bench.train import bench_train, make_train_jobs
@@ -188,7 +188,7 @@ def run_stage(run: GpuRun, name: str, stage: "Stage", budget: Budget) -> Iterato
 
 def all_contenders(device: torch.device) -> list[str]:
     """Return the names of all contenders of all stages."""
-    jobs = [make_model_jobs(str(device), True), make_train_jobs(str(device), True), rate_jobs(str(device))]
+    jobs = [make_step_jobs(str(device), True), make_model_jobs(str(device), True), make_train_jobs(str(device), True), rate_jobs(str(device))]
     return list(dict.fromkeys([*(name for one in jobs for name in one), *CONTENDERS]))
 
 
@@ -280,8 +280,8 @@ def attention(run: GpuRun, budget: Budget) -> Iterator[str]:
 
 def step(run: GpuRun, budget: Budget) -> Iterator[str]:
     """Measure a U-Net step of one picture with guidance."""
-    against = yield from rivals(run, "step", make_model_jobs)
-    rules = run.rules(make_model_jobs(str(run.device), against), budget)
+    against = yield from rivals(run, "step", make_step_jobs)
+    rules = run.rules(make_step_jobs(str(run.device), against), budget)
     run.keep_floor("step", count_unet(run.plan.config, run.plan.size, 2))
     plan = run.plan
     yield from bench_step(against, run.out / "step.json", plan.rounds, plan.config, plan.size, str(run.device), rules=rules)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
-from minidiff.bench.pipelines import COMPILED, make_jobs, minidiff_model, start_worker
+from minidiff.bench.pipelines import COMPILED, OF_STEPS, make_jobs, minidiff_model, start_worker
 from minidiff.bench.race import RaceRules, race_models
 from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
@@ -84,7 +84,7 @@ def bench_train(
 
 def make_train_jobs(device: str, against: bool) -> dict[str, dict]:
     """Return the contenders' jobs: bfloat16 by autocast, and float32 for the errors and as the usual choice on a CPU."""
-    return make_jobs(device, against, ("diffusers bfloat16", "diffusers channels-last", "diffusers max-autotune"))
+    return make_jobs(device, against, (*OF_STEPS, "diffusers bfloat16", "diffusers channels-last", "diffusers max-autotune"))
 
 
 def sample(config: ModelConfig, size: int) -> dict[str, Tensor]:

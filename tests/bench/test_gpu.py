@@ -51,12 +51,13 @@ def test_the_rehearsal_goes_through_all_stages_and_writes_every_number(here, mon
     assert stages["ceilings"]["products"] > 0 and stages["ceilings"]["exponentials"] is None
     kernels, whole = stages["kernels"]["checks"], stages["whole model"]["checks"]
     assert len(kernels) == stages["kernels"]["count"] == 3 + 2 and all(check["ok"] for check in kernels.values()), kernels
-    assert len(whole) == 6 and all(check["ok"] and check["bit_equal"] for check in whole.values()), whole
-    assert whole["U-Net, float32"]["errors"]["out"] == 0 < whole["U-Net, bfloat16"]["errors"]["out"]
+    assert len(whole) == 6 and all(check.get("ok") for check in whole.values()), whole
+    # float32 differs by the order of its sums, channels-last or not; bfloat16 by its 8 bits
+    assert whole["U-Net, float32"]["errors"]["out"] < 1e-5 < 1e-3 < whole["U-Net, bfloat16"]["errors"]["out"]
     assert list(stages["gpu tests"]["tests"].values()) == ["passed", "failed"]
     assert any("as it should" in line for line in stages["gpu tests"]["output"])
     cases = read(here, "attention")["results"]
-    assert len(cases) == 6 and all(len(way["forward"]) == 1 for case in cases.values() for way in case["ways"].values() if "refused" not in way)
+    assert len(cases) == 3 * 2 + 2 and all(len(way["forward"]) == 1 for case in cases.values() for way in case["ways"].values() if "refused" not in way)
     for stage, prefix in (("step", ""), ("image", ""), ("lora", "lora: ")):
         results = read(here, stage)["results"]
         assert set(results) == {f"{prefix}minidiff float32", f"{prefix}minidiff bfloat16"}
