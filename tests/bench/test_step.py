@@ -42,13 +42,14 @@ def test_channels_last_and_bfloat16_are_near(folder, tmp_path):
 
 
 @pytest.mark.slow  # and OpenVINO is no dependency of the tests
-def test_openvino_predicts_the_same_and_in_bfloat16_where_the_processor_has_it(folder, tmp_path):
+def test_openvino_predicts_the_same_and_in_bfloat16_where_the_processor_has_it(folder, tmp_path, monkeypatch):
     pytest.importorskip("openvino")
+    monkeypatch.setattr(step, "T", 3)  # in bfloat16 OpenVINO multiplies the timestep in 16 bits too, of which 501 has none to spare
     theirs = checked(folder, tmp_path, library="diffusers")
     exact = checked(folder, tmp_path, library="openvino")
     np.testing.assert_allclose(exact, theirs, rtol=1e-3, atol=1e-3)  # float32 with fused sums, times 7.5 of guidance
-    ours, near = (np.abs(checked(folder, tmp_path, library=one, dtype="bfloat16") - theirs).mean() for one in ("diffusers", "openvino"))
-    assert 0 < near < 3 * ours  # both have 8 bits; OpenVINO also where PyTorch computes within a norm or an embedding in float32
+    other, near = (np.abs(checked(folder, tmp_path, library=one, dtype="bfloat16") - theirs).mean() for one in ("diffusers", "openvino"))
+    assert 0 < near < 2 * other  # the same 8 bits, rounded at other places
     with pytest.raises(ValueError, match="raced on a U-Net of latent, timestep and context only"):
         checked(folder, tmp_path, library="openvino", controlnet=True)
 
