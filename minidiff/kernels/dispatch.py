@@ -94,7 +94,6 @@ def fused_attention(
     return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "B h N d -> B N (h d)")
 
 
-@torch.compiler.assume_constant_result
 def triton_works(device: torch.device) -> bool:
     """Return whether Triton works on this GPU, tried once: it also needs a C compiler and Python's headers, which may be missing."""
     if device not in _triton_works:
@@ -102,6 +101,10 @@ def triton_works(device: torch.device) -> bool:
         with _disable_current_modes():
             _triton_works[device] = _runs(device)
     return _triton_works[device]
+
+
+# All that torch.compiler.assume_constant_result does, without the second that it takes to import torch._dynamo.
+triton_works._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _runs(device: torch.device) -> bool:
