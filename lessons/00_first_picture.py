@@ -8,6 +8,8 @@
 # - Minutes: 20
 # - Picture: [figures/00-film.png](figures/00-film.png)
 #
+# ![The whole pipeline; this lesson is about the whole of it](figures/pipeline-all.svg)
+#
 # Stable Diffusion makes pictures from words. Here it makes its first ones on your machine, with the small model that ships with minidiff:
 # it knows emoji on plain backgrounds, and nothing else. You watch a picture come out of noise, turn the three knobs that everybody turns,
 # and write the last lines between the model and the file. How each part works is for the lessons that follow.

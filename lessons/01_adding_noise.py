@@ -8,6 +8,8 @@
 # - Minutes: 20
 # - Picture: [figures/01-ladder.png](figures/01-ladder.png)
 #
+# ![The whole pipeline; this lesson is about the noise schedule](figures/pipeline-schedule.svg)
+#
 # A diffusion model is a network that has been taught to take noise out of a picture. With such a network one can start from nothing but
 # noise, take a little of it out again and again, and end at a picture that nobody ever drew. To teach the network, one first puts
 # noise *into* pictures, in amounts that are known exactly. That is all this lesson does: nothing is trained here.

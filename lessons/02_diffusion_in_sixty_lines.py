@@ -8,6 +8,8 @@
 # - Minutes: 25
 # - Picture: [figures/02-cloud.png](figures/02-cloud.png)
 #
+# ![The whole pipeline; this lesson is about the training loss](figures/pipeline-training.svg)
+#
 # Lesson 01 put noise into a picture. Here a network learns to find that noise, from nothing, in seconds. To be able to see everything, the
 # pictures are as small as can be: two numbers, so that each is a point in the plane. Data, network, loss, training and drawing together are
 # about sixty lines, and all of them stand on this page. Stable Diffusion does the same with more numbers.

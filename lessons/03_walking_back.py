@@ -43,6 +43,8 @@ from minidiff.schedule import NoiseSchedule
 
 lesson = start("03_walking_back")
 sd = lesson.load()
+
+# %%
 prompts = ["a fox on a green background", "a mushroom on a blue background"]
 prompts.append("a cactus on an orange background")
 look = x0_predictor(sd, prompts)

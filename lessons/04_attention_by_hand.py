@@ -8,6 +8,8 @@
 # - Minutes: 30
 # - Picture: [figures/04-words.png](figures/04-words.png)
 #
+# ![The whole pipeline; this lesson is about the attention layers of the U-Net](figures/pipeline-attention.svg)
+#
 # The network that takes noise out of a latent, the *U-Net*, is told by a caption what to draw. Somewhere inside it every cell of the latent must ask every
 # word: do you concern me? The asking is called attention; where cells ask words it is *cross-attention*. The same few lines also let cells ask each other, and
 # words ask words: *self-attention* (Vaswani et al. 2017, eq. 1):

@@ -8,7 +8,7 @@
 # - Minutes: 45
 # - Picture: [figures/14-ranks.png](figures/14-ranks.png)
 #
-# ![The whole pipeline; this lesson changes the weights of the U-Net](figures/pipeline-adapters.svg)
+# ![The whole pipeline; this lesson is about small changes of the weights](figures/pipeline-adapters.svg)
 #
 # A model that has seen millions of pictures has not seen your cat. To teach it, we train it a little longer on a few pictures, which is
 # called *fine-tuning*. That changes the whole model, so a second cat needs a second copy, gigabytes for each. *LoRA*, low-rank adaptation,
@@ -48,6 +48,8 @@ from minidiff.pipeline import to_images
 
 lesson = start("14_lora")
 sd, tuned = lesson.load(), lesson.load()  # one stays as it is, the other one is fine-tuned
+
+# %%
 size = sd.config.image_size
 tiger = Subject.load("tiger", class_word="lion", lesson=lesson, size=size)
 assert tiger.pixels.shape == (5, 3, size, size)
@@ -305,8 +307,9 @@ fig = picture_grid(rows, labels=[*(f"LoRA of\nrank {r}" for r in trained), "all 
 lesson.show(fig, "trained", "From LoRAs of two ranks, and from the model of which everything moved.")
 
 # %% [markdown]
-# Compare these verdicts with those on the terms that were cut out of the whole change. A LoRA that is trained at a low rank can do better
-# than a large change that is cut down to the same rank: training puts what matters most into the few terms it has.
+# Compare these verdicts with those on the terms that were cut out of the whole change, at the same rank: how alike are the pictures to the
+# five, and in how many does the judge see a tiger? Cutting off keeps the largest terms of a change that was free to use all of them.
+# Training a LoRA puts what lowers the loss most into the few terms that there are.
 
 # %% [markdown]
 # ## Merge and undo

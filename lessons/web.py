@@ -1,86 +1,108 @@
-"""Notebooks and a web page of the lessons: each is run, and its output goes into both.
+"""Notebooks and a web page of the lessons, both with the output of a run.
 
-    NN_name.py --jupytext--> notebook --nbclient--> with its output --> NN_name.ipynb
-                                                                    --nbconvert--> NN_name.html     equations as MathML
-                                                                                   index.html, style.css, figures/
+    NN_name.py --execute.py--> NN_name.ipynb --nbconvert--> NN_name.html     equations as MathML, figures with captions, contents
+                                                            index.html, style.css, page.js, figures/
 
-The page needs no JavaScript and fetches nothing from outside; its folder can be opened from the disk or put on any server.
+The page fetches nothing from outside; its folder can be opened from the disk or put on any server. Without JavaScript only the buttons that
+copy a cell are missing.
 """
 
 import copy
-import os
 import re
 from collections.abc import Iterator, Sequence
+from html import escape
 from pathlib import Path
+from shutil import copyfile
 
 import jinja2
-import jupytext
-import nbformat
 from latex2mathml.converter import convert
-from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 
 from lessons.catalogue import HERE, PATHS, Entry, entries, find
+from lessons.execute import execute, executed
+from lessons.rendered import CODE_OR_MATH, is_set_up
 
-CODE_OR_MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", flags=re.DOTALL)
 LINK = re.compile(r"\[(?P<text>[^\]]+)\]\((?P<target>[^)]+)\)")
-SECONDS = 1800  # a cell may take
+HEADING = re.compile(r"<h2[^>]*>(?P<inner>.*?)</h2>", flags=re.DOTALL)
+FIGURE = re.compile(r'<img\s+alt="(?P<alt>[^"]*)"(?P<rest>[^>]*)>|<img(?P<before>[^>]*?)\s+alt="(?P<other>[^"]*)"(?P<after>[^>]*)>')
+CELL = re.compile(r'(?=<div class="cell border-box-sizing)')
 
 
-def build_pages(out: Path, numbers: Sequence[str] = (), options: str = "") -> Iterator[Path]:
-    """Builds the lessons of these numbers, or all, into the folder; yields each file when it stands. options: as on a lesson's command line.
+def build_pages(
+    out: Path, numbers: Sequence[str] = (), options: str = "", *, again: bool = False, jobs: int = 1
+) -> Iterator[tuple[Path, float | None]]:
+    """Build the lessons into a folder, its index first; yield each page with the seconds its run took, None where none was needed.
+
+    Args:
+        out: the folder; a lesson whose notebook there still holds is not run again
+        numbers: of the lessons; all by default
+        options: as on a lesson's command line
+        again: run every lesson
+        jobs: lessons that run side by side
 
     Raises ValueError for a number that there is not, nbclient's CellExecutionError for a lesson that fails.
     """
     chosen = [find(number) for number in numbers] or entries()
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
     (out / "style.css").write_text((HERE / "page" / "style.css").read_text() + _code_colours())
-    for i, entry in enumerate(chosen):
-        notebook = run(entry, out / "figures", options)
-        nbformat.write(notebook, out / f"{entry.name}.ipynb")
-        yield out / f"{entry.name}.ipynb"
-        around = {"before": chosen[i - 1] if i else None, "after": chosen[i + 1] if i + 1 < len(chosen) else None}
-        page = _template("lesson.html.j2").render(entry=entry, body=body(notebook, chosen), **around)
-        (out / f"{entry.name}.html").write_text(page)
-        yield out / f"{entry.name}.html"
+    copyfile(HERE / "page" / "page.js", out / "page.js")
+    for picture in [*(HERE / "figures").glob("pipeline-*.svg"), *(HERE / entry.picture for entry in chosen)]:
+        if not (out / "figures" / picture.name).exists():
+            copyfile(picture, out / "figures" / picture.name)  # until the lesson's own run makes it
     known = {entry.number: entry for entry in chosen}
     paths = {name: [known[number] for number in numbers if number in known] for name, numbers in PATHS.items()}
     (out / "index.html").write_text(_template("index.html.j2").render(entries=chosen, paths=paths))
-    yield out / "index.html"
-
-
-def run(entry: Entry, figures: Path, options: str = "") -> NotebookNode:
-    """The lesson as a notebook with its output; its pictures are written into `figures` too."""
-    notebook = jupytext.read(entry.path, fmt="py:percent")
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    for i, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{i}"
-    environment = os.environ | {
-        "LESSON_OPTIONS": f"{options} --figures '{figures.resolve()}'",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
-    }
-    quiet = ["--log-level=ERROR"]  # a warning that whoever shares the machine could listen
-    folder = {"metadata": {"path": str(HERE)}}
-    client = NotebookClient(notebook, timeout=SECONDS, resources=folder, extra_arguments=quiet, coalesce_streams=True)
-    client.execute(env=environment)
-    return notebook
+    yield out / "index.html", None
+    for entry, seconds in execute(chosen, out, options, again=again, jobs=jobs):
+        i = chosen.index(entry)
+        around = {"before": chosen[i - 1] if i else None, "after": chosen[i + 1] if i + 1 < len(chosen) else None}
+        html, contents = with_contents(body(executed(entry, out), chosen))
+        (out / f"{entry.name}.html").write_text(_template("lesson.html.j2").render(entry=entry, body=html, contents=contents, **around))
+        yield out / f"{entry.name}.html", seconds
 
 
 def body(notebook: NotebookNode, chosen: Sequence[Entry]) -> str:
-    """The notebook as HTML for the inside of a page, its links leading to the pages of the chosen lessons."""
+    """Return the notebook as HTML for the inside of a page, its links leading to the pages of the chosen lessons."""
     notebook = copy.deepcopy(notebook)
     notebook.cells[0].source = re.sub(r"\n- Picture: .+", "", notebook.cells[0].source)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = with_mathml(LINK.sub(lambda link: _link(link, {entry.name for entry in chosen}), cell.source))
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
-    return exporter.from_notebook_node(notebook)[0]
+    cells = CELL.split(exporter.from_notebook_node(notebook)[0])[1:]
+    assert len(cells) == len(notebook.cells)
+    folded = '<details class="set-up"><summary>Set-up</summary>{}</details>'
+    set_up = (cell.cell_type == "code" and is_set_up(cell.source) for cell in notebook.cells)
+    return with_captions("".join(folded.format(html) if fold else html for html, fold in zip(cells, set_up)))
+
+
+def with_captions(html: str) -> str:
+    """Return the HTML with every picture of a cell in a figure, its description below it as a caption."""
+
+    def replace(found: re.Match) -> str:
+        alt = found["alt"] if found["alt"] is not None else found["other"]
+        return f"<figure>{found[0]}<figcaption>{alt}</figcaption></figure>" if "data:image/png" in found[0] else found[0]
+
+    return FIGURE.sub(replace, html)
+
+
+def with_contents(html: str) -> tuple[str, list[tuple[str, str]]]:
+    """Return the HTML with an anchor at each section, and the contents: anchors and titles."""
+    contents = []
+
+    def replace(found: re.Match) -> str:
+        title = re.sub(r"<[^>]+>", "", found["inner"]).strip()
+        anchor = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+        contents.append((anchor, title))
+        return f'<h2 id="{anchor}">{found["inner"]} <a class="anchor" href="#{anchor}" aria-label="Link to {escape(title)}">#</a></h2>'
+
+    return HEADING.sub(replace, html), contents
 
 
 def with_mathml(markdown: str) -> str:
-    """$x$ and $$x$$ outside code as MathML, which browsers draw without help."""
+    """Return the text with $x$ and $$x$$ outside code as MathML, which browsers draw without help."""
 
     def replace(found: re.Match) -> str:
         if found["code"]:

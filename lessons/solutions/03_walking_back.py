@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from lessons.common import distance
 from lessons.exercises import Exercise, Misuse, difference
 from minidiff.config import SD1
-from minidiff.samplers import Level, ddim
+from minidiff.samplers import Denoiser, Level, ddim
 from minidiff.schedule import NoiseSchedule
 
 # ------------------------------------------------------------------------------------------------------ ddim_step
@@ -352,9 +352,11 @@ def ratio_upside_down(alpha_bar, x_t, x0_hat, now, then, eps_new):
 
 
 def _library_step(alpha_bar, x_t, x0_hat, now, then, eta, noise):
+    """minidiff's own step, from a model whose prediction is v: it gives this x0_hat."""
     level, next_level = (Level(t, float(alpha_bar[t])) for t in (now, then))
     eps_hat = (x_t - level.sqrt_alpha_bar * x0_hat) / level.sqrt_one_minus_alpha_bar
-    return ddim(lambda x, at: (x0_hat, eps_hat), x_t, level, next_level, eta, noise)[0]
+    v = level.sqrt_alpha_bar * eps_hat - level.sqrt_one_minus_alpha_bar * x0_hat
+    return ddim(Denoiser(lambda x, t: v, "v", x_t.dtype), x_t, level, next_level, eta, noise)[0]
 
 
 def _ring(count=8, radius=1.5):
