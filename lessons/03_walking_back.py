@@ -71,8 +71,8 @@ print(f"timesteps: {', '.join(map(str, timesteps[:4]))}, ... {timesteps[-2]}, {t
 # %% [markdown]
 # ## One step: remove all the noise, put less of it back
 #
-# A prediction of the picture implies a prediction of the noise. Solve the closed-form forward process of lesson 01 for the noise, and call
-# the current timestep `now`:
+# A prediction of the picture implies a prediction of the noise, `eps_hat`. Solve the closed-form forward process of lesson 01 for the noise,
+# and call the current timestep `now`:
 #
 # $$\hat\epsilon = \left( x_{now} - \sqrt{\bar\alpha_{now}} \; \hat x_0 \right) / \sqrt{1 - \bar\alpha_{now}}$$
 #
@@ -109,7 +109,8 @@ ddim_step = lesson.check(ddim_step)
 # %%
 true_x_0, eps = (noise_source(seeds, (C, H, W), lesson.device)() for _ in range(2))
 high, low = T * 3 // 4, T // 4
-x_high, x_low = (schedule.q_sample(true_x_0, torch.full((B,), t, device=lesson.device), eps) for t in (high, low))
+at = [torch.full((B,), t, device=lesson.device) for t in (high, low)]
+x_high, x_low = (schedule.q_sample(true_x_0, t, eps) for t in at)
 landed = ddim_step(alpha_bar, x_high, true_x_0, high, low)
 assert landed.shape == x_low.shape
 print(f"with the true x_0 one step is off by {(landed - x_low).abs().max():.0e}")
@@ -126,7 +127,7 @@ print(f"with the true x_0 one step is off by {(landed - x_low).abs().max():.0e}"
 
 # %%
 def walk(look, step, x_t, timesteps):
-    """Yield x0_hat and the new x_t of each step; timesteps from high to low, the last one included."""
+    """Yield x0_hat and the new x_t of each step; timesteps fall, and the last one is 0."""
     # YOUR CODE, about 4 lines
 
 
@@ -288,7 +289,7 @@ lesson.show(fig, "error", "DDIM's error falls in a straight line on logarithmic 
 # %%
 s, more_counts = 0.5, (2, 4, 8, 16, 32, 64, 128, 256)
 one, none = torch.ones(1, device=lesson.device), torch.zeros(1, device=lesson.device)
-without_noise = lambda alpha_bar, x_t, x0_hat, now, then, eps_new: ddim_step(alpha_bar, x_t, x0_hat, now, then)
+without_noise = lambda *arguments: ddim_step(*arguments[:-1])  # all but eps_new
 
 
 def deviation(step, n):

@@ -130,7 +130,7 @@ for r in (1, 4, 16, largest // 2):
 ranks = range(1, largest + 1)
 lines = {"the change": (ranks, 100 * of_change), "a random matrix": (ranks, 100 * of_random)}
 fig = curves(lines, f"terms kept, of {largest}", "% of the energy", log="x", ylim=(0, 102))
-lesson.show(fig, "spectrum", "Few terms hold most of the change's energy; a random matrix needs most of its terms.")
+lesson.show(fig, "spectrum", "The change's curve rises far earlier than a random matrix's.")
 
 # %% [markdown]
 # ## Your turn: cut_off
@@ -157,7 +157,8 @@ for r in (1, 4, 16, largest):
     down, up = cut_off(dW, r)
     assert down.shape == (r, dW.shape[1]) and up.shape == (dW.shape[0], r)
     share = (dW - up @ down).norm() / dW.norm()
-    print(f"rank {r:3}: {share:4.0%} of one matrix is missing, {down.numel() + up.numel():6,} numbers")
+    count = down.numel() + up.numel()
+    print(f"rank {r:3}: {share:4.0%} of one matrix is missing, {count:6,} numbers")
 print(f"the change itself: {dW.numel():,} numbers")
 
 # %% [markdown]
@@ -203,7 +204,8 @@ for r in missing:
 
 # %%
 lines = {"missing": (list(missing), list(missing.values()))}
-fig = curves(lines, "rank", "% of the difference missing", log="x", xticks=list(missing), ylim=(0, 100))
+axes = {"xlabel": "rank", "ylabel": "% of the difference missing"}
+fig = curves(lines, **axes, log="x", xticks=list(missing), ylim=(0, 100))
 lesson.show(fig, "missing", "The share that is missing falls steadily as the rank grows.")
 
 # %%
@@ -212,11 +214,12 @@ results |= {f"rank {r}": result for r, result in generated.items()}
 results["all of it"] = after, verdict_after
 for label, (_, verdict) in results.items():
     print(f"{label:10} {verdict}")
-near = [r for r, (_, verdict) in generated.items() if verdict.likeness > verdict_after.likeness - 0.02]
+close = verdict_after.likeness - 0.02
+near = [r for r, (_, verdict) in generated.items() if verdict.likeness > close]
 print(f"lowest rank within 0.02 of the whole change's likeness: {min(near, default=None)}")
 shown = ("before", "rank 1", "rank 4", "rank 16", "all of it")
 fig = picture_grid([results[label][0] for label in shown], labels=shown)
-lesson.show(fig, "ranks", "One column per prompt: before training, with 1, 4 and 16 terms, and with all.")
+lesson.show(fig, "ranks", "Before training, with more and more terms, and with all of them.")
 
 # %% [markdown]
 # The last line above answers the guess for this model and this subject: from that rank on the judge rates the pictures like those of the
@@ -257,7 +260,8 @@ x, down, up = (torch.randn(*shape, generator=generator) for shape in ((7, inn), 
 beside, inside = low_rank(x, down, up, 4.0), x @ (up @ down).T
 assert beside.shape == inside.shape == (7, out)
 assert torch.allclose(beside, inside, rtol=1e-3, atol=1e-3)
-print(f"multiplications per row: {out * inn:,} with the product, {4 * (out + inn):,} with the factors")
+print(f"multiplications per row, with the product: {out * inn:,}")
+print(f"with the factors: {4 * (out + inn):,}")
 
 # %% [markdown]
 # ## Your turn: first_factors
@@ -290,8 +294,8 @@ options = preset("lora", "bundled")
 settings = replace(options.settings, steps=1 if lesson.quick else 50, batch=4)
 trained = {}
 for r in (8,) if lesson.quick else (1, 8):
-    low = replace(options.low_rank, rank=r)
-    method = METHODS["lora"].build(sd, [tiger.concept], replace(options, settings=settings, low_rank=low))
+    of_rank = replace(options, settings=settings, low_rank=replace(options.low_rank, rank=r))
+    method = METHODS["lora"].build(sd, [tiger.concept], of_rank)
     for _ in method.run(lesson.device):
         pass
     method.lora.attach(sd)
@@ -304,7 +308,7 @@ print(f"the whole change, {4 * numbers / 1e6:.2f} MB: {verdict_after}")
 # %%
 rows = [*(trained[r][1] for r in trained), after]
 fig = picture_grid(rows, labels=[*(f"LoRA of\nrank {r}" for r in trained), "all of it"])
-lesson.show(fig, "trained", "From LoRAs of two ranks, and from the model of which everything moved.")
+lesson.show(fig, "trained", "From LoRAs of two ranks, and from the model that was trained whole.")
 
 # %% [markdown]
 # Compare these verdicts with those on the terms that were cut out of the whole change, at the same rank: how alike are the pictures to the
@@ -355,6 +359,8 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 # %%
 task = METHODS["lora"].build(sd, [tiger.concept], replace(options, settings=settings)).phases[0]
 (adapter,) = task.adapters
+
+# %%
 starts = {"up zero": (1, 0), "both zero": (0, 0), "both random": (1, 1)}  # of down, of up
 for label, (of_down, of_up) in starts.items():
     with torch.no_grad():
@@ -373,7 +379,7 @@ for label, (of_down, of_up) in starts.items():
 # %%
 print(f"before the first step, both random: {ruined[1]}")
 fig = picture_grid([before, ruined[0]], labels=["up zero", "both\nrandom"])
-lesson.show(fig, "beginnings", "Before the first step: unchanged pictures with up at zero, ruins with both random.")
+lesson.show(fig, "beginnings", "Untrained: unchanged with up at zero, ruined if both are random.")
 
 # %% [markdown]
 # With `up` at zero, half of the matrices get a gradient at the first step: `up` moves, and from the second step on `down` learns too. With

@@ -1,6 +1,6 @@
 """The picture at the head of each lesson: the whole pipeline, with the part lit that the lesson is about.
 
-    drawing("sampler")    an SVG; `python -m lessons map` writes one for each part into figures/
+drawing("sampler")    an SVG; `python -m lessons map` writes one for each part into figures/
 """
 
 from html import escape

@@ -42,7 +42,12 @@ class Seen:
 
 
 def visit(
-    url: str, folder: Path, width: int = 375, dark: bool = False, screenshot: Path | None = None, asked: Mapping[str, str] = MappingProxyType({})
+    url: str,
+    folder: Path,
+    width: int = 375,
+    dark: bool = False,
+    screenshot: Path | None = None,
+    asked: Mapping[str, str] = MappingProxyType({}),
 ) -> Seen:
     """Opens the page, clicks each of its links that download, and closes the browser.
 
@@ -76,9 +81,7 @@ async def _visit(url: str, folder: Path, width: int, dark: bool, screenshot: Pat
         browser.wait()
 
 
-async def _look(
-    page: "Page", url: str, downloads: Path, width: int, dark: bool, screenshot: Path | None, asked: Mapping[str, str]
-) -> Seen:
+async def _look(page: "Page", url: str, downloads: Path, width: int, dark: bool, screenshot: Path | None, asked: Mapping[str, str]) -> Seen:
     for domain in ("Runtime", "Log", "Network"):
         await page.do(f"{domain}.enable")
     await page.do("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600)

@@ -47,7 +47,14 @@ def test_each_typical_mistake_has_a_sentence_of_its_own(entry, exercise):
         assert "\n" not in sentence
 
 
-OWN_WORDS = ("The size of tensor", "cannot be multiplied", "object is not callable", "is not defined", "must be Tensor", "unsupported operand")
+OWN_WORDS = (
+    "The size of tensor",
+    "cannot be multiplied",
+    "object is not callable",
+    "is not defined",
+    "must be Tensor",
+    "unsupported operand",
+)
 
 
 @pytest.mark.parametrize("entry, exercise", EXERCISES)
@@ -149,11 +156,11 @@ def raised(function) -> str:
     [
         (lambda: torch.zeros(3) + torch.zeros(4), "along axis 0 one has 3 entries, the other 4"),
         (lambda: torch.zeros(2, 3) @ torch.zeros(2, 3), "a matrix product does not fit, 2x3 times 2x3"),
-        (lambda: no_such_name, "the name 'no_such_name' is not known here"),  # noqa: F821
+        (lambda: no_such_name, "the name 'no_such_name' is not known here"),
         (lambda: torch.zeros(3)(1), "an entry of a table is taken with [ ]"),
         (lambda: torch.sqrt(2.0), "was given a plain float: take the root with ** 0.5"),
         (lambda: torch.zeros(3)[3], "entry 3 of an axis of 3 is asked for"),
-        (lambda: [1][2], "an entry behind the last one"),
+        (lambda: list(range(1))[2], "an entry behind the last one"),
         (lambda: torch.zeros(3).shape / 2.0, "which have no such operation"),
         (lambda: complaint("01_adding_noise"), "called without 1 of its arguments"),
         (lambda: BLANK.upper(1), "with a TypeError"),
@@ -166,7 +173,7 @@ def test_errors_of_the_torch_that_is_installed_are_put_into_words(function, word
 
 def test_a_function_that_forgets_to_return_or_changes_its_arguments_is_told_so():
     def q_sample(alpha_bar, x_0, t, eps):
-        x_t = x_0 + eps
+        x_0.mean()
 
     assert complaint("01_adding_noise", q_sample) == NO_RETURN
 
@@ -193,7 +200,11 @@ def test_a_sum_with_a_wrong_factor_names_the_term():
         (torch.zeros(3), torch.zeros(2), "gives shape [3], expected [2]; follow the shapes line by line, from the arguments on"),
         (torch.zeros(2).double(), torch.zeros(2), "gives torch.float64, expected torch.float32; keep the type of the arguments"),
         (torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 3.0]]), f"gives 2 at [0, 1], expected 3; {HINT}"),
-        (torch.tensor([1.0, torch.nan]), torch.ones(2), "gives values that are infinite or no number: look for a division by zero or the root of something negative"),
+        (
+            torch.tensor([1.0, torch.nan]),
+            torch.ones(2),
+            "gives values that are infinite or no number: look for a division by zero or the root of something negative",
+        ),
         (0.5, 0.25, f"gives 0.5, expected 0.25; {HINT}"),
         ([1, 2], [2, 1], f"gives [1, 2], expected [2, 1]; {HINT}"),
     ],

@@ -86,7 +86,10 @@ def test_outputs_become_text_and_shared_figures():
         (r"$\sqrt{x} \; y$", r"$`\sqrt{x} \; y`$"),
         ("$$\na_t\n= b\n$$", "```math\na_t = b\n```"),
         ("`$HOME`", "`$HOME`"),
-        ("[a](../minidiff/vae.py), [b](01_adding_noise.py), [c](https://x.org)", "[a](../../minidiff/vae.py), [b](01.md), [c](https://x.org)"),
+        (
+            "[a](../minidiff/vae.py), [b](01_adding_noise.py), [c](https://x.org)",
+            "[a](../../minidiff/vae.py), [b](01.md), [c](https://x.org)",
+        ),
     ],
 )
 def test_equations_and_links_are_those_of_github(written, expected):
@@ -94,7 +97,8 @@ def test_equations_and_links_are_those_of_github(written, expected):
 
 
 @pytest.mark.parametrize(
-    "code, expected", [("import a\nfrom b import (\n    c,\n)\nlesson = start('01')", True), ("import a\n\nx = 3", False), ("sd = lesson.load()", True)]
+    "code, expected",
+    [("import a\nfrom b import (\n    c,\n)\nlesson = start('01')", True), ("import a\n\nx = 3", False), ("sd = lesson.load()", True)],
 )
 def test_only_what_imports_and_loads_is_set_up(code, expected):
     assert rendered.is_set_up(code) == expected
