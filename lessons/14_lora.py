@@ -140,7 +140,7 @@ lesson.show(fig, "spectrum", "The change's curve rises far earlier than a random
 # down` is the sum of the r terms. `torch.linalg.svd(change, full_matrices=False)` returns three tensors: `u`, whose columns are the $u_i$;
 # `s`, the singular values in falling order; and `v`, whose *rows* are the $v_i^\top$ already. `u[:, :r]` are the first r columns.
 #
-# When it is right, it takes a matrix of rank 3 apart and reports what is missing after one, two and three terms.
+# When it is right, it takes a matrix apart whose rank is three, and reports what is missing after one, two and three terms.
 
 
 # %%
