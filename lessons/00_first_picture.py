@@ -287,6 +287,43 @@ for name, config in {"this model": sd.config, "Stable Diffusion 1.x": SD1}.items
 # three effects as here: another fox, the same fox a little rougher, and a fox that is none.
 
 # %% [markdown]
+# ## What you now know
+#
+# - A prompt becomes a picture in four parts: text encoder, noise from a seed, U-Net in a loop, decoder.
+# - The loop works on the latent, a tensor much smaller than the picture.
+# - Every step has two tensors to look at: `x_t`, the noisy latent, and `x0_hat`, the model's prediction of the clean one.
+# - The seed decides what the prompt leaves open; more steps refine; guidance makes the prompt count for more.
+# - The decoder's values leave their range now and then, so they are clamped before they become bytes.
+
+# %% [markdown]
+# ## Your guess
+#
+# It depends on which tensor you watch. In `x_t` you see the subject late, because the noise hides it. In the prediction `x0_hat` you see it
+# in the first third of the steps, so by that measure the first answer is right.
+
+# %% [markdown]
+# ## Quiz
+#
+# 1. You run one prompt with the same seed on another machine. What do you expect?
+# 2. What does guidance of one do, and how often is the U-Net needed at each step then?
+# 3. Why is the first prediction `x0_hat` a blur and not a bad picture?
+#
+# <details><summary>Answers</summary>
+#
+# 1. The same picture, except for rounding: the noise is drawn on the processor from the seed.
+# 2. The prompt is followed as in training. The empty prompt has no weight, so one prediction per step is enough.
+# 3. The model has seen nothing but noise and the words, so it predicts an average of everything that fits them.
+#
+# </details>
+
+# %% [markdown]
+# ## Now you
+#
+# Take a prompt that leaves much open, such as "a fox", and one that leaves little open. Predict for which of them four seeds differ more.
+# Then generate both with four seeds each, measure the mean `distance` between the final latents, and look at the pictures. Does the number
+# agree with your eyes?
+
+# %% [markdown]
 # ## Read next
 #
 # - `minidiff/pipeline.py`: `generate` is four lines; `denoise` puts text encoder, noise, guidance and steps together; `noise_source` has
