@@ -109,7 +109,7 @@ class Lesson:
         wrong, exercise = complaint(self.name, written), exercises(self.name)[written.__name__]
         print(f"{written.__name__}: {'right' if wrong is None else wrong}")
         if wrong is not None:
-            print(f"The lesson goes on with the {'library' if instead or exercise.library else 'answer'}'s own.")
+            print("The lesson goes on with the library's own." if instead or exercise.library else "The lesson goes on with the answer.")
             return instead or exercise.library or exercise.answer
         if exercise.number:
             print(exercise.number(written))
