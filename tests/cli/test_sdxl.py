@@ -1,12 +1,14 @@
 """`minidiff generate`, `inspect` and `compare` with a small Stable Diffusion XL."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import weights_loader
 from minidiff.cli.generate import parse_pair, resolve_negative
-from minidiff.two_encoders import SizeNumbers, told
+from minidiff.two_encoders import SizeNumbers
 from tests.command import runner
 from tests.small_models import small_model, xl_config
 
@@ -46,7 +48,7 @@ def draw(run, tmp_path, *flags):
 )
 def test_each_flag_draws_what_the_library_draws_with_it(run, tmp_path, xl, flags, given, noted):
     picture, said = draw(run, tmp_path, *flags)
-    text = told(xl.text, given.get("prompt_2"), given.get("sizes", SizeNumbers()))
+    text = replace(xl.text, prompt_2=given.get("prompt_2"), sizes=given.get("sizes", SizeNumbers()))
     *_, step = xl.denoise("a cat", steps=2, size=32, negative_prompt=given.get("negative_prompt"), text=text)
     expected = ((xl.decode(step.x_t)[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
     assert np.array_equal(picture, expected)
