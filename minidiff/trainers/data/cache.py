@@ -78,7 +78,7 @@ def cached_texts(sd: StableDiffusion, cache: Cache, captions: Sequence[str]) -> 
     """Return contexts of captions and, where the model has them, pooled vectors, without the size of a picture.
 
     Each is encoded once, by itself, by the text encoders as they are now; float32, on the model's device. Not for encoders that are being
-    trained. Raises ValueError for what must not be kept: a new token, or an encoder with an adapter on it.
+    trained. Raises ValueError for what must not be kept: a new token, an encoder with an adapter on it, or what half precision overflows in.
     """
     encoders = sd.text.encoders
     if any(module._forward_hooks or module._forward_pre_hooks for encoder in encoders.values() for module in encoder.modules()):
@@ -100,7 +100,12 @@ def cached_texts(sd: StableDiffusion, cache: Cache, captions: Sequence[str]) -> 
 
 def _encode_alone(sd: StableDiffusion, caption: str) -> Conditioning:
     with torch.autocast(sd.device.type, enabled=False):
-        return sd.text([caption], (sd.config.image_size, sd.config.image_size))
+        told = sd.text([caption], (sd.config.image_size, sd.config.image_size))
+    if not all(x.isfinite().all() for x in told.tensors()):
+        raise ValueError(
+            f"caption {caption!r}: its context is not finite in {told.context.dtype}; load the text encoders in float32 or bfloat16"
+        )
+    return told
 
 
 @dataclass(frozen=True)
