@@ -134,7 +134,7 @@ def train(
 ) -> None:
     """Time, memory and loss of a training step, beside the loops of diffusers' examples, on made-up weights.
 
-    Takes 4.3 GB of disk in the folder for temporary files, for sdxl 13.9 GB. diffusers has no Custom Diffusion for sdxl: there it runs alone.
+    Takes 4.3 GB of disk in the folder for temporary files, for sdxl 13.9 GB.
 
     Args:
         against: measure diffusers, and peft for the LoRA, as well
