@@ -16,8 +16,21 @@ from minidiff.guidance import guided
 from minidiff.pipeline import noise_source
 from minidiff.samplers import levels, sample
 from tests.parity.check import NotEqual, largest_error
-from tests.parity.models import BUNDLED, INPAINTING, ODD, SD1, SD2, Shape, pipelines, randomise, unets, with_weights_of
-from tests.parity.parts import NEGATIVE, PROMPTS, context, noise
+from tests.parity.models import (
+    BUNDLED,
+    INPAINTING,
+    ODD,
+    SD1,
+    SD2,
+    SDXL,
+    Shape,
+    added_embedding,
+    pipelines,
+    randomise,
+    unets,
+    with_weights_of,
+)
+from tests.parity.parts import NEGATIVE, PROMPTS, SIZES, context, noise
 from weights_loader.controlnet import NAMES
 
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -37,6 +50,7 @@ def controlnets(shape: Shape, dtype: torch.dtype, seed: int = 0, pooled: bool = 
         norm_num_groups=unet.groups,
         conditioning_embedding_out_channels=widths,
         global_pool_conditions=pooled,
+        **({} if unet.pooled_width is None else added_embedding(unet)),
     )
     theirs = randomise(theirs.to(dtype))
     if seed:
@@ -59,16 +73,20 @@ def hints(shape: Shape, dtype: torch.dtype, rows: int = 2, seed: int = 5) -> tor
 def residuals(shape: Shape, dtype: torch.dtype, guess_mode=False, scale=1.0):
     ours, theirs = controlnets(shape, dtype)
     x, t, told, hint = noise(2, 4, *shape.latent, dtype=dtype), torch.tensor([1, 999]), context(shape.unet, dtype), hints(shape, dtype)
-    skips, middle = theirs(x, t, told, hint, conditioning_scale=scale, guess_mode=guess_mode, return_dict=False)
+    conditioning, added = Conditioning(told), {}
+    if width := shape.unet.pooled_width:
+        conditioning = Conditioning(told, noise(2, width, dtype=dtype, seed=5), SIZES)
+        added = {"added_cond_kwargs": {"text_embeds": conditioning.pooled, "time_ids": SIZES}}
+    skips, middle = theirs(x, t, told, hint, conditioning_scale=scale, guess_mode=guess_mode, return_dict=False, **added)
     found = []
     with torch.no_grad():
         control = Control(ours, hint, scale)
-        controlled(lambda x_t, t, told: found.extend(told.residuals) or x_t, [control], guess_mode=guess_mode)(x, t, Conditioning(told))
+        controlled(lambda x_t, t, told: found.extend(told.residuals) or x_t, [control], guess_mode=guess_mode)(x, t, conditioning)
     yield from zip(found, [*skips, middle], strict=True)
 
 
 @FLOATS
-@pytest.mark.parametrize("shape", [SD1, SD2, ODD, BUNDLED], ids=str)
+@pytest.mark.parametrize("shape", [SD1, SD2, ODD, BUNDLED, SDXL], ids=str)
 @pytest.mark.parametrize("guess_mode", [False, True])
 def test_the_residuals_are_those_of_diffusers(shape, dtype, guess_mode, record_property):
     error = max(largest_error(a, b) for a, b in residuals(shape, dtype, guess_mode, 1.0 if guess_mode else 0.7))
@@ -116,10 +134,11 @@ def their_trajectory(shape, dtype, controls, x, steps, **settings) -> torch.Tens
     _, text_to_image = pipelines(shape, dtype)
     nets, pictures, scales, starts, ends = zip(*controls)
     one = len(controls) == 1
-    pipeline = diffusers.StableDiffusionControlNetPipeline(
+    kind = diffusers.StableDiffusionXLControlNetPipeline if shape.text_2 else diffusers.StableDiffusionControlNetPipeline
+    pipeline = kind(
         **text_to_image.components,
         controlnet=nets[0] if one else diffusers.MultiControlNetModel(list(nets)),
-        requires_safety_checker=False,
+        **({"add_watermarker": False} if shape.text_2 else {"requires_safety_checker": False}),
     )
     pipeline.set_progress_bar_config(disable=True)
     if dtype == torch.float64:  # as installed its table is float32, which hides errors of 1e-6
@@ -149,7 +168,8 @@ def our_steps(shape, dtype, controls, x, theirs, guidance_scale, guess_mode=Fals
     visited = [level.t for level in levels(ours.schedule, "ddim", steps, "leading")[:-1]]
     model = controlled(ours.predict, [Control(*control) for control in controls], visited, guess_mode)
     with torch.no_grad():
-        cond, uncond = ours.text(PROMPTS), ours.text([NEGATIVE]).expand(len(PROMPTS))
+        height, width = (side * shape.vae.factor for side in shape.latent)
+        cond, uncond = ours.text.guided(PROMPTS, NEGATIVE, (width, height))
         walk = sample(guided(model, cond, uncond, guidance_scale, shared_prefix=True), x, ours.schedule, steps=steps)
         return torch.stack([next(walk).x_t, *(walk.send(x_t).x_t for x_t in theirs[:-1])])
 
@@ -170,6 +190,8 @@ def trajectories(shape=SD1, dtype=torch.float64, chosen=((0, 1.0, 0.0, 1.0),), s
 CASES = {
     "one": dict(),
     "SD 2": dict(shape=SD2),
+    "SDXL": dict(shape=SDXL),
+    "SDXL in guess mode": dict(shape=SDXL, guess_mode=True),
     "odd size": dict(shape=ODD),
     "guess mode": dict(guess_mode=True),
     "guess mode without guidance": dict(guess_mode=True, guidance_scale=1.0),

@@ -78,7 +78,7 @@ def cached_texts(sd: StableDiffusion, cache: Cache, captions: Sequence[str]) -> 
     """Return contexts of captions and, where the model has them, pooled vectors, without the size of a picture.
 
     Each is encoded once, by itself, by the text encoders as they are now; float32, on the model's device. Not for encoders that are being
-    trained. Raises ValueError for what must not be kept: a new token, an encoder with an adapter on it, or what half precision overflows in.
+    trained. Raises ValueError for what must not be kept: a new token, an encoder with an adapter on it, or one that overflows.
     """
     encoders = sd.text.encoders
     if any(module._forward_hooks or module._forward_pre_hooks for encoder in encoders.values() for module in encoder.modules()):
