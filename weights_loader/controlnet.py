@@ -211,7 +211,7 @@ def _check_family(tensors: Mapping[str, Tensor], sd: StableDiffusion) -> None:
     found = {match[0] for name in tensors if (match := re.match(r".*\.transformer_blocks\.\d+\.", name))}
     if not any(name in tensors for name in ADDED) and len(found) < depth:
         raise ValueError(
-            f"a ControlNet of {len(found)} transformer blocks where the model has {depth}, such as diffusers' small and mid ones; not supported"
+            f"a ControlNet of {len(found)} transformer blocks where the model has {depth}, as diffusers' small and mid ones; not supported"
         )
 
 

@@ -125,8 +125,6 @@ def generate(
     if guess_mode and not requests:
         raise ValueError("--guess-mode without a ControlNet; give --control and --controlnet, or leave it out")
     pictures = read_edit(edit)
-    if requests and pictures is not None:
-        raise ValueError("--controlnet and --image together are for Python: sd.denoise takes start, x and model; leave one of them out")
     sd = load(
         model,
         dtype,
@@ -161,12 +159,17 @@ def generate(
         if pictures is None:
             job, wanted = None, sd.pixel_size(parse_size(size))
             timesteps = [level.t for level in levels(sd.schedule, sampler, steps, spacing)[:-1]]
+            sd.check_channels()
             steered = steer(sd, requests, count=len(pairs), size=wanted, timesteps=timesteps, guess_mode=guess_mode)
-            trajectory = sd.denoise(texts, seeds=seeds, size=wanted, model=steered, **asdict(sampling))
+            model_asked = steered(sd.predict) if steered else None
+            trajectory = sd.denoise(texts, seeds=seeds, size=wanted, model=model_asked, **asdict(sampling))
         else:
             job = prepare_edit(edit, pictures, sd, parse_size(size))
-            trajectory = job.denoise(sd, texts, seeds, sampling)
             start = find_start(sd.schedule, job.strength, sampling)
+            timesteps = [level.t for level in sampling.levels(sd.schedule)[start.index : -1]]
+            acting = requests if timesteps else []  # strength 0 asks no model
+            steered = steer(sd, acting, count=len(pairs), size=job.size, timesteps=timesteps, guess_mode=guess_mode, frame=job.frame)
+            trajectory = job.denoise(sd, texts, seeds, sampling, steered)
             left = steps - start.index
             print_notes([str(start)])
         (last,) = deque(tqdm(trajectory, total=left, unit="step", file=sys.stderr), maxlen=1)

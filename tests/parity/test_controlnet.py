@@ -1,7 +1,7 @@
 """ControlNet against diffusers' ControlNetModel and pipelines: residuals, whole trajectories, and the mistakes that others have made."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from math import log2
 
 import diffusers
@@ -12,9 +12,13 @@ import minidiff.controlnet
 from minidiff.conditioning import Conditioning
 from minidiff.config import ModelConfig
 from minidiff.controlnet import HINT_WIDTHS, Control, ControlNet, ControlNetConfig, controlled
+from minidiff.editing.image_to_image import image_to_image
+from minidiff.editing.inpaint import inpaint
+from minidiff.editing.start import Sampling, Start, encode, first_noise
 from minidiff.guidance import guided
 from minidiff.pipeline import noise_source
 from minidiff.samplers import levels, sample
+from tests.editing.small import last, left_half, picture
 from tests.parity.check import NotEqual, largest_error
 from tests.parity.models import (
     BUNDLED,
@@ -228,6 +232,49 @@ def test_the_steps_of_an_interval_are_diffusers(n, start, end, first, last):
     timesteps = list(range(999, 999 - n, -1))
     highest, lowest = Control(controlnets(SD1, torch.float32)[0], hints(SD1, torch.float32), 1.0, start, end).interval(timesteps)
     assert [i for i, t in enumerate(timesteps) if highest >= t >= lowest] == keep
+
+
+EDITS = {
+    "image to image": (SD1, diffusers.StableDiffusionControlNetImg2ImgPipeline),
+    "SDXL image to image": (SDXL, diffusers.StableDiffusionXLControlNetImg2ImgPipeline),
+    "4 channels inpainting": (SD1, diffusers.StableDiffusionControlNetInpaintPipeline),
+    "9 channels inpainting": (INPAINTING, diffusers.StableDiffusionControlNetInpaintPipeline),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of diffusers, on models of this size
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("start, end", [(0.0, 1.0), (0.0, 0.5)])
+def test_pictures_that_start_from_a_picture_are_steered_as_by_diffusers(edit, start, end, monkeypatch):
+    """An interval is of the steps that are left; an inpainting hint has -1 in the hole."""
+    (shape, kind), dtype = EDITS[edit], torch.float32
+    (ours, text_to_image), (net, their_net) = pipelines(shape, dtype), controlnets(shape, dtype)
+    pipeline = kind(**text_to_image.components, controlnet=their_net, **({} if shape.text_2 else {"requires_safety_checker": False}))
+    pipeline.set_progress_bar_config(disable=True)
+    side, is_inpainting = 8 * 16, "inpainting" in edit
+    pixels, mask, hint = torch.cat([picture(i, side, side) for i in range(2)]), left_half(side, side), hints(shape, dtype)
+    if is_inpainting:
+        hint = torch.where(mask > 0, -1.0, hint)
+    x_0 = encode(ours, pixels)
+    eps = first_noise([0, 1], x_0)
+    if is_inpainting:
+        monkeypatch.setattr(f"{kind.__module__}.retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())
+    monkeypatch.setattr(f"{kind.__module__}.randn_tensor", lambda *_, **__: eps)
+    given = dict(image=(pixels + 1) / 2, mask_image=mask, height=side, width=side) if is_inpainting else dict(image=x_0)
+    settings = dict(strength=0.6, num_inference_steps=10, guidance_scale=3.0, output_type="latent")
+    settings |= dict(control_guidance_start=start, control_guidance_end=end, controlnet_conditioning_scale=0.8)
+    expected = pipeline(PROMPTS, control_image=hint, negative_prompt=[NEGATIVE] * 2, **given, **settings).images
+
+    sampling = Sampling(10, "ddim", 3.0, NEGATIVE, spacing="leading")
+    visited = sampling.levels(ours.schedule)
+    begin = Start(4, 10, visited[4])  # theirs counts steps: int(0.6 x 10) of them are taken
+    for room in ("image_to_image", "inpaint"):
+        monkeypatch.setattr(f"minidiff.editing.{room}.find_start", lambda *_: begin)
+    steer = partial(controlled, controls=[Control(net, hint, 0.8, start, end)], timesteps=[level.t for level in visited[4:-1]])
+    settings = dict(strength=0.6, seeds=[0, 1], sampling=sampling, steer=steer)
+    walk = inpaint(ours, PROMPTS, pixels, mask, **settings) if is_inpainting else image_to_image(ours, PROMPTS, pixels, **settings)
+    actual = last(walk)
+    largest_error(actual / expected.std(), expected / expected.std())
 
 
 # --- traps ------------------------------------------------------------------------------------------------------------

@@ -136,7 +136,8 @@ def test_a_controlnet_of_sdxl_is_written_and_read_back_by_us_and_by_diffusers(na
     same(read_controlnet(tmp_path / name, xl), xl_net)
     if names == "original":
         write_safetensors(tmp_path / "bare.safetensors", original(xl_net, ""))
-        return same(read_controlnet(tmp_path / "bare.safetensors", xl), xl_net)
+        same(read_controlnet(tmp_path / "bare.safetensors", xl), xl_net)
+        return
     theirs = diffusers.ControlNetModel.from_pretrained(tmp_path / "net")
     theirs.save_pretrained(tmp_path / "theirs")
     same(read_controlnet(tmp_path / "theirs", xl), xl_net)
@@ -172,9 +173,7 @@ def test_a_controlnet_of_the_other_family_and_a_small_one_are_one_line(sd, net, 
         read_controlnet(tmp_path / "xl.safetensors", sd)
     small = {name: tensor for name, tensor in to_file(xl_net, NAMES["diffusers"]).items() if ".transformer_blocks.1." not in name}
     write_safetensors(tmp_path / "small.safetensors", small)
-    with pytest.raises(
-        ValueError, match="a ControlNet of 3 transformer blocks where the model has 5, such as diffusers' small and mid ones"
-    ):
+    with pytest.raises(ValueError, match="a ControlNet of 3 transformer blocks where the model has 5, as diffusers' small and mid ones"):
         read_controlnet(tmp_path / "small.safetensors", xl)
 
 
