@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from minidiff.cli.again import WORK_SIZE
 from minidiff.cli.control import Frame
 from minidiff.cli.flags import File, Number, Text, Whole
 from minidiff.cli.model import print_notes
@@ -42,11 +43,13 @@ class EditFlags:
     only_masked: bool = False
     feather: Whole = None
 
-    def settings(self) -> dict[str, object]:
-        """Return what a PNG tells of the edit."""
+    def settings(self, job: "Edit | None" = None) -> dict[str, object]:
+        """Return what a PNG tells of the edit. job: as it was made ready, for the size of the part that is worked on."""
         if self.image is None:
             return {}
         names = {"Image": self.image, "Denoising strength": self.chosen_strength, "Fit": self.fit, "Mask": self.mask}
+        if self.only_masked and job is not None and job.canvas is not None:
+            names[WORK_SIZE] = "{1}x{0}".format(*job.canvas.inner)
         return {**names, "Outpaint": self.outpaint, "Only masked": self.only_masked, "Feather": self.feather}
 
     @property

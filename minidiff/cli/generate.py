@@ -203,7 +203,7 @@ def generate(
         "Control": control,
         "ControlNet": controlnet,
         "Guess mode": guess_mode,
-        **edit.settings(),
+        **edit.settings(job),
         "Version": f"minidiff {__version__}",
     }
     write_pictures(files, images, prompts, pairs, negative or "", values, batch)

@@ -240,6 +240,31 @@ def test_a_hint_of_the_pictures_size_is_cropped_and_resized_as_the_picture_is(fi
         assert other.shape == (3, 64, 64)
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--image", "photo.png", "--strength", "0.7"),
+        ("--image", "large.png", "--mask", "large-mask.png", "--only-masked", "--feather", "3"),
+        ("--image", "large.png", "--mask", "large-mask.png", "--only-masked", "--size", "50x40"),
+        ("--image", "photo.png", "--outpaint", "left=8,top=4", "--strength", "0.9"),
+        ("--image", "photo.png", "--size", "24x40", "--fit", "pad"),
+        CONTROL,
+        (*CONTROL[:3], "net.safetensors:0.7:0:0.5", "--control", "photo.png", "--controlnet", "net.safetensors:0.3", "--guess-mode"),
+        ("--image", "photo.png", "--mask", "mask.png", *CONTROL[:3], "net.safetensors:0.8"),
+    ],
+    ids=" ".join,
+)
+def test_a_picture_is_made_again_from_its_settings(args, run, files, mask):
+    Image.open(files / "photo.png").resize((96, 64)).save(files / "large.png")
+    Image.open(files / "mask.png").resize((96, 64), Image.Resampling.NEAREST).save(files / "large-mask.png")
+    code, _, error = run(*GENERATE[:-2], *args, "--seed", "5", "--out", "first.png")
+    assert code == 0, error
+    code, _, error = run("generate", "--settings", "first.png", "--out", "again.png")
+    assert code == 0 and "not taken over" not in error, error
+    first, again = (Image.open(files / name) for name in ("first.png", "again.png"))
+    assert np.array_equal(np.asarray(first), np.asarray(again)) and again.text["parameters"] == first.text["parameters"]
+
+
 def test_an_inpainting_model_alone_is_refused(run, files):
     weights_loader.save(small_model(small_config(in_channels=9)), files / "model.safetensors")
     code, _, error = run(*GENERATE, "--control", "edges.png", "--controlnet", "net.safetensors")
