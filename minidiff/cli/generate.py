@@ -160,6 +160,7 @@ def generate(
             job, wanted = None, sd.pixel_size(parse_size(size))
             timesteps = [level.t for level in levels(sd.schedule, sampler, steps, spacing)[:-1]]
             sd.check_channels()
+            print_notes(size_advice(sd, wanted))
             steered = steer(sd, requests, count=len(pairs), size=wanted, timesteps=timesteps, guess_mode=guess_mode)
             model_asked = steered(sd.predict) if steered else None
             trajectory = sd.denoise(texts, seeds=seeds, size=wanted, model=model_asked, **asdict(sampling))
@@ -296,6 +297,17 @@ def resolve_negative(prompt: str | None, empty: str | None, encoders: int) -> st
     if prompt:
         return prompt
     return {None: prompt, "encoded": "", "zeros": None}[empty]
+
+
+def size_advice(sd: "StableDiffusion", size: tuple[int, int]) -> list[str]:
+    """Return a note where a model that is told sizes, which it has learned for about one area, is asked for another one."""
+    from minidiff.trainers.data.buckets import nearest_bucket
+
+    own = sd.config.image_size
+    if sd.config.unet.pooled_width is None or own % 16 or 0.75 <= size[0] * size[1] / own**2 <= 1.25:
+        return []
+    width, height = nearest_bucket(*size, own, own // 16)
+    return [f"the model was trained on pictures of about {own} x {own} pixels; of this shape that is --size {width}x{height}"]
 
 
 def parse_pair(flag: str, text: str | None) -> tuple[int, int] | None:

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 import weights_loader
-from minidiff.cli.generate import parse_pair, resolve_negative
+from minidiff.cli.generate import parse_pair, resolve_negative, size_advice
+from minidiff.pipeline import StableDiffusion
 from minidiff.two_encoders import SizeNumbers
 from tests.command import runner
 from tests.small_models import small_model, xl_config
@@ -68,6 +69,13 @@ def test_each_flag_draws_what_the_library_draws_with_it(run, tmp_path, xl, flags
 def test_a_flag_that_does_not_fit_the_model_is_one_line(run, flags, message):
     code, _, err = run("generate", "a cat", "--steps", "1", *flags)
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_size_of_another_area_than_the_model_has_learned_is_said(xl):
+    large = StableDiffusion(replace(xl.config, image_size=1024), xl.text, xl.unet, xl.vae)
+    said = "the model was trained on pictures of about 1024 x 1024 pixels; of this shape that is --size 1216x832"
+    assert size_advice(large, (768, 512)) == [said] and size_advice(large, (1536, 1024)) == [said]
+    assert size_advice(large, (1216, 832)) == [] and size_advice(small_model(), (512, 8)) == []
 
 
 def test_what_an_empty_negative_means():
