@@ -3,13 +3,14 @@
     1024 x 1024 in steps of 64 -> 512 x 2048, 512 x 1984, ... 832 x 1216, ... 1024 x 1024, ... 2048 x 512
     picture of 3000 x 2000     -> the nearest ratio, 1216 x 832
 
-Podell et al. 2023, "SDXL", section 2.3 and appendix I: as many pixels as the square has, or a little less. A shape is here if its
-shorter side can grow to nothing below that area. The list ends where a side is half of the square's, as theirs does, which has one more,
-704 x 1344.
+Podell et al. 2023, "SDXL", section 2.3 and appendix I: as many pixels as the square has, or up to a tenth less; and no side
+shorter than half of the square's. For 1024 in steps of 64 that is the list of the appendix.
 """
 
 from functools import cache
 from math import log
+
+LEAST = 0.9  # of the square's pixels
 
 
 @cache
@@ -23,8 +24,7 @@ def buckets(size: int, step: int) -> tuple[tuple[int, int], ...]:
     if step < 1 or size % step or size < 2 * step:
         raise ValueError(f"buckets in steps of {step} pixels: give a number that divides the size {size} at least twice, such as 64")
     sides = range(-(-size // 2 // step) * step, 2 * size + 1, step)
-    area = size * size
-    fitting = [(w, h) for w in sides for h in sides if w * h <= area <= (min(w, h) + step) * max(w, h)]
+    fitting = [(w, h) for w in sides for h in sides if LEAST * size * size <= w * h <= size * size]
     return tuple(sorted(fitting, key=lambda shape: (shape[0] / shape[1], shape[0])))
 
 
