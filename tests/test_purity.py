@@ -44,7 +44,9 @@ from minidiff.bundled import edits, evaluate, tasks
 from minidiff.bundled import judge as judge_network
 from minidiff.bundled import train_judge as judge_trainer
 from minidiff.bundled.train_judge import JudgeTask, judge_config
+from minidiff.cli import control as cli_control
 from minidiff.cli import edit as cli_edit
+from minidiff.cli import verify as cli_verify
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.editing import canvas, image_to_image, inpaint, inversion, masks
 from minidiff.editing import start as edit_start
@@ -262,6 +264,7 @@ def examples() -> list[partial]:
         partial(canvas.Crop(2, 3, 8, 6).put_back, torch.rand(1, 3, 12, 16), picture),
         partial(canvas.crop_around, hole, 64, 64),
         partial(canvas.make_canvas, picture, hole, 4, (64, 64)),
+        partial(canvas.make_canvas(picture, hole, 4).follow, picture + 1),
         partial(canvas.make_canvas(picture, hole, 4).finish, picture + 1),
         partial(masks.check_mask, hole),
         partial(masks.mask_box, hole),
@@ -272,6 +275,9 @@ def examples() -> list[partial]:
         partial(masks.paste, picture, picture + 1, hole),
         partial(cli_edit.prepare_edit, cli_edit.EditFlags(), (picture, hole), sd, None),
         partial(cli_edit.Edit(picture, None, 0.5).denoise, sd, ["a cat"], [0], few),
+        partial(cli_edit.Edit.size.fget, cli_edit.Edit(picture, None, 0.5)),
+        partial(cli_control.Frame((32, 32), lambda x: x).follow_hint, picture[0]),
+        partial(cli_verify.run_text, sd, "text_encoder", sd.tokenizer(["a cat"])),
         partial(cli_edit.Edit(picture, canvas.make_canvas(picture, hole, 4), 0.5).finish, picture + 1),
         partial(edits.known_latents, "fresh", x_0, [0], few.levels(sd.schedule)),
         partial(edits.found, judge, pixels, "cat"),

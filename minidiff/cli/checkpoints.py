@@ -79,6 +79,7 @@ def compare(
     dtype_b: DTypes = "auto",
     tolerance: float = 1e-5,
     every: bool = False,
+    ignore: Text = None,
 ) -> None:
     """Run two checkpoints side by side and say where they first differ, layer by layer.
 
@@ -92,10 +93,11 @@ def compare(
         dtype_b: of the second one's weights
         tolerance: the largest difference that counts as none, relative to the layer's largest value
         every: show every layer, not only those that differ
+        ignore: a regular expression of unknown tensors in either file to leave out
     """
     from minidiff.compare import compare_models, config_differences
 
-    first, second = load(a, dtype_a, "cpu"), load(b, dtype_b, "cpu")
+    first, second = load(a, dtype_a, "cpu", ignore=ignore), load(b, dtype_b, "cpu", ignore=ignore)
     differences = compare_models(first, second, prompt, t, seed)
     for line in config_differences(first, second):
         print(f"configurations differ in {line}")

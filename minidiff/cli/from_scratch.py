@@ -14,6 +14,7 @@ import tyro
 from minidiff.bundled.recipe import RECIPES, Recipe
 from minidiff.cli.flags import Attentions, Text, Whole, command_class, flag_groups, given, parse_flags, summary
 from minidiff.cli.model import load, print_notes, training_on
+from minidiff.cli.names import check_folder
 from minidiff.trainers.methods.override import override
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def from_scratch(args: list[str]) -> None:
     about = f"{summary(ScratchFlags)}\n\n{recipe_numbers()}"
     asked = vars(parse_flags(command, "train from-scratch", about, args))
     flags: ScratchFlags = asked["run"]
+    check_folder(flags.out)
     out, recipe = flags.out, override(RECIPES[flags.recipe or "bundled"], given(asked.values(), Recipe))
     with training_on(flags.device, flags.threads, flags.attention) as device:
         init, other = (load(file, "float32", device) if file else None for file in (flags.init, flags.vae))

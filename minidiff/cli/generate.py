@@ -2,7 +2,7 @@
 
 import sys
 from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from minidiff.conditioning import TextSide
     from minidiff.pipeline import StableDiffusion
+    from minidiff.two_encoders import SizeNumbers
 
 
 def generate(
@@ -106,7 +108,7 @@ def generate(
     from minidiff.pictures import check_png
     from minidiff.pipeline import to_images
     from minidiff.samplers import SAMPLERS, levels
-    from minidiff.two_encoders import SizeNumbers, told
+    from minidiff.two_encoders import SizeNumbers
 
     if sampler == "list":
         web_names = {name: f"{row.web_name} {row.web_schedule or row.own_spacing or ''}".strip() for name, row in SAMPLERS.items()}
@@ -123,8 +125,6 @@ def generate(
     if guess_mode and not requests:
         raise ValueError("--guess-mode without a ControlNet; give --control and --controlnet, or leave it out")
     pictures = read_edit(edit)
-    if requests and pictures is not None:
-        raise ValueError("--controlnet and --image together are for Python: sd.denoise takes start, x and model; leave one of them out")
     sd = load(
         model,
         dtype,
@@ -140,13 +140,13 @@ def generate(
     )
     check_model(edit, sd)
     negative = resolve_negative(negative_prompt, empty_negative, len(sd.text.encoders))
-    read_weights(sd, [*prompts, negative or ""])
+    read_weights(sd, [*prompts, *([prompt_2] if prompt_2 else []), negative or ""])
     sizes = SizeNumbers(
         original=parse_pair("original-size", original_size),
         crop=parse_pair("crop", crop) or (0, 0),
         target=parse_pair("target-size", target_size),
     )
-    sd.text = told(sd.text, prompt_2, sizes)
+    sd.text = tell(sd.text, prompt_2, sizes, zeros=empty_negative == "zeros")
     print_notes(unused_words(sd.tokenizer, [*prompts, prompt_2 or "", negative or ""]))
     texts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
@@ -159,12 +159,18 @@ def generate(
         if pictures is None:
             job, wanted = None, sd.pixel_size(parse_size(size))
             timesteps = [level.t for level in levels(sd.schedule, sampler, steps, spacing)[:-1]]
+            sd.check_channels()
+            print_notes(size_advice(sd, wanted))
             steered = steer(sd, requests, count=len(pairs), size=wanted, timesteps=timesteps, guess_mode=guess_mode)
-            trajectory = sd.denoise(texts, seeds=seeds, size=wanted, model=steered, **asdict(sampling))
+            model_asked = steered(sd.predict) if steered else None
+            trajectory = sd.denoise(texts, seeds=seeds, size=wanted, model=model_asked, **asdict(sampling))
         else:
             job = prepare_edit(edit, pictures, sd, parse_size(size))
-            trajectory = job.denoise(sd, texts, seeds, sampling)
             start = find_start(sd.schedule, job.strength, sampling)
+            timesteps = [level.t for level in sampling.levels(sd.schedule)[start.index : -1]]
+            acting = requests if timesteps else []  # strength 0 asks no model
+            steered = steer(sd, acting, count=len(pairs), size=job.size, timesteps=timesteps, guess_mode=guess_mode, frame=job.frame)
+            trajectory = job.denoise(sd, texts, seeds, sampling, steered)
             left = steps - start.index
             print_notes([str(start)])
         (last,) = deque(tqdm(trajectory, total=left, unit="step", file=sys.stderr), maxlen=1)
@@ -198,7 +204,7 @@ def generate(
         "Control": control,
         "ControlNet": controlnet,
         "Guess mode": guess_mode,
-        **edit.settings(),
+        **edit.settings(job),
         "Version": f"minidiff {__version__}",
     }
     write_pictures(files, images, prompts, pairs, negative or "", values, batch)
@@ -251,24 +257,34 @@ def write_pictures(
 
 
 def read_weights(sd: "StableDiffusion", prompts: "Sequence[str]") -> None:
-    """Let a model with one text encoder read weights and prompts of any length, and say which prompts are long.
+    """Let a model read weights and prompts of any length, and say which prompts are long."""
+    from minidiff.editing.prompt_weights import parse_weights, split_chunks, weighted_side
 
-    Raises ValueError for a weight in a prompt for two text encoders.
+    sd.text = weighted_side(sd.text)
+    for prompt in prompts:
+        parts = parse_weights(prompt)
+        chunks = max((split_chunks(tokenizer, parts) for tokenizer in sd.text.tokenizers.values()), key=len)
+        if len(chunks) > 1:
+            room = sd.config.tokenizer.context_length - 2
+            print_notes([f"a prompt of {sum(map(len, chunks))} tokens is read in {len(chunks)} chunks; the model reads {room} at once"])
+
+
+def tell(text: "TextSide", prompt_2: str | None, sizes: "SizeNumbers", zeros: bool) -> "TextSide":
+    """Return a text side with what only one of two encoders takes. Raises ValueError, naming it, for another.
+
+    Args:
+        text: of the model
+        prompt_2: for the second encoder
+        sizes: what the U-Net is told
+        zeros: no negative prompt means zeros, whatever the model's own is
     """
-    from minidiff.editing.prompt_weights import WeightedText, parse_weights
+    from minidiff.two_encoders import SizeNumbers, TwoEncoders
 
-    parts = {prompt: parse_weights(prompt) for prompt in prompts}
-    if len(sd.text.encoders) > 1:
-        if weighted := next((prompt for prompt, own in parts.items() if any(part.weight != 1 for part in own)), None):
-            raise ValueError(f"prompt {weighted!r} has weights, which a model with two text encoders does not read; leave them out")
-        return
-    sd.text = text = WeightedText(sd.text.tokenizers, sd.text.encoders)
-    room = sd.config.tokenizer.context_length - 2
-    print_notes(
-        f"a prompt of {sum(map(len, chunks))} tokens is read in {len(chunks)} chunks; the model reads {room} at once"
-        for own in parts.values()
-        if len(chunks := text.chunks(own)) > 1
-    )
+    if isinstance(text, TwoEncoders):
+        return replace(text, prompt_2=prompt_2, sizes=sizes, zero_negative=zeros or text.zero_negative)
+    if prompt_2 is not None or sizes != SizeNumbers():
+        raise ValueError(f"second prompt {prompt_2!r}, {sizes}: this model has one text encoder and is told no sizes; leave both out")
+    return text
 
 
 def resolve_negative(prompt: str | None, empty: str | None, encoders: int) -> str | None:
@@ -281,6 +297,17 @@ def resolve_negative(prompt: str | None, empty: str | None, encoders: int) -> st
     if prompt:
         return prompt
     return {None: prompt, "encoded": "", "zeros": None}[empty]
+
+
+def size_advice(sd: "StableDiffusion", size: tuple[int, int]) -> list[str]:
+    """Return a note where a model that is told sizes, which it has learned for about one area, is asked for another one."""
+    from minidiff.trainers.data.buckets import nearest_bucket
+
+    own = sd.config.image_size
+    if sd.config.unet.pooled_width is None or own % 16 or 0.75 <= size[0] * size[1] / own**2 <= 1.25:
+        return []
+    width, height = nearest_bucket(*size, own, own // 16)
+    return [f"the model was trained on pictures of about {own} x {own} pixels; of this shape that is --size {width}x{height}"]
 
 
 def parse_pair(flag: str, text: str | None) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from minidiff.cli.flags import DTypes, File, Number, Several, Whole
+from minidiff.cli.flags import DTypes, File, Number, Several, Text, Whole
 from minidiff.cli.model import load, print_notes, weighted
 from minidiff.cli.names import check_writable
 from minidiff.trainers.methods.options import family_of
@@ -19,7 +19,7 @@ REGULARISATION = 1000  # captions; as many as the authors' program takes
 Files = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...", help_behavior_hint="")]]
 
 
-def merge_lora(files: Files, /, out: Path, model: str = "tiny", dtype: DTypes = "auto") -> None:
+def merge_lora(files: Files, /, out: Path, model: str = "tiny", dtype: DTypes = "auto", ignore: Text = None) -> None:
     """Put LoRAs into a checkpoint's weights, and write the checkpoint.
 
     Args:
@@ -27,6 +27,7 @@ def merge_lora(files: Files, /, out: Path, model: str = "tiny", dtype: DTypes = 
         out: a file name ending in .safetensors, or else the diffusers folder to make
         model: the checkpoint, as for generate
         dtype: of the weights that are written; the model's own by default
+        ignore: a regular expression of unknown tensors in the model's file to leave out
     """
     import torch
 
@@ -36,7 +37,7 @@ def merge_lora(files: Files, /, out: Path, model: str = "tiny", dtype: DTypes = 
     if not files:
         raise ValueError("no LoRA to merge; give at least one file")
     check_out(out, (".safetensors", ""))
-    sd = weights_loader.load(model, dtype="file" if dtype == "auto" else getattr(torch, dtype))
+    sd = weights_loader.load(model, dtype="file" if dtype == "auto" else getattr(torch, dtype), ignore=ignore)
     print_notes(sd.notes)
     for path, weight in weighted(files):
         one = weights_loader.read_lora(path, sd)
@@ -55,6 +56,7 @@ def merge_concepts(
     target: Several = (),
     captions: File = None,
     ridge: float = 0.0,
+    ignore: Text = None,
 ) -> None:
     """Make one Custom Diffusion of several, in closed form (Kumari et al. 2023, eq. 4): each keeps what its captions ask for.
 
@@ -67,6 +69,7 @@ def merge_concepts(
         target: a caption whose words should look as learned, for the file whose word it holds; "photo of a <word>" by default
         captions: a text file with a caption a line, about 1000, that should stay as they are; those of the bundled scenes by default
         ridge: added to the diagonal where the captions do not suffice, as 1e-3
+        ignore: a regular expression of unknown tensors in the model's file to leave out
     """
     import weights_loader
     from minidiff.adapters import merge_concepts as closed_form
@@ -74,7 +77,7 @@ def merge_concepts(
     if len(files) < 2:
         raise ValueError(f"{len(files)} files to merge; give at least two")
     check_out(out, (".safetensors", ".bin", ".ckpt", ""))
-    sd = load(model, "float32", "cpu")
+    sd = load(model, "float32", "cpu", ignore=ignore)
     regularisation = read_captions(captions, sd)
     concepts = [weights_loader.read_custom_diffusion(file, sd) for file in files]
     targets = targets_of(sd.tokenizer, files, [concept.tokens.names if concept.tokens else () for concept in concepts], target)
@@ -92,7 +95,15 @@ def merge_concepts(
     print(out)
 
 
-def compress(file: tyro.conf.Positional[str], /, out: Path, model: str = "tiny", share: float = 0.6, rank: Whole = None) -> None:
+def compress(
+    file: tyro.conf.Positional[str],
+    /,
+    out: Path,
+    model: str = "tiny",
+    share: float = 0.6,
+    rank: Whole = None,
+    ignore: Text = None,
+) -> None:
     """Make a Custom Diffusion smaller: its changes by their largest singular values.
 
     Args:
@@ -101,12 +112,13 @@ def compress(file: tyro.conf.Positional[str], /, out: Path, model: str = "tiny",
         model: the checkpoint that it was learned on
         share: of the sum of singular values to keep
         rank: keep this many instead
+        ignore: a regular expression of unknown tensors in the model's file to leave out
     """
     import weights_loader
     from minidiff.adapters import custom_diffusion
 
     check_out(out, (".safetensors", ".bin", ".ckpt"))
-    sd = load(model, "float32", "cpu")
+    sd = load(model, "float32", "cpu", ignore=ignore)
     delta = weights_loader.read_custom_diffusion(file, sd)
     small = custom_diffusion.compress(delta.deltas(sd), share, rank)
     settings = {"method": "compress", "file": Path(file).name, **({"rank": rank} if rank else {"share": share})}
@@ -132,6 +144,7 @@ def extract(
     clamp: float = 1.0,
     layers: Several = (),
     names: Literal["kohya", "diffusers"] = "kohya",
+    ignore: Text = None,
 ) -> None:
     """Make a LoRA of what a tuned checkpoint has and its base has not, by singular values.
 
@@ -145,6 +158,7 @@ def extract(
         clamp: cut the factors off at this quantile, as kohya at 0.99; 1 does not, and is nearer
         layers: attention, transformer, conv, text_encoder, or regular expressions over layer names; conv and text_encoder by default
         names: of the layers in the file
+        ignore: a regular expression of unknown tensors in either checkpoint to leave out
     """
     import weights_loader
     from minidiff.adapters.extraction import extract_lora
@@ -152,7 +166,7 @@ def extract(
 
     check_out(out, (".safetensors",))
     rank = 32 if rank is None and share is None else rank
-    first, second = load(base, "float32", "cpu"), load(tuned, "float32", "cpu")
+    first, second = (load(file, "float32", "cpu", ignore=ignore) for file in (base, tuned))
     patterns = tuple(pattern for name in layers or ("conv", "text_encoder") for pattern in PATTERNS.get(name, (name,)))
     made = extract_lora(first, second, patterns, rank=rank, energy=share, criterion=of, clamp=clamp)
     settings: dict[str, object] = {"method": "extract", "base": Path(base).name, "tuned": Path(tuned).name}

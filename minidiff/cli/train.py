@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from minidiff.cli.effects import without_effect
-from minidiff.cli.flags import Attentions, DTypes, File, Several, Whole, command_class, flag_groups, given, parse_flags
+from minidiff.cli.flags import Attentions, DTypes, File, Several, Text, Whole, command_class, flag_groups, given, parse_flags
 from minidiff.cli.model import load, print_notes, training_on
-from minidiff.cli.names import check_writable
+from minidiff.cli.names import check_folder, check_writable
 from minidiff.trainers.methods.method import Method, MethodOptions, describe
 from minidiff.trainers.methods.options import Concept, PhaseOptions, family_of
 from minidiff.trainers.methods.override import documented, override, places
@@ -50,6 +50,7 @@ class RunFlags:
         out: folder of the run, where the files it ends in are written
         model: "tiny" (ships with minidiff), a .safetensors or .ckpt file, or a diffusers folder
         prediction: what the model predicts, eps or v, where its file is wrong about it
+        ignore: a regular expression of unknown tensors in the model's file to leave out
         dtype: of the frozen weights; float32 by default, float16 or bfloat16 halve them on a GPU
         device: auto, cpu, cuda, cuda:1, mps
         attention: how it is computed: auto takes what is fastest; triton is this package's kernels, on a GPU
@@ -63,6 +64,7 @@ class RunFlags:
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     model: str = "tiny"
     prediction: Annotated[Literal["eps", "v"] | None, tyro.conf.arg(metavar="{eps,v}", help_behavior_hint="")] = None
+    ignore: Text = None
     dtype: DTypes = "auto"
     device: str = "auto"
     attention: Attentions = "auto"
@@ -108,9 +110,10 @@ def train(name: str, args: list[str]) -> None:
     asked = vars(parse_flags(flag_class(method), f"train {name}", description, args))
     run: RunFlags = asked["run"]
     run.check()
+    check_folder(run.out)
     concepts = read_concepts(given([asked["concept"]], Concept), asked["more"], method.needs_images)
     with training_on(run.device, run.threads, run.attention) as device:
-        sd = load(run.model, "float32" if run.dtype == "auto" else run.dtype, device, prediction=run.prediction)
+        sd = load(run.model, "float32" if run.dtype == "auto" else run.dtype, device, prediction=run.prediction, ignore=run.ignore)
         presets = method.low_rank_presets if asked.get("as_lora") else method.presets
         if (family := family_of(sd.config)) not in presets:
             raise ValueError(f"--model {run.model}: {name} is not taught to models like it ({family}); take one of {', '.join(presets)}")
@@ -140,8 +143,9 @@ def learn(job: Job, sd: "StableDiffusion", device: "torch.device") -> None:
             return
         flags = [text for flag, path in write_results(training, sd, run.out, job.names, settings_of(job)) for text in (flag, str(path))]
         model = [] if "--model" in flags or run.model == "tiny" else ["--model", run.model]
-        prediction = ["--prediction", run.prediction] if model and run.prediction else []
-        print(shlex.join(["minidiff", "generate", prompts[0], *model, *prediction, *flags]))
+        for flag, value in (("--prediction", run.prediction), ("--ignore", run.ignore)):
+            model += [flag, value] if model and value else []
+        print(shlex.join(["minidiff", "generate", prompts[0], *model, *flags]))
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------

@@ -344,6 +344,44 @@ def test_flags_without_effect_are_said_before_the_first_step(run):
     assert "has no effect" not in run("train", *LORA, "--text-encoder", "yes", "--text-scale", "2", "--out", "third", *out[2:])[2]
 
 
+def test_a_class_word_beside_the_word_to_start_from_has_no_effect_and_that_is_said(run):
+    quick = ("--token", "<it>", "--class-word", "cat", "--images", "cat", *QUICK)
+    said = "minidiff: --class-word has no effect: --start says which word the new one starts from"
+    assert said in run("train", "textual-inversion", *quick, "--start", "dog", "--out", "run")[2]
+    assert said in run("train", "pivotal-tuning", *quick, "--token-steps", "1", "--start", "dog", "--out", "second")[2]
+    assert "has no effect" not in run("train", "textual-inversion", *quick, "--out", "third")[2]
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_read(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("minidiff.cli.train.load", lambda *_, **__: pytest.fail("the model was read"))
+    code, out, err = run("train", *LORA, "--images", "cat", "--out", "model.safetensors/run", *QUICK)
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert "--out model.safetensors/run: no folder to write to" in err and "model.safetensors is a file" in err
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    before = set(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "touch", refuse)
+    for args in (("train", *LORA, "--images", "cat", "--out", "new/run", *QUICK), ("train", "from-scratch", "new/run")):
+        code, out, err = run(*args)
+        assert (code, out, err) == (2, "", "minidiff: --out new/run: no folder to write to (Permission denied); choose another place\n")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_unknown_tensors_of_the_model_are_left_out_on_request_and_the_printed_command_says_so(run, tmp_path):
+    from safetensors.torch import save_file
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(tmp_path / "model.safetensors") | {"zorp.weight": torch.zeros(3)}, tmp_path / "strange.safetensors", metadata)
+    quick = ("--images", "cat", "--out", "run", *QUICK, "--model", "strange.safetensors")
+    code, _, err = run("train", *LORA, *quick)
+    assert code == 2 and "zorp.weight" in err
+    code, out, err = run("train", *LORA, *quick, "--ignore", "^zorp")
+    assert code == 0 and "--model strange.safetensors --ignore '^zorp'" in out, err
+
+
 def test_a_folder_with_files_that_are_no_runs_is_left_as_it_is(run, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "lora.safetensors").write_bytes(b"of somebody")

@@ -62,7 +62,7 @@ STABLE_DIFFUSION_LORA = DreamBoothOptions(settings=Settings(steps=500, batch=1, 
 LOW_RANK_PRESETS: dict[Family, DreamBoothOptions] = {
     "sd1": STABLE_DIFFUSION_LORA,
     "sd2": STABLE_DIFFUSION_LORA,
-    # diffusers' train_dreambooth_lora_sdxl: batches of 1, gathered four times
+    # diffusers' examples/dreambooth/README_sdxl.md: batches of 1, gathered four times
     "sdxl": DreamBoothOptions(settings=Settings(steps=500, batch=4, learning_rate=1e-4), low_rank=LowRankOptions()),
     "bundled": DreamBoothOptions(
         settings=Settings(steps=300, batch=4, learning_rate=2e-3),

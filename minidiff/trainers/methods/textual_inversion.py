@@ -47,7 +47,7 @@ STABLE_DIFFUSION = TextualInversionOptions(settings=Settings(steps=5000, batch=4
 PRESETS: dict[Family, TextualInversionOptions] = {
     "sd1": STABLE_DIFFUSION,
     "sd2": STABLE_DIFFUSION,
-    # diffusers' textual_inversion_sdxl: 5e-4 times its batch of 4
+    # diffusers' examples/textual_inversion/README_sdxl.md: 5e-4 times its batch of 4; there the first encoder's vector alone learns
     "sdxl": TextualInversionOptions(settings=Settings(steps=500, batch=4, learning_rate=2e-3)),
     # tried on five held-out subjects in five pictures each, with 200 steps (minidiff evaluate study)
     "bundled": TextualInversionOptions(settings=Settings(steps=400, batch=4, learning_rate=2e-2), template_set="scenes", vectors=4),
