@@ -12,7 +12,9 @@ from minidiff.cli.names import check_writable
 
 
 def inspect(file: tyro.conf.Positional[Path], /, ignore: Text = None, verify: bool = False) -> None:
-    """Say what a checkpoint is, what is in it and what would be ignored; or what a LoRA, learned words or a Custom Diffusion are.
+    """Describe a checkpoint, a LoRA, learned words or a Custom Diffusion, and what of it would be ignored.
+
+        minidiff inspect v1-5-pruned-emaonly.safetensors
 
     Args:
         file: "tiny", a .safetensors or .ckpt file, a diffusers folder, or a small file that was learned
@@ -36,7 +38,10 @@ def convert(
     names: Text = None,
     model: Text = None,
 ) -> None:
-    """Rewrite a checkpoint: to one .safetensors file in the original's names, or to a diffusers folder; or a small file in other names.
+    """Rewrite a checkpoint as one .safetensors file or a diffusers folder, or a small file in other names.
+
+        minidiff convert v1-5-pruned-emaonly.safetensors sd15-folder
+        minidiff convert lora.safetensors theirs.safetensors --names diffusers
 
     Args:
         source: "tiny", a .safetensors or .ckpt file, or a diffusers folder; or a LoRA, learned words or a Custom Diffusion
@@ -80,7 +85,9 @@ def compare(
     tolerance: float = 1e-5,
     every: bool = False,
 ) -> None:
-    """Run two checkpoints side by side and say where they first differ, layer by layer.
+    """Run two checkpoints side by side and name the first layer that differs.
+
+        minidiff compare v1-5-pruned-emaonly.safetensors another.safetensors
 
     Args:
         a: a checkpoint, as for generate

@@ -61,6 +61,9 @@ def generate(
 ) -> None:
     """Make pictures from words, or from a picture and words.
 
+        minidiff generate "a fox on a green background" --batch 4 --out foxes.png
+        minidiff generate "a dog on a green background" --image fox.png --strength 0.5
+
     Args:
         prompts: what a picture shows, in quotes; one picture for each. (small:1.3) makes a word count more, (small:0.7) less
         model: "tiny" (ships with minidiff), a .safetensors or .ckpt file, or a diffusers folder

@@ -5,18 +5,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from minidiff.cli.flags import UNSET, Whole
+from minidiff.cli.flags import Whole
 from minidiff.cli.model import print_notes
 from minidiff.cli.names import free_path
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Out = Annotated[Path | None, tyro.conf.arg(metavar="FILE.png", help_behavior_hint=UNSET)]
+Out = Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")]
 
 
 def canny(picture: tyro.conf.Positional[Path], /, out: Out = None, size: Whole = None, low: float = 100, high: float = 200) -> None:
     """Draw thin edges, white on black.
+
+        minidiff hint canny photo.jpg --size 512 --out edges.png
 
     Args:
         picture: a photograph or a drawing
@@ -35,6 +37,8 @@ def scribble(
 ) -> None:
     """Draw thick lines, as if by hand, along the edges of the blurred picture.
 
+        minidiff hint scribble photo.jpg --size 512 --out scribble.png
+
     Args:
         picture: a photograph or a drawing
         out: a .png file, named after the picture by default
@@ -51,11 +55,13 @@ def scribble(
 def tile(picture: tyro.conf.Positional[Path], /, out: Out = None, size: Whole = None, factor: int = 8) -> None:
     """Blur away the details, which a tile ControlNet invents.
 
+        minidiff hint tile small.png --size 512 --out tile.png
+
     Args:
         picture: a photograph or a drawing
         out: a .png file, named after the picture by default
         size: its shorter side is brought to this many pixels first
-        factor: so many pixels a side become one
+        factor: this many pixels a side become one
     """
     from minidiff import hints
 
@@ -64,6 +70,8 @@ def tile(picture: tyro.conf.Positional[Path], /, out: Out = None, size: Whole = 
 
 def inpaint(picture: tyro.conf.Positional[Path], /, mask: Path, out: Out = None, size: Whole = None) -> None:
     """Cut a hole, which an inpainting ControlNet fills.
+
+        minidiff hint inpaint photo.jpg --mask mask.png --out hole.png
 
     Args:
         picture: a photograph or a drawing

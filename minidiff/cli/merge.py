@@ -22,6 +22,8 @@ Files = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="F
 def merge_lora(files: Files, /, out: Path, model: str = "tiny", dtype: DTypes = "auto") -> None:
     """Put LoRAs into a checkpoint's weights, and write the checkpoint.
 
+        minidiff merge lora runs/lora/lora.safetensors:0.8 --model tiny --out merged.safetensors
+
     Args:
         files: LoRA files, each as FILE or FILE:0.7
         out: a file name ending in .safetensors, or else the diffusers folder to make
@@ -56,9 +58,12 @@ def merge_concepts(
     captions: File = None,
     ridge: float = 0.0,
 ) -> None:
-    """Make one Custom Diffusion of several, in closed form (Kumari et al. 2023, eq. 4): each keeps what its captions ask for.
+    """Make one Custom Diffusion of several without training, in closed form (Kumari et al. 2023, eq. 4).
 
-    Their words should have been learned from different rare words (--start): two that began alike may still be too near to be told apart.
+        minidiff merge concepts cat.safetensors dog.safetensors --out both.safetensors
+
+    Each concept keeps what its captions ask for. Their words should have been learned from different rare words (--start): two that
+    began alike may still be too near to be told apart.
 
     Args:
         files: Custom Diffusion files of one concept or more each
@@ -93,7 +98,9 @@ def merge_concepts(
 
 
 def compress(file: tyro.conf.Positional[str], /, out: Path, model: str = "tiny", share: float = 0.6, rank: Whole = None) -> None:
-    """Make a Custom Diffusion smaller: its changes by their largest singular values.
+    """Make a Custom Diffusion smaller by keeping the largest singular values of its changes.
+
+        minidiff compress custom-diffusion.safetensors --share 0.6 --out small.safetensors
 
     Args:
         file: the Custom Diffusion
@@ -133,7 +140,9 @@ def extract(
     layers: Several = (),
     names: Literal["kohya", "diffusers"] = "kohya",
 ) -> None:
-    """Make a LoRA of what a tuned checkpoint has and its base has not, by singular values.
+    """Make a LoRA of the difference between two checkpoints, by singular values.
+
+        minidiff extract tiny runs/tuned/model.safetensors --rank 8 --out extracted.safetensors
 
     Args:
         base: the checkpoint before, as for generate
@@ -224,3 +233,6 @@ def settings_in(path: Path) -> dict:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+COMMANDS = {"lora": merge_lora, "concepts": merge_concepts}

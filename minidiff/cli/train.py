@@ -25,7 +25,7 @@ from minidiff.cli.effects import without_effect
 from minidiff.cli.flags import Attentions, DTypes, File, Several, Whole, command_class, flag_groups, given, parse_flags
 from minidiff.cli.model import load, print_notes, training_on
 from minidiff.cli.names import check_writable
-from minidiff.trainers.methods.method import Method, MethodOptions, describe
+from minidiff.trainers.methods.method import Method, MethodOptions
 from minidiff.trainers.methods.options import Concept, PhaseOptions, family_of
 from minidiff.trainers.methods.override import documented, override, places
 from minidiff.trainers.methods.table import METHODS
@@ -62,7 +62,7 @@ class RunFlags:
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     model: str = "tiny"
-    prediction: Annotated[Literal["eps", "v"] | None, tyro.conf.arg(metavar="{eps,v}", help_behavior_hint="")] = None
+    prediction: Literal["eps", "v"] | None = None
     dtype: DTypes = "auto"
     device: str = "auto"
     attention: Attentions = "auto"
@@ -103,9 +103,7 @@ class Job:
 def train(name: str, args: list[str]) -> None:
     """Parse the flags of a method, train, and write what was learned."""
     method = METHODS[name]
-    bundled, sd1 = describe(method.presets["bundled"]), describe(method.presets["sd1"])
-    description = f"{method.summary}\n\nPresets of the bundled model: {bundled}.\n\nPresets of Stable Diffusion: {sd1}."
-    asked = vars(parse_flags(flag_class(method), f"train {name}", description, args))
+    asked = vars(parse_flags(flag_class(method, low_rank="--low-rank" in args), f"train {name}", describe(method, name), args))
     run: RunFlags = asked["run"]
     run.check()
     concepts = read_concepts(given([asked["concept"]], Concept), asked["more"], method.needs_images)
@@ -144,15 +142,20 @@ def learn(job: Job, sd: "StableDiffusion", device: "torch.device") -> None:
         print(shlex.join(["minidiff", "generate", prompts[0], *model, *prediction, *flags]))
 
 
+def describe(method: Method[Any], name: str) -> str:
+    """Return what a method does, with an example of its command."""
+    return f"{method.summary}\n\n    minidiff train {name} {method.example} --out runs/{name}"
+
+
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 
-def flag_class(method: Method[Any]) -> type:
-    """Make the class of all flags of a method."""
+def flag_class(method: Method[Any], low_rank: bool = False) -> type:
+    """Make the class of all flags of a method. low_rank: --help shows the values of the presets behind --low-rank."""
     parts: dict[str, Any] = {"concept": flag_groups(Concept)["method"], "run": (RunFlags,)}
     if method.low_rank_presets:
-        about = "train a LoRA instead of the U-Net: a small file in place of a whole checkpoint"
-        parts["as_lora"] = (Annotated[bool, tyro.conf.arg(name="low-rank", help=about, help_behavior_hint="")], False)
+        about = "train a LoRA instead of the U-Net: a small file in place of a whole checkpoint; with --help, show its presets"
+        parts["as_lora"] = (Annotated[bool, tyro.conf.arg(name="low-rank", help=about)], False)
     if method.start_from:
         about = f"a {method.start_from.replace('_', ' ').title()} to which these concepts are added, learned before on the same model"
         parts["start_from"] = (Annotated[File, tyro.conf.arg(metavar="FILE", help=about)], None)
@@ -161,7 +164,8 @@ def flag_class(method: Method[Any]) -> type:
         parts["names"] = (Annotated[Literal[tuple(method.formats)], tyro.conf.arg(help=about)], next(iter(method.formats)))
     about = f"one more thing to learn, as {EXAMPLE}; it knows {', '.join(f'{name}=' for name in CONCEPT_NAMES)}"
     parts["more"] = (Annotated[Several, tyro.conf.arg(name="concept", help=about)], ())
-    return command_class(parts | flag_groups(method.options, taken=documented(Concept)))
+    presets = method.low_rank_presets if low_rank else method.presets
+    return command_class(parts | flag_groups(method.options, documented(Concept), presets))
 
 
 def apply_flags(preset: MethodOptions, method: Method[Any], asked: dict[str, Any]) -> MethodOptions:

@@ -40,7 +40,9 @@ PACKAGES = ("minidiff", "torch", "diffusers", "transformers", "safetensors")
 def verify(
     file: tyro.conf.Positional[str], /, prompt: str = "a cat", steps: int = 10, seed: int = 0, size: int | None = None, out: File = None
 ) -> None:
-    """Hold a checkpoint against diffusers on the same file and noise: every layer, a trajectory and the picture, on one page.
+    """Compare with diffusers on the same file: every layer, a trajectory and the picture, on one page.
+
+        minidiff verify v1-5-pruned-emaonly.safetensors --size 256 --out page.md
 
     It runs on the CPU in float32. Without diffusers (pip install diffusers transformers) the page says what is in the file alone.
 

@@ -13,6 +13,7 @@ from PIL import Image
 import minidiff.attention
 from minidiff import samplers
 from minidiff.cli.generate import parse_size
+from minidiff.cli.main import commands
 from minidiff.cli.model import choose_device
 from minidiff.cli.names import slug
 from minidiff.kernels import tiles
@@ -342,9 +343,8 @@ def test_help_needs_no_torch(command):
 @pytest.mark.parametrize("group", ["train", "merge", "bench"])
 def test_the_commands_of_a_group_are_listed(run, group):
     code, out, _ = run(group, "--help")
-    assert code == 0 and out.startswith(f"usage: minidiff {group} {{")
-    code, out, err = run(group)
-    assert (code, out) == (2, "") and f"usage: minidiff {group} {{" in err
+    assert code == 0 and all(name.split()[1] in out for name in commands() if name.startswith(f"{group} "))
+    assert run(group) == (2, "", out)
     code, _, err = run(group, "nothing")
     assert code == 2 and f"command '{group} nothing' unknown; choose {group} " in err
 

@@ -457,14 +457,27 @@ def test_the_recipes_are_told_apart(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", [*METHODS, "from-scratch"])
 def test_help_shows_every_flag_once_and_says_what_it_is(run, method):
-    code, out, _ = run("train", method, "--help")
+    code, out, _ = run("train", method, "--help-all")
     assert code == 0
-    flags = re.findall(r"^. (--[a-z][\w-]*)", out, flags=re.MULTILINE)
+    flags = re.findall(r"^  (--[a-z][\w-]*)", out, flags=re.MULTILINE)
     assert len(flags) == len(set(flags)) > 5 and not any("." in flag for flag in flags)
-    entries = re.split(r"^. (?=--[a-z])", out, flags=re.MULTILINE)[1:]
+    entries = re.split(r"^  (?=--[a-z])", out, flags=re.MULTILINE)[1:]
     assert all(re.search(r"[a-z]{3,}", entry.split(maxsplit=1)[1].lower()) for entry in entries)
-    if method != "from-scratch":
-        assert "Presets of the bundled model:" in out and "{None}" not in out
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_help_shows_the_presets_number_beside_each_flag(run, method, low_rank):
+    presets = METHODS[method].low_rank_presets if low_rank else METHODS[method].presets
+    if not presets:
+        return
+    out = " ".join(run("train", method, *["--low-rank"] * low_rank, "--help-all")[1].split())
+    for family, options in presets.items():
+        for name in ("steps", "learning_rate"):
+            value = getattr(options.phases()[-1].settings, name)
+            shown = re.search(rf"--{name.replace('_', '-')} [A-Z].*?\[(.*?)\]", out)[1]
+            ours = next(part for part in shown.split("; ") if ", " not in shown and "; " not in shown or family in part)
+            assert ours.split()[-1] == f"{value:g}", (family, shown)
 
 
 def test_every_number_of_a_run_has_a_flag_and_its_help():
@@ -530,9 +543,6 @@ class ToyOptions(PhaseOptions):
 
     glow: float = 1.0
 
-    def highlights(self):
-        return (f"glow {self.glow:g}",)
-
 
 def build_toy(sd, concepts, options, cache=None):
     """A LoRA on one layer, larger the more it glows."""
@@ -550,9 +560,9 @@ def test_a_method_is_a_file_and_a_line_in_the_table(run, tmp_path, monkeypatch):
     toy = Method(summary="Train a toy.", presets=presets, build=build_toy, formats={"kohya": "theirs", "diffusers": "the others'"})
     monkeypatch.setitem(METHODS, "toy", toy)
     assert "train toy" in commands()
-    code, out, _ = run("train", "toy", "--help")
-    assert code == 0 and "Train a toy." in out and "learning rate 0.01, glow 1" in out
-    assert re.search(r"--glow FLOAT +how much it glows", out) and "--prior-count INT" in out and "--names {kohya,diffusers}" in out
+    code, out, _ = run("train", "toy", "--help-all")
+    assert code == 0 and "Train a toy." in out and out.startswith("  minidiff train toy --images")
+    assert re.search(r"--glow FLOAT +how much it glows \[1\]", out) and "--prior-count INT" in out and "--names {kohya,diffusers}" in out
     code, out, err = run("train", "toy", "--images", "cat", "--class-word", "cat", "--glow", "3", "--out", "run", *QUICK)
     assert code == 0, err
     assert shlex.split(out)[-2:] == ["--lora", "run/lora.safetensors"]
