@@ -72,7 +72,7 @@ def generate(
         empty_negative: what SDXL is given where nothing is negative: zeros (without --negative-prompt) or the empty prompt encoded (with
             --negative-prompt "") by default
         steps: how many steps the sampler takes
-        sampler: its name; "list" prints all of them
+        sampler: its name; `minidiff list samplers` shows all of them
         guidance_scale: how strongly the picture follows the prompt; 1 is the prompt alone, without guidance; the model's own by default
         seed: where the noise comes from; the same seed gives the same picture
         batch: how many pictures of a prompt, on consecutive seeds
@@ -111,10 +111,6 @@ def generate(
     from minidiff.samplers import SAMPLERS, levels
     from minidiff.two_encoders import SizeNumbers, told
 
-    if sampler == "list":
-        web_names = {name: f"{row.web_name} {row.web_schedule or row.own_spacing or ''}".strip() for name, row in SAMPLERS.items()}
-        print("\n".join(f"{name:16}  {web_names[name]:16}  {row.help}" for name, row in SAMPLERS.items()))
-        return
     if not prompts or batch < 1:
         raise ValueError(f"{len(prompts)} prompts and --batch {batch} make no picture; give at least one of each")
     pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]

@@ -16,9 +16,10 @@ from functools import partial
 from itertools import chain
 
 from minidiff import __version__
-from minidiff.cli import bench, evaluate, hint, merge
+from minidiff.cli import bench, evaluate, hint, lists, merge
 from minidiff.cli.again import call_with_settings
 from minidiff.cli.checkpoints import compare, convert, inspect
+from minidiff.cli.completion import completion
 from minidiff.cli.failures import explain
 from minidiff.cli.flags import collect, summary
 from minidiff.cli.from_scratch import ScratchFlags, from_scratch
@@ -70,6 +71,10 @@ def groups() -> dict[str, dict[str, Entry | Mapping[str, Entry]]]:
         "Measure": {
             "evaluate": evaluate.COMMANDS,
             "bench": bench.COMMANDS,
+        },
+        "Ask": {
+            "list": lists.show,
+            "completion": completion,
         },
     }
 
@@ -136,9 +141,9 @@ def unknown(group: str, word: str, known: list[str]) -> str:
 
 def list_groups(known: Mapping[str, Command]) -> str:
     """Return the page of `minidiff --help`: examples, then a line for each command."""
-    lines = [f"minidiff {__version__}: Stable Diffusion to read, run and retrain", "", *(f"  {example}" for example in EXAMPLES)]
+    lines = [f"minidiff {__version__}: Stable Diffusion to read, run and retrain", "", *(f"  {example}" for example in EXAMPLES), ""]
     for title, group in groups().items():
-        lines += ["", title]
+        lines.append(title)
         for name in group:
             kinds = [one.split()[1] for one in known if one.startswith(f"{name} ")]
             text = " ".join(kinds) if kinds else known[name].summary.splitlines()[0]
