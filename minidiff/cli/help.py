@@ -25,8 +25,8 @@ WIDTH, COLUMN = 100, 26  # of the page, and of a flag with its value
 # The flags that --help shows, by command or by the first word of it; a command that is not named here shows all of its flags.
 FIRST = {
     "generate": (
-        *("prompts", "model", "negative-prompt", "steps", "sampler", "guidance-scale", "seed", "batch", "size"),
-        *("lora", "embedding", "image", "strength", "mask", "out"),
+        *("prompts", "model", "negative-prompt", "steps", "sampler", "guidance-scale", "seed", "batch", "seeds", "size"),
+        *("lora", "embedding", "image", "strength", "mask", "zoom", "out"),
     ),
     "train": (
         *("images", "token", "class-word", "prompt", "captions", "out", "model", "low-rank"),

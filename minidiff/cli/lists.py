@@ -114,7 +114,7 @@ def checkpoints() -> Iterator[str]:
         yield f"  {one.repository}: {one.file}, {one.size}, {one.licence}"
         if one.mirror_of:
             yield f"  an unofficial mirror: {one.mirror_of} was taken down"
-    yield "\nAll are repositories of huggingface.co. minidiff downloads nothing: save a file, and give it as --model (a ControlNet as --controlnet)."
+    yield "\nThe repositories are those of huggingface.co. Nothing is downloaded: save a file and give it as --model, a ControlNet as --controlnet."
 
 
 LISTS: dict[str, Callable[[], Iterable[str]]] = {

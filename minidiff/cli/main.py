@@ -21,6 +21,7 @@ from minidiff.cli.again import call_with_settings
 from minidiff.cli.checkpoints import compare, convert, inspect
 from minidiff.cli.completion import completion
 from minidiff.cli.failures import explain
+from minidiff.cli.film import film
 from minidiff.cli.flags import collect, summary
 from minidiff.cli.from_scratch import ScratchFlags, from_scratch
 from minidiff.cli.generate import generate
@@ -53,6 +54,7 @@ def groups() -> dict[str, dict[str, Entry | Mapping[str, Entry]]]:
     return {
         "Make pictures": {
             "generate": Command(summary(generate), partial(call_with_settings, generate, "generate")),
+            "film": film,
             "hint": hint.COMMANDS,
         },
         "Teach": {

@@ -74,7 +74,7 @@ def test_bash_completes_commands_kinds_and_flags(run, tmp_path):
     assert set(completed("minidiff", "")) == {name.split()[0] for name in commands()}
     assert completed("minidiff", "train", "lo") == ["lora"]
     assert completed("minidiff", "train", "lora", "--images", "cats", "--lear") == ["--learning-rate"]
-    assert completed("minidiff", "generate", "a fox", "--seed") == ["--seed"]
+    assert completed("minidiff", "generate", "a fox", "--guid") == ["--guidance-scale"]
     assert completed("minidiff", "list", "sa") == ["samplers"]
     assert completed("minidiff", "nothing", "x") == []
 
