@@ -1,11 +1,13 @@
 """`minidiff inspect`, `convert` and `compare`: checkpoints looked at, rewritten, and held against each other."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from minidiff.cli.endings import finish, readers
 from minidiff.cli.flags import DTypes, Text
 from minidiff.cli.model import load, print_notes
 from minidiff.cli.names import check_writable
@@ -65,12 +67,13 @@ def convert(
             f"a whole model, and {source} is small",
         )
         weights_loader.rewrite(source, target, names, load(model, "float32", "cpu") if model else None)
-        print(target)
+        finish(target, use=f"minidiff inspect {shlex.quote(str(target))}")
         return
     refuse_flags({"names": names, "model": model}, f"a small file, and {source} is a whole model")
     kept = "file" if dtype == "auto" else getattr(torch, dtype)
     print_notes(weights_loader.convert(source, target, dtype=kept, ema=ema, vae=vae, prediction=prediction, ignore=ignore))
-    print(target)
+    use = shlex.join(["minidiff", "generate", "...", "--model", str(target)])
+    finish(target, use=use, read_by=readers("--model", "ldm" if target.suffix else "diffusers"))
 
 
 def compare(

@@ -41,11 +41,11 @@ def finish(path: Path, what: str = "", use: str = "", read_by: str = "") -> None
     Args:
         path: of the file or folder
         what: it is
-        use: the command that uses it
+        use: a command to give next, which uses it
         read_by: other programs that read it
     """
     said = [f"{path}: {', '.join(part for part in (size_of(path), what) if part)}"]
-    said += [f"use it: {use}"] * bool(use) + [f"read by: {read_by}"] * bool(read_by)
+    said += [f"next: {use}"] * bool(use) + [f"read by: {read_by}"] * bool(read_by)
     print_notes(said)
     print(path)
 

@@ -46,10 +46,12 @@ def film(
     device: str = "auto",
     out: File = None,
 ) -> None:
-    """Make a film of the denoising loop: the noisy picture on the left, the model's prediction of the clean one on the right.
+    """Make a film of the denoising loop: x_t on the left, x0_hat on the right.
 
         minidiff film "a fox" --out fox.gif
         minidiff film "a fox" --sampler heun --steps 12 --out fox.webp
+
+    x_t is the noisy picture; x0_hat is the clean one that the model predicts from it.
 
     Args:
         prompt: what the picture shows, in quotes

@@ -1,5 +1,6 @@
 """`minidiff train from-scratch`: a small Stable Diffusion on composed scenes, as bundled/run.py and bundled/make.py train it."""
 
+import shlex
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from minidiff.bundled.recipe import RECIPES, Recipe
+from minidiff.cli.endings import finish, readers
 from minidiff.cli.flags import Attentions, Text, Whole, command_class, flag_groups, given, parse_flags, summary
 from minidiff.cli.model import load, print_notes, training_on
 from minidiff.trainers.methods.override import override
@@ -74,7 +76,10 @@ def from_scratch(args: list[str]) -> None:
         else:
             print_forecast(lambda: estimate_seconds(config, recipe, device, init, vae), device, out)
             show_progress(run_from_scratch(config, recipe, out, device, partial(save_model, out), init, vae))
-        print(out / "model.safetensors")
+        model = out / "model.safetensors"
+        finish(
+            model, use=shlex.join(["minidiff", "generate", "a fox", "--model", str(model)]), read_by=readers("--model", "ldm", "bundled")
+        )
 
 
 def save_model(out: Path, sd: "StableDiffusion") -> None:

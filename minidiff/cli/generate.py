@@ -1,5 +1,6 @@
 """`minidiff generate`: pictures from words, each PNG with the settings that make it again."""
 
+import shlex
 import sys
 from collections import deque
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from minidiff import __version__
 from minidiff.cli.advice import size_notes, syntax_notes, word_notes
 from minidiff.cli.control import parse_controls, steer
 from minidiff.cli.edit import EditFlags, check_model, prepare_edit, read_edit
+from minidiff.cli.endings import finish
 from minidiff.cli.flags import Attentions, DTypes, File, Several, Text
 from minidiff.cli.model import load, named, print_notes, unused_words, weighted
 from minidiff.cli.picture_files import check_files, check_zoom, choose_seeds, enlarge, picture_files, read_prompts, write_pictures
@@ -216,7 +218,9 @@ def generate(
     }
     images = [enlarge(image, zoom, zoom_filter) for image in images]
     write_pictures(files, images, prompts, pairs, negative or "", values, seeds)
-    print(files[0])
+    what = f"{images[0].width} x {images[0].height} pixels, seed {chosen_seeds[0]}"
+    what = what if len(files) == 1 else f"a sheet of {len(images)} pictures, each in a file alongside"
+    finish(files[0], what, use=shlex.join(["minidiff", "generate", "--settings", str(files[0])]))
 
 
 def read_weights(sd: "StableDiffusion", prompts: "Sequence[str]") -> None:

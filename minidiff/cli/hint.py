@@ -1,10 +1,12 @@
 """`minidiff hint KIND`: a picture to the hint that a ControlNet is shown (hints.py)."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from minidiff.cli.endings import WEB, finish
 from minidiff.cli.flags import Whole
 from minidiff.cli.model import print_notes
 from minidiff.cli.names import free_path
@@ -115,7 +117,8 @@ def make(kind: str, picture: Path, out: Path | None, size: int | None, convert) 
         if kind in ("canny", "scribble") and looks_like_lines(file):
             print_notes([f"{picture}: a hint already, it seems; give it to --control as it is"])
     save_png(Image.fromarray(convert(np.asarray(shrink(image, size)))), out, hint=kind)
-    print(out)
+    use = f'minidiff generate "..." --model FILE --control {shlex.quote(str(out))} --controlnet FILE'
+    finish(out, f"a {kind} hint", use=use, read_by=f"{WEB}, diffusers")
 
 
 def shrink(image: "Image.Image", size: int | None) -> "Image.Image":

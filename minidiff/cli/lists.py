@@ -114,7 +114,7 @@ def checkpoints() -> Iterator[str]:
         yield f"  {one.repository}: {one.file}, {one.size}, {one.licence}"
         if one.mirror_of:
             yield f"  an unofficial mirror: {one.mirror_of} was taken down"
-    yield "\nThe repositories are those of huggingface.co. Nothing is downloaded: save a file and give it as --model, a ControlNet as --controlnet."
+    yield "\nAll are on huggingface.co. Nothing is downloaded: save a file and give it as --model, a ControlNet as --controlnet."
 
 
 LISTS: dict[str, Callable[[], Iterable[str]]] = {

@@ -6,6 +6,7 @@ options. A new one is a file in this room and a line in `groups`. What a user ca
 need them.
 """
 
+import os
 import sys
 import traceback
 import warnings
@@ -107,6 +108,9 @@ def main() -> None:
         run(args)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # who reads, as head, has read enough; nothing is left to be flushed into the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception as error:
         if TRACEBACK in sys.argv:
             traceback.print_exc()

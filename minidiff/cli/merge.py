@@ -1,11 +1,13 @@
 """The commands that make files of files: `minidiff merge lora`, `merge concepts`, `compress`, `extract`."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from minidiff.cli.endings import finish, readers
 from minidiff.cli.flags import DTypes, File, Number, Several, Whole
 from minidiff.cli.model import load, print_notes, weighted
 from minidiff.cli.names import check_writable
@@ -45,8 +47,9 @@ def merge_lora(files: Files, /, out: Path, model: str = "tiny", dtype: DTypes = 
         print_notes(weights_loader.base_notes(path, sd))
         one.weight = weight
         lora.merge_lora(sd, one)
-    weights_loader.save(sd, out, "ldm" if out.suffix else "diffusers")
-    print(out)
+    layout = "ldm" if out.suffix else "diffusers"
+    weights_loader.save(sd, out, layout)
+    finish_small(out, "--model", layout, sd)
 
 
 def merge_concepts(
@@ -94,7 +97,7 @@ def merge_concepts(
             f"time         {report.seconds:.2f} s",
         ]
     )
-    print(out)
+    finish_small(out, "--custom-diffusion", spelling(out), sd, model)
 
 
 def compress(file: tyro.conf.Positional[str], /, out: Path, model: str = "tiny", share: float = 0.6, rank: Whole = None) -> None:
@@ -125,7 +128,7 @@ def compress(file: tyro.conf.Positional[str], /, out: Path, model: str = "tiny",
             f"error {small.error:.1%} of the changes' norm",
         ]
     )
-    print(out)
+    finish_small(out, "--custom-diffusion", spelling(out), sd, model)
 
 
 def extract(
@@ -167,8 +170,28 @@ def extract(
     settings: dict[str, object] = {"method": "extract", "base": Path(base).name, "tuned": Path(tuned).name}
     weights_loader.write_lora(out, made, first, names, settings | {"rank": rank, "share": share, "of": of, "clamp": clamp})
     ranks = sorted(layer.rank for layer in made.layers.values())
-    print_notes([f"{len(ranks)} layers that differ, ranks {ranks[0]} to {ranks[-1]}: {out.stat().st_size / 1e6:.2f} MB"])
-    print(out)
+    print_notes([f"{len(ranks)} layers that differ, ranks {ranks[0]} to {ranks[-1]}"])
+    finish_small(out, "--lora", names, first, base)
+
+
+def finish_small(out: Path, flag: str, names: str, sd: "StableDiffusion", model: str = "tiny") -> None:
+    """Print what was made and the command that uses it.
+
+    Args:
+        out: the file or folder
+        flag: of generate, which takes it
+        names: its spelling
+        sd: the model it is for
+        model: the name of that model, for a file that is not one itself
+    """
+    with_model = [] if model == "tiny" else ["--model", model]
+    use = shlex.join(["minidiff", "generate", "...", *with_model, flag, str(out)])
+    finish(out, use=use, read_by=readers(flag, names, family_of(sd.config)))
+
+
+def spelling(out: Path) -> str:
+    """Return the spelling of a Custom Diffusion that is written under this name."""
+    return {".safetensors": "minidiff", "": "diffusers"}.get(out.suffix, "original")
 
 
 def check_out(out: Path, suffixes: tuple[str, ...]) -> None:

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from minidiff.cli.effects import without_effect
+from minidiff.cli.endings import readers, size_of
 from minidiff.cli.flags import Attentions, DTypes, File, Several, Whole, command_class, flag_groups, given, parse_flags
 from minidiff.cli.model import load, print_notes, training_on
 from minidiff.cli.names import check_writable
+from minidiff.cli.reference import Reference, draw_reference
 from minidiff.trainers.methods.method import Method, MethodOptions
 from minidiff.trainers.methods.options import Concept, PhaseOptions, family_of
 from minidiff.trainers.methods.override import documented, override, places
@@ -129,17 +131,41 @@ def learn(job: Job, sd: "StableDiffusion", device: "torch.device") -> None:
         training = prepare(job, sd, stack)
         print_forecast(training, device)
         prompts = list(run.sample_prompt) or training.phases[0].prompts
+        reference = None
+        if METHODS[job.name].needs_images and rank() == 0:  # others have sheets of their own
+            folders = [concept.images for concept in job.concepts]
+            reference = draw_reference(sd, folders, prompts, count=run.num_samples, steps=SAMPLE_STEPS)
         try:
-            take_steps(training, job, prompts, sd, device)
+            take_steps(training, job, prompts, sd, device, reference)
         except KeyboardInterrupt:
             print_notes([f"stopped; the same command resumes from what is saved in {run.out}"])
             raise
         if rank() > 0:
             return
-        flags = [text for flag, path in write_results(training, sd, run.out, job.names, settings_of(job)) for text in (flag, str(path))]
+        written = list(write_results(training, sd, run.out, job.names, settings_of(job)))
+        print_results(written, training, job, family_of(sd.config))
+        flags = [text for flag, path in written for text in (flag, str(path))]
         model = [] if "--model" in flags or run.model == "tiny" else ["--model", run.model]
         prediction = ["--prediction", run.prediction] if model and run.prediction else []
         print(shlex.join(["minidiff", "generate", prompts[0], *model, *prediction, *flags]))
+
+
+def print_results(written: "list[tuple[str, Path]]", training: "TrainingRun", job: Job, family: str) -> None:
+    """Print each file that was written, who else reads it, and where the last sheet is.
+
+    Args:
+        written: flags of generate, and the files that they take
+        training: the run
+        job: what was asked for
+        family: of the model
+    """
+    for flag, path in written:
+        known = readers(flag, job.names, family)
+        print_notes([f"{path}: {size_of(path)}" + (f"; read by: {known}" if known else "")])
+    last = training.phases[-1]
+    if (sheet := job.run.out / f"{last.name}-{last.settings.steps:06d}.png").is_file():
+        rows = ": your pictures, then for each prompt the untouched model and what was learned" if METHODS[job.name].needs_images else ""
+        print_notes([f"{sheet}{rows}"])
 
 
 def describe(method: Method[Any], name: str) -> str:
@@ -317,7 +343,7 @@ def print_forecast(training: "TrainingRun", device: "torch.device") -> None:
     for phase in training.phases:
         for _ in tqdm(phase.prepare(), desc="pictures to latents", unit="picture", file=sys.stderr, leave=False):
             pass
-        taken = f"; this process has taken {format_bytes(memory_taken(device))} so far, the model among it" if device.type == "cpu" else ""
+        taken = f"; {format_bytes(memory_taken(device))} are in use now" if device.type == "cpu" else ""
         with phase:
             memory = estimate_memory(phase, phase.settings, device)
         settings = phase.settings
@@ -330,7 +356,9 @@ def print_forecast(training: "TrainingRun", device: "torch.device") -> None:
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def take_steps(training: "TrainingRun", job: Job, prompts: list[str], sd: "StableDiffusion", device: "torch.device") -> None:
+def take_steps(
+    training: "TrainingRun", job: Job, prompts: list[str], sd: "StableDiffusion", device: "torch.device", reference: Reference | None
+) -> None:
     """Take the steps that are left, phase by phase.
 
     Args:
@@ -339,25 +367,28 @@ def take_steps(training: "TrainingRun", job: Job, prompts: list[str], sd: "Stabl
         prompts: of the sheets, one per row
         sd: the model
         device: where it is trained
+        reference: what the sheets show beside the results
     """
     phases = 0
     with closing(training.run(device, job.run.out)) as steps:
         for phase, own in groupby(steps, key=lambda pair: pair[0]):
-            for done in show_phase(phase, (step for _, step in own), job.run, prompts, device):
+            for done in show_phase(phase, (step for _, step in own), job.run, prompts, device, reference):
                 keep_results(training, phase, sd, job, done)
             phases += 1
     if not phases:
         print_notes(["all steps were taken before; the files are written again; a larger --steps goes on from there"])
 
 
-def show_phase(phase: "Phase", steps: "Iterator[TrainStep]", run: RunFlags, prompts: list[str], device: "torch.device") -> Iterator[int]:
+def show_phase(
+    phase: "Phase", steps: "Iterator[TrainStep]", run: RunFlags, prompts: list[str], device: "torch.device", reference: Reference | None
+) -> Iterator[int]:
     """Take the steps of one phase, with a bar, a log and sheets of pictures; yield how many are done after each sheet but the last.
 
     Args:
         phase: the phase's task
         steps: those that are left of it, at least one
         run: the flags of the run
-        prompts, device: as in `take_steps`
+        prompts, device, reference: as in `take_steps`
     """
     from tqdm import tqdm
 
@@ -378,7 +409,7 @@ def show_phase(phase: "Phase", steps: "Iterator[TrainStep]", run: RunFlags, prom
             is_due = step.done == step.steps or (run.sample_every and step.done % run.sample_every == 0)
             if is_due and rank() == 0:
                 with averaged(phase):
-                    numbers = save_sheet(phase, prompts, run, step.done)
+                    numbers = save_sheet(phase, prompts, run, step.done, reference)
                     if numbers:
                         bar.write(f"minidiff: step {step.done}: {numbers}", file=sys.stderr)
                     if step.done < step.steps:
@@ -406,7 +437,7 @@ def keep_results(training: "TrainingRun", phase: "Phase", sd: "StableDiffusion",
                         path.rename(target)
 
 
-def save_sheet(phase: "Phase", prompts: list[str], run: RunFlags, done: int) -> str:
+def save_sheet(phase: "Phase", prompts: list[str], run: RunFlags, done: int, reference: Reference | None = None) -> str:
     """Write a sheet of pictures, one row per prompt, and a line of what was measured on it, if anything was, to NAME-sheets.csv.
 
     Args:
@@ -414,6 +445,7 @@ def save_sheet(phase: "Phase", prompts: list[str], run: RunFlags, done: int) -> 
         prompts: one per row
         run: how many in a row, and the folder
         done: steps that are over
+        reference: rows to show beside them
 
     Return what was measured, as text.
     """
@@ -421,7 +453,7 @@ def save_sheet(phase: "Phase", prompts: list[str], run: RunFlags, done: int) -> 
     from minidiff.pictures import save_png
 
     sheet = phase.sheet(prompts, count=run.num_samples, steps=SAMPLE_STEPS)
-    save_png(sheet.image, run.out / f"{phase.name}-{done:06d}.png")
+    save_png(reference.beside(sheet.image) if reference else sheet.image, run.out / f"{phase.name}-{done:06d}.png")
     if sheet.numbers:
         path = run.out / f"{phase.name}-sheets.csv"
         lines = path.read_text().splitlines() if path.exists() else [",".join(["step", *sheet.numbers])]

@@ -27,6 +27,8 @@ from minidiff.cli.main import commands
 from minidiff.cli.train import parse_concept
 from minidiff.files import exclusive
 from minidiff.kernels.dispatch import active_backend
+from minidiff.pictures import fit, list_pictures, load_picture
+from minidiff.pipeline import to_images
 from minidiff.trainers.engine import memory
 from minidiff.trainers.engine.log import read_rows
 from minidiff.trainers.engine.settings import Settings
@@ -134,10 +136,23 @@ def test_a_run_leaves_its_losses_a_curve_and_sheets_of_pictures(run, tmp_path, m
     monkeypatch.setattr(memory, "estimate_memory", ESTIMATE)
     args = ("train", "lora", "--images", "cat", "--prompt", "a cat", "--out", "run", *QUICK, "--sample-every", "2", "--num-samples", "3")
     code, _, err = run(*args, "--sample-prompt", "a red cat", "--sample-prompt", "a dog")
-    assert code == 0 and re.search(r"minidiff: about [\d.]+ MB of memory: weights .* training adds [\d.]+ MB", err), err
+    assert code == 0 and re.search(
+        r"minidiff: about [\d.]+ MB of memory: weights [\d.]+ MB, optimizer [\d.]+ [kM]B, activations [\d.]+ MB; .* in use now$",
+        err,
+        re.MULTILINE,
+    ), err
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"lora.csv", "lora-loss.png", "lora-000002.png", "lora-000003.png", "lora.state", "run.json"} <= names
-    assert Image.open(tmp_path / "run" / "lora-000002.png").size == (96, 64)  # a row for each prompt, a column for each seed
+    # A row of the pictures, then for each prompt one of the untouched model and one of what was learned; a column for each seed.
+    sheet = Image.open(tmp_path / "run" / "lora-000003.png")
+    assert sheet.size == (96, 5 * 32)
+    row = np.concatenate([np.asarray(image) for image in weights_loader.load("model.safetensors").generate("a dog", batch=3, steps=1)], 1)
+    assert np.abs(np.asarray(sheet)[96:128].astype(int) - row).max() <= 1  # of 255: rounding, in a batch of another size
+    assert not np.array_equal(np.asarray(sheet)[128:], np.asarray(sheet)[96:128])
+    shown = [to_images(fit(load_picture(path), 32)[None])[0] for path in list_pictures(tmp_path / "cat")[:3]]
+    assert np.array_equal(np.asarray(sheet)[:32, : 32 * len(shown)], np.concatenate([np.asarray(one) for one in shown], 1))
+    assert "run/lora.safetensors: " in err and "; read by: the bundled model is minidiff's own" in err
+    assert "run/lora-000003.png: your pictures, then for each prompt the untouched model" in err
     assert [line.split(",")[0] for line in (tmp_path / "run" / "lora.csv").read_text().splitlines()] == ["1", "2", "3"]
 
 
