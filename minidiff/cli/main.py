@@ -21,12 +21,14 @@ from minidiff.cli import bench, evaluate, hint, lists, merge
 from minidiff.cli.again import call_with_settings
 from minidiff.cli.checkpoints import compare, convert, inspect
 from minidiff.cli.completion import completion
+from minidiff.cli.doctor import doctor
 from minidiff.cli.failures import explain
 from minidiff.cli.film import film
 from minidiff.cli.flags import collect, summary
 from minidiff.cli.from_scratch import ScratchFlags, from_scratch
 from minidiff.cli.generate import generate
 from minidiff.cli.help import HELP, HELP_ALL
+from minidiff.cli.share import share
 from minidiff.cli.train import describe, train
 from minidiff.cli.verify import verify
 from minidiff.trainers.methods.table import METHODS
@@ -61,6 +63,7 @@ def groups() -> dict[str, dict[str, Entry | Mapping[str, Entry]]]:
         "Teach": {
             "train": {name: Command(describe(method, name), partial(train, name)) for name, method in METHODS.items()}
             | {"from-scratch": Command(summary(ScratchFlags), from_scratch)},
+            "share": share,
         },
         "Checkpoints and small files": {
             "inspect": inspect,
@@ -77,6 +80,7 @@ def groups() -> dict[str, dict[str, Entry | Mapping[str, Entry]]]:
         },
         "Ask": {
             "list": lists.show,
+            "doctor": doctor,
             "completion": completion,
         },
     }
