@@ -54,8 +54,8 @@ def word_notes(prompts: Iterable[str], added: Iterable[str]) -> Iterator[str]:
         added: words that were learned since, as "<cat>"
     """
     known, text = learned_words(), " ".join(prompts).lower()
-    for word in (*added, *(found[0] for pattern, _ in SYNTAX for found in re.finditer(pattern.lower(), text))):
-        text = text.replace(word.lower(), " ")
+    for pattern in (*(rf"(?<!\w){re.escape(word)}(?!\w)" for word in added), *(pattern for pattern, _ in SYNTAX)):
+        text = re.sub(pattern, " ", text, flags=re.IGNORECASE)
     missing = dict.fromkeys(word for word in re.findall(r"[^\W\d_]+", text) if word not in known)
     if missing:
         said = ", ".join(f"{word} ({near}?)" if (near := nearest(word, known)) else word for word in missing)

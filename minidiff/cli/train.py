@@ -190,7 +190,7 @@ def flag_class(method: Method[Any], low_rank: bool = False) -> type:
         parts["names"] = (Annotated[Literal[tuple(method.formats)], tyro.conf.arg(help=about)], next(iter(method.formats)))
     about = f"one more thing to learn, as {EXAMPLE}; it knows {', '.join(f'{name}=' for name in CONCEPT_NAMES)}"
     parts["more"] = (Annotated[Several, tyro.conf.arg(name="concept", help=about)], ())
-    presets = method.low_rank_presets if low_rank else method.presets
+    presets: dict[str, Any] = {**(method.low_rank_presets if low_rank else method.presets)}
     return command_class(parts | flag_groups(method.options, documented(Concept), presets))
 
 

@@ -31,7 +31,11 @@ RUNS = {
         "custom-diffusion",
     ),
     "model": (("fine-tune", "--prompt", "a cat", "--weights", r"^unet\.up"), ["model_index.json", "unet", "vae"], "dreambooth"),
-    "controlnet": (("controlnet", "--prompt", "a cat"), ["config.json", "diffusion_pytorch_model.safetensors", "hint.png"], "controlnet"),
+    "controlnet": (
+        ("controlnet", "--prompt", "a cat", "--hint", "canny"),
+        ["config.json", "diffusion_pytorch_model.safetensors", "hint.png"],
+        "controlnet",
+    ),
 }
 
 
