@@ -23,7 +23,7 @@ READERS = {
     ("--model", "ldm"): f"{WEB}, diffusers (from_single_file)",
     ("--model", "diffusers"): "diffusers (from_pretrained)",
 }
-OWN_SIZE = "the bundled model is minidiff's own; diffusers reads a folder of it, by `minidiff convert tiny FOLDER`"
+OWN_SIZE = "minidiff alone, whose own the bundled model is, and diffusers beside the folder that `minidiff convert tiny FOLDER` makes"
 
 
 def readers(flag: str, names: str, family: str = "sd1") -> str:

@@ -78,12 +78,14 @@ def generate(
             --negative-prompt "") by default
         steps: how many steps the sampler takes
         sampler: its name; `minidiff list samplers` shows all of them
-        guidance_scale: how strongly the picture follows the prompt; 1 is the prompt alone, without guidance; the model's own by default
+        guidance_scale: how strongly the picture follows the prompt; 1 is the prompt alone, without guidance; the model's own by
+            default: 7.5 of Stable Diffusion 1 and 2, 5 of XL
         seed: where the noise comes from; the same seed gives the same picture
         batch: how many pictures of a prompt, on consecutive seeds
         seeds: a picture of each prompt for each of these, as 0-8 or 3,7,9
         prompts_file: a text file with a prompt per line, beside those that are given here
-        size: in pixels, as 512 or 768x512; the model's own by default (its shorter side, of a picture in another shape)
+        size: in pixels, as 512 or 768x512; the model's own by default, 512 of Stable Diffusion 1, 512 or 768 of 2, 1024 of XL (its shorter
+            side, of a picture in another shape)
         original_size: what SDXL is told of the size of the picture before it was scaled, as 1024x1024; the picture's own by default
         crop: what it is told was cut off, left x top, as 0x128; nothing by default
         target_size: what it is told of the size of the picture itself; its own by default

@@ -101,7 +101,7 @@ def share(
     flags = [text for flag, file in shared.flags for text in (flag, str(folder / file))]
     base = [] if model == "tiny" or "--model" in flags else ["--model", model]
     use = shlex.join(["minidiff", "generate", prompts[0], *base, *flags])
-    finish(folder, f"{len(shared.files)} files and {len(images)} pictures; upload it as it is", use=use)
+    finish(folder, f"{', '.join(shared.files)}, README.md and {len(images)} in images/; upload it as it is", use=use)
 
 
 def read_run(run: Path) -> tuple[dict[str, Any], str]:
@@ -161,7 +161,7 @@ def share_lora(path: Path, place: Path, name: str, sd: "StableDiffusion", shared
     weights_loader.rewrite(path, place / "pytorch_lora_weights.safetensors", "diffusers", sd)
     weights_loader.rewrite(path, place / f"{name}.safetensors", "kohya", sd)
     shared.files |= {"pytorch_lora_weights.safetensors": "the LoRA, for diffusers"}
-    shared.files |= {f"{name}.safetensors": "the same, for AUTOMATIC1111, Forge, ComfyUI and kohya's scripts"}
+    shared.files |= {f"{name}.safetensors": "the same in kohya's spelling, which AUTOMATIC1111, Forge and ComfyUI read"}
     shared.flags.append(("--lora", f"{name}.safetensors"))
     shared.code.append('pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")')
     shared.tags += ["lora", "template:sd-lora"]

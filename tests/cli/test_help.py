@@ -126,3 +126,14 @@ def test_examples_are_split_from_the_text():
         ["minidiff it --now", "minidiff it"],
         "It does.\n\nAnd more.",
     )
+
+
+def test_the_models_own_numbers_are_the_families(ask):
+    from minidiff.config import SD1, SD2, SDXL
+    from weights_loader.families import FAMILIES
+
+    page = " ".join(ask("generate", "--help")[1].split())
+    assert (SD1.guidance_scale, SD2.guidance_scale, SDXL.guidance_scale) == (7.5, 7.5, 5)
+    assert "default: 7.5 of Stable Diffusion 1 and 2, 5 of XL" in page
+    sizes = {family.name: {family.config.image_size, *family.image_sizes.values()} for family in FAMILIES if not family.any_size}
+    assert list(sizes.values()) == [{512}, {512, 768}, {1024}] and "512 of Stable Diffusion 1, 512 or 768 of 2, 1024 of XL" in page

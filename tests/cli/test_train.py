@@ -151,7 +151,7 @@ def test_a_run_leaves_its_losses_a_curve_and_sheets_of_pictures(run, tmp_path, m
     assert not np.array_equal(np.asarray(sheet)[128:], np.asarray(sheet)[96:128])
     shown = [to_images(fit(load_picture(path), 32)[None])[0] for path in list_pictures(tmp_path / "cat")[:3]]
     assert np.array_equal(np.asarray(sheet)[:32, : 32 * len(shown)], np.concatenate([np.asarray(one) for one in shown], 1))
-    assert "run/lora.safetensors: " in err and "; read by: the bundled model is minidiff's own" in err
+    assert "run/lora.safetensors: " in err and "; read by: minidiff alone, whose own the bundled model is" in err
     assert "run/lora-000003.png: your pictures, then for each prompt the untouched model" in err
     assert [line.split(",")[0] for line in (tmp_path / "run" / "lora.csv").read_text().splitlines()] == ["1", "2", "3"]
 
