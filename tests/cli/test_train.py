@@ -326,7 +326,7 @@ def test_what_is_learned_so_far_is_kept_beside_each_sheet_and_is_what_the_sheet_
         made = ("--model", "model.safetensors", "--lora", f"run/{file}.safetensors", "--steps", "1", "--out", f"{file}.png")
         assert run("generate", "a cat", *made)[0] == 0
         shown, drawn = (np.asarray(Image.open(tmp_path / path)).astype(int) for path in (f"run/{sheet}.png", f"{file}.png"))
-        assert np.abs(shown - drawn).max() <= 1  # of 255: rounding
+        assert np.abs(shown[-32:] - drawn).max() <= 1  # of 255: rounding; above it are the pictures and the untouched model
     assert (tmp_path / "lora.png").read_bytes() != (tmp_path / "lora-000002.png").read_bytes()
 
 
