@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from minidiff.cli.advice import syntax_notes, word_notes
+from minidiff.cli.advice import size_notes, syntax_notes, word_notes
 from minidiff.cli.endings import finish
 from minidiff.cli.flags import DTypes, File, Number, Several, Text, Whole
 from minidiff.cli.model import load, named, print_notes, weighted
@@ -86,6 +86,7 @@ def film(
     sd = load(model, dtype, device, lora=weighted(lora), embeddings=named(embedding))
     if model in BUNDLED and not lora:
         print_notes(word_notes([prompt], sd.tokenizer.added))
+    print_notes(size_notes(sd.pixel_size(size), sd.config.image_size))
     trajectory = sd.denoise(
         prompt,
         steps=steps,
