@@ -5,6 +5,7 @@ prompts, --prompts-file -> one row per prompt --.
 --seed and --batch, or --seeds -> columns ------'
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ def choose_seeds(seed: int, batch: int, seeds: str | None) -> list[int]:
 
 def is_folder(out: Path | None) -> bool:
     """Say whether --out is a folder for the pictures: one that is there, or a name without an ending."""
-    return out is not None and (out.is_dir() or not out.suffix)
+    return out is not None and (os.path.isdir(out) or not out.suffix)  # not Path.is_dir, which raises for a name that is too long
 
 
 def picture_files(out: Path | None, prompts: "Sequence[str]", pairs: "Sequence[tuple[str, int]]") -> list[Path]:
