@@ -30,8 +30,9 @@ complete -o default -F _minidiff minidiff
 def completion() -> None:
     """Print a script that completes commands and flags in bash and zsh.
 
-    source <(minidiff completion)
-    minidiff completion > completion.sh
+        minidiff completion > completion.sh
+
+    This line in ~/.bashrc or ~/.zshrc is all that it takes: source <(minidiff completion)
     """
     from minidiff.cli.main import commands
 

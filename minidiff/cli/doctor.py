@@ -20,7 +20,9 @@ SHARE = 1.3  # of the weights: what drawing a picture takes in all, roughly
 def doctor() -> None:
     """Print versions, devices, memory, Triton and what would run where, for a bug report.
 
-    minidiff doctor
+        minidiff doctor
+
+    Nothing is loaded, changed or downloaded.
     """
     for line in report():
         print(line)

@@ -158,7 +158,7 @@ def list_groups(known: Mapping[str, Command]) -> str:
             kinds = [one.split()[1] for one in known if one.startswith(f"{name} ")]
             text = " ".join(kinds) if kinds else known[name].summary.splitlines()[0]
             lines.append(f"  {name:11} {text}")
-    return "\n".join([*lines, "", f"minidiff COMMAND --help shows more; {TRACEBACK} shows where an error was raised."])
+    return "\n".join([*lines, f"minidiff COMMAND --help shows more; {TRACEBACK} shows where an error was raised."])
 
 
 def list_kinds(name: str, kinds: Mapping[str, Command]) -> str:

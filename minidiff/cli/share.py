@@ -58,9 +58,11 @@ def share(
     title: Text = None,
     device: str = "auto",
 ) -> None:
-    """Make a folder to upload of a training run: weights in the field's file names, a README with front matter, a gallery.
+    """Make a folder to upload of a training run: weights, README and gallery.
 
         minidiff share runs/cat cat-lora
+
+    The files have the names that diffusers and the web interfaces expect, the README has the front matter of the Hugging Face hub.
 
     Args:
         run: the folder that `minidiff train` was given as --out
