@@ -30,7 +30,7 @@ complete -o default -F _minidiff minidiff
 def completion() -> None:
     """Print a script that completes commands and flags in bash and zsh.
 
-        minidiff completion > completion.sh
+        minidiff completion
 
     This line in ~/.bashrc or ~/.zshrc is all that it takes: source <(minidiff completion)
     """
