@@ -37,7 +37,7 @@ def call_with_settings(function: Callable[..., None], name: str, args: list[str]
         chosen = {flag_name(arg) for arg in args if arg.startswith("--")}
         found_prompts, flags = picture_flags(picture, function, chosen)
         _, made = collect(function, name, flags)
-        prompts = prompts or found_prompts
+        prompts = prompts or (() if given.get("prompts_file") else found_prompts)
         given = {key: _merged(key, value, made[key], chosen) for key, value in given.items()}
     function(prompts, **given)
 

@@ -5,19 +5,18 @@ Each prints a Markdown table, and with --out writes all its numbers. Imports tha
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
-from minidiff.cli.flags import UNSET, Several, Whole
+from minidiff.cli.flags import Several, Whole
 from minidiff.cli.model import choose_device
 
 Models = Literal["sd1", "sd2", "sdxl", "bundled"]
-Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]", help_behavior_hint=UNSET)]
 
 
 def load(against: bool = True, out: Path | None = None, rounds: int = 3) -> None:
-    """Time and memory of loading a full-size Stable Diffusion 1.x made of made-up weights, beside diffusers on the same tensors.
+    """Time loading a full-size Stable Diffusion 1.x of random weights, beside diffusers.
+
+        minidiff bench load --out load.json
 
     Takes minutes, and up to 4.3 GB of disk at a time in the folder for temporary files.
 
@@ -35,13 +34,15 @@ def attention(
     out: Path | None = None,
     rounds: Whole = None,
     models: tuple[Models, ...] = ("sd1", "sd2"),
-    sizes: Sizes = (),
+    sizes: tuple[int, ...] = (),
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = (),
     device: str = "auto",
     contender: Several = (),
     batch: int = 2,
 ) -> None:
-    """Time, memory and errors of attention at every shape of a U-Net step, beside all of PyTorch's ways.
+    """Time attention at every shape of a U-Net step, beside all of PyTorch's ways.
+
+        minidiff bench attention --models sd1 --out attention.json
 
     Begun with the same flags and --out, a run that was stopped goes on at the shape where it stopped.
 
@@ -75,7 +76,9 @@ def step(
     max_autotune: bool = False,
     controlnet: bool = False,
 ) -> None:
-    """Time, memory and errors of a U-Net step of one picture with guidance, beside diffusers, on made-up weights.
+    """Time a U-Net step of one picture with guidance on random weights, beside diffusers.
+
+        minidiff bench step --out step.json
 
     Takes 4.3 GB of disk in the folder for temporary files, for sdxl 13.9 GB.
 
@@ -104,7 +107,9 @@ def image(
     device: str = "auto",
     max_autotune: bool = False,
 ) -> None:
-    """Time, memory and errors of a whole picture, from the prompt to pixels, beside diffusers, on made-up weights.
+    """Time a whole picture, from the prompt to pixels, on random weights, beside diffusers.
+
+        minidiff bench image --rounds 1 --out image.json
 
     Takes 4.3 GB of disk in the folder for temporary files, for sdxl 13.9 GB.
 
@@ -132,7 +137,9 @@ def train(
     methods: tuple[Literal["lora", "custom-diffusion"], ...] = ("lora", "custom-diffusion"),
     device: str = "auto",
 ) -> None:
-    """Time, memory and loss of a training step, beside the loops of diffusers' examples, on made-up weights.
+    """Time a training step on random weights, beside the loops of diffusers' examples.
+
+        minidiff bench train --methods lora --out train.json
 
     Takes 4.3 GB of disk in the folder for temporary files, for sdxl 13.9 GB.
 

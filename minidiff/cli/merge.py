@@ -1,11 +1,13 @@
 """The commands that make files of files: `minidiff merge lora`, `merge concepts`, `compress`, `extract`."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from minidiff.cli.endings import finish, readers
 from minidiff.cli.flags import DTypes, File, Number, Several, Text, Whole
 from minidiff.cli.model import load, print_notes, weighted
 from minidiff.cli.names import check_writable
@@ -21,6 +23,8 @@ Files = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="F
 
 def merge_lora(files: Files, /, out: Path, model: str = "tiny", dtype: DTypes = "auto", ignore: Text = None) -> None:
     """Put LoRAs into a checkpoint's weights, and write the checkpoint.
+
+        minidiff merge lora runs/lora/lora.safetensors:0.8 --model tiny --out merged.safetensors
 
     Args:
         files: LoRA files, each as FILE or FILE:0.7
@@ -44,8 +48,9 @@ def merge_lora(files: Files, /, out: Path, model: str = "tiny", dtype: DTypes = 
         print_notes(weights_loader.base_notes(path, sd))
         one.weight = weight
         lora.merge_lora(sd, one)
-    weights_loader.save(sd, out, "ldm" if out.suffix else "diffusers")
-    print(out)
+    layout = "ldm" if out.suffix else "diffusers"
+    weights_loader.save(sd, out, layout)
+    finish_small(out, "--model", layout, sd)
 
 
 def merge_concepts(
@@ -58,9 +63,12 @@ def merge_concepts(
     ridge: float = 0.0,
     ignore: Text = None,
 ) -> None:
-    """Make one Custom Diffusion of several, in closed form (Kumari et al. 2023, eq. 4): each keeps what its captions ask for.
+    """Make one Custom Diffusion of several without training, in closed form (Kumari et al. 2023, eq. 4).
 
-    Their words should have been learned from different rare words (--start): two that began alike may still be too near to be told apart.
+        minidiff merge concepts cat.safetensors dog.safetensors --out both.safetensors
+
+    Each concept keeps what its captions ask for. Their words should have been learned from different rare words (--start): two that
+    began alike may still be too near to be told apart.
 
     Args:
         files: Custom Diffusion files of one concept or more each
@@ -92,7 +100,7 @@ def merge_concepts(
             f"time         {report.seconds:.2f} s",
         ]
     )
-    print(out)
+    finish_small(out, "--custom-diffusion", spelling(out), sd, model)
 
 
 def compress(
@@ -104,7 +112,9 @@ def compress(
     rank: Whole = None,
     ignore: Text = None,
 ) -> None:
-    """Make a Custom Diffusion smaller: its changes by their largest singular values.
+    """Make a Custom Diffusion smaller by keeping the largest singular values of its changes.
+
+        minidiff compress custom-diffusion.safetensors --share 0.6 --out small.safetensors
 
     Args:
         file: the Custom Diffusion
@@ -130,7 +140,7 @@ def compress(
             f"error {small.error:.1%} of the changes' norm",
         ]
     )
-    print(out)
+    finish_small(out, "--custom-diffusion", spelling(out), sd, model)
 
 
 def extract(
@@ -146,7 +156,9 @@ def extract(
     names: Literal["kohya", "diffusers"] = "kohya",
     ignore: Text = None,
 ) -> None:
-    """Make a LoRA of what a tuned checkpoint has and its base has not, by singular values.
+    """Make a LoRA of the difference between two checkpoints, by singular values.
+
+        minidiff extract tiny runs/tuned/model.safetensors --rank 8 --out extracted.safetensors
 
     Args:
         base: the checkpoint before, as for generate
@@ -172,8 +184,28 @@ def extract(
     settings: dict[str, object] = {"method": "extract", "base": Path(base).name, "tuned": Path(tuned).name}
     weights_loader.write_lora(out, made, first, names, settings | {"rank": rank, "share": share, "of": of, "clamp": clamp})
     ranks = sorted(layer.rank for layer in made.layers.values())
-    print_notes([f"{len(ranks)} layers that differ, ranks {ranks[0]} to {ranks[-1]}: {out.stat().st_size / 1e6:.2f} MB"])
-    print(out)
+    print_notes([f"{len(ranks)} layers that differ, ranks {ranks[0]} to {ranks[-1]}"])
+    finish_small(out, "--lora", names, first, base)
+
+
+def finish_small(out: Path, flag: str, names: str, sd: "StableDiffusion", model: str = "tiny") -> None:
+    """Print what was made and the command that uses it.
+
+    Args:
+        out: the file or folder
+        flag: of generate, which takes it
+        names: its spelling
+        sd: the model it is for
+        model: the name of that model, for a file that is not one itself
+    """
+    with_model = [] if model == "tiny" else ["--model", model]
+    use = shlex.join(["minidiff", "generate", "...", *with_model, flag, str(out)])
+    finish(out, use=use, read_by=readers(flag, names, family_of(sd.config)))
+
+
+def spelling(out: Path) -> str:
+    """Return the spelling of a Custom Diffusion that is written under this name."""
+    return {".safetensors": "minidiff", "": "diffusers"}.get(out.suffix, "original")
 
 
 def check_out(out: Path, suffixes: tuple[str, ...]) -> None:
@@ -238,3 +270,6 @@ def settings_in(path: Path) -> dict:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+COMMANDS = {"lora": merge_lora, "concepts": merge_concepts}

@@ -47,7 +47,9 @@ def verify(
     ignore: Text = None,
     out: File = None,
 ) -> None:
-    """Hold a checkpoint against diffusers on the same file and noise: every layer, a trajectory and the picture, on one page.
+    """Compare with diffusers on the same file: every layer, a trajectory and the picture, on one page.
+
+        minidiff verify v1-5-pruned-emaonly.safetensors --size 256 --out page.md
 
     It runs on the CPU in float32. Without diffusers (pip install diffusers transformers) the page says what is in the file alone.
 

@@ -143,7 +143,7 @@ def test_another_size_and_black_on_white_are_said(run, files):
     error = run(*GENERATE, "--control", "black.png", "--controlnet", "net.safetensors")[2]
     assert "black.png: black lines on white, it seems; ControlNets for lines want white on black: invert it" in error
     assert "black.png: a hint of 64 x 32 pixels, resized to 32 x 32, which stretches it; a --size of the same shape would not" in error
-    assert "minidiff:" not in run(*GENERATE, "--control", "edges.png", "--controlnet", "net.safetensors")[2]
+    assert "edges.png:" not in run(*GENERATE, "--control", "edges.png", "--controlnet", "net.safetensors")[2]
 
 
 @pytest.mark.parametrize(

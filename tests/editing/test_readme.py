@@ -27,7 +27,9 @@ def test_its_python_runs(tmp_path):
 def test_its_commands_have_the_options_that_they_name():
     commands = [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL) for line in block.splitlines()]
     shown = {
-        name: subprocess.run([sys.executable, "-m", "minidiff", *name.split(), "--help"], capture_output=True, text=True, check=True).stdout
+        name: subprocess.run(
+            [sys.executable, "-m", "minidiff", *name.split(), "--help-all"], capture_output=True, text=True, check=True
+        ).stdout
         for name in ("generate", "evaluate edits")
     }
     assert len(commands) >= 8

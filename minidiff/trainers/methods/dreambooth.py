@@ -41,10 +41,6 @@ class DreamBoothOptions(PhaseOptions):
         if self.low_rank is not None and self.text_encoder:
             raise ValueError("text_encoder with low_rank: say it in low_rank, whose LoRA then changes the text encoder too")
 
-    def highlights(self) -> tuple[str, ...]:
-        """Return what --help says beyond steps and learning rate."""
-        return () if self.low_rank is None else (str(self.low_rank),)
-
 
 # diffusers: 5e-6 and 200 to 400 steps for a dog; with the text encoder 2e-6
 STABLE_DIFFUSION = DreamBoothOptions(settings=Settings(steps=400, batch=1, learning_rate=5e-6))

@@ -59,5 +59,6 @@ def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: FineTuneO
 METHOD = Method(
     summary="Fine-tune the model's own weights, all of the U-Net or those of chosen names.",
     presets=PRESETS,
+    example='--images cat-pictures --prompt "a cat" --weights cross_attention',
     build=build,
 )

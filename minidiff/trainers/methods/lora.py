@@ -25,10 +25,6 @@ class LoRAOptions(PhaseOptions):
 
     low_rank: LowRankOptions = LowRankOptions()
 
-    def highlights(self) -> tuple[str, ...]:
-        """Return what --help says beyond steps and learning rate."""
-        return (str(self.low_rank),)
-
 
 # diffusers' text-to-image LoRA
 STABLE_DIFFUSION = LoRAOptions(settings=Settings(steps=1500, batch=4, learning_rate=1e-4, schedule="cosine"))

@@ -166,9 +166,6 @@ class LowRankOptions:
     text_encoder: YesNo = False
     text_scale: float = 1.0
 
-    def __str__(self) -> str:
-        return f"rank {self.rank} on {' and '.join(self.layers)}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseOptions:
@@ -185,7 +182,3 @@ class PhaseOptions:
     def phases(self) -> "tuple[PhaseOptions, ...]":
         """Return the phases of the method: this one."""
         return (self,)
-
-    def highlights(self) -> tuple[str, ...]:
-        """Return what --help says of a preset beyond steps and learning rate, as "rank 8"."""
-        return ()
