@@ -128,7 +128,7 @@ def test_no_hook_is_left_behind(sd, monkeypatch):
     assert hooks_of(sd.unet) == before
 
     with record_cross_attention(sd.unet):
-        assert hooks_of(sd.unet) == before + 2 * 7
+        assert hooks_of(sd.unet) == before + 3 * 7
     with pytest.raises(RuntimeError), record_cross_attention(sd.unet):
         raise RuntimeError
     assert hooks_of(sd.unet) == before
