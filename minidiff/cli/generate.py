@@ -12,6 +12,7 @@ from minidiff import __version__
 from minidiff.cli.control import parse_controls, steer
 from minidiff.cli.edit import EditFlags, check_model, prepare_edit, read_edit
 from minidiff.cli.flags import Attentions, DTypes, File, Several, Text
+from minidiff.cli.heat import heat_file, new_heat_maps, write_heat_maps
 from minidiff.cli.model import load, named, print_notes, unused_words, weighted
 from minidiff.cli.names import check_writable, free_path, slug
 
@@ -55,6 +56,7 @@ def generate(
     control: Several = (),
     controlnet: Several = (),
     guess_mode: bool = False,
+    heat_maps: bool = False,
     settings: File = None,
     out: Path | None = None,
     edit: EditFlags = EditFlags(),
@@ -95,6 +97,7 @@ def generate(
         controlnet: a ControlNet file or folder, FILE or FILE:scale:start:end, as net.safetensors:0.8:0:0.5 for the first half of the steps;
             --control and --controlnet may be given several times, in the same order
         guess_mode: let the hint decide what is seen, also without a prompt; a guidance scale of 3 to 5 suits it
+        heat_maps: also write a sheet of where each word was looked at, NAME-heat.png
         settings: a picture that generate or a web interface made, to make it again; flags and prompts beside it win over its own
         out: a .png file, named after the prompt by default; several pictures make a grid, with each picture in a file alongside
         edit: start from a picture
@@ -119,6 +122,7 @@ def generate(
     for file in files:
         check_png(file)
         check_writable(file)
+    sheet = heat_file(files[0]) if heat_maps else None
     requests = parse_controls(control, controlnet)
     if guess_mode and not requests:
         raise ValueError("--guess-mode without a ControlNet; give --control and --controlnet, or leave it out")
@@ -167,6 +171,8 @@ def generate(
             start = find_start(sd.schedule, job.strength, sampling)
             left = steps - start.index
             print_notes([str(start)])
+        heat = None if sheet is None else new_heat_maps(sd, texts)
+        trajectory = trajectory if heat is None else heat.watch(trajectory, sd.unet)
         (last,) = deque(tqdm(trajectory, total=left, unit="step", file=sys.stderr), maxlen=1)
         pixels = sd.decode(last.x_t)
         images = to_images(pixels if job is None else job.finish(pixels))
@@ -202,6 +208,8 @@ def generate(
         "Version": f"minidiff {__version__}",
     }
     write_pictures(files, images, prompts, pairs, negative or "", values, batch)
+    if sheet is not None and heat is not None:
+        write_heat_maps(sheet, heat, sd, texts, pixels)
     print(files[0])
 
 

@@ -1,5 +1,5 @@
-"""The command line: `generate`, `hint KIND`, `inspect`, `convert`, `compare`, `verify`, `train METHOD`, `merge`, `compress`, `extract`,
-`evaluate WHAT`, `bench WHAT`.
+"""The command line: `generate`, `edit`, `hint KIND`, `inspect`, `convert`, `compare`, `verify`, `train METHOD`, `merge`, `compress`,
+`extract`, `evaluate WHAT`, `bench WHAT`.
 
 A command is a function, whose arguments and docstring are what `--help` shows, or a training method, whose flags are made from its
 options. What a user can get wrong ends in one line and exit code 2 (failures.py). This room and bench/ are the only ones here that know
@@ -22,6 +22,7 @@ from minidiff.cli.failures import explain
 from minidiff.cli.flags import collect, summary
 from minidiff.cli.from_scratch import ScratchFlags, from_scratch
 from minidiff.cli.generate import generate
+from minidiff.cli.prompt_edit import edit
 from minidiff.cli.train import train
 from minidiff.cli.verify import verify
 from minidiff.trainers.methods.table import METHODS
@@ -40,6 +41,7 @@ class Command:
 def commands() -> dict[str, Command]:
     """Return all commands, by their names of one word, or two as "train lora"."""
     functions: dict[str, Callable[..., None]] = {
+        "edit": edit,
         "inspect": inspect,
         "convert": convert,
         "compare": compare,
