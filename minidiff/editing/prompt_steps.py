@@ -33,9 +33,12 @@ from minidiff.unet import UNet
 
 @dataclass(frozen=True)
 class Span:
-    """Another prompt for the steps start..end-1; None is no prompt and no guidance: the unconditional prediction."""
+    """Another prompt for the steps start..end-1, one for all pictures or one for each.
 
-    prompt: str | None
+    None is no prompt and no guidance: the unconditional prediction.
+    """
+
+    prompt: str | Sequence[str] | None
     start: int
     end: int
 
@@ -51,28 +54,31 @@ def with_spans(
 
     Args:
         sd: the model.
-        spans: which prompts, and when; one prompt for all pictures.
+        spans: which prompts, and when.
         visited: the steps + 1 levels of the loop, as Sampling.levels returns them.
         size: of the pictures, as in `StableDiffusion.denoise`.
         model: predicts in the U-Net's place.
 
-    Raises ValueError for a span outside the steps.
+    Raises ValueError for a span outside the steps, and from the model for a span of other numbers of prompts than pictures.
     """
     steps, predict = len(visited) - 1, model or sd.predict
     for span in spans:
         if not 0 <= span.start < span.end <= steps:
             raise ValueError(f"span {span.start}..{span.end} of {span.prompt!r}: expected 0 <= start < end <= {steps}, the number of steps")
     with torch.no_grad():
-        rows = {prompt: sd.text([prompt or ""], sd.pixel_size(size)) for prompt in {span.prompt for span in spans}}
+        prompts = [[span.prompt] if isinstance(span.prompt, str) else span.prompt or [""] for span in spans]
+        rows = [sd.text(each, sd.pixel_size(size)) for each in prompts]
 
     def changed(x_t: Float[Tensor, "B C h w"], t: Shaped[Tensor, " B"], conditioning: Conditioning) -> Tensor:
         i = step_at(visited, t)
-        span = next((span for span in reversed(spans) if span.start <= i < span.end), None)
-        if span is None:
+        at = next((n for n in reversed(range(len(spans))) if spans[n].start <= i < spans[n].end), None)
+        if at is None:
             return predict(x_t, t, conditioning)
-        told, B = rows[span.prompt].expand(len(x_t)), len(x_t)
+        told, B = rows[at] if len(rows[at]) > 1 else rows[at].expand(len(x_t)), len(x_t)
+        if len(told) != B:
+            raise ValueError(f"a span of {len(told)} prompts for {B} pictures; give one for all, or one for each")
         guided = len(conditioning) == 2 * B
-        if span.prompt is None:
+        if spans[at].prompt is None:
             return _once(predict, x_t, t, conditioning[:B] if guided else told, guided)
         return predict(x_t, t, concatenate(conditioning[:B], told) if guided else told)
 
@@ -169,8 +175,8 @@ def kept_cross_attention(unet: UNet, outputs: dict[str, Float[Tensor, "B N D"]])
     attentions = {name: block.cross_attention for name, block in blocks.items()}
     try:
         for name, block in blocks.items():
-            block.cross_attention = Kept(outputs[name], attentions[name])
+            block.add_module("cross_attention", Kept(outputs[name], attentions[name]))
         yield
     finally:
         for name, block in blocks.items():
-            block.cross_attention = attentions[name]
+            block.add_module("cross_attention", attentions[name])

@@ -33,7 +33,7 @@ def values(path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def test_the_issue_of_edit_is_what_the_library_makes_side_by_side_and_alone(run, tmp_path):
+def test_a_pair_is_what_the_library_makes_side_by_side_and_alone(run, tmp_path):
     flags = ("--replace", "0.8", "--self", "0.5", "--local-blend", "lion", "crocodile", "--reweight", "blue=2", "--until", "crocodile=0.3")
     code, out, _ = run("edit", LION, CROCODILE, *flags, "--seed", "3", "--batch", "2", "--sampler", "euler_ancestral")
     assert code == 0 and out == "out.png\n"
@@ -47,7 +47,7 @@ def test_the_issue_of_edit_is_what_the_library_makes_side_by_side_and_alone(run,
     pairs = np.concatenate([np.concatenate(images[0::2], axis=1), np.concatenate(images[1::2], axis=1)])
     assert np.array_equal(values(tmp_path / "out.png"), pairs)
     told = Image.open(tmp_path / "out.png").text["parameters"]
-    assert told.startswith(f"{LION} | {CROCODILE}\nSteps: 4") and "Attention of the original: replace 0.8, self 0.5" in told
+    assert told.startswith(f"{LION} | {CROCODILE}\nSteps: 4") and "Cross-attention: replace 0.8, Self-attention: 0.5" in told
     assert "Reweight: blue=2, Local blend: lion, Local blend 2: crocodile" in told
     assert Image.open(tmp_path / "out-edited-4.png").text["parameters"].startswith(f"{CROCODILE}\nSteps: 4")
 
@@ -76,7 +76,7 @@ def test_at_scale_1_nothing_is_learned_and_a_size_is_kept(run, tmp_path):
 def test_a_lora_changes_both(run, tmp_path):
     sd = small_model()
     lora = random_lora(sd)
-    weights_loader.write_lora(tmp_path / "lora.safetensors", lora, sd, "minidiff", {})
+    weights_loader.write_lora(tmp_path / "lora.safetensors", lora, sd, "diffusers", {})
     assert run("edit", LION, CROCODILE)[0] == 0
     plain = values(tmp_path / "out.png")
     assert run("edit", LION, CROCODILE, "--lora", "lora.safetensors")[0] == 0

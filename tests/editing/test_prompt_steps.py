@@ -59,7 +59,8 @@ def test_of_spans_that_overlap_the_last_counts_and_sdxl_has_its_sizes():
     sd = small_model(xl_config())
     visited = levels(sd.schedule, "ddim", 4)
     model = with_spans(sd, [Span("a car", 0, 4), Span(DOG, 0, 4)], visited)
-    assert torch.equal(last(sd.denoise(CAT, steps=4, model=model)), last(sd.denoise(DOG, steps=4, negative_prompt=None)))
+    found, expected = last(sd.denoise(CAT, steps=4, model=model)), last(sd.denoise(DOG, steps=4))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)  # fp32, latents of 10; prompts encoded alone, and not
 
 
 # --- kept cross-attention ---------------------------------------------------------------------------------------------
@@ -136,7 +137,10 @@ def test_what_an_adapter_adds_to_the_attention_is_kept_too():
 
 @pytest.mark.slow
 def test_sdxl_saves_what_tgate_reports():
-    """Their README: 25 steps at 1024 pixels take 149.4 TMACs, and 96.0 with the gate at step 10."""
+    """Their README: 25 steps at 1024 pixels take 149.4 TMACs, and 96.0 with the gate at step 10.
+
+    Theirs are of convolutions and linear layers; the products inside attention are left out.
+    """
     config = UNetConfig(
         widths=(320, 640, 1280),
         blocks_per_level=2,
@@ -144,7 +148,7 @@ def test_sdxl_saves_what_tgate_reports():
         heads=(5, 10, 20),
         context_width=2048,
         linear_projection=True,
-        pooled_width=2816,
+        pooled_width=1280,
     )
     with torch.device("meta"):
         unet = UNet(config)
@@ -155,7 +159,9 @@ def test_sdxl_saves_what_tgate_reports():
     def macs(run):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             run()
-        return counter.get_total_flops() / 2 / 1e12
+        products = ("bmm", "attention")
+        counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+        return sum(count for name, count in counts.items() if not any(word in name for word in products)) / 2 / 1e12
 
     outputs, handles = {}, []
     for name, module in unet.named_modules():
