@@ -76,7 +76,7 @@ def test_at_scale_1_nothing_is_learned_and_a_size_is_kept(run, tmp_path):
 def test_a_lora_changes_both(run, tmp_path):
     sd = small_model()
     lora = random_lora(sd)
-    weights_loader.write_lora(tmp_path / "lora.safetensors", lora, sd, "diffusers", {})
+    weights_loader.write_lora(tmp_path / "lora.safetensors", lora, sd, "kohya", {})
     assert run("edit", LION, CROCODILE)[0] == 0
     plain = values(tmp_path / "out.png")
     assert run("edit", LION, CROCODILE, "--lora", "lora.safetensors")[0] == 0
