@@ -149,8 +149,8 @@ def measure_null_text(sd: StableDiffusion, judge: Judge, edits: Sequence[SceneEd
 def null_text_table(rows: Sequence[Row]) -> str:
     """Format the rows of `measure_null_text`."""
     return markdown_table(
-        ("from a scene", "PSNR of the original, dB", "edit: subject found", "edit: changed outside, of 255"),
-        [(row["way"], number(row["psnr"], 1), percent(row["found"]), number(row["changed"], 1)) for row in rows],
+        ("from a scene", "scenes", "PSNR of the original, dB", "edit: subject found", "edit: changed outside, of 255"),
+        [(row["way"], row["psnr"]["count"], number(row["psnr"], 1), percent(row["found"]), number(row["changed"], 1)) for row in rows],
     )
 
 
@@ -245,8 +245,10 @@ def _by_step(
 
 def words_table(rows: Sequence[Row]) -> str:
     """Format the rows of `measure_words`."""
-    head = ("changed word", *(f"from {100 * at:.0f} %" if at < 1 else "never" for at in CHANGED_AT))
-    return markdown_table(head, [(row["way"], *(f"{100 * one['value']:.0f} %" for one in row["shares"])) for row in rows])
+    head = ("changed word", "pictures", *(f"from {100 * at:.0f} %" if at < 1 else "never" for at in CHANGED_AT))
+    return markdown_table(
+        head, [(row["way"], row["shares"][0]["count"], *(f"{100 * one['value']:.0f} %" for one in row["shares"])) for row in rows]
+    )
 
 
 # --- cross-attention that is kept -------------------------------------------------------------------------------------
@@ -289,10 +291,10 @@ def gates_table(rows: Sequence[Row]) -> str:
     """Format the rows of `measure_gates`; operations as a share of those of all steps."""
     (full,) = [row["operations"] for row in rows if not row["kept"]]
     return markdown_table(
-        ("without guidance", "cross-attention", "subject found", "background right", "operations"),
+        ("without guidance", "cross-attention", "pictures", "subject found", "background right", "operations"),
         [
-            (row["way"] if row["kept"] else "never", row["kept"] or "by the prompt", percent(row["subject"]), percent(row["background"]))
-            + (f"{100 * row['operations'] / full:.0f} %",)
+            (row["way"] if row["kept"] else "never", row["kept"] or "by the prompt", row["subject"]["count"])
+            + (percent(row["subject"]), percent(row["background"]), f"{100 * row['operations'] / full:.0f} %")
             for row in rows
         ],
     )

@@ -70,7 +70,9 @@ def test_a_gate_saves_more_the_earlier_it_is_and_the_more_it_keeps(sd, judge):
     kept = [row["operations"] for row in rows if row["kept"] == "kept"]
     prompted = [row["operations"] for row in rows if row["kept"] == "by the prompt"]
     assert kept == sorted(kept) and prompted == sorted(prompted) and all(a < b for a, b in zip(kept, prompted))
-    assert gates_table(rows).splitlines()[-1].startswith("| never | by the prompt |") and "| 100 % |" in gates_table(rows).splitlines()[-1]
+    assert (
+        gates_table(rows).splitlines()[-1].startswith("| never | by the prompt | 1 |") and "| 100 % |" in gates_table(rows).splitlines()[-1]
+    )
 
 
 def test_change_is_a_share_of_that_without_control_and_overlaps_are_compared():
