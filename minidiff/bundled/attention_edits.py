@@ -98,8 +98,12 @@ def attention_table(rows: Sequence[Row]) -> str:
     """Format the rows of `measure_attention`; each change also as a share of that without control."""
     (anew,) = [row["changed"]["value"] for row in rows if row["way"] == "none"]
     return markdown_table(
-        ("control", "subject found", "changed outside the object, of 255", "of without control"),
-        [(row["way"], percent(row["found"]), number(row["changed"], 1), f"{100 * row['changed']['value'] / anew:.0f} %") for row in rows],
+        ("control", "pictures", "subject found", "changed outside the object, of 255", "of without control"),
+        [
+            (row["way"], row["found"]["count"], percent(row["found"]), number(row["changed"], 1))
+            + (f"{100 * row['changed']['value'] / anew:.0f} %",)
+            for row in rows
+        ],
     )
 
 

@@ -81,7 +81,7 @@ def test_change_is_a_share_of_that_without_control_and_overlaps_are_compared():
         {"way": "none", "found": one, "changed": one | {"value": 20.0}},
         {"way": "cross", "found": one, "changed": one | {"value": 5.0}},
     ]
-    assert attention_table(rows).splitlines()[-1] == "| cross | 90 ± 5 % | 5.0 ± 0.1 | 25 % |"
+    assert attention_table(rows).splitlines()[-1] == "| cross | 3 | 90 ± 5 % | 5.0 ± 0.1 | 25 % |"
     both = {"way": "both subjects", "count": 3, "overlap": {"value": 0.5, "error": 0.03, "count": 3}}
     table = overlap_table([both, {"way": "not both", "count": 2, "overlap": {"value": 0.75, "error": 0.04, "count": 2}}])
     assert table.splitlines()[-1] == "| difference |  | 0.250 ± 0.050 |"
