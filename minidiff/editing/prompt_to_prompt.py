@@ -344,7 +344,7 @@ def word_maps(weights: Float[Tensor, "R h N K"], positions: tuple[list[int], lis
 
 def _nearest(looked: Mapping[str, Tensor]) -> list[Float[Tensor, "R H W"]]:
     """Return the maps of the layers whose number of cells is nearest to BLEND_CELLS, without the middle's, which are coarse and few."""
-    maps = {name: m for name, m in looked.items() if not name.startswith("middle")}
+    maps = {name: m for name, m in looked.items() if not name.startswith("middle")} or looked
     size = min((m.shape[1:] for m in maps.values()), key=lambda size: abs(log(size[0] * size[1] / BLEND_CELLS)))
     return [m for m in maps.values() if m.shape[1:] == size]
 
