@@ -43,6 +43,7 @@ SETTINGS = {  # by the row of the table: shares of cross- and self-attention, an
     "cross 0.8, self 0.4, local blend": (0.8, 0.4, True),
     "cross 0.4, self 0.2, local blend": (0.4, 0.2, True),
 }
+FROM_SCENES = "cross 0.8, self 0.4, local blend"  # of SETTINGS, for scenes that were inverted
 
 
 # --- prompt-to-prompt -------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def measure_null_text(sd: StableDiffusion, judge: Judge, edits: Sequence[SceneEd
                 sd,
                 edit.caption,
                 edit.prompt,
-                attention_edit("cross 0.4, self 0.2", edit),
+                attention_edit(FROM_SCENES, edit),
                 sampling=replace(sampling, guidance_scale=scale),
                 x=noise,
                 model=model if learned else None,
