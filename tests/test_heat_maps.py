@@ -73,17 +73,17 @@ def test_sdxl_and_odd_sizes_have_maps():
     assert heat.word([2]).shape == (1, 14, 18)
 
 
-def test_at_stable_diffusions_sizes_the_map_is_the_latents():
+@pytest.mark.parametrize("cells", [64, pytest.param(96, marks=pytest.mark.slow)])
+def test_at_stable_diffusions_sizes_the_map_is_the_latents(cells):
     """The layout of Stable Diffusion 1.5 with few channels: 64 x 64 cells for 512 pixels, 96 x 96 for 768."""
     unet = UNet(
         UNetConfig(widths=(8, 16, 32, 32), blocks_per_level=2, attention=(1, 1, 1, 0), heads=(2, 2, 2, 2), context_width=8, groups=4)
     )
-    for cells in (64, 96):
-        heat = HeatMaps(1, [1, 2])
-        with torch.no_grad(), control_attention(unet, heat._add, ("cross",)):
-            unet(torch.zeros(1, 4, cells, cells), torch.tensor([5]), torch.randn(2, 77, 8, generator=torch.Generator().manual_seed(0)))
-        assert heat.word([1, 2]).shape == (1, cells, cells)
-        assert sorted({m.shape[2] for m in heat.sums.values()}) == [cells // 4, cells // 2, cells] and len(heat.sums) == 15
+    heat = HeatMaps(1, [1, 2])
+    with torch.no_grad(), control_attention(unet, heat._add, ("cross",)):
+        unet(torch.zeros(1, 4, cells, cells), torch.tensor([5]), torch.randn(2, 77, 8, generator=torch.Generator().manual_seed(0)))
+    assert heat.word([1, 2]).shape == (1, cells, cells)
+    assert sorted({m.shape[2] for m in heat.sums.values()}) == [cells // 4, cells // 2, cells] and len(heat.sums) == 15
 
 
 def test_overlap_of_half_and_of_nothing():

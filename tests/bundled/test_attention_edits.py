@@ -66,7 +66,7 @@ def test_each_part_gives_its_table(part, sd, judge):
 
 def test_a_gate_saves_more_the_earlier_it_is_and_the_more_it_keeps(sd, judge):
     with torch.no_grad():
-        rows = list(measure_gates(sd, judge, prompts()[:1], 0, Sampling(8)))
+        rows = list(measure_gates(sd, judge, prompts()[:1], 0, Sampling(4)))
     kept = [row["operations"] for row in rows if row["kept"] == "kept"]
     prompted = [row["operations"] for row in rows if row["kept"] == "by the prompt"]
     assert kept == sorted(kept) and prompted == sorted(prompted) and all(a < b for a, b in zip(kept, prompted))

@@ -66,6 +66,7 @@ def test_each_step_is_the_papers_on_diffusers_ddim():
         torch.testing.assert_close(learned[i].x_t, x, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_guidance_comes_nearer_to_the_picture_the_more_is_learned(sd, x_0, up):
     """A random U-Net says little by its text, so it only comes nearer; README.md has the bundled model's way back."""
     one, x_0 = [type(step)(step.i, step.t, step.x_t[:1], step.x0_hat[:1]) for step in up], x_0[:1]
