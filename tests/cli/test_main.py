@@ -1,6 +1,7 @@
 """The command line: pictures with their settings, and one clear line for whatever a user gets wrong."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -337,6 +338,23 @@ def test_help_needs_no_torch(command):
         "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
+
+
+def test_drawing_does_not_import_the_compiler():
+    """torch._dynamo takes a second to import: a third of the time from typing a prompt to the bundled model's picture."""
+    code = "import sys, minidiff.pipeline, minidiff.guidance, weights_loader; assert 'torch' in sys.modules and 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
+
+
+def test_waiting_threads_of_a_command_do_not_hold_a_core_that_others_want():
+    code = "import minidiff.cli.main, torch; print(torch.__config__.parallel_info())"
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | {"OMP_DISPLAY_ENV": "verbose"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    if "GOMP" not in ran.stderr:
+        pytest.skip("this PyTorch is not built with GNU OpenMP")
+    assert "GOMP_SPINCOUNT = '10000'" in ran.stderr
 
 
 @pytest.mark.parametrize("group", ["train", "merge", "bench"])
