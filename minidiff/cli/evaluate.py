@@ -233,7 +233,7 @@ def bundled(
 def edits(
     model: tyro.conf.Positional[str] = "tiny",
     /,
-    part: Literal["all", "blends", "edits", "inversion"] = "all",
+    part: Literal["all", "blends", "edits", "inversion", "attention", "null-text", "words", "gate", "overlap"] = "all",
     count: int = 40,
     blends: int = 24,
     seeds: tuple[int, ...] = (0, 1, 2),
@@ -242,14 +242,14 @@ def edits(
     device: str = "auto",
     threads: Whole = None,
 ) -> None:
-    """Measure how well a model of the bundled scenes edits: image to image, inpainting, inversion.
+    """Measure how well a model of the bundled scenes edits: from a picture, by attention, by prompts that change over the steps.
 
         minidiff evaluate edits tiny --part blends --blends 4
 
     Args:
         model: the bundled one, or another that was trained on the scenes
-        part: one table, or all three
-        count: scenes to edit, each on every seed
+        part: one table, or all
+        count: scenes to edit, each on every seed; or prompts
         blends: scenes to try the ways to blend on, each on the first seed
         seeds: of the noise
         steps: of the sampler
@@ -260,22 +260,24 @@ def edits(
     import torch
 
     import weights_loader
-    from minidiff.bundled.edits import measure, renew_tables
+    from minidiff.bundled import attention_edits, edits
+    from minidiff.bundled.edits import renew_tables
     from minidiff.cli.model import training_on
     from minidiff.files import write_text
 
-    parts = ("blends", "edits", "inversion") if part == "all" else (part,)
+    parts = (*edits.PARTS, *attention_edits.PARTS) if part == "all" else (part,)
     text = None if readme is None else readme.read_text(encoding="utf-8")
     if text is not None:
         renew_tables(text, dict.fromkeys(parts, ""))  # only to learn whether it has the marks
     with training_on(device, threads) as chosen, torch.no_grad():
         sd, judge = load(model, "float32", chosen), weights_loader.load_judge(device=chosen)
         for name in parts:
+            measure = edits.measure if name in edits.PARTS else attention_edits.measure
             table = measure(name, sd, judge, count=blends if name == "blends" else count, seeds=seeds, steps=steps)
             print(f"{table}\n", flush=True)
-            text = None if text is None else renew_tables(text, {name: table})
-    if readme is not None and text is not None:
-        write_text(readme, text)
+            if readme is not None and text is not None:
+                text = renew_tables(text, {name: table})
+                write_text(readme, text)  # after each part, so that a run that is stopped keeps what it has
 
 
 def study(

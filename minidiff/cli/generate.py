@@ -15,6 +15,7 @@ from minidiff.cli.control import parse_controls, steer
 from minidiff.cli.edit import EditFlags, check_model, prepare_edit, read_edit
 from minidiff.cli.endings import finish
 from minidiff.cli.flags import Attentions, DTypes, File, Several, Text
+from minidiff.cli.heat import heat_file, new_heat_maps, write_heat_maps
 from minidiff.cli.model import load, named, print_notes, unused_words, weighted
 from minidiff.cli.picture_files import check_files, check_zoom, choose_seeds, enlarge, picture_files, read_prompts, write_pictures
 
@@ -60,6 +61,7 @@ def generate(
     control: Several = (),
     controlnet: Several = (),
     guess_mode: bool = False,
+    heat_maps: bool = False,
     settings: File = None,
     zoom: int = 1,
     zoom_filter: Literal["lanczos", "nearest"] = "lanczos",
@@ -109,6 +111,7 @@ def generate(
         controlnet: a ControlNet file or folder, FILE or FILE:scale:start:end, as net.safetensors:0.8:0:0.5 for the first half of the steps;
             --control and --controlnet may be given several times, in the same order
         guess_mode: let the hint decide what is seen, also without a prompt; a guidance scale of 3 to 5 suits it
+        heat_maps: also write a sheet of where each word was looked at, NAME-heat.png
         settings: a picture that generate or a web interface made, to make it again; flags and prompts beside it win over its own
         zoom: how many times wider and higher the files are, for viewing
         zoom_filter: how they are enlarged: lanczos is smooth, nearest shows every pixel as a square
@@ -131,7 +134,8 @@ def generate(
     chosen_seeds = choose_seeds(seed, batch, seeds)
     pairs = [(prompt, one) for prompt in prompts for one in chosen_seeds]
     files = picture_files(out, prompts, pairs)
-    check_files(out, files)
+    sheet = heat_file(files[0]) if heat_maps else None
+    check_files(out, files if sheet is None else [*files, sheet])
     print_notes(syntax_notes([*prompts, negative_prompt or ""]))
     requests = parse_controls(control, controlnet)
     if guess_mode and not requests:
@@ -188,6 +192,8 @@ def generate(
             trajectory = job.denoise(sd, texts, each_seed, sampling, steered)
             left = steps - start.index
             print_notes([str(start)])
+        heat = None if sheet is None else new_heat_maps(sd, texts)
+        trajectory = trajectory if heat is None else heat.watch(trajectory, sd.unet)
         (last,) = deque(tqdm(trajectory, total=left, unit="step", file=sys.stderr), maxlen=1)
         pixels = sd.decode(last.x_t)
         images = to_images(pixels if job is None else job.finish(pixels))
@@ -224,9 +230,11 @@ def generate(
         **edit.settings(job),
         "Version": f"minidiff {__version__}",
     }
-    images = [enlarge(image, zoom, zoom_filter) for image in images]
-    write_pictures(files, images, prompts, pairs, negative or "", values, seeds)
-    what = f"{images[0].width} x {images[0].height} pixels, seed {chosen_seeds[0]}"
+    enlarged = [enlarge(image, zoom, zoom_filter) for image in images]
+    write_pictures(files, enlarged, prompts, pairs, negative or "", values, seeds)
+    if sheet is not None and heat is not None:
+        write_heat_maps(sheet, heat, sd, texts, pixels)
+    what = f"{enlarged[0].width} x {enlarged[0].height} pixels, seed {chosen_seeds[0]}"
     what = what if len(files) == 1 else f"a sheet of {len(images)} pictures, each in a file alongside"
     finish(files[0], what, use=shlex.join(["minidiff", "generate", "--settings", str(files[0])]))
 

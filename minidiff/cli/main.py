@@ -28,6 +28,7 @@ from minidiff.cli.flags import collect, summary
 from minidiff.cli.from_scratch import ScratchFlags, from_scratch
 from minidiff.cli.generate import generate
 from minidiff.cli.help import HELP, HELP_ALL
+from minidiff.cli.prompt_edit import edit
 from minidiff.cli.share import share
 from minidiff.cli.train import describe, train
 from minidiff.cli.verify import verify
@@ -57,6 +58,7 @@ def groups() -> dict[str, dict[str, Entry | Mapping[str, Entry]]]:
     return {
         "Make pictures": {
             "generate": Command(summary(generate), partial(call_with_settings, generate, "generate")),
+            "edit": edit,
             "film": film,
             "hint": hint.COMMANDS,
         },
