@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from minidiff import __version__
+from minidiff.cli.endings import finish
 from minidiff.cli.flags import Attentions, DTypes, File, Number, Several, Text, Whole
 from minidiff.cli.generate import parse_size
 from minidiff.cli.model import load, named, print_notes, unused_words, weighted
@@ -136,7 +137,7 @@ def edit(
         "Version": f"minidiff {__version__}",
     }
     write_pairs(files, images, (original, edited), negative_prompt or "", values, seeds)
-    print(files[0])
+    finish(files[0], f"{len(seeds)} pair{'s' * (len(seeds) > 1)}, original and edit, with each picture in a file alongside")
 
 
 def read_prompts(prompts: Sequence[str], reweight: Sequence[str]) -> tuple[str, str]:
