@@ -240,7 +240,7 @@ def examples() -> list[partial]:
         partial(diffusion_loss.min_snr_weight, schedule, t, 5.0),
         partial(loop.to_device, torch.device("cpu"), x_t),
         partial(memory.bytes_of, [x_t]),
-        partial(distributed.average_gradients, [weight], x_t.sum()),
+        partial(distributed.mean, x_t.sum()),
         partial(optimizer.orthogonalise, torch.randn(4, 6)),
         partial(cache.Batch.concatenate, [cache.Batch(x_t, x_t[:, :1], ("a", "b"), ("", ""), torch.ones(2, 6))] * 2),
         partial(regularisation.nearest, torch.randn(4), torch.randn(6, 4)),
