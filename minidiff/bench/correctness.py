@@ -8,7 +8,7 @@ dtype, plus ROUNDING.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -64,7 +64,9 @@ def kernel_checks(device: torch.device, miniature: bool) -> dict[str, Check]:
         else:
             cases = [case for case in list_cases("sd1", model_config("sd1"), 512, 2, name) if case.head_dim <= WIDEST_HEAD]
         for case in cases:
-            checks |= {f"attention, {case}, {kind}": partial(check_attention, case, kind, device) for kind in KINDS[: 1 if miniature else None]}
+            checks |= {
+                f"attention, {case}, {kind}": partial(check_attention, case, kind, device) for kind in KINDS[: 1 if miniature else None]
+            }
         for shape in SMALL_NORMS if miniature else NORMS:
             checks[f"GroupNorm + SiLU, {shape}, {name}"] = partial(check_group_norm_silu, shape, dtype, device)
         for shape in SMALL_GATES if miniature else GATES:
@@ -109,7 +111,9 @@ def check_group_norm_silu(shape: tuple[int, ...], dtype: torch.dtype, device: to
     def theirs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.silu(F.group_norm(x, groups, weight, bias, 1e-5))
 
-    exactly = dict(zip(("out", "dx", "dweight", "dbias"), forward_and_backward(theirs, [y.double() for y in given], grad.double())))
+    exactly: dict[str, Tensor] = dict(
+        zip(("out", "dx", "dweight", "dbias"), forward_and_backward(theirs, [y.double() for y in given], grad.double()))
+    )
     return judge(partial(forward_and_backward, ours, given, grad), [partial(forward_and_backward, theirs, given, grad)], exactly)
 
 
@@ -123,7 +127,7 @@ def check_geglu(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
         value, gate = x.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
-    exactly = dict(zip(("out", "dx"), forward_and_backward(theirs, [x.double()], grad.double())))
+    exactly: dict[str, Tensor] = dict(zip(("out", "dx"), forward_and_backward(theirs, [x.double()], grad.double())))
     return judge(partial(forward_and_backward, fused_geglu, [x], grad), [partial(forward_and_backward, theirs, [x], grad)], exactly)
 
 
@@ -134,7 +138,7 @@ def forward_and_backward(function: Callable[..., Tensor], given: tuple[Tensor, .
     return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
 
-def judge(ours: Run, theirs: list[Run], exactly: dict[str, Tensor]) -> dict:
+def judge(ours: Run, theirs: list[Run], exactly: Mapping[str, Tensor]) -> dict:
     """Run ours three times and compare; see the module's docstring. Ways of PyTorch that refuse the shape are passed over.
 
     Return errors and what is allowed by tensor, bit_equal, and ok for all of it.
@@ -155,7 +159,7 @@ def judge(ours: Run, theirs: list[Run], exactly: dict[str, Tensor]) -> dict:
     return verdict(errors, allowed, bit_equal)
 
 
-def relative_errors(found: tuple[Tensor, ...], exactly: dict[str, Tensor]) -> dict[str, float]:
+def relative_errors(found: tuple[Tensor, ...], exactly: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the RMS of each difference over the RMS of the exact tensor."""
     errors = {}
     for x, (name, y) in zip(found, exactly.items(), strict=True):

@@ -65,9 +65,7 @@ def fastest(run: Callable[[], object], device: torch.device) -> float:
     return min(times[1:])
 
 
-def floor_seconds(
-    ceilings: Mapping[str, object], operations: float, moved: float = 0.0, exponentials: float = 0.0
-) -> tuple[float, str]:
+def floor_seconds(ceilings: Mapping[str, object], operations: float, moved: float = 0.0, exponentials: float = 0.0) -> tuple[float, str]:
     """Return the floor in seconds, and which of the ceilings it is.
 
     Args:

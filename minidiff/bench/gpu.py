@@ -188,7 +188,12 @@ def run_stage(run: GpuRun, name: str, stage: "Stage", budget: Budget) -> Iterato
 
 def all_contenders(device: torch.device) -> list[str]:
     """Return the names of all contenders of all stages."""
-    jobs = [make_step_jobs(str(device), True), make_model_jobs(str(device), True), make_train_jobs(str(device), True), rate_jobs(str(device))]
+    jobs = [
+        make_step_jobs(str(device), True),
+        make_model_jobs(str(device), True),
+        make_train_jobs(str(device), True),
+        rate_jobs(str(device)),
+    ]
     return list(dict.fromkeys([*(name for one in jobs for name in one), *CONTENDERS]))
 
 
@@ -273,9 +278,7 @@ def attention(run: GpuRun, budget: Budget) -> Iterator[str]:
     contenders = run.choose(CONTENDERS if run.contenders else ON_GPU if run.device.type == "cuda" else ON_CPU)
     cases = list_cases(run.plan.model, run.plan.config, run.plan.size, 2, "bfloat16")
     rounds, out = min(5, run.plan.rounds), run.out / "attention.json"
-    yield from bench_attention(
-        out, rounds, device=str(run.device), contenders=contenders, cases=cases, kinds=("normal",), budget=budget
-    )
+    yield from bench_attention(out, rounds, device=str(run.device), contenders=contenders, cases=cases, kinds=("normal",), budget=budget)
 
 
 def step(run: GpuRun, budget: Budget) -> Iterator[str]:
@@ -319,9 +322,7 @@ def bundled(run: GpuRun, budget: Budget) -> Iterator[str]:
     record.finish()
 
 
-def rivals(
-    run: GpuRun, stage: str, jobs: Callable[[str, bool], dict[str, dict]], needed: Sequence[str] = ("diffusers",)
-) -> Iterator[str]:
+def rivals(run: GpuRun, stage: str, jobs: Callable[[str, bool], dict[str, dict]], needed: Sequence[str] = ("diffusers",)) -> Iterator[str]:
     """Say which contenders are left out since their packages are missing. The generator's return value is whether rivals take part.
 
     Args:

@@ -5,21 +5,19 @@ Each prints a Markdown table, and with --out writes all its numbers. Imports tha
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
-from minidiff.cli.flags import UNSET, Whole
+from minidiff.cli.flags import Whole
 from minidiff.cli.model import choose_device
 
 Models = Literal["sd1", "sd2", "sdxl", "bundled"]
-Trained = Literal["sd1", "sd2", "bundled"]  # by the loops of diffusers' examples that bench train races
-Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint=UNSET)]
-Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]", help_behavior_hint=UNSET)]
+Names = tuple[str, ...]
 
 
 def load(against: bool = True, out: Path | None = None, rounds: int = 3) -> None:
-    """Time and memory of loading a full-size Stable Diffusion 1.x made of made-up weights, beside diffusers on the same tensors.
+    """Time loading a full-size Stable Diffusion 1.x of random weights, beside diffusers.
+
+        minidiff bench load --out load.json
 
     Takes minutes, and up to 4.3 GB of disk at a time in the folder for temporary files.
 
@@ -37,13 +35,15 @@ def attention(
     out: Path | None = None,
     rounds: Whole = None,
     models: tuple[Models, ...] = ("sd1", "sd2"),
-    sizes: Sizes = (),
+    sizes: tuple[int, ...] = (),
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = (),
     device: str = "auto",
     contender: Names = (),
     batch: int = 2,
 ) -> None:
-    """Time, memory and errors of attention at every shape of a U-Net step, beside all of PyTorch's ways.
+    """Time attention at every shape of a U-Net step, beside all of PyTorch's ways.
+
+        minidiff bench attention --models sd1 --out attention.json
 
     Begun with the same flags and --out, a run that was stopped goes on at the shape where it stopped.
 
@@ -78,7 +78,9 @@ def step(
     controlnet: bool = False,
     contender: Names = (),
 ) -> None:
-    """Time, memory and errors of a U-Net step of one picture with guidance, beside diffusers, on made-up weights.
+    """Time a U-Net step of one picture with guidance on random weights, beside diffusers.
+
+        minidiff bench step --out step.json
 
     Takes 4.3 GB of disk in the folder for temporary files, for sdxl 13.9 GB.
 
@@ -111,7 +113,9 @@ def image(
     max_autotune: bool = False,
     contender: Names = (),
 ) -> None:
-    """Time, memory and errors of a whole picture, from the prompt to pixels, beside diffusers, on made-up weights.
+    """Time a whole picture, from the prompt to pixels, on random weights, beside diffusers.
+
+        minidiff bench image --rounds 1 --out image.json
 
     Takes 4.3 GB of disk in the folder for temporary files, for sdxl 13.9 GB.
 
@@ -137,15 +141,17 @@ def train(
     against: bool = True,
     out: Path | None = None,
     rounds: Whole = None,
-    model: Trained = "sd1",
+    model: Models = "sd1",
     size: Whole = None,
     methods: tuple[Literal["lora", "custom-diffusion"], ...] = ("lora", "custom-diffusion"),
     device: str = "auto",
     contender: Names = (),
 ) -> None:
-    """Time, memory and loss of a training step, beside the loops of diffusers' examples, on made-up weights.
+    """Time a training step on random weights, beside the loops of diffusers' examples.
 
-    Takes 4.3 GB of disk in the folder for temporary files.
+        minidiff bench train --methods lora --out train.json
+
+    Takes 4.3 GB of disk in the folder for temporary files, for sdxl 13.9 GB.
 
     Args:
         against: measure diffusers, and peft for the LoRA, as well
@@ -164,7 +170,9 @@ def train(
 
 
 def gpu(out: Path, minutes: float = 8.0, device: str = "auto", contender: Names = ()) -> None:
-    """Everything about one GPU in a few minutes: kernels and model checked, then attention, a step, a picture and training measured.
+    """Check and time everything on one GPU in a few minutes: kernels, the model, attention, a step, a picture, training.
+
+        minidiff bench gpu --minutes 8 --out gpu
 
     Each stage has its share of the time, and each number is written as soon as it is known. On a CPU all of it runs in miniature.
 

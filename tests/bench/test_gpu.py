@@ -57,7 +57,9 @@ def test_the_rehearsal_goes_through_all_stages_and_writes_every_number(here, mon
     assert list(stages["gpu tests"]["tests"].values()) == ["passed", "failed"]
     assert any("as it should" in line for line in stages["gpu tests"]["output"])
     cases = read(here, "attention")["results"]
-    assert len(cases) == 3 * 2 + 2 and all(len(way["forward"]) == 1 for case in cases.values() for way in case["ways"].values() if "refused" not in way)
+    assert len(cases) == 3 * 2 + 2 and all(
+        len(way["forward"]) == 1 for case in cases.values() for way in case["ways"].values() if "refused" not in way
+    )
     for stage, prefix in (("step", ""), ("image", ""), ("lora", "lora: ")):
         results = read(here, stage)["results"]
         assert set(results) == {f"{prefix}minidiff float32", f"{prefix}minidiff bfloat16"}
@@ -66,7 +68,12 @@ def test_the_rehearsal_goes_through_all_stages_and_writes_every_number(here, mon
     assert len(read(here, "bundled")["results"]["minidiff"]["rounds"]) == 1 and stages["bundled"]["samples"] == 2
     report = (here / "gpu.md").read_text()
     assert report.strip() == format_report(here) and report.strip() in lines
-    for said in ("| attention | 3 | 3 | 3 |", "Tests: 1 passed, 1 failed.", "Left out: diffusers float32; diffusers is not installed.", "steps/s, 2 samples"):
+    for said in (
+        "| attention | 3 | 3 | 3 |",
+        "Tests: 1 passed, 1 failed.",
+        "Left out: diffusers float32; diffusers is not installed.",
+        "steps/s, 2 samples",
+    ):
         assert said in report, said
 
 

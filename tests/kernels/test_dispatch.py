@@ -147,7 +147,19 @@ def test_elsewhere_it_is_pytorchs(device):
 
 def test_few_keys_in_bfloat16_on_a_cpu_are_done_by_hand():
     assert way(4096, 77, 8, 40, dtype=torch.bfloat16, device="cpu") == way(256, 256, 8, 80, dtype=torch.bfloat16, device="cpu") == "naive"
-    assert way(64, 257, 8, 40, dtype=torch.bfloat16, device="cpu") == "pytorch"
+
+
+@pytest.mark.parametrize(("avx512", "amx", "expected"), [(True, False, "cpu"), (True, True, "pytorch"), (False, False, "pytorch")])
+def test_many_keys_in_bfloat16_on_a_cpu_are_ours_on_the_processors_where_that_was_measured_to_be_faster(monkeypatch, avx512, amx, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert (
+        way(64, 257, 8, 40, dtype=torch.bfloat16, device="cpu") == way(4096, 4096, 1, 512, dtype=torch.bfloat16, device="cpu") == expected
+    )
+    assert way(257, 257, 8, 40, causal=True, dtype=torch.bfloat16, device="cpu") == "pytorch"
+    assert way(64, 257, 8, 40, dtype=torch.float16, device="cpu") == way(64, 257, 8, 40, dtype=torch.float32, device="cpu") == "pytorch"
+    with attention_backend("pytorch"):
+        assert way(64, 257, 8, 40, dtype=torch.bfloat16, device="cpu") == "pytorch"
 
 
 def test_what_is_asked_for_is_chosen_within_the_block_and_not_after_it():
