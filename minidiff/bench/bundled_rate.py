@@ -44,7 +44,13 @@ def prepare(job: dict) -> Callable[[dict], dict]:
 
 
 def first_loss(task: DiffusionTask, settings: Settings, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the loss of the first batch, with the weights as they are."""
+    """Return the loss of the first batch, with the weights as they are.
+
+    Args:
+        task, settings: Of the training.
+        device: Where it is.
+        dtype: To compute in.
+    """
     with torch.autocast(device.type, dtype):
         return task.loss(0, range(settings.batch))
 

@@ -32,7 +32,7 @@ class ClockWatch(AbstractContextManager):
         self.device, self.process = device, None
 
     def __enter__(self) -> "ClockWatch":
-        self.lines = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the watch)
+        self.lines = tempfile.TemporaryFile("w+")  # open as long as the watch
         command = _command(self.device, ",".join(FIELDS))
         if command is not None:
             self.process = subprocess.Popen([*command, f"--loop-ms={EVERY}"], stdout=self.lines, stderr=subprocess.DEVNULL)

@@ -29,8 +29,8 @@ from minidiff.kernels.self_attention import fused_self_attention
 from minidiff.kernels.tiles import WIDEST_HEAD
 
 ERROR_TOLERANCE = 1.1  # times the error of PyTorch's best operation
-# Added to it, in eps of the dtype: where a 16-bit result is exact to its last digit, float32's own roundings; in float32, whose sums PyTorch
-# takes in another order, a rounding more.
+# Added to it, in eps of the dtype: where a 16-bit result is exact to its last digit, float32's own roundings; in float32, whose sums
+# PyTorch takes in another order, a rounding more.
 ROUNDING = {torch.float16: 0.01, torch.bfloat16: 0.01, torch.float32: 1.0}
 # Of whole parts against float32 on the CPU: float32 sums in another order, as the parity tests allow; and 8 bits through some 60 layers,
 # which gather about 0.01, where a wrong kernel gives 1.

@@ -91,7 +91,7 @@ def plan_for(device: torch.device) -> Plan:
 
 
 class GpuRun(AbstractContextManager):
-    """A run of all stages: its plan, its folder, and the folder of weights that all contenders read, written when the first one needs it."""
+    """A run of all stages: its plan, its folder, and the folder of weights that all contenders read, written when it is first needed."""
 
     def __init__(self, plan: Plan, device: torch.device, out: Path, contenders: Sequence[str]):
         self.plan, self.device, self.out, self.contenders = plan, device, out, tuple(contenders)
@@ -171,7 +171,13 @@ def bench_gpu(
 
 
 def run_stage(run: GpuRun, name: str, stage: "Stage", budget: Budget) -> Iterator[str]:
-    """Run a stage and keep how it ended, how long it took, and the GPU's clocks meanwhile."""
+    """Run a stage and keep how it ended, how long it took, and the GPU's clocks meanwhile.
+
+    Args:
+        run: Of all stages.
+        name, stage: A line of STAGES.
+        budget: Its share of the time.
+    """
     began = monotonic()
     run.keep(name, status="begun")
     with ClockWatch(run.device) as watch:
@@ -230,7 +236,7 @@ def take_checks(run: GpuRun, stage: str, job: dict, budget: Budget) -> Iterator[
     checks: dict[str, dict] = {}
     environment = {"TRITON_INTERPRET": "1"} if run.device.type == "cpu" else {}
     with Contender("minidiff.bench.correctness", job, environment) as worker:
-        names = worker.ask(limit=min(TIMEOUT, budget.left), do="list")["names"]
+        names: list[str] = worker.ask(limit=min(TIMEOUT, budget.left), do="list")["names"]
         for name in names:
             if not budget.left:
                 break
@@ -326,7 +332,8 @@ def rivals(run: GpuRun, stage: str, jobs: Callable[[str, bool], dict[str, dict]]
     """Say which contenders are left out since their packages are missing. The generator's return value is whether rivals take part.
 
     Args:
-        run, stage: As in `take_checks`.
+        run: As of a stage.
+        stage: Its name.
         jobs: Returns those of a device, with and without rivals.
         needed: Packages of the rivals.
     """
@@ -335,7 +342,7 @@ def rivals(run: GpuRun, stage: str, jobs: Callable[[str, bool], dict[str, dict]]
         return True
     device = str(run.device)
     names = [name for name in jobs(device, True) if name not in jobs(device, False)]
-    run.keep(stage, left_out={name: f"{missing[0]} is not installed" for name in names})
+    run.keep(stage, left_out=dict.fromkeys(names, f"{missing[0]} is not installed"))
     yield f"left out, {missing[0]} is not installed: {', '.join(names)}"
     return False
 

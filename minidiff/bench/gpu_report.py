@@ -101,7 +101,14 @@ def format_attention(results: dict[str, dict], ceilings: dict) -> Iterator[str]:
 
 
 def attention_row(case: AttentionCase, result: dict, direction: str, ceilings: dict) -> list[object]:
-    """Return the row of a shape and direction ("forward" or "both")."""
+    """Return the row of a shape and direction.
+
+    Args:
+        case: The shape.
+        result: Of `bench attention` for it.
+        direction: "forward" or "both".
+        ceilings: Of `measure_ceilings`; empty if they were not measured.
+    """
     times = {name: found for name in result["ways"] if (found := round_times(result, name, direction))}
     ours = times.pop("minidiff", None)
     floor = floor_seconds(ceilings, *count_attention(case, direction)) if "products" in ceilings else None
