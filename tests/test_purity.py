@@ -55,7 +55,7 @@ from minidiff.editing import canvas, image_to_image, inpaint, inversion, masks, 
 from minidiff.editing import start as edit_start
 from minidiff.evaluation import alignment, kid, pairs, weights
 from minidiff.evaluation.open_clip import OpenClip
-from minidiff.kernels import cross_attention, dispatch, geglu, group_norm_silu, self_attention, tiles
+from minidiff.kernels import cpu_attention, cross_attention, dispatch, geglu, group_norm_silu, self_attention, tiles
 from minidiff.samplers import Denoiser, Level
 from minidiff.scenes import art
 from minidiff.scenes import hints as scene_hints
@@ -338,6 +338,8 @@ def examples() -> list[partial]:
         partial(cross_attention.unsupported, q, k, v, 1),
         partial(self_attention.fused_self_attention, *(y.to(tiles.DEVICE) for y in (q, k, v)), 1),
         partial(self_attention.unsupported, q, k, v, 1),
+        partial(cpu_attention.tiled_attention, *(y.bfloat16() for y in (q, k, v)), 1),
+        partial(cpu_attention.unsupported, q, k, False),
         partial(tiles.refusal, q, k, v, 1),
         partial(geglu.fused_geglu, ones),
         partial(geglu.unsupported, ones),
