@@ -41,6 +41,7 @@ from minidiff import (
 )
 from minidiff.adapters import custom_diffusion, dropout, extraction, layer_change, low_rank, merge_concepts, parallel
 from minidiff.bench import attention_cases
+from minidiff.bench import correctness as bench_correctness
 from minidiff.bench import race as bench_race
 from minidiff.bundled import attention_edits, edits, evaluate, tasks
 from minidiff.bundled import judge as judge_network
@@ -341,6 +342,11 @@ def examples() -> list[partial]:
         partial(cpu_attention.tiled_attention, *(y.bfloat16() for y in (q, k, v)), 1),
         partial(cpu_attention.unsupported, q, k, False),
         partial(tiles.refusal, q, k, v, 1),
+        partial(bench_correctness.forward_and_backward, torch.mul, (x, x + 1), x),
+        partial(bench_correctness.judge, lambda: (x,), [lambda: (x + 1e-3,)], {"out": x.double()}),
+        partial(bench_correctness.relative_errors, (x,), {"out": x.double()}),
+        partial(distributed.backward, (weight * 2).sum(), None, True),
+        partial(distributed.TrainedWeights([]).forward, x.sum()),
         partial(geglu.fused_geglu, ones),
         partial(geglu.unsupported, ones),
         partial(group_norm_silu.fused_group_norm_silu, cells, 4, ones, ones, 1e-5),
