@@ -8,6 +8,8 @@
 # - Minutes: 20
 # - Picture: [figures/00-film.png](figures/00-film.png)
 #
+# ![The whole pipeline; this lesson is about the whole of it](figures/pipeline-all.svg)
+#
 # Stable Diffusion makes pictures from words. Here it makes its first ones on your machine, with the small model that ships with minidiff:
 # it knows emoji on plain backgrounds, and nothing else. You watch a picture come out of noise, turn the three knobs that everybody turns,
 # and write the last lines between the model and the file. How each part works is for the lessons that follow.
@@ -283,6 +285,43 @@ for name, config in {"this model": sd.config, "Stable Diffusion 1.x": SD1}.items
 #
 # One minute, most of it for reading the file. Then change one knob at a time: `--seed 1`, `--steps 10`, `--guidance-scale 1`. Expect the same
 # three effects as here: another fox, the same fox a little rougher, and a fox that is none.
+
+# %% [markdown]
+# ## What you now know
+#
+# - A prompt becomes a picture in four parts: text encoder, noise from a seed, U-Net in a loop, decoder.
+# - The loop works on the latent, a tensor much smaller than the picture.
+# - Every step has two tensors to look at: `x_t`, the noisy latent, and `x0_hat`, the model's prediction of the clean one.
+# - The seed decides what the prompt leaves open; more steps refine; guidance makes the prompt count for more.
+# - The decoder's values leave their range now and then, so they are clamped before they become bytes.
+
+# %% [markdown]
+# ## Your guess
+#
+# It depends on which tensor you watch. In `x_t` you see the subject late, because the noise hides it. In the prediction `x0_hat` you see it
+# in the first third of the steps, so by that measure the first answer is right.
+
+# %% [markdown]
+# ## Quiz
+#
+# 1. You run one prompt with the same seed on another machine. What do you expect?
+# 2. What does guidance of one do, and how often is the U-Net needed at each step then?
+# 3. Why is the first prediction `x0_hat` a blur and not a bad picture?
+#
+# <details><summary>Answers</summary>
+#
+# 1. The same picture, except for rounding: the noise is drawn on the processor from the seed.
+# 2. The prompt is followed as in training. The empty prompt has no weight, so one prediction per step is enough.
+# 3. The model has seen nothing but noise and the words, so it predicts an average of everything that fits them.
+#
+# </details>
+
+# %% [markdown]
+# ## Now you
+#
+# Take a prompt that leaves much open, such as "a fox", and one that leaves little open. Predict for which of them four seeds differ more.
+# Then generate both with four seeds each, measure the mean `distance` between the final latents, and look at the pictures. Does the number
+# agree with your eyes?
 
 # %% [markdown]
 # ## Read next

@@ -8,6 +8,8 @@
 # - Minutes: 20
 # - Picture: [figures/01-ladder.png](figures/01-ladder.png)
 #
+# ![The whole pipeline; this lesson is about the noise schedule](figures/pipeline-schedule.svg)
+#
 # A diffusion model is a network that has been taught to take noise out of a picture. With such a network one can start from nothing but
 # noise, take a little of it out again and again, and end at a picture that nobody ever drew. To teach the network, one first puts
 # noise *into* pictures, in amounts that are known exactly. That is all this lesson does: nothing is trained here.
@@ -321,6 +323,42 @@ lesson.show(fig, "real", "Both ratios fall alike; at the end this model's falls 
 #
 # One minute. Expect the same ladder in finer grain, and latents with 48 times fewer numbers than pixels. The checkpoint has never seen this very drawing, and
 # still finds it in the noise.
+
+# %% [markdown]
+# ## What you now know
+#
+# - The forward process adds noise in small steps; each one shrinks what is there, so that the variance stays at one.
+# - All steps up to t are one jump: $x_t = \sqrt{\bar\alpha_t} \, x_0 + \sqrt{1 - \bar\alpha_t} \, \epsilon$, in the code `q_sample`.
+# - The signal-to-noise ratio falls with t; where it is one, picture and noise have the same variance.
+# - Two of $x_0$, $x_t$ and $\epsilon$ give the third, but a small error in the noise is a large error in $x_0$ at late timesteps.
+# - Stable Diffusion adds its noise to latents that are scaled to a variance of about one.
+
+# %% [markdown]
+# ## Your guess
+#
+# The first number is printed in the section "How much is left: signal and noise". The second one has no formula: most people still
+# recognise the picture where the noise is already the larger part, because the eye averages over neighbouring pixels.
+
+# %% [markdown]
+# ## Quiz
+#
+# 1. Why does a step of the forward process multiply the old picture by a number below one?
+# 2. Two batches have the same t but different noise. Which of mean, variance and pixels agree?
+# 3. You mix with $\bar\alpha_t$ and $1 - \bar\alpha_t$ without the roots. Where is the error largest?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Because variances add: without shrinking, the variance would grow with every step.
+# 2. Mean and variance, approximately. The pixels do not.
+# 3. Where both are a half: the variance there is a half of what it should be.
+#
+# </details>
+
+# %% [markdown]
+# ## Now you
+#
+# Write a noise schedule of your own, an `alpha_bar` that falls along a straight line from one to zero. Predict at which t picture and noise
+# are equal, and whether your eyes lose the picture earlier or later than before. Then draw the ladder with it and compare.
 
 # %% [markdown]
 # ## Read next

@@ -8,6 +8,8 @@
 # - Minutes: 25
 # - Picture: [figures/02-cloud.png](figures/02-cloud.png)
 #
+# ![The whole pipeline; this lesson is about the training loss](figures/pipeline-training.svg)
+#
 # Lesson 01 put noise into a picture. Here a network learns to find that noise, from nothing, in seconds. To be able to see everything, the
 # pictures are as small as can be: two numbers, so that each is a point in the plane. Data, network, loss, training and drawing together are
 # about sixty lines, and all of them stand on this page. Stable Diffusion does the same with more numbers.
@@ -384,6 +386,42 @@ print(f"U-Net of Stable Diffusion 1.x: {millions:.0f} million")
 #
 # One minute. Expect no gain: the network is so small that starting each of its operations costs more than doing it. Then set `width=1024` and
 # 20,000 steps of 8,192 points: some minutes on a GPU, hours here. The curve comes nearer to the best possible, and cannot pass it.
+
+# %% [markdown]
+# ## What you now know
+#
+# - To train a diffusion model: draw data, a timestep and noise; jump; predict the noise; take the mean squared error.
+# - The network must be told t, because the same point means different things at different noise levels.
+# - Part of the loss cannot be avoided: a noisy point may come from several places of the data.
+# - The best prediction is an average over all the places it may come from, weighted by how likely each is.
+# - Losses are only comparable at the same timesteps, so they are measured in bins of t.
+
+# %% [markdown]
+# ## Your guess
+#
+# The second answer is right. At late timesteps the noisy point is almost the noise itself, which is easy to predict. At early ones most of
+# the noise is hidden in the data's own spread.
+
+# %% [markdown]
+# ## Quiz
+#
+# 1. The mean loss has stopped falling and the samples still improve. Is something wrong?
+# 2. A model predicts zero for all noise. What is its loss, and at which timesteps?
+# 3. What happens to a network that is always told the same t?
+#
+# <details><summary>Answers</summary>
+#
+# 1. No. Most of the loss is the part that cannot be avoided; what still improves is a small share of it.
+# 2. One, at every timestep, because the noise has variance one.
+# 3. It predicts an average over all noise levels: its loss still falls, and its samples miss the data.
+#
+# </details>
+
+# %% [markdown]
+# ## Now you
+#
+# Replace the spiral by data of your own: two rings, a letter, the outline of a country. Predict in which bins of t the unavoidable loss
+# will be higher than the spiral's, and where the samples will go wrong first. Train, and compare the curves.
 
 # %% [markdown]
 # ## Read next

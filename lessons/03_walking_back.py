@@ -1,102 +1,97 @@
 # %% [markdown]
 # # 03 Walking back: DDPM and DDIM
 #
-# **How does one get from noise to a picture, when every look at it is only a guess?**
+# **How do we get from noise to a picture when every prediction of that picture is only a guess?**
 #
 # - Explains: [minidiff/samplers.py](../minidiff/samplers.py)
-# - You change: `ddim_step`, one step from noise towards the picture
-# - Minutes: 30
+# - You change: `ddim_step`, `walk` and `ddpm_step`, a sampler from the step to the loop
+# - Minutes: 45
 # - Picture: [figures/03-paths.png](figures/03-paths.png)
 #
-# Lesson 02 ended with a few lines that walked a cloud of noise back to the data, and promised to say why they are right. Such lines are
-# called a *sampler*. Two are the grandparents of all others: DDPM (Ho et al. 2020), which draws fresh noise on the way, and DDIM (Song et
-# al. 2021), which draws none. Here both walk with the bundled model, and their errors are measured.
+# ![The whole pipeline; this lesson is about the denoising loop](figures/pipeline-sampler.svg)
+#
+# Lesson 02 ended with a few lines that moved a cloud of noise onto the data, and promised to explain them. Such lines are called a
+# *sampler*. All later samplers descend from two: DDPM (Ho et al. 2020), which adds fresh noise at every step, and DDIM (Song et al. 2021),
+# which adds none. In this lesson you write both, run them on the bundled model, and measure their errors.
 
 # %% [markdown]
 # ## Guess first
 #
-# DDPM and DDIM start from the very same noise, with the same model, prompt and number of steps. What comes out?
+# DDPM and DDIM start from exactly the same noise, with the same model, prompt and number of steps. What comes out?
 #
-# 1. The same picture: the start and the model decide.
-# 2. The same, but DDPM's is noisier, since it adds noise.
+# 1. The same picture: the starting noise and the model decide everything.
+# 2. The same picture, but DDPM's is noisier, because it adds noise.
 # 3. Two different pictures, both clean.
 
 # %% [markdown]
-# ## A guess at every noise level
+# ## A prediction at every noise level
 #
-# The U-Net answers with the noise, or with the mixture v. From either follows a guess at the clean latent $x_0$ (lesson 01), called
-# `x0_hat`. The lines below work it out, with the guidance of lesson 00 around the U-Net, in a function `look(x_t, t)`. A walk needs nothing
-# else of the model.
+# The U-Net predicts the noise, or the mixture v. Either one gives a prediction of the clean latent $x_0$ (lesson 01), which the code calls
+# `x0_hat`. The function `look(x_t, t)` below returns it for a batch of latents, one for each prompt, with guidance (lesson 00). A sampler
+# asks nothing else of the model.
 
 # %%
+from functools import partial
 from itertools import pairwise
 
 import torch
-from matplotlib import pyplot as plt
 
-from lessons.common import picture_grid, start
+from lessons.common import curves, distance, picture_grid, start, x0_predictor
 from minidiff.config import SD1
-from minidiff.guidance import guided
 from minidiff.pipeline import noise_source, to_images
 from minidiff.schedule import NoiseSchedule
 
 lesson = start("03_walking_back")
 sd = lesson.load()
-schedule, T = sd.schedule, sd.schedule.config.timesteps
-alpha_bar = schedule.alpha_bar.float().to(lesson.device)
 
 # %%
 prompts = ["a fox on a green background", "a mushroom on a blue background"]
 prompts.append("a cactus on an orange background")
-B, C = len(prompts), sd.config.vae.latent_channels
-H = W = sd.config.image_size // sd.config.vae.factor
-cond, uncond = sd.encode_prompts(prompts), sd.encode_prompts([""] * B)
-model = guided(sd.unet, cond, uncond, sd.config.guidance_scale)
-x0_from = schedule.x0_from_v if schedule.config.prediction == "v" else schedule.x0_from_eps
-
-
-@torch.no_grad()
-def look(x_t, t):
-    """x0_hat: what the model takes the clean latents of x_t for; t is one number."""
-    t = torch.full((B,), t, device=x_t.device)
-    return x0_from(x_t, t, model(x_t, t))
-
+look = x0_predictor(sd, prompts)
 
 # %%
-seeds = [0, 1, 2]  # one a prompt
+B, C = len(prompts), sd.config.vae.latent_channels
+H = W = sd.config.image_size // sd.config.vae.factor
+seeds = [0, 1, 2]  # one for each prompt
 x_T = noise_source(seeds, (C, H, W), lesson.device)()
 steps = 6 if lesson.quick else 20
+schedule, T = sd.schedule, sd.schedule.config.timesteps
+alpha_bar = schedule.alpha_bar.float().to(lesson.device)
 timesteps = [*schedule.timesteps(steps).tolist(), 0]
+
 x0_hat = look(x_T, timesteps[0])
 assert x0_hat.shape == x_T.shape == (B, C, H, W)
 print(f"timesteps: {', '.join(map(str, timesteps[:4]))}, ... {timesteps[-2]}, {timesteps[-1]}")
 
 # %% [markdown]
-# A walk visits these timesteps one after the other. At the first, `x_t` is noise alone, so the first guess is made from nothing but the
-# words. The best answer is an average over all that may be behind the noise (lesson 02), here over everything that the words allow: a blur.
-# It is no picture yet, but it says where to go. At timestep `0` hardly any noise is left, and the walk ends.
+# The sampler visits these timesteps in order. At the first one `x_t` is pure noise, so the model has nothing to go on but the prompt. Its
+# best prediction is the average over every picture that could be hidden in the noise (lesson 02), here every picture that fits the words:
+# a blur. The blur is not a picture yet, but it points the way. At timestep `0` there is almost no noise left, and the trajectory ends.
 
 # %% [markdown]
-# ## A step: all the noise out, less of it in
+# ## One step: remove all the noise, put less of it back
 #
-# The guess at the picture implies a guess at the noise, from the jump of lesson 01 solved for it. Write `now` for the timestep where we
-# are:
+# A prediction of the picture implies a prediction of the noise, `eps_hat`. Solve the closed-form forward process of lesson 01 for the noise,
+# and call the current timestep `now`:
 #
 # $$\hat\epsilon = \left( x_{now} - \sqrt{\bar\alpha_{now}} \; \hat x_0 \right) / \sqrt{1 - \bar\alpha_{now}}$$
 #
-# Now jump again, with the two guesses, to the next lower timestep, `then`:
+# Now apply the forward process again, with both predictions, to reach the next lower timestep, `then`:
 #
 # $$x_{then} = \sqrt{\bar\alpha_{then}} \; \hat x_0 + \sqrt{1 - \bar\alpha_{then}} \; \hat\epsilon$$
 #
-# That is DDIM (Song et al. 2021, eq. 12 with $\sigma = 0$; their $\alpha$ is our $\bar\alpha$). Were the guess the truth, this would be
-# exactly the $x_{then}$ that the same picture and the same noise give. It is not the truth. But one goes only a little way by it, and from
-# there looks again, with less noise in the way.
+# This is DDIM (Song et al. 2021, eq. 12 with $\sigma = 0$; their $\alpha$ is our $\bar\alpha$). If the prediction were the truth, the step
+# would land exactly where the same picture and the same noise belong at `then`. The prediction is wrong at first. But the step is short,
+# and after it the model looks again, with less noise in the way.
 
 # %% [markdown]
 # ## Your turn: ddim_step
 #
-# `alpha_bar` is the table of lesson 01, `now` and `then` are timesteps as whole numbers, so that `alpha_bar[now]` is one value. Two lines,
-# one for each equation.
+# Write one step. `alpha_bar` is the table of lesson 01. `now` and `then` are whole numbers, so `alpha_bar[now]` is a single value, a tensor
+# without axes, and `alpha_bar[now].sqrt()` its root. Two lines, one for each equation.
+#
+# When your step is right, a picture appears: points of noise in a plane that your function moves onto a ring of eight data points. For
+# such simple data the best prediction is known exactly, so no network is needed.
 
 
 # %%
@@ -105,50 +100,75 @@ def ddim_step(alpha_bar, x_t, x0_hat, now, then):
     # YOUR CODE, about 2 lines
 
 
-def library(alpha_bar, x_t, x0_hat, now, then):
-    now, then = (torch.full((len(x_t),), t, device=x_t.device) for t in (now, then))
-    eps_hat = schedule.eps_from_x0(x_t, now, x0_hat)
-    return schedule.q_sample(x0_hat, then, eps_hat)
-
-
-ddim_step = lesson.check(ddim_step, instead=library)
+ddim_step = lesson.check(ddim_step)
 
 # %% [markdown]
-# First the claim: with the true $x_0$ one step lands where `q_sample` would. Then the walk, beside the library's own.
+# First we test the claim above on latents of the model's size. With the true $x_0$ in place of a prediction, one step must land where
+# `q_sample`, the library's forward process, does.
 
 # %%
 true_x_0, eps = (noise_source(seeds, (C, H, W), lesson.device)() for _ in range(2))
-high, low = (torch.full((B,), t, device=lesson.device) for t in (T * 3 // 4, T // 4))
-landed = ddim_step(alpha_bar, schedule.q_sample(true_x_0, high, eps), true_x_0, T * 3 // 4, T // 4)
-off = (landed - schedule.q_sample(true_x_0, low, eps)).abs().max()
-assert off < 1e-4
-print(f"with the true x_0 one step is off by {off:.0e}")
+high, low = T * 3 // 4, T // 4
+at = [torch.full((B,), t, device=lesson.device) for t in (high, low)]
+x_high, x_low = (schedule.q_sample(true_x_0, t, eps) for t in at)
+landed = ddim_step(alpha_bar, x_high, true_x_0, high, low)
+assert landed.shape == x_low.shape
+print(f"with the true x_0 one step is off by {(landed - x_low).abs().max():.0e}")
+
+# %% [markdown]
+# ## Your turn: walk
+#
+# A sampler is the loop around the step. The loop needs a prediction, `look(x_t, t)`, and a step, `step(x_t, x0_hat, now, then)`, which
+# returns the next latent. Write it as a generator, so that every step can be watched: `pairwise(timesteps)` gives each timestep together
+# with the next one; at each pair, look, take the step, and `yield x0_hat, x_t`, where `x_t` is the latent *after* the step.
+#
+# A right loop reports how near it brings noise to the ring of data points.
 
 
 # %%
-def ddim_walk(x_t, timesteps):
-    """Yields x0_hat and x_t after each step."""
-    for now, then in pairwise(timesteps):
-        x0_hat = look(x_t, now)
-        x_t = ddim_step(alpha_bar, x_t, x0_hat, now, then)
-        yield x0_hat, x_t
+def walk(look, step, x_t, timesteps):
+    """Yield x0_hat and the new x_t of each step; timesteps fall, and the last one is 0."""
+    # YOUR CODE, about 4 lines
 
 
-ddim = list(ddim_walk(x_T, timesteps))
+walk = lesson.check(walk)
+
+# %%
+ddim = list(walk(look, partial(ddim_step, alpha_bar), x_T, timesteps))
 *_, own = sd.denoise(prompts, steps=steps, seeds=seeds, sampler="ddim")
-assert torch.allclose(ddim[-1][1], own.x_t, atol=1e-3)
-print(f"{steps} steps end within {(ddim[-1][1] - own.x_t).abs().max():.0e} of the library's")
+off = (ddim[-1][1] - own.x_t).abs().max()
+assert len(ddim) == steps and off < 1e-3
+print(f"{steps} steps end within {off:.0e} of the library's")
 
 # %% [markdown]
-# ## DDPM: a part of the noise is new
+# ## DDPM: part of the noise is new
 #
-# DDPM came first, and reasons otherwise. The way into noise was random: many $x_{then}$ lead to the same $x_{now}$. So on the way back it
-# *draws* one of them, among those that fit both $x_{now}$ and the guess at $x_0$. Worked out, this is the same step with other noise: of
-# its variance a share $r$ comes from noise freshly drawn (Song et al. 2021, eq. 16 with $\eta = 1$):
+# DDPM came first and argues differently. The forward process is random: many different $x_{then}$ lead to the same $x_{now}$. So the way
+# back *draws* one of them, from all that fit both $x_{now}$ and the prediction of $x_0$. Worked out, this is the same step with other
+# noise. A share $r$ of the noise's variance is fresh (Song et al. 2021, eq. 16 with $\eta = 1$), and the rest is the predicted noise:
 #
-# $$r = \frac{1 - \bar\alpha_{now} / \bar\alpha_{then}}{1 - \bar\alpha_{now}} \qquad \mathrm{noise} = \sqrt{1 - r} \; \hat\epsilon + \sqrt{r} \; \epsilon_{new}$$
+# $$r = \frac{1 - \bar\alpha_{now} / \bar\alpha_{then}}{1 - \bar\alpha_{now}}$$
 #
-# Roots, since variances add (lesson 01): $(1 - r) + r = 1$. The longer the step, the larger $r$; with $r = 0$ it would be DDIM's step.
+# $$\mathrm{noise} = \sqrt{1 - r} \; \hat\epsilon + \sqrt{r} \; \epsilon_{new}$$
+#
+# Both factors are roots because variances add (lesson 01): $(1 - r) + r = 1$. The longer the step, the larger $r$ is. With $r = 0$ this
+# would be DDIM's step.
+
+# %% [markdown]
+# ## Your turn: ddpm_step
+#
+# Write DDPM's step: the share `r`, the predicted noise as in `ddim_step`, the mixed noise, and the forward process to `then` with the mixed
+# noise in place of $\hat\epsilon$. `eps_new` is fresh noise of the latents' shape. When it is right, the ring appears again. Compare the
+# paths with those of DDIM.
+
+
+# %%
+def ddpm_step(alpha_bar, x_t, x0_hat, now, then, eps_new):
+    """From timestep now to then < now; eps_new [B, C, H, W] is unit normal noise."""
+    # YOUR CODE, about 4 lines
+
+
+ddpm_step = lesson.check(ddpm_step)
 
 
 # %%
@@ -156,97 +176,82 @@ def renewed(now, then):
     return (1 - alpha_bar[now] / alpha_bar[then]) / (1 - alpha_bar[now])
 
 
-def ddpm_step(alpha_bar, x_t, x0_hat, now, then, eps_new):
-    r = renewed(now, then)
-    now, then = (torch.full((len(x_t),), t, device=x_t.device) for t in (now, then))
-    mixed = (1 - r).sqrt() * schedule.eps_from_x0(x_t, now, x0_hat) + r.sqrt() * eps_new
-    return schedule.q_sample(x0_hat, then, mixed)
+def ddpm_walk(draw, step=ddpm_step):
+    """Walk with fresh noise from draw() at every step; the first draw is where it starts."""
+    drawing = lambda x_t, x0_hat, now, then: step(alpha_bar, x_t, x0_hat, now, then, draw())
+    return list(walk(look, drawing, x_T, timesteps))
 
 
 for now, then in list(pairwise(timesteps))[:: steps // 4]:
     print(f"t = {now:3} to {then:3}: {renewed(now, then):.0%} of the noise is new")
 
-
 # %%
-def ddpm_walk(x_t, timesteps, draw, step=ddpm_step):
-    """Yields x0_hat and x_t after each step."""
-    for now, then in pairwise(timesteps):
-        x0_hat = look(x_t, now)
-        x_t = step(alpha_bar, x_t, x0_hat, now, then, draw())
-        yield x0_hat, x_t
-
-
 draw = noise_source(seeds, (C, H, W), lesson.device)
-ddpm = list(ddpm_walk(draw(), timesteps, draw))
+assert torch.equal(draw(), x_T)  # a source of noise gives the start first
+ddpm = ddpm_walk(draw)
 *_, own = sd.denoise(prompts, steps=steps, seeds=seeds, sampler="ddim", eta=1.0)
-assert torch.allclose(ddpm[-1][1], own.x_t, atol=1e-3)
+off = (ddpm[-1][1] - own.x_t).abs().max()
+assert off < 1e-3
+print(f"DDPM ends within {off:.0e} of the library's")
 
 # %% [markdown]
-# ## One seed, two paths
+# ## One seed, two trajectories
 #
-# Same start, same prompts, same steps. Here are the guesses of both on the way for the first prompt, and the ends for two, with a second
-# walk of DDPM that draws other fresh noise.
+# Same start, same prompts, same number of steps. The first figure shows the predictions of both samplers along the way, for the first
+# prompt. The second shows where they end, for two prompts, and adds another run of DDPM with other fresh noise.
 
 # %%
 at = torch.linspace(0, steps - 1, 6).round().int().tolist()
-rows = [to_images(sd.decode(torch.stack([walk[i][0][0] for i in at]))) for walk in (ddim, ddpm)]
+rows = [to_images(sd.decode(torch.stack([path[i][0][0] for i in at]))) for path in (ddim, ddpm)]
 fig = picture_grid(rows, [f"step {i + 1}" for i in at], ["DDIM", "DDPM"])
-lesson.show(fig, "paths", "Guesses of DDIM and DDPM: one blur at first, two foxes at the end.")
+lesson.show(fig, "paths", "Predictions of DDIM and DDPM: the same blur first, two foxes at last.")
 
 # %%
-draw = noise_source([seed + 10 for seed in seeds], (C, H, W), lesson.device)
-second = list(ddpm_walk(x_T, timesteps, draw))  # the same start, other fresh noise
-
-
-def distance(a, b):
-    return float((a - b).square().mean().sqrt())
-
-
-ends = [walk[-1][1] for walk in (ddim, ddpm, second)]
-print(f"the two DDPM walks end {distance(ends[1], ends[2]):.2f} apart")
+second = ddpm_walk(noise_source([seed + 10 for seed in seeds], (C, H, W), lesson.device))
+ends = [path[-1][1] for path in (ddim, ddpm, second)]
+print(f"the two runs of DDPM end {distance(ends[1], ends[2]):.2f} apart")
 print(f"DDIM ends {distance(ends[0], ends[1]):.2f} from the first of them")
 columns = [to_images(sd.decode(x_t)) for x_t in ends]
 row = [picture for of_one_prompt in list(zip(*columns))[:2] for picture in of_one_prompt]
 fig = picture_grid([row], ["DDIM", "DDPM", "DDPM"] * 2)
-lesson.show(fig, "ends", "Fox and mushroom, three walks each: every walk ends elsewhere.")
+lesson.show(fig, "ends", "A fox and a mushroom, three runs each: every run ends elsewhere.")
 
 # %% [markdown]
-# The third guess is right. All pictures are clean and show what the words say; they differ in what the words leave open. DDIM is a function
-# of its start: one noise, one picture. DDPM replaces the noise on the way, and the start with it. In this model's first step it replaces
-# all: timestep `999` is noise alone, and any latent may have led to it. And then? Below is how much of the latent after the first step is
-# left in each later $x_t$. As in lesson 01 it is measured by the factor that brings the one nearest to the other.
+# All of these pictures are clean and show what the prompt says. They differ in what the prompt leaves open. DDIM is a function of its
+# starting noise: one start, one picture. DDPM replaces the noise as it goes, so the starting noise is gradually lost. We can measure how
+# much of it is left: for each later $x_t$, the least-squares factor $a$ that minimizes the distance between $x_t$ and $a$ times the latent
+# after the first step, as in lesson 01.
 
 # %%
-fig, axis = plt.subplots()
-for label, walk, marker in (("DDIM", ddim, "o"), ("DDPM", ddpm, "s")):
-    first = walk[0][1]
-    left = [float((x_t * first).sum() / (first * first).sum()) for _, x_t in walk]
-    axis.plot(timesteps[1:], left, marker=marker, label=label)
-    print(f"{label}: left halfway {left[steps // 2 - 1]:.2f}")
-root = (1 - alpha_bar).sqrt().cpu()
-axis.plot(root, color="black", linewidth=1, label=r"$\sqrt{1-\bar\alpha_t}$")
-axis.set(xlabel="timestep t", ylabel="left of the first $x_t$", xlim=(T, 0))
-axis.legend()
-lesson.show(fig, "forgets", "DDIM keeps its first noise as long as any; DDPM soon loses it.")
+left = {}
+for label, path in (("DDIM", ddim), ("DDPM", ddpm)):
+    first = path[0][1]
+    share = [float((x_t * first).sum() / (first * first).sum()) for _, x_t in path]
+    left[label] = timesteps[1:], share
+    print(f"{label}: left halfway {share[steps // 2 - 1]:.2f}")
+left[r"$\sqrt{1-\bar\alpha_t}$"] = range(T), (1 - alpha_bar).sqrt().cpu()
+size_of_noise = list(left)[-1]
+fig = curves(left, "timestep t", "left of the first $x_t$", dashed=[size_of_noise], xlim=(T, 0))
+lesson.show(fig, "forgets", "DDIM keeps its first noise while there is any; DDPM soon loses it.")
 
 # %% [markdown]
-# The thin line is the size of the noise at each timestep. DDIM stays above it: to the end its noise is the first noise, and the picture
-# that appears resembles that noise a little as well. So with DDIM the start alone decides the picture: two starts can be blended, and one
-# can walk backwards from a picture to its start. Of DDPM's start hardly anything is left after a few steps.
+# The dashed line is the size of the noise at each timestep. DDIM stays above it: its noise is the first noise to the end, and even the
+# picture resembles that noise a little. So with DDIM the start decides the picture. Two starts can be blended, and a picture can be walked
+# back to the start it would come from. After a few steps of DDPM hardly anything of the start is left.
 
 # %% [markdown]
 # ## Error against the number of steps
 #
-# With more and more steps DDIM comes to one fixed picture. So it has an error: how far it ends from a walk of very many steps. Both axes
-# below are logarithmic. On such axes a law like "twice the steps, half the error" is a straight line of slope $-1$: where the steps become
-# ten times as many, the error becomes a tenth.
+# With more and more steps DDIM converges to one fixed picture. Its error is how far it ends from a run of very many steps. Both axes below
+# are logarithmic. On such axes the law "twice the steps, half the error" is a straight line of slope $-1$.
 
 # %%
 counts, many = ((1, 2, 4, 8), 16) if lesson.quick else ((1, 2, 4, 8, 16, 32), 128)
 
 
 def end_of(n):
-    *_, (_, x_t) = ddim_walk(x_T, [*schedule.timesteps(n).tolist(), 0])
+    visited = [*schedule.timesteps(n).tolist(), 0]
+    *_, (_, x_t) = walk(look, partial(ddim_step, alpha_bar), x_T, visited)
     return x_t
 
 
@@ -255,78 +260,71 @@ errors = [distance(end_of(n), goal) for n in counts]
 for n, error in zip(counts, errors):
     print(f"{n:3} steps: {error:.2f}")
 slope = torch.tensor(errors[-1] / errors[1]).log2() / (len(counts) - 2)
-assert lesson.model != "tiny" or -2 < slope < -0.5
 print(f"slope from 2 steps on: {slope:.1f}")
 
 # %%
-fig, axis = plt.subplots()
-axis.loglog(counts, errors, marker="o", label="DDIM, this model")
 law = [errors[-1] * counts[-1] / n for n in counts]
-axis.loglog(counts, law, "k--", label="slope -1", linewidth=1)
-axis.set(xlabel="steps", ylabel="distance to the end", xticks=counts, xticklabels=counts)
-axis.minorticks_off()
-axis.legend()
+lines = {"DDIM, this model": (counts, errors), "slope -1": (counts, law)}
+axes = {"xlabel": "steps", "ylabel": "distance to the end"}
+fig = curves(lines, **axes, log="xy", dashed=["slope -1"], xticks=counts)
 lesson.show(fig, "error", "DDIM's error falls in a straight line on logarithmic axes.")
 
 # %% [markdown]
-# The error falls about as the dashed line does: with twice the steps about half of it is left.
+# The error roughly follows the dashed line: twice the steps leave about half of it. A method with this law is called *first order*.
+
+# %% [markdown]
+# ## An error for DDPM
 #
-# DDPM has no such goal: each walk ends elsewhere, and rightly so. Its error is in the *distribution* of its ends: all of them together
-# should be spread as the data are. That is hard to measure in pictures, and easy for data so simple that the best guess is known. Let the
-# data be one number, normally distributed around zero with standard deviation $s$. Then the best guess, the average over all $x_0$ that may
-# have led to $x_t$, is
+# DDPM has no fixed picture to converge to: each run ends elsewhere, as it should. Its error is in the *distribution* of its final samples,
+# which should be spread as the data are. That is hard to measure in pictures, and easy for data so simple that the best prediction is
+# known. Let the data be single numbers, normally distributed around zero with standard deviation $s$. The best prediction is then
 #
 # $$\hat x_0 = \frac{\sqrt{\bar\alpha} \; s^2}{\bar\alpha \, s^2 + 1 - \bar\alpha} \; x_t$$
 #
-# With it a step only multiplies $x_t$ by a factor, and adds noise if it is DDPM's. The variance is then multiplied by the square of the
-# factor, and the variance of the noise is added. So the deviation at the end, the root of the variance, can be followed exactly, without
-# drawing anything, and compared with $s$. The code gets the factor from a step that is given $1$ and no fresh noise, and the size of the
-# noise from one that is given nothing but fresh noise of $1$.
+# With this prediction a step multiplies $x_t$ by a factor, and DDPM adds noise of a certain size. The variance is multiplied by the square
+# of the factor, and the variance of the noise is added. We can therefore follow the standard deviation exactly, without drawing a single
+# sample, and compare it with $s$ at the end. The code finds the factor by giving the step a latent of $1$ and no fresh noise, and the size
+# of the noise by giving it a latent of $0$ and fresh noise of $1$.
 
 # %%
 s, more_counts = 0.5, (2, 4, 8, 16, 32, 64, 128, 256)
 one, none = torch.ones(1, device=lesson.device), torch.zeros(1, device=lesson.device)
+without_noise = lambda *arguments: ddim_step(*arguments[:-1])  # all but eps_new
 
 
 def deviation(step, n):
-    """Of what comes out when x_T has deviation 1."""
+    """Standard deviation of the final samples when x_T has deviation 1."""
     variance = 1.0
     for now, then in pairwise([*schedule.timesteps(n, "trailing").tolist(), 0]):
-        guess = alpha_bar[now].sqrt() * s**2 / (alpha_bar[now] * s**2 + 1 - alpha_bar[now])
+        a = alpha_bar[now]
+        guess = a.sqrt() * s**2 / (a * s**2 + 1 - a)
         factor = step(alpha_bar, one, guess * one, now, then, none)
         added = step(alpha_bar, none, none, now, then, one)
         variance = float(factor**2 * variance + added**2)
     return variance**0.5
 
 
-def ddim_with_noise(alpha_bar, x_t, x0_hat, now, then, eps_new):
-    return ddim_step(alpha_bar, x_t, x0_hat, now, then)
-
-
 # %%
-wanted = float((alpha_bar[0] * s**2 + 1 - alpha_bar[0]) ** 0.5)  # at t = 0 there is a little noise
-fig, axis = plt.subplots()
-for label, step, marker in (("DDIM", ddim_with_noise, "o"), ("DDPM", ddpm_step, "s")):
-    off = [1 - deviation(step, n) / wanted for n in more_counts]
+expected = float((alpha_bar[0] * s**2 + 1 - alpha_bar[0]) ** 0.5)  # t = 0 has a little noise
+lines = {}
+for label, step in (("DDIM", without_noise), ("DDPM", ddpm_step)):
+    off = [1 - deviation(step, n) / expected for n in more_counts]
     assert min(off) > 0  # always too small
-    axis.loglog(more_counts, off, marker=marker, label=label)
+    lines[label] = more_counts, off
     print(f"{label}: after 8 steps {off[2]:.1%} too small, after 64 {off[5]:.1%}")
-axis.set(xlabel="steps", ylabel="deviation too small by", xticks=more_counts)
-axis.set_xticklabels(more_counts)
-axis.minorticks_off()
-axis.legend()
-lesson.show(fig, "exact", "Both errors fall with the steps; DDPM's stays the larger.")
+fig = curves(lines, "steps", "deviation too small by", log="xy", xticks=more_counts)
+lesson.show(fig, "exact", "Both errors fall with the steps; DDPM's stays the larger one.")
 
 # %% [markdown]
-# Both come out too narrow: with few steps the ends lie too near the average. But DDIM needs about half of DDPM's steps for the same error,
-# and DDPM's line is the flatter one: its fresh noise is right only for short steps. DDPM was meant to visit all timesteps, one after the
-# other. DDIM's authors got by with ten to fifty times fewer. Lesson 11 has samplers whose lines fall more steeply.
+# Both samplers come out too narrow: with few steps their samples stay too close to the average. DDIM needs about half as many steps as DDPM
+# for the same error, and its line is the steeper one. DDPM's fresh noise is only right for short steps; it was designed to visit every
+# timestep. DDIM's authors needed ten to fifty times fewer. Lesson 11 has samplers whose lines fall more steeply still.
 
 # %% [markdown]
-# ## Break it: new noise without making room
+# ## Break it: add noise without making room
 #
-# The classic slip with DDPM: the fresh noise is added, and $\hat\epsilon$ is not shortened by $\sqrt{1 - r}$ for it. There is then more
-# noise in $x_t$ than belongs to its timestep, and the U-Net, which is told `t`, takes out only what belongs there.
+# The classic mistake with DDPM is to add the fresh noise and forget to shrink $\hat\epsilon$ by $\sqrt{1 - r}$. Then $x_t$ holds more noise
+# than belongs to its timestep, and the U-Net, which is told `t`, removes only as much as belongs there.
 
 
 # %%
@@ -336,27 +334,28 @@ def crowded_step(alpha_bar, x_t, x0_hat, now, then, eps_new):
 
 
 draw = noise_source(seeds, (C, H, W), lesson.device)
-crowded = list(ddpm_walk(draw(), timesteps, draw, step=crowded_step))
-for label, walk in (("right", ddpm), ("without room", crowded)):
-    half, end = walk[steps // 2 - 1][1].std(), walk[-1][1].std()
+draw()
+crowded = ddpm_walk(draw, crowded_step)
+for label, path in (("right", ddpm), ("no room", crowded)):
+    half, end = path[steps // 2 - 1][1].std(), path[-1][1].std()
     print(f"{label}: deviation of x_t halfway {half:.2f}, at the end {end:.2f}")
-print(f"distance of the ends: {distance(ddpm[-1][1], crowded[-1][1]):.2f}")
+print(f"distance between the ends: {distance(ddpm[-1][1], crowded[-1][1]):.2f}")
 
 # %%
-right, wrong = (to_images(sd.decode(walk[-1][1])) for walk in (ddpm, crowded))
+right, wrong = (to_images(sd.decode(path[-1][1])) for path in (ddpm, crowded))
 row = [picture for pair in zip(right, wrong) for picture in pair]
 fig = picture_grid([row], ["right", "no room"] * B)
-lesson.show(fig, "crowded", "Three pictures, each beside what is left of it without room.")
+lesson.show(fig, "crowded", "Three pictures, each next to what it becomes when no room is made.")
 
 # %% [markdown]
-# Whenever noise is added, something must be taken off for it, or the variance is not what the network was taught.
+# Whenever a sampler adds noise, it must first shrink what is there. Otherwise the variance is not the one the network was trained on.
 
 # %% [markdown]
 # ## On real Stable Diffusion
 #
-# `python lessons/03_walking_back.py --model v1-5-pruned-emaonly.safetensors` draws the same figures for a checkpoint that you have. Which
-# timesteps a sampler visits is a choice as well, called *spacing*. The original counts up from 1 in equal strides (`leading`) and stops
-# short of the last timestep; the bundled model counts down from it (`trailing`).
+# `python lessons/03_walking_back.py --model v1-5-pruned-emaonly.safetensors` draws the same figures for a checkpoint of yours. A sampler
+# also chooses which timesteps it visits, its *spacing*. The original Stable Diffusion counts up from 1 in equal strides (`leading`) and
+# stops short of the last timestep. The bundled model counts down from the last one (`trailing`).
 
 # %%
 sd1 = NoiseSchedule(SD1.schedule)
@@ -367,9 +366,9 @@ for spacing in ("leading", "trailing"):
     print(f"  {kept:.1%} of the picture expected at the start")
 
 # %% [markdown]
-# At its first step Stable Diffusion 1.x is told the timestep 951, at which a little of a picture should be left, and is given pure noise.
-# In training it has learned to make use of that little: the mean colour, for one, can be read from it. Pure noise always reads as a middling
-# colour. So it rarely makes a picture that is nearly black or nearly white as a whole (Lin et al. 2023).
+# At its first step Stable Diffusion 1.x is told timestep 951, where a little of a picture should be left, and is given pure noise. During
+# training it learned to use that little: it can read the mean colour from it, for one. Pure noise always reads as a medium colour. That is
+# why it rarely makes a picture that is almost black or almost white all over (Lin et al. 2023).
 
 # %% [markdown]
 # ## On a GPU
@@ -378,15 +377,51 @@ for spacing in ("leading", "trailing"):
 # python lessons/03_walking_back.py --model v1-5-pruned-emaonly.safetensors --device cuda
 # ```
 #
-# Three minutes. Expect DDIM's error to fall along the same line, further from it at few steps: photographs have more to decide than emoji.
-# Then raise `counts` to `(1, ..., 128)` and `many` to 1000: at which number of steps can your eyes no longer tell the picture from the last
-# one?
+# Three minutes. Expect DDIM's error to fall along the same line, further from it at few steps: photographs leave more to decide than emoji.
+# Then raise `counts` to `(1, ..., 128)` and `many` to 1000. From how many steps on do your eyes see no difference?
+
+# %% [markdown]
+# ## What you now know
+#
+# - A sampler asks the model for one thing at each step: a prediction of the clean latent, `x0_hat`.
+# - A step removes all the predicted noise and puts less of it back, at the next lower noise level.
+# - DDIM reuses the predicted noise, so one start gives one picture; DDPM renews a share $r$ of its variance, so the start is forgotten.
+# - DDIM's error is first order: twice the steps, half the error.
+# - The variance of $x_t$ must fit its timestep. Noise that is added needs room.
+
+# %% [markdown]
+# ## Your guess
+#
+# The third answer is right: two different pictures, both clean. The first would be right for two runs of DDIM. The second confuses the
+# noise that is added on the way with noise that stays: each later step removes what the earlier ones added.
+
+# %% [markdown]
+# ## Quiz
+#
+# 1. You run DDIM twice with one seed, and DDPM twice with one start but fresh noise each time. Which pairs are equal?
+# 2. Your step computes `1 - alpha_bar[then].sqrt()` in place of `(1 - alpha_bar[then]).sqrt()`. Is there too much noise or too little?
+# 3. Why is the very first prediction a blur, even from a perfect model?
+#
+# <details><summary>Answers</summary>
+#
+# 1. The two runs of DDIM. DDPM's fresh noise replaces the start.
+# 2. Too little: $1 - \sqrt{a}$ is smaller than $\sqrt{1 - a}$ for every $a$ between zero and one. The pictures come out too smooth.
+# 3. At the first timestep there is only noise, so the best prediction is an average over every picture that fits the prompt.
+#
+# </details>
+
+# %% [markdown]
+# ## Now you
+#
+# `eta` lies between the two samplers: multiply $r$ by $\eta^2$ in `ddpm_step`. Before you run it, predict for $\eta$ of zero, a half and
+# one: how far apart do two runs end that share their start and differ in their fresh noise? Write down three numbers. Then change the step,
+# run `ddpm_walk` twice for each $\eta$, print `distance`, and look at the pictures. Is the middle one halfway?
 
 # %% [markdown]
 # ## Read next
 #
-# - `minidiff/samplers.py`: `ddim` is your two lines with a share of fresh noise, `ddpm` the same as its authors wrote it; `levels` says
-#   which noise levels are visited; `sample` is the walk.
+# - `minidiff/samplers.py`: `ddim` is your two lines with a share of fresh noise; `ddpm` is the same step in its authors' form; `levels`
+#   decides which noise levels are visited; `sample` is your loop.
 # - Song, Meng and Ermon 2021, "Denoising diffusion implicit models", section 4: eq. 12 and eq. 16. Ho et al. 2020, algorithm 2.
-# - Lesson 11: the walk as a curve, and steps that follow its bends.
+# - Lesson 11: the trajectory as a curve, and steps that follow its bends.
 # - Lesson 04: inside the U-Net, beginning with attention.

@@ -8,6 +8,8 @@
 # - Minutes: 30
 # - Picture: [figures/04-words.png](figures/04-words.png)
 #
+# ![The whole pipeline; this lesson is about the attention layers of the U-Net](figures/pipeline-attention.svg)
+#
 # The network that takes noise out of a latent, the *U-Net*, is told by a caption what to draw. Somewhere inside it every cell of the latent must ask every
 # word: do you concern me? The asking is called attention; where cells ask words it is *cross-attention*. The same few lines also let cells ask each other, and
 # words ask words: *self-attention* (Vaswani et al. 2017, eq. 1):
@@ -324,6 +326,42 @@ for width, heads, has in zip(unet.widths, unet.heads, unet.attention):
 #
 # One minute. The curves go on to 8192 cells. Expect both to be flat at first, where starting a kernel costs more than its work, and the gap to be wider at
 # the end than on a processor: a GPU computes faster than it can write, and by hand nearly all time is spent on writing and reading weights.
+
+# %% [markdown]
+# ## What you now know
+#
+# - Attention compares a query with all keys and returns a mixture of the values, weighted by a softmax.
+# - Cross-attention lets the cells of the picture ask the words; self-attention lets cells ask cells.
+# - Heads are several lookups next to each other, each with d of the D numbers.
+# - The division by $\sqrt{d}$ keeps the products at size one, so that the softmax still mixes.
+# - A fused kernel returns the same numbers and never stores the attention weights.
+
+# %% [markdown]
+# ## Your guess
+#
+# The second answer is right for the bundled model: without the scale each lookup chooses one thing almost alone, so the pictures show the
+# same subjects, drawn crudely. Nothing crashes, which makes this mistake hard to find.
+
+# %% [markdown]
+# ## Quiz
+#
+# 1. You double the number of tokens. By how much does the memory for the weights of self-attention grow by hand?
+# 2. Why do all rows of the attention weights add up to one even with the wrong scale?
+# 3. What is the query, and what are key and value, in cross-attention?
+#
+# <details><summary>Answers</summary>
+#
+# 1. By a factor of four: every token asks every token.
+# 2. Because of the softmax. It hides the mistake: only how evenly the weights are spread changes.
+# 3. Queries come from the cells of the picture, keys and values from the words.
+#
+# </details>
+
+# %% [markdown]
+# ## Now you
+#
+# The scale is one over the root of d. Multiply it by two, then by a half, with the hooks of the "Break it" section. Predict for each
+# whether the attention maps become sharper or flatter and whether the pictures suffer more in the one direction or the other. Then look.
 
 # %% [markdown]
 # ## Read next

@@ -8,6 +8,8 @@
 # - Minutes: 40
 # - Picture: [figures/05-running.png](figures/05-running.png)
 #
+# ![The whole pipeline; this lesson is about the attention layers of the U-Net](figures/pipeline-attention.svg)
+#
 # Lesson 04 wrote attention in six lines, which build a matrix with one weight for each query and key. Where cells ask cells it is by far the largest thing in the
 # network. The fused kernel gives the same answer without it. This lesson finds out how: first with plain numbers, then in blocks, then in minidiff's own GPU
 # kernel, which runs here line by line without a GPU. Its gradients are not treated.

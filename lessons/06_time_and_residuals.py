@@ -8,6 +8,8 @@
 # - Minutes: 30
 # - Picture: [figures/06-swapped.png](figures/06-swapped.png)
 #
+# ![The whole pipeline; this lesson is about the residual blocks of the U-Net](figures/pipeline-blocks.svg)
+#
 # The U-Net of the lessons before is one network for all timesteps. This lesson takes its commonest part out, the *ResBlock*: two
 # convolutions, a place where the timestep comes in, and a way around it all. A U-Net is mostly ResBlocks; how they are put together is
 # lesson 07.

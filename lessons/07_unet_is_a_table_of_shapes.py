@@ -8,6 +8,8 @@
 # - Minutes: 30
 # - Picture: [figures/07-cut.png](figures/07-cut.png)
 #
+# ![The whole pipeline; this lesson is about the U-Net](figures/pipeline-unet.svg)
+#
 # A U-Net is made of the ResBlocks of lesson 06 and the attention of lesson 04. There is no further idea in its layers, only in their
 # order: what is how large, and who is joined to whom. Whoever can write down its table of shapes has understood it, and can load
 # anybody's weights into it.

@@ -8,6 +8,8 @@
 # - Minutes: 30
 # - Picture: [figures/08-wrong.png](figures/08-wrong.png)
 #
+# ![The whole pipeline; this lesson is about the VAE](figures/pipeline-vae.svg)
+#
 # Lesson 01 put noise into latents, and lesson 07 sent them through the U-Net. Here is where they come from: an *autoencoder*, two
 # networks that were trained together before the U-Net was. The *encoder* makes a small tensor of a picture, the *decoder* makes a picture
 # of it again. The kind used here is called a *VAE*, a variational autoencoder.

@@ -8,6 +8,8 @@
 # - Minutes: 30
 # - Picture: [figures/09-neighbours.png](figures/09-neighbours.png)
 #
+# ![The whole pipeline; this lesson is about the tokenizer and the text encoder](figures/pipeline-words.svg)
+#
 # The U-Net is given `context`: a table with one vector a word (lesson 04 looked words up in it). Two parts make that table. The *tokenizer* turns text into
 # integers; it was never trained by a gradient, it only counts. The *text encoder* turns each integer into a vector that knows the words before it.
 

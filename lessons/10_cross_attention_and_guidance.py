@@ -8,6 +8,8 @@
 # - Minutes: 30
 # - Picture: [figures/10-maps.png](figures/10-maps.png)
 #
+# ![The whole pipeline; this lesson is about guidance](figures/pipeline-guidance.svg)
+#
 # In lesson 04 each cell of the latent asked each word of the prompt: that was *cross-attention*, once. A picture takes many steps. This
 # lesson watches the asking over all of them, and then turns up the volume of the words.
 

@@ -8,6 +8,8 @@
 # - Minutes: 35
 # - Picture: [figures/11-error.png](figures/11-error.png)
 #
+# ![The whole pipeline; this lesson is about the denoising loop](figures/pipeline-sampler.svg)
+#
 # DDIM (lesson 03) goes from noise to a picture in steps, each along a guess of the U-Net, and with twice the steps its error is halved.
 # Every look at the picture is one call of the U-Net, and that is where nearly all the time goes. This lesson sees the walk as a curve, and
 # finds samplers that follow it with fewer calls. Nothing is trained.

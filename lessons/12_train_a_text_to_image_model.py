@@ -8,6 +8,8 @@
 # - Minutes: 35
 # - Picture: [figures/12-stations.png](figures/12-stations.png)
 #
+# ![The whole pipeline; this lesson is about the training loss](figures/pipeline-training.svg)
+#
 # All parts have been on the table: noise, loss, U-Net, latents, words. Here they are trained together, from nothing, for about half a
 # minute. That is far too short for pictures of things. It is long enough to see what comes first, and two models that were trained for
 # longer show what comes later.

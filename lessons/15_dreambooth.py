@@ -9,6 +9,8 @@
 # - Minutes: 35
 # - Picture: [figures/15-forgotten.png](figures/15-forgotten.png)
 #
+# ![The whole pipeline; this lesson is about small changes of the weights](figures/pipeline-adapters.svg)
+#
 # *DreamBooth* teaches a model a subject from a handful of pictures: the subject gets a name, and the whole model goes on training. The
 # subject is learned quickly. The price is paid elsewhere: all that the model knew of this kind of animal is drawn towards the five pictures.
 # This lesson measures the price, and then the paper's remedy.

@@ -8,6 +8,8 @@
 # - Minutes: 30
 # - Picture: [figures/16-words.png](figures/16-words.png)
 #
+# ![The whole pipeline; this lesson is about small changes of the weights](figures/pipeline-adapters.svg)
+#
 # The text encoder begins by looking up a row of a table for each token (lesson 09). *Textual Inversion* leaves the whole model as it is,
 # and adds rows to that table: a new word, whose numbers are found by training. *Pivotal tuning* goes on from there with a LoRA (lesson 14)
 # around the word.

@@ -8,6 +8,8 @@
 # - Minutes: 40
 # - Picture: [figures/17-together.png](figures/17-together.png)
 #
+# ![The whole pipeline; this lesson is about small changes of the weights](figures/pipeline-adapters.svg)
+#
 # LoRA keeps the change of a model small by making every matrix of it thin (lesson 14). *Custom Diffusion* asks first where a change is
 # needed at all, and leaves everything else alone. What it trains is so simple, a map from words to vectors, that two of them can be merged
 # by solving equations, without any training.

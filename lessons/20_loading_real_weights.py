@@ -8,6 +8,8 @@
 # - Minutes: 35
 # - Picture: [figures/20-trail.png](figures/20-trail.png)
 #
+# ![The whole pipeline; this lesson is about the file of weights](figures/pipeline-weights.svg)
+#
 # A *checkpoint* is a file of weights. Those of Stable Diffusion were written by other programs, whose modules have other names than minidiff's. This lesson finds each weight its
 # place, gives account of every name, and then asks the harder question: all names and shapes fit, and is it right? Five mistakes that have been made again and
 # again in public code are planted here on purpose, and found.

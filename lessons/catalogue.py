@@ -62,7 +62,8 @@ def find(number: str) -> Entry:
 def readme(text: str) -> str:
     """The text of README.md with its table and paths made anew, between their marks."""
     rows = [
-        f'| [{e.number} {e.title}]({e.name}.py) | {e.explains} | {e.minutes} | {e.change} | <img src="{e.picture}" width="240" alt=""> |'
+        f"| [{e.number} {e.title}](pages/{e.number}.md) ([script]({e.name}.py)) | {e.explains} | {e.minutes} | {e.change} "
+        f'| <img src="{e.picture}" width="240" alt=""> |'
         for e in entries()
     ]
     table = "\n".join(["| lesson | explains | minutes | you change | |", "|---|---|---|---|---|", *rows])
@@ -71,7 +72,7 @@ def readme(text: str) -> str:
 
 def _links(numbers: tuple[str, ...]) -> str:
     known = {entry.number: entry for entry in entries()}
-    return " → ".join(f"[{known[n].number} {known[n].title}]({known[n].name}.py)" for n in numbers if n in known)
+    return " → ".join(f"[{known[n].number} {known[n].title}](pages/{n}.md)" for n in numbers if n in known)
 
 
 def _between(text: str, mark: str, content: str) -> str:

@@ -1,9 +1,9 @@
-"""What every lesson calls: its options, a model, pictures in one style, and the check of what the learner writes.
+"""What every lesson calls: its options, a model, pictures and curves in one style, and the check of what the learner writes.
 
     lesson = start("01_adding_noise")                  # python lessons/01_adding_noise.py [--model FILE] [--device cuda] [--quick]
     sd = lesson.load()
     lesson.show(fig, "ladder", "what is to be seen")   # lessons/figures/01-ladder.png; a notebook shows it too
-    q_sample = lesson.check(q_sample, instead=...)     # says what is wrong, and goes on with what works
+    q_sample = lesson.check(q_sample)                  # says what is wrong, and continues with the library's own function
 
 In a notebook and in an editor's cells there is no command line: there, write the options into the call, start("01_adding_noise", "--quick").
 """
@@ -12,8 +12,8 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -26,10 +26,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 import weights_loader
-from lessons.exercises import complaint
+from lessons.exercises import complaint, exercises
 from minidiff.cli.model import choose_device
+from minidiff.guidance import guided
 from minidiff.pipeline import StableDiffusion
 
 HERE = Path(__file__).parent
@@ -94,17 +96,29 @@ class Lesson:
             from IPython.display import Image as Shown
             from IPython.display import display
 
-            display(Shown(data=data, alt=alt))
+            display(Shown(data=data, alt=alt, metadata={"name": path.name}))
         else:
             print(f"[picture: {path}]")
 
-    def check(self, written: Callable, instead: Callable) -> Callable:
-        """The learner's function if it is right, `instead` if it is not written yet or wrong; what is wrong is printed."""
-        wrong = complaint(self.name, written)
+    def check(self, written: Callable, instead: Callable | None = None) -> Callable:
+        """Return the learner's function if it is right, and otherwise the library's; print which, and why.
+
+        written: the learner's. instead: the library's, where the exercise does not name it. A function that is right is put to use at once:
+        its exercise's number is printed, its picture shown.
+        """
+        wrong, exercise = complaint(self.name, written), exercises(self.name)[written.__name__]
         print(f"{written.__name__}: {'right' if wrong is None else wrong}")
         if wrong is not None:
-            print("The lesson goes on with the library's own.")
-        return written if wrong is None else instead
+            print("The lesson goes on with the library's own." if instead or exercise.library else "The lesson goes on with the answer.")
+            return instead or exercise.library or exercise.answer
+        if exercise.number:
+            print(exercise.number(written))
+        if exercise.picture:
+            figures = HERE.parent / "runs" / "lessons"  # not among those that are kept
+            replace(self, figures=figures).show(
+                exercise.picture(written), f"yours-{written.__name__}", f"Drawn by your {written.__name__}."
+            )
+        return written
 
 
 def start(name: str, options: str = "") -> Lesson:
@@ -124,6 +138,68 @@ def start(name: str, options: str = "") -> Lesson:
         return Lesson(name, args.model, choose_device(args.device), args.quick, figures)
     except ValueError as error:
         parser.error(str(error))
+
+
+def x0_predictor(sd: StableDiffusion, prompts: Sequence[str]) -> Callable[[Tensor, int], Tensor]:
+    """Return look(x_t, t), the model's prediction of the clean latents of x_t [B, C, H, W] at the timestep t, one number.
+
+    The prompts guide it at the model's usual scale, whether the model predicts eps or v.
+    """
+    cond, uncond = sd.encode_prompts(list(prompts)), sd.encode_prompts([""] * len(prompts))
+    model = guided(sd.unet, cond, uncond, sd.config.guidance_scale)
+    convert = sd.schedule.x0_from_v if sd.schedule.config.prediction == "v" else sd.schedule.x0_from_eps
+
+    @torch.no_grad()
+    def look(x_t: Tensor, t: int) -> Tensor:
+        timesteps = torch.full((len(x_t),), t, device=x_t.device)
+        return convert(x_t, timesteps, model(x_t, timesteps))
+
+    return look
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Return the root of the mean squared difference; it is 1.4 for two tensors of unit normal noise."""
+    return float((a - b).square().mean().sqrt())
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence, Sequence]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    log: str = "",
+    dashed: Sequence[str] = (),
+    xticks: Sequence = (),
+    xlim: tuple | None = None,
+    ylim: tuple | None = None,
+) -> Figure:
+    """Return one figure of several curves, with a legend.
+
+    Args:
+        lines: the points of each curve, x and y, by its name
+        xlabel: of the horizontal axis
+        ylabel: of the vertical axis
+        log: the axes that are logarithmic, "x", "y" or "xy"
+        dashed: names of curves that are drawn thin, black and without points: laws and limits
+        xticks: where the horizontal axis is labelled; matplotlib chooses if there are none
+        xlim: ends of the horizontal axis
+        ylim: ends of the vertical axis
+    """
+    fig, axis = plt.subplots()
+    markers = iter("os^Dv")
+    for name, (x, y) in lines.items():
+        style = (
+            {"color": "black", "linestyle": "--", "linewidth": 1} if name in dashed else {"marker": next(markers) if len(x) < 50 else None}
+        )
+        axis.plot(np.asarray(x), np.asarray(y), label=name, **style)
+    axis.set(xscale="log" if "x" in log else "linear", yscale="log" if "y" in log else "linear", xlabel=xlabel, ylabel=ylabel)
+    if len(xticks):
+        axis.set_xticks(xticks, [str(tick) for tick in xticks])
+        axis.minorticks_off()
+    axis.set(xlim=xlim, ylim=ylim)
+    if len(lines) > 1:
+        axis.legend()
+    return fig
 
 
 def picture_grid(rows: Sequence[Sequence], columns: Sequence[str] = (), labels: Sequence[str] = ()) -> Figure:

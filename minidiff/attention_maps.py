@@ -1,61 +1,125 @@
-"""Which word each part of the picture looked at: the cross-attention maps of a U-Net, recorded while it runs.
+"""Which word each part of the picture looked at: the attention maps of a U-Net, recorded or changed while it runs.
 
-A map is softmax(q k^T / sqrt(d)) of one cross-attention layer, averaged over its heads (Hertz et al. 2022, "Prompt-to-prompt", section
-3.1; Tang et al. 2022, "What the DAAM"). The recorder computes the weights a second time, beside the fused kernel that makes the picture,
-so that recording cannot change the picture.
+    layer's q, k --> softmax(q k^T / sqrt(d)) --> change(layer, weights) --> None: the fused kernel's result stays
+                                                                         --> other weights, times v --> to_out
+
+A map is softmax(q k^T / sqrt(d)) of one attention layer (Hertz et al. 2022, "Prompt-to-prompt", section 3.1; Tang et al. 2022, "What the
+DAAM"). The weights are computed a second time, beside the fused kernel that makes the picture, so that recording cannot change the
+picture, and only the rows whose weights are changed take the slow way.
 """
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiff.attention import Attention, attention_weights
 from minidiff.blocks import SpatialTransformer, TransformerBlock
+from minidiff.config import check_choice
 from minidiff.samplers import Step
 from minidiff.unet import UNet
 
+KINDS = ("cross", "self")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An attention layer at one call of the U-Net.
+
+    name: of its transformer in the U-Net; where a transformer has several blocks, ".1", ".2", ... follow for all but the first.
+    kind: of KINDS. size: (H, W) in cells. rows: of the batch; under guidance the prompts' rows are the last half. Self-attention before the
+    first cross-attention has one row per picture, since both halves are the same there.
+    """
+
+    name: str
+    kind: str
+    size: tuple[int, int]
+    rows: int
+
+
+Weights = Callable[[slice], Float[Tensor, "r h N L"]]  # the weights of some rows
+Change = Callable[[Layer, Weights], Tensor | None]
+
 
 @contextmanager
-def record_cross_attention(unet: UNet) -> Iterator[dict[str, Float[Tensor, "B H W L"]]]:
-    """Fill the dict it gives, while open, with one map per layer, under the name of the layer's transformer in the U-Net.
+def control_attention(unet: UNet, change: Change, kinds: Sequence[str] = KINDS) -> Iterator[None]:
+    """Give every attention of these kinds to `change`, while open, which may return other weights for it.
 
-    Where a transformer has several blocks, ".1", ".2", ... follow the name for all but the first. Clear the dict to record the next call;
-    while a layer's map is there, it is kept. What other threads run meanwhile is not recorded.
+    change(layer, weights) may call weights(rows) for the weights of some rows of the batch. Where it returns None the layer's output stays
+    as it is, bit for bit. Where it returns weights (r, h, N, L) they replace those of the last r rows; the other rows stay as they are.
+    What other threads run meanwhile is not touched. Raises ValueError for another kind.
     """
-    maps: dict[str, Tensor] = {}
+    for kind in kinds:
+        check_choice("kind of attention", kind, KINDS)
     hooks, thread = ExitStack(), threading.get_ident()
 
-    def record(name: str, transformer: SpatialTransformer):
-        rows = []
+    def connect(attention: Attention, name: str, kind: str, height: list[int]) -> None:
+        given: list[Tensor] = []
 
-        def note_size(module, args):
+        def keep_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if threading.get_ident() == thread:
-                rows[:] = [args[0].shape[2]]
+                given[:] = args[0], args[-1]  # x, and the context or x again
 
-        def note_map(name: str, module: Attention, args, output):
-            if name not in maps and threading.get_ident() == thread:
-                x, context = args
-                with torch.no_grad():
-                    weights = attention_weights(module.to_q(x), module.to_k(context), module.heads).mean(dim=1)
-                maps[name] = rearrange(weights, "B (H W) L -> B H W L", H=rows[0])
+        def control(to_out: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+            if threading.get_ident() != thread:
+                return None
+            x, context = given
+            H = height[0]
+            changed = change(Layer(name, kind, (H, x.shape[1] // H), len(x)), partial(_weights, attention, x, context))
+            if changed is None:
+                return None
+            v = rearrange(attention.to_v(context[-len(changed) :]), "r L (h d) -> r h L d", h=attention.heads)
+            return (torch.cat([args[0][: -len(changed)], rearrange(changed @ v, "r h N d -> r N (h d)")]),)
 
-        hooks.enter_context(transformer.register_forward_pre_hook(note_size))
+        hooks.enter_context(attention.register_forward_pre_hook(keep_input))
+        # In front of the adapters' hooks, which may add to what to_out reads.
+        hooks.enter_context(attention.to_out.register_forward_pre_hook(control, prepend=True))
+
+    def connect_transformer(name: str, transformer: SpatialTransformer) -> None:
+        height: list[int] = []
+
+        def keep_height(module: nn.Module, args: tuple[Tensor, Tensor]) -> None:
+            if threading.get_ident() == thread:
+                height[:] = [args[0].shape[2]]
+
+        hooks.enter_context(transformer.register_forward_pre_hook(keep_height))
         for i, block in enumerate(transformer.blocks):
             assert isinstance(block, TransformerBlock)
-            note = partial(note_map, f"{name}.{i}" if i else name)
-            hooks.enter_context(block.cross_attention.register_forward_hook(note))
+            by_kind = {"cross": block.cross_attention, "self": block.self_attention}
+            for kind in kinds:
+                connect(by_kind[kind], f"{name}.{i}" if i else name, kind, height)
 
     with hooks:
         for name, module in unet.named_modules():
             if isinstance(module, SpatialTransformer):
-                record(name, module)
+                connect_transformer(name, module)
+        yield
+
+
+def _weights(attention: Attention, x: Tensor, context: Tensor, rows: slice) -> Float[Tensor, "r h N L"]:
+    return attention_weights(attention.to_q(x[rows]), attention.to_k(context[rows]), attention.heads)
+
+
+@contextmanager
+def record_cross_attention(unet: UNet) -> Iterator[dict[str, Float[Tensor, "B H W L"]]]:
+    """Fill the dict it gives, while open, with one map per layer, the mean over its heads, under the layer's name (see Layer).
+
+    Clear the dict to record the next call; while a layer's map is there, it is kept. What other threads run meanwhile is not recorded.
+    """
+    maps: dict[str, Tensor] = {}
+
+    def record(layer: Layer, weights: Weights) -> None:
+        if layer.name not in maps:
+            with torch.no_grad():
+                maps[layer.name] = rearrange(weights(slice(None)).mean(dim=1), "B (H W) L -> B H W L", H=layer.size[0])
+
+    with control_attention(unet, record, ("cross",)):
         yield maps
 
 

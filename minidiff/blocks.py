@@ -85,9 +85,9 @@ def add_rows(a: Float[Tensor, "A ..."], b: Float[Tensor, "B ..."]) -> Float[Tens
 
 def norm_silu(norm: nn.GroupNorm, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     """Compute SiLU(GroupNorm(x)), before every 3x3 convolution of a ResBlock; our kernel, if selected, takes channels-last x."""
-    selected = select_kernel("group_norm_silu", x, x.shape[1:])
-    if selected and group_norm_silu.unsupported(x, norm.num_groups, norm.weight, norm.bias) is None:
-        return group_norm_silu.run_group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    given = (x, norm.num_groups, norm.weight, norm.bias)
+    if select_kernel("group_norm_silu", x, x.shape[1:]) and group_norm_silu.unsupported(*given) is None:
+        return group_norm_silu.run_group_norm_silu(*given, norm.eps)
     return F.silu(norm(x))
 
 
@@ -175,8 +175,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "R L D_context"]) -> Float[Tensor, "R C H W"]:
         H = x.shape[2]
-        h = rearrange(self.norm(x), "B C H W -> B (H W) C")
-        h = self.proj_in(h)
+        h = self.proj_in(rearrange(self.norm(x), "B C H W -> B (H W) C"))
         for block in self.blocks:
             h = block(h, context)
         h = self.proj_out(h)

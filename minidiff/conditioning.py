@@ -77,14 +77,15 @@ def _shape(value: Tensor | tuple[Tensor, ...] | None) -> object:
     return tuple(value.shape) if isinstance(value, Tensor) else value and [tuple(x.shape) for x in value]
 
 
+@dataclass(eq=False)
 class TextSide:
     """Tokenizer and text encoder together: prompts in, Conditioning out. Models with two of each have two_encoders.py.
 
     encoders, tokenizers: by the names of the modules in `StableDiffusion.parts`.
     """
 
-    def __init__(self, tokenizers: dict[str, Tokenizer], encoders: dict[str, TextEncoder]):
-        self.tokenizers, self.encoders = tokenizers, encoders
+    tokenizers: dict[str, Tokenizer]
+    encoders: dict[str, TextEncoder]
 
     def __call__(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """Encode prompts, one row each. size: (width, height) in pixels, for models that are told it; Stable Diffusion 1 and 2 are not."""

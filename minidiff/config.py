@@ -148,6 +148,7 @@ class ModelConfig:
     """A whole Stable Diffusion. Defaults: SD 1.x.
 
     text_encoder_2: of models with two, whose contexts are put side by side along channels; tokenizer_2 belongs to it.
+    zero_negative: whether no negative prompt means zeros to such a model, else the empty prompt.
     image_size and guidance_scale are what the model was made for, in pixels and as in classifier-free guidance.
     """
 
@@ -160,6 +161,7 @@ class ModelConfig:
     guidance_scale: float = 7.5
     text_encoder_2: TextEncoderConfig | None = None
     tokenizer_2: TokenizerConfig = TokenizerConfig(cleaning="open_clip", padding="zero")
+    zero_negative: bool = True
 
 
 def _check_levels(name: str, widths: tuple[int, ...], groups: int):

@@ -146,23 +146,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def fit(image: Image.Image, size: int, *, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> Float[Tensor, "3 size size"]:
-    """Crop the largest square of an RGB picture and resize it to the model's size: bicubic, antialiased where it shrinks, in [-1, 1].
+def fit(
+    image: Image.Image, size: int | tuple[int, int], *, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False
+) -> Float[Tensor, "3 H W"]:
+    """Crop the largest part of a shape from an RGB picture and resize it: bicubic, antialiased where it shrinks, in [-1, 1].
 
     Raises ValueError for a `crop` outside 0..1.
 
     Args:
         image: In RGB.
-        size: Pixels a side.
-        crop: Where the square lies along x and y: 0 is left and top, 1 right and bottom.
+        size: Pixels a side, or (width, height).
+        crop: Where the part lies along x and y: 0 is left and top, 1 right and bottom.
         flip: Mirror left to right.
     """
     if not all(0 <= place <= 1 for place in crop):
         raise ValueError(f"crop {crop}: both places must lie in 0..1; (0.5, 0.5) is the centre")
-    side = min(image.size)
-    left, top = (image.width - side) * crop[0], (image.height - side) * crop[1]
-    square = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+    size = (size, size) if isinstance(size, int) else size
+    ratio = size[0] / size[1]
+    narrow = image.width / size[0] <= image.height / size[1]
+    width, height = (image.width, image.width / ratio) if narrow else (image.height * ratio, image.height)
+    left, top = (image.width - width) * crop[0], (image.height - height) * crop[1]
+    box = (max(left, 0), max(top, 0), min(left + width, image.width), min(top + height, image.height))  # within it, rounding aside
+    part = image.resize(size, Image.Resampling.BICUBIC, box=box)
+    pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1).float() / 127.5 - 1
     return pixels.flip(-1) if flip else pixels
 
 

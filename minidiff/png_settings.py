@@ -47,12 +47,17 @@ def read_settings(path: Path) -> tuple[str, tuple[int, int]] | None:
 
 
 def is_grid(path: Path) -> bool:
-    """Return True for a picture several times as wide or high as its settings state, unless these mention upscaling."""
+    """Return True for a picture several times as wide or high as its settings state, unless these mention upscaling.
+
+    One that --zoom enlarged is compared with its enlarged size.
+    """
     text, size = read_parameters(path)
-    settings = parse_parameters(text)
-    if settings is None or size == settings[1] or "upscale" in text.lower():
+    found = parse(text)
+    if found is None or found.size is None or "upscale" in text.lower():
         return False
-    return not any(side % one for side, one in zip(size, settings[1]))
+    zoom = int(text) if (text := found.values.get("Zoom", "")).isdecimal() and len(text) <= DIGITS else 1
+    one = found.size[0] * zoom, found.size[1] * zoom
+    return size != one and not any(side % own for side, own in zip(size, one))
 
 
 def read_parameters(path: Path) -> tuple[str, tuple[int, int]]:

@@ -11,10 +11,10 @@ makes SDXL differ from Stable Diffusion 1 is a number in config.SDXL. Left out: 
 """
 
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from minidiff.conditioning import Conditioning, TextSide
 from minidiff.config import ModelConfig, TextEncoderConfig, TokenizerConfig
@@ -40,50 +40,46 @@ class SizeNumbers:
         return [number for pair in (self.original or size, self.crop, self.target or size) for number in reversed(pair)]
 
 
+@dataclass(eq=False)
 class TwoEncoders(TextSide):
-    """Two tokenizers and text encoders. The second makes the pooled vector too.
+    """Two tokenizers and text encoders. The second makes the pooled vector too. `dataclasses.replace` tells it something else.
 
     prompt_2: for the second encoder, in place of each prompt; negative prompts go to both. sizes: told to the U-Net with either.
+    zero_negative: whether no negative prompt means zeros, as in training, or the empty prompt.
     """
 
     prompt_2: str | None = None
-    sizes = SizeNumbers()
+    sizes: SizeNumbers = SizeNumbers()
+    zero_negative: bool = True
 
     def __call__(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """Encode prompts, one row each. size: width and height of the pictures in pixels. Raises ValueError without it."""
-        return self._encode(prompts, [], size)
+        return self._conditioning(prompts, [], size)
 
     def guided(
         self, prompts: Sequence[str], negative: str | None, size: tuple[int, int] | None = None
     ) -> tuple[Conditioning, Conditioning]:
-        """Encode as TextSide does, a negative prompt by both encoders; for None its context and pooled vector are zeros, as in training."""
-        rows = self._encode(prompts, [negative or ""], size)
+        """Encode as TextSide does, a negative prompt by both encoders; for None context and pooled vector may be zeros."""
+        rows = self._conditioning(prompts, [negative or ""], size)
         away = rows[-1:]
-        if negative is None:
-            context, pooled, sizes = away.tensors()
-            away = Conditioning(torch.zeros_like(context), torch.zeros_like(pooled), sizes)
+        if negative is None and self.zero_negative:
+            away = away.with_tensors([x if x is away.size else torch.zeros_like(x) for x in away.tensors()])
         return rows[:-1], away.expand(len(prompts))
 
-    def _encode(self, prompts: Sequence[str], negatives: Sequence[str], size: tuple[int, int] | None) -> Conditioning:
+    def _conditioning(self, prompts: Sequence[str], negatives: Sequence[str], size: tuple[int, int] | None) -> Conditioning:
         if size is None:
             raise ValueError("this model is told the size of the picture; give size=(width, height) in pixels")
         prompts_2 = prompts if self.prompt_2 is None else [self.prompt_2] * len(prompts)
-        tokens, tokens_2 = self.tokens(FIRST, [*prompts, *negatives]), self.tokens(SECOND, [*prompts_2, *negatives])
+        context, pooled = self.encode([*prompts, *negatives], [*prompts_2, *negatives])
+        return Conditioning(context, pooled, torch.tensor([self.sizes.row(size)] * len(context)).to(context.device, torch.float32))
+
+    def encode(self, texts: Sequence[str], texts_2: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return context (R, L, D) and pooled vectors (R, P) of what each encoder is to read."""
+        tokens, tokens_2 = self.tokens(FIRST, texts), self.tokens(SECOND, texts_2)
         first, second = self.encoders[FIRST](tokens), self.encoders[SECOND](tokens_2)
         # The first end token of each row. The original takes the highest id, which may be a learned word's.
         pooled = self.encoders[SECOND].pool(second, (tokens_2 == self.tokenizers[SECOND].end_id).int().argmax(dim=1))
-        sizes = torch.tensor([self.sizes.row(size)] * len(tokens), dtype=torch.float32, device=second.device)
-        return Conditioning(torch.cat([first, second], dim=-1), pooled, sizes)
-
-
-def told(text: TextSide, prompt_2: str | None = None, sizes: SizeNumbers = SizeNumbers()) -> TextSide:
-    """Return a text side with another prompt for the second encoder, and other size numbers. Raises ValueError where there is none."""
-    changed = copy(text)
-    if isinstance(changed, TwoEncoders):
-        changed.prompt_2, changed.sizes = prompt_2, sizes
-    elif prompt_2 is not None or sizes != SizeNumbers():
-        raise ValueError(f"second prompt {prompt_2!r}, {sizes}: this model has one text encoder and is told no sizes; leave both out")
-    return changed
+        return torch.cat([first, second], dim=-1), pooled
 
 
 def text_configs(config: ModelConfig) -> dict[str, tuple[TokenizerConfig, TextEncoderConfig]]:
@@ -97,4 +93,6 @@ def text_side(config: ModelConfig, encoders: Mapping[str, TextEncoder]) -> TextS
     tokenizers = {name: Tokenizer(numbers) for name, (numbers, _) in text_configs(config).items()}
     for name, start in zip(tokenizers, (0, config.text_encoder.width)):
         encoders[name].added_from = start
-    return (TwoEncoders if SECOND in tokenizers else TextSide)(tokenizers, dict(encoders))
+    if SECOND in tokenizers:
+        return TwoEncoders(tokenizers, dict(encoders), zero_negative=config.zero_negative)
+    return TextSide(tokenizers, dict(encoders))

@@ -40,13 +40,15 @@ def family_configs() -> dict[str, ModelConfig]:
         schedule=dataclasses.replace(sd1.schedule, prediction="v"),
     )
     inpainting = [dataclasses.replace(base, unet=dataclasses.replace(base.unet, in_channels=9)) for base in (sd1, sd2)]
+    xl = xl_config()
     return {
         "SD 1": sd1,
         "SD 2": sd2,
         "SD 1 inpainting": inpainting[0],
         "SD 2 inpainting": inpainting[1],
         "bundled": small_config("v"),
-        "SDXL": xl_config(),
+        "SDXL": xl,
+        "SDXL inpainting": dataclasses.replace(xl, unet=dataclasses.replace(xl.unet, in_channels=9)),
     }
 
 

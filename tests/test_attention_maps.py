@@ -6,7 +6,7 @@ import pytest
 import torch
 from einops import rearrange
 
-from minidiff.attention_maps import record_cross_attention, with_attention_maps, word_map
+from minidiff.attention_maps import Layer, control_attention, record_cross_attention, with_attention_maps, word_map
 from minidiff.blocks import SpatialTransformer
 from minidiff.samplers import SAMPLERS
 from tests.small_models import small_model, xl_config
@@ -128,7 +128,7 @@ def test_no_hook_is_left_behind(sd, monkeypatch):
     assert hooks_of(sd.unet) == before
 
     with record_cross_attention(sd.unet):
-        assert hooks_of(sd.unet) == before + 2 * 7
+        assert hooks_of(sd.unet) == before + 3 * 7
     with pytest.raises(RuntimeError), record_cross_attention(sd.unet):
         raise RuntimeError
     assert hooks_of(sd.unet) == before
@@ -153,6 +153,55 @@ def test_a_layers_map_is_kept_until_the_dict_is_cleared(sd):
         maps.clear()
         sd.unet(x_t[1], t, context)
     assert maps.keys() == first.keys() and not torch.equal(maps["middle.transformer"], first["middle.transformer"])
+
+
+# --- other weights ----------------------------------------------------------------------------------------------------
+
+
+def test_layers_are_told_by_name_kind_size_and_rows_in_the_order_in_which_they_run(sd):
+    seen = []
+    with torch.no_grad(), control_attention(sd.unet, lambda layer, weights: seen.append(layer)):
+        sd.unet(torch.zeros(1, 4, 14, 18), torch.tensor([5]), sd.encode_prompts(["", PROMPT]))
+    expected = [Layer(name, kind, size, 2) for name, size in layer_sizes(ODD).items() for kind in ("self", "cross")]
+    expected[0] = Layer("down.0.transformers.0", "self", ODD[0], 1)  # guidance's two halves are still one
+    assert seen == expected
+
+
+def test_weights_replace_those_of_the_last_rows_and_the_others_keep_their_bits(sd):
+    """The reference: the layer's own projections around weights that look at the first token alone."""
+    block = sd.unet.middle.transformer.blocks[0].cross_attention
+    inputs, outputs = [], []
+    handles = [
+        block.register_forward_pre_hook(lambda module, args: inputs.append(args)),
+        block.register_forward_hook(lambda module, args, output: outputs.append(output)),
+    ]
+    context = sd.encode_prompts(["a cat", "a dog", PROMPT])
+    x, t = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((3,), 5)
+
+    def first_token(layer, weights):
+        if layer.name == "middle.transformer":
+            w = torch.zeros_like(weights(slice(-2, None)))
+            w[..., 0] = 1
+            return w
+        return None
+
+    with torch.no_grad():
+        sd.unet(x, t, context)
+        with control_attention(sd.unet, first_token, ("cross",)):
+            sd.unet(x, t, context)
+        v = block.to_v(inputs[1][1])[:, :1].expand_as(inputs[1][0])
+        expected = block.to_out(v)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(outputs[1][:1], outputs[0][:1])
+    torch.testing.assert_close(outputs[1][1:], expected[1:], rtol=1e-4, atol=1e-5)  # fp32
+
+
+def test_another_kind_of_attention_is_refused(sd):
+    with pytest.raises(ValueError, match="kind of attention 'causal' unknown; choose cross, self"):
+        with control_attention(sd.unet, lambda layer, weights: None, ("causal",)):
+            pass
+    assert hooks_of(sd.unet) == 0
 
 
 # --- one word's map ---------------------------------------------------------------------------------------------------

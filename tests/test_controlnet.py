@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minidiff import cuda_graph, pipeline
+from minidiff import cuda_graph, pipeline, tiled_decode
 from minidiff.adapters.custom_diffusion import create_custom_diffusion
 from minidiff.adapters.lora import create_lora
 from minidiff.attention_maps import with_attention_maps
@@ -310,3 +310,16 @@ def test_hints_of_another_shape_are_refused(rows, size, message):
     sd = small_model()
     with pytest.raises(ValueError, match=message):
         latents(sd, [Control(trained(sd), hints(rows, size))], ["a cat", "a dog"], seeds=[0, 1])
+
+
+def test_a_large_steered_picture_is_decoded_in_strips_as_whole(monkeypatch):
+    sd = small_model()
+    control = [Control(trained(sd), hints(size=(96, 64)))]
+    x_t = latents(sd, control, size=(64, 96))[-1]
+    assert (x_t - latents(sd, size=(64, 96))[-1]).abs().max() > 0.01
+    whole, strips = sd.decode(x_t, tiled=False), []
+    monkeypatch.setitem(tiled_decode.VALUES_WORTH_IT, "cpu", 1)
+    real = tiled_decode.decode_tiled
+    monkeypatch.setattr(tiled_decode, "decode_tiled", lambda vae, z: strips.append(z) or real(vae, z, 5))
+    torch.testing.assert_close(sd.decode(x_t), whole, rtol=0, atol=1e-5)  # the order of the sums in a few GroupNorms
+    assert len(strips) == 1

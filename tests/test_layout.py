@@ -33,7 +33,7 @@ ORDER = (
     ("files", "markdown", "machine", "pictures", "captions", "png_settings"),
     ("kernels",),
     (*CORE, "tiled_decode", "cuda_graph"),
-    ("attention_maps", "compare", "controlnet", "hints", "offload"),
+    ("attention_maps", "heat_maps", "compare", "controlnet", "hints", "offload"),
     ("adapters", "editing"),
     ("scenes",),
     ("trainers",),

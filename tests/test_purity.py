@@ -6,6 +6,7 @@ anywhere in the arguments are watched: in lists, in the object a method belongs 
 
 import ast
 import dataclasses
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -29,6 +30,7 @@ from minidiff import (
     cuda_graph,
     files,
     guidance,
+    heat_maps,
     hints,
     pipeline,
     samplers,
@@ -39,18 +41,22 @@ from minidiff import (
 )
 from minidiff.adapters import custom_diffusion, dropout, extraction, layer_change, low_rank, merge_concepts, parallel
 from minidiff.bench import attention_cases
+from minidiff.bench import correctness as bench_correctness
 from minidiff.bench import race as bench_race
-from minidiff.bundled import edits, evaluate, tasks
+from minidiff.bundled import attention_edits, edits, evaluate, tasks
 from minidiff.bundled import judge as judge_network
 from minidiff.bundled import train_judge as judge_trainer
 from minidiff.bundled.train_judge import JudgeTask, judge_config
+from minidiff.cli import control as cli_control
 from minidiff.cli import edit as cli_edit
+from minidiff.cli import heat as cli_heat
+from minidiff.cli import verify as cli_verify
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
-from minidiff.editing import canvas, image_to_image, inpaint, inversion, masks
+from minidiff.editing import canvas, image_to_image, inpaint, inversion, masks, null_text, prompt_steps, prompt_to_prompt
 from minidiff.editing import start as edit_start
 from minidiff.evaluation import alignment, kid, pairs, weights
 from minidiff.evaluation.open_clip import OpenClip
-from minidiff.kernels import cross_attention, dispatch, geglu, group_norm_silu, self_attention, tiles
+from minidiff.kernels import choices, cpu_attention, cross_attention, dispatch, geglu, group_norm_silu, self_attention, tiles
 from minidiff.samplers import Denoiser, Level
 from minidiff.scenes import art
 from minidiff.scenes import hints as scene_hints
@@ -126,6 +132,13 @@ def examples() -> list[partial]:
         reading = judge.read(pixels)
     picture, hole = torch.rand(1, 3, 32, 32), F.pad(torch.ones(1, 1, 16, 16), (8, 8, 8, 8))
     few, x_0, cells_of_hole = edit_start.Sampling(2), torch.randn(1, 4, 8, 8), masks.to_cells(hole, 4)
+    lion, red_lion = "a lion", "a red lion"
+    changing = prompt_to_prompt.AttentionEdit(1.0, 1.0, local_blend=("lion", "lion"))
+    plan = prompt_to_prompt.make_plan(sd.tokenizer, lion, red_lion, changing, pictures=1, steps=2, guided=False)
+    crosses = attention_maps.Layer("down.0.transformers.0", "cross", (2, 3), 2), torch.rand(2, 2, 6, 32)
+    up = list(inversion.invert(sd, ["a cat"], x_0, steps=2))
+    heat = heat_maps.HeatMaps(1, [1, 2])
+    list(heat.watch(sd.denoise(lion, steps=1), sd.unet))
     verdict = evaluate.Verdict(True, True, None, None, None, 0.5)
     public_clip = OpenClip.__new__(OpenClip)  # around any network
     public_clip.model, public_clip.image_size, public_clip.device = (
@@ -228,7 +241,7 @@ def examples() -> list[partial]:
         partial(diffusion_loss.min_snr_weight, schedule, t, 5.0),
         partial(loop.to_device, torch.device("cpu"), x_t),
         partial(memory.bytes_of, [x_t]),
-        partial(distributed.average_gradients, [weight], x_t.sum()),
+        partial(distributed.mean, x_t.sum()),
         partial(optimizer.orthogonalise, torch.randn(4, 6)),
         partial(cache.Batch.concatenate, [cache.Batch(x_t, x_t[:, :1], ("a", "b"), ("", ""), torch.ones(2, 6))] * 2),
         partial(regularisation.nearest, torch.randn(4), torch.randn(6, 4)),
@@ -254,6 +267,21 @@ def examples() -> list[partial]:
         partial(inpaint.keep_known, few.denoise(sd, ["a cat"], [0], x_0), lambda i: x_0, cells_of_hole),
         partial(inpaint.with_hole, sd, picture, hole),
         partial(inversion.invert, sd, ["a cat"], x_0, steps=2),
+        partial(null_text.null_text, sd, ["a cat"], x_0, up, iterations=1),
+        partial(prompt_to_prompt.prompt_to_prompt, sd, lion, red_lion, changing, sampling=few, x=x_0),
+        partial(plan.acts, 0),
+        partial(plan.change, 0, {}, crosses[0], lambda rows: crosses[1][rows]),
+        partial(plan.edit_maps, 0, crosses[1]),
+        partial(prompt_to_prompt.word_maps, crosses[1], ([1], [2]), (2, 3)),
+        partial(prompt_to_prompt.local_blend, x_t, torch.rand(1, 2, 2), torch.rand(1, 2, 2)),
+        partial(prompt_steps.step_at, few.levels(sd.schedule), t),
+        partial(prompt_steps.halves, q, True),
+        partial(prompt_steps.Kept(q, attention.Attention(8, 2)).forward, q),
+        partial(prompt_steps.kept_cross_attention, sd.unet, {"middle.transformer.blocks.0": q}),
+        partial(heat_maps.HeatMaps(1, [1]).watch, sd.denoise(lion, steps=1), sd.unet),
+        partial(heat_maps.overlap, crosses[1][0, :, 0], crosses[1][1, :, 0]),
+        partial(heat_maps.lay_over, picture, torch.rand(1, 4, 4)),
+        partial(cli_heat.write_heat_maps, Path(tempfile.mkdtemp()) / "heat.png", heat, sd, [lion], picture),
         partial(canvas.resize, picture, 20, 10),
         partial(canvas.fit, picture, 20, 10, "pad"),
         partial(canvas.pad_to_cells, picture, 5),
@@ -262,6 +290,7 @@ def examples() -> list[partial]:
         partial(canvas.Crop(2, 3, 8, 6).put_back, torch.rand(1, 3, 12, 16), picture),
         partial(canvas.crop_around, hole, 64, 64),
         partial(canvas.make_canvas, picture, hole, 4, (64, 64)),
+        partial(canvas.make_canvas(picture, hole, 4).follow, picture + 1),
         partial(canvas.make_canvas(picture, hole, 4).finish, picture + 1),
         partial(masks.check_mask, hole),
         partial(masks.mask_box, hole),
@@ -272,8 +301,12 @@ def examples() -> list[partial]:
         partial(masks.paste, picture, picture + 1, hole),
         partial(cli_edit.prepare_edit, cli_edit.EditFlags(), (picture, hole), sd, None),
         partial(cli_edit.Edit(picture, None, 0.5).denoise, sd, ["a cat"], [0], few),
+        partial(cli_edit.Edit.size.fget, cli_edit.Edit(picture, None, 0.5)),
+        partial(cli_control.Frame((32, 32), lambda x: x).follow_hint, picture[0]),
+        partial(cli_verify.run_text, sd, "text_encoder", sd.tokenizer(["a cat"])),
         partial(cli_edit.Edit(picture, canvas.make_canvas(picture, hole, 4), 0.5).finish, picture + 1),
         partial(edits.known_latents, "fresh", x_0, [0], few.levels(sd.schedule)),
+        partial(attention_edits.outside, judge, pixels),
         partial(edits.found, judge, pixels, "cat"),
         partial(edits.mean_change, picture, picture + 1, hole),
         partial(edits.rim_of, hole, 2),
@@ -303,13 +336,26 @@ def examples() -> list[partial]:
         partial(unet.UNet(unet_config).forward, x_t, t, context),
         partial(unet.UNet(unet_config).encode, x_t, t, context, x),
         partial(cross_attention.fused_cross_attention, *(y.to(tiles.DEVICE) for y in (q, k, v)), 1),
+        partial(cross_attention.run_cross_attention, *(y.to(tiles.DEVICE) for y in (q, k, v)), 1),
         partial(cross_attention.unsupported, q, k, v, 1),
+        partial(choices.find, "geglu", ones, (1, 8)),
+        partial(dispatch.select_kernel, "geglu", ones, (1, 8)),
         partial(self_attention.fused_self_attention, *(y.to(tiles.DEVICE) for y in (q, k, v)), 1),
+        partial(self_attention.run_self_attention, *(y.to(tiles.DEVICE) for y in (q, k, v)), 1),
         partial(self_attention.unsupported, q, k, v, 1),
+        partial(cpu_attention.tiled_attention, *(y.bfloat16() for y in (q, k, v)), 1),
+        partial(cpu_attention.unsupported, q, k, False),
         partial(tiles.refusal, q, k, v, 1),
+        partial(bench_correctness.forward_and_backward, torch.mul, (x, x + 1), x),
+        partial(bench_correctness.judge, lambda: (x,), [lambda: (x + 1e-3,)], {"out": x.double()}),
+        partial(bench_correctness.relative_errors, (x,), {"out": x.double()}),
+        partial(distributed.backward, (weight * 2).sum(), None, True),
+        partial(distributed.TrainedWeights([]).forward, x.sum()),
         partial(geglu.fused_geglu, ones),
+        partial(geglu.run_geglu, ones),
         partial(geglu.unsupported, ones),
         partial(group_norm_silu.fused_group_norm_silu, cells, 4, ones, ones, 1e-5),
+        partial(group_norm_silu.run_group_norm_silu, cells, 4, ones, ones, 1e-5),
         partial(group_norm_silu.unsupported, cells, 4, ones, ones),
         partial(tiles.no_kernel_for, ones),
         partial(tiles.device_of, ones),

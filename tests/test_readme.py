@@ -55,7 +55,7 @@ def test_every_minidiff_command_of_the_readme_parses():
         options = [word for word in words if word.startswith("--")]
         name = words[:2] if words[0] in ("train", "bench", "merge", "evaluate", "hint") else words[:1]
         shown = subprocess.run(
-            [sys.executable, "-m", "minidiff", *name, "--help"], capture_output=True, text=True, check=True, env=environment()
+            [sys.executable, "-m", "minidiff", *name, "--help-all"], capture_output=True, text=True, check=True, env=environment()
         ).stdout
         for option in options:
             assert option in shown, f"{command}: {option}"

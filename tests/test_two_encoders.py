@@ -7,7 +7,7 @@ import torch
 
 from minidiff.config import SDXL, SDXL_TURBO, TextEncoderConfig
 from minidiff.schedule import NoiseSchedule
-from minidiff.two_encoders import SizeNumbers, TwoEncoders, text_configs, told
+from minidiff.two_encoders import SizeNumbers, TwoEncoders, text_configs
 from tests.small_models import small_config, small_model, xl_config
 
 PROMPT = "a red apple"
@@ -79,6 +79,12 @@ def test_a_negative_prompt_left_out_is_zeros_and_an_empty_one_is_encoded(sd):
     assert len(cond) == len(left_out) == len(empty) == 2
 
 
+def test_a_model_may_take_a_negative_prompt_left_out_for_the_empty_one():
+    sd = small_model(replace(xl_config(), zero_negative=False))
+    sides = [sd.text.guided([PROMPT], negative, (64, 32))[1].tensors() for negative in (None, "")]
+    assert all(map(torch.equal, *sides)) and sides[0][0].any()
+
+
 def test_one_encoder_takes_a_negative_prompt_left_out_for_an_empty_one():
     sd = small_model()
     for negative in (None, ""):
@@ -87,31 +93,18 @@ def test_one_encoder_takes_a_negative_prompt_left_out_for_an_empty_one():
 
 
 def test_a_second_prompt_goes_to_the_second_encoder_alone(sd):
-    plain, other = sd.text([PROMPT], (32, 32)), told(sd.text, prompt_2="a cat")([PROMPT], (32, 32))
+    plain, other = sd.text([PROMPT], (32, 32)), replace(sd.text, prompt_2="a cat")([PROMPT], (32, 32))
     cat = sd.text(["a cat"], (32, 32))
     assert torch.equal(other.context[..., :16], plain.context[..., :16]) and torch.equal(other.context[..., 16:], cat.context[..., 16:])
     assert torch.equal(other.pooled, cat.pooled)
-    empty = told(sd.text, prompt_2="")([PROMPT], (32, 32))
+    empty = replace(sd.text, prompt_2="")([PROMPT], (32, 32))
     assert torch.equal(empty.pooled, sd.text([""], (32, 32)).pooled)
     assert isinstance(sd.text, TwoEncoders) and sd.text.prompt_2 is None, "the model's own text side has changed"
 
 
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ({"prompt_2": "a cat"}, "second prompt 'a cat'"),
-        ({"sizes": SizeNumbers(crop=(8, 0))}, r"second prompt None, SizeNumbers\(original=None, crop=\(8, 0\)"),
-    ],
-)
-def test_a_model_with_one_encoder_takes_neither(given, message):
-    with pytest.raises(ValueError, match=f"{message}.*one text encoder and is told no sizes"):
-        told(small_model().text, **given)
-    assert told(small_model().text) is not None
-
-
 def test_pictures_depend_on_every_thing_that_is_told(sd):
     def latent(**given):
-        text = told(sd.text, given.pop("prompt_2", None), given.pop("sizes", SizeNumbers()))
+        text = replace(sd.text, prompt_2=given.pop("prompt_2", None), sizes=given.pop("sizes", SizeNumbers()))
         *_, step = sd.denoise(PROMPT, steps=2, size=32, text=text, **given)
         return step.x_t
 

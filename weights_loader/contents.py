@@ -20,7 +20,7 @@ from weights_loader.folder import INDEX, folder_family, read_json, vae_config
 from weights_loader.metadata import KEY, config_from_json
 from weights_loader.name_table import EMA_PREFIX, PartNames, canonical_name, ema_name, file_name
 from weights_loader.read import Checkpoint, read
-from weights_loader.stated import Statement, statements
+from weights_loader.stated import Statement, statements, yaml_numbers
 
 BUNDLED = {name: Path(__file__).parent / "bundled" / f"{name}.safetensors" for name in ("tiny", "half")}
 EXTRA_FILE = "carried.safetensors"  # beside the parts of a diffusers folder that minidiff wrote, in LDM names
@@ -37,6 +37,7 @@ class Contents:
     rest: the tensors of no part.
     stated: what the file says of its prediction; see stated.py.
     vae_config: of a VAE taken from elsewhere, where its place states one.
+    yaml: numbers of the .yaml of the file's name; see stated.yaml_numbers.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Contents:
     notes: tuple[str, ...]
     stated: tuple[Statement, ...] = ()
     vae_config: VAEConfig | None = None
+    yaml: dict[str, float] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -90,7 +92,9 @@ def open_checkpoint(path: Path) -> Contents:
     notes += [f"metadata {key} = {told[key]}: {UNUSED_METADATA[key]}" for key in told if told[key] not in ("", "1", "None", "0,1000")]
     stated = statements(rest, checkpoint.metadata, yaml)
     notes = (*checkpoint.notes, *notes)
-    return Contents(path, family, "ldm", parts, dict.fromkeys(parts, "ldm"), rest, checkpoint.metadata, notes, stated)
+    return Contents(
+        path, family, "ldm", parts, dict.fromkeys(parts, "ldm"), rest, checkpoint.metadata, notes, stated, yaml=_numbers(path, yaml)
+    )
 
 
 # Metadata that change how a model is to be used, and which nothing here follows.
@@ -100,11 +104,22 @@ UNUSED_METADATA = {
 }
 
 
+def _numbers(path: Path, yaml: str) -> dict[str, float]:
+    try:
+        return yaml_numbers(yaml)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _beside(path: Path) -> tuple[str, list[str]]:
     """Return the text of the .yaml of a file's name, and a note for each thing beside the file that programs read and this one does not."""
     yaml = path.with_suffix(".yaml")
     text = yaml.read_text(encoding="utf-8", errors="replace") if yaml.is_file() else ""
-    notes = [f"{yaml.name} beside the file: only its parameterization is read"] if text else []
+    notes = (
+        [f"{yaml.name} beside the file: its parameterization, noise schedule and scale_factor are read, sizes come from the tensors"]
+        if text
+        else []
+    )
     vaes = (path.with_suffix(f".vae{suffix}") for suffix in (".safetensors", ".pt", ".ckpt"))
     notes += [f"{vae.name} beside the file is not used; vae={vae.name} (--vae) takes it" for vae in vaes if vae.is_file()]
     return text, notes

@@ -1,4 +1,4 @@
-"""ControlNet files, in and out: for Stable Diffusion 1 and 2, and for any other model whose U-Net has the same shapes.
+"""ControlNet files, in and out: for Stable Diffusion 1, 2 and XL, and for any other model whose U-Net has the same shapes.
 
     original      control_model.zero_convs.0.0.weight, with the prefix or without; alone, or beside a whole model, which is left out
     diffusers     controlnet_down_blocks.0.weight; a folder with a config.json, or one file
@@ -28,7 +28,7 @@ from weights_loader.dialects import unet_convolutions, unet_diffusers, unet_ldm
 from weights_loader.empty_parts import NoInit
 from weights_loader.families import family_of_config
 from weights_loader.folder.settings import read_json
-from weights_loader.folder.writing import write_json
+from weights_loader.folder.writing import added_json, write_json
 from weights_loader.metadata import FORMAT, settings_to_metadata
 from weights_loader.name_table import PartNames, TensorLocation, from_file, to_file
 from weights_loader.read import Checkpoint, read
@@ -134,7 +134,7 @@ def parse(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], str]:
     names = list(checkpoint.tensors)
     for pattern, what in REFUSED:
         if any(re.search(pattern, name) for name in names):
-            raise ValueError(f"{what}; not supported, give a ControlNet for Stable Diffusion 1.x or 2.x")
+            raise ValueError(f"{what}; not supported, give a ControlNet for Stable Diffusion 1.x, 2.x or XL")
     if not is_controlnet(names):
         raise ValueError(f"given as a ControlNet, but it is {describe(names)}")
     own = {name.removeprefix(PREFIX): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(PREFIX)}
@@ -201,13 +201,17 @@ def _check_family(tensors: Mapping[str, Tensor], sd: StableDiffusion) -> None:
     is_xl, model_is_xl = any(re.search(XL, name) for name in tensors), sd.config.unet.pooled_width is not None
     found = next((tensor.shape[1] for name, tensor in tensors.items() if re.search(r"attn2\.to_k\.(weight|down)$", name)), None)
     theirs = "Stable Diffusion XL" if is_xl else FAMILIES.get(found or 0, f"a model whose text is {found} wide")
-    if is_xl and model_is_xl:
-        raise ValueError("a ControlNet for Stable Diffusion XL, which is not supported; choose a 1.x or 2.x")
     if is_xl != model_is_xl or found not in (None, sd.config.unet.context_width):
         ours = family_of_config(sd.config).name_of(sd.config)
         raise ValueError(
             f"a ControlNet for {theirs}; the model in use is {ours}, whose text is {sd.config.unet.context_width} wide; "
             "give a ControlNet of the model's family, or another --model"
+        )
+    depth = sd.config.unet.blocks_per_level * sum(sd.config.unet.attention) + max(1, sd.config.unet.attention[-1])
+    found = {match[0] for name in tensors if (match := re.match(r".*\.transformer_blocks\.\d+\.", name))}
+    if not any(name in tensors for name in ADDED) and len(found) < depth:
+        raise ValueError(
+            f"a ControlNet of {len(found)} transformer blocks where the model has {depth}, as diffusers' small and mid ones; not supported"
         )
 
 
@@ -302,6 +306,7 @@ def _diffusers_json(config: ControlNetConfig) -> dict[str, Any]:
         "use_linear_projection": unet.linear_projection,
         "norm_num_groups": unet.groups,
         "conditioning_embedding_out_channels": config.hint_widths,
+        **({} if unet.pooled_width is None else added_json(unet)),
         "controlnet_conditioning_channel_order": config.channel_order,
         "global_pool_conditions": config.pooled,
     }

@@ -39,6 +39,7 @@ from weights_loader.stated import MARKERS, refuse_edm
 from weights_loader.unused_text import to_ldm_names
 
 CALLER, SCHEDULER = "the caller", "scheduler_config.json"
+MOST_TIMESTEPS = 100_000  # that a .yaml may ask for; every Stable Diffusion has 1,000
 SILENT = (CALLER, SCHEDULER, KEY)  # what decides without a note: nobody would expect otherwise
 
 
@@ -194,7 +195,21 @@ def _stated_config(contents: Contents, options: LoadOptions) -> tuple[ModelConfi
         return (config, SCHEDULER) if decided else apply_statements(config, stated)
     if KEY in contents.metadata:
         return config_from_json(contents.metadata[KEY]), KEY
-    return apply_statements(_with_scale(family_config(contents.shapes), contents.rest.get("scale_factor")), stated)
+    config = _with_scale(_with_yaml(family_config(contents.shapes), contents.yaml), contents.rest.get("scale_factor"))
+    return apply_statements(config, stated)
+
+
+def _with_yaml(config: ModelConfig, numbers: Mapping[str, float]) -> ModelConfig:
+    """Return the config with the noise schedule and the factor of the latents that the .yaml next to the file states."""
+    factor = numbers.get("scaling_factor", config.vae.scaling_factor)
+    if not factor > 0:
+        raise ValueError(f"scale_factor: {factor:g} in the .yaml of its name: expected a number above 0")
+    schedule = {name: numbers[name] for name in ("beta_start", "beta_end") if name in numbers}
+    timesteps = int(numbers.get("timesteps", config.schedule.timesteps))
+    if not 2 <= timesteps <= MOST_TIMESTEPS:
+        raise ValueError(f"timesteps: {timesteps} in the .yaml of its name: expected 2 to {MOST_TIMESTEPS}")
+    schedule = replace(config.schedule, timesteps=timesteps, **schedule)
+    return replace(config, schedule=schedule, vae=replace(config.vae, scaling_factor=factor))
 
 
 def _with_scale(config: ModelConfig, factor: Tensor | None) -> ModelConfig:

@@ -34,6 +34,8 @@ def config_to_json(config: ModelConfig) -> str:
             del fields[name]
     if config.text_encoder_2 is None:
         del values["text_encoder_2"], values["tokenizer_2"]
+    if config.zero_negative:
+        del values["zero_negative"]
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -2,11 +2,12 @@
 
     metadata         modelspec.prediction_type = v, ss_v_parameterization = True, ...
     marker tensors   v_pred, ztsnr
-    a .yaml          parameterization: "v"
+    a .yaml          parameterization: "v"; also numbers of the noise schedule, and the factor of the latents
 
 prediction.py decides from these statements.
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,26 @@ def statements(names: Collection[str], metadata: Mapping[str, str], yaml: str = 
         value = _plain(stated[1])
         found.append(Statement(f"parameterization: {stated[1]} in the .yaml of its name", _NAMES.get(value, value)))
     return tuple(found)
+
+
+YAML_NUMBERS = {"linear_start": "beta_start", "linear_end": "beta_end", "timesteps": "timesteps", "scale_factor": "scaling_factor"}
+
+
+def yaml_numbers(yaml: str) -> dict[str, float]:
+    """Return what a .yaml says of the noise schedule and the factor of the latents, by the names of ScheduleConfig and VAEConfig.
+
+    The first line of each name counts: an upscaler's second schedule comes after it. Raises ValueError for what is no number.
+    """
+    found = {}
+    for theirs, ours in YAML_NUMBERS.items():
+        if stated := re.search(rf"^[ \t]*{theirs}:[ \t]*[\"']?([^\s#\"']+)", yaml, re.MULTILINE):
+            try:
+                found[ours] = float(stated[1])
+            except ValueError:
+                found[ours] = math.nan
+            if not math.isfinite(found[ours]):
+                raise ValueError(f"{theirs}: {stated[1]} in the .yaml of its name: expected a number; mend or rename that file")
+    return found
 
 
 def _plain(value: str) -> str:

@@ -17,7 +17,6 @@ def check_ema_update(function) -> str | None:
     generator = torch.Generator().manual_seed(0)
     for n in (500, 2):
         mean, weight = (torch.randn(3, 4, generator=generator) for _ in range(2))
-        kept = weight.clone()
         mistakes = {
             "gives the old mean the share 1 - d and the new weight the share d: the mean is to stay nearly as it is, so it gets d": (
                 exchanged(mean, weight, DECAY, n)
@@ -29,11 +28,7 @@ def check_ema_update(function) -> str | None:
                 the_larger(mean, weight, DECAY, n)
             ),
         }
-        wrong = difference(function(mean.clone(), weight, DECAY, n), ema_update(mean, kept, DECAY, n), mistakes, of=f"at n = {n}")
-        if not torch.equal(weight, kept):
-            return (
-                "changes the weight itself, from which training goes on: give back a new tensor, and nothing that ends in _ or = on the old"
-            )
+        wrong = difference(function(mean, weight, DECAY, n), ema_update(mean, weight, DECAY, n), mistakes, of=f"at n = {n}")
         if wrong is not None:
             return wrong
     return None
@@ -66,7 +61,7 @@ EXERCISES = (
             (exchanged, "it gets d"),
             (the_larger, "the larger of the two"),
             (without_a_rise, "d has to rise"),
-            (in_place, "changes the weight itself"),
+            (in_place, "changes its argument weight in place"),
         ),
     ),
 )

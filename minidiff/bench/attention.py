@@ -21,8 +21,10 @@ import torch
 
 from minidiff.bench.attention_cases import KINDS, AttentionCase, directions, list_cases
 from minidiff.bench.attention_worker import SDPA
+from minidiff.bench.budget import Budget
 from minidiff.bench.common import BenchRecord, check_arguments, model_config
-from minidiff.bench.contender import Contender, Refused
+from minidiff.bench.contender import TIMEOUT, Contender, Refused
+from minidiff.bench.race import GRACE, ask_in_time, keep_whole_rounds
 from minidiff.bench.ratios import Ratio, ratio, turns
 from minidiff.machine import format_machine
 from minidiff.markdown import format_seconds, table_header, table_row
@@ -46,6 +48,7 @@ def bench_attention(
     batch: int = 2,
     cases: Sequence[AttentionCase] | None = None,
     kinds: Sequence[str] = KINDS,
+    budget: Budget = Budget(),
 ) -> Iterator[str]:
     """Measure, and yield the lines of Markdown tables as they come. Raises ValueError for unknown names.
 
@@ -60,6 +63,7 @@ def bench_attention(
         batch: 2 is one picture with guidance.
         cases: In place of those of models, sizes and dtypes.
         kinds: Of inputs, for the errors.
+        budget: The time that it may take; shapes that are left when it ends are named.
     """
     check_arguments(rounds, out)
     if unknown := [name for name in contenders if name not in CONTENDERS]:
@@ -86,13 +90,18 @@ def bench_attention(
         }
         for case in cases:
             if not record.results.get(str(case), {}).get("done"):
+                if not budget.left:
+                    break
                 late = perf_counter() - began > FLEX_TIME_LIMIT
-                measure(case, running, Path(folder) / "known.pt", rounds, kinds, record, late)
+                measure(case, running, Path(folder) / "known.pt", rounds, kinds, record, late, budget)
             yield from case_rows(case, record.results[str(case)], contenders)
+    for case in [case for case in cases if str(case) not in record.results]:
+        yield f"\nnot measured, the time was over: {case}"
     ways = [way for result in record.results.values() for way in result["ways"].items()]
     for name, reason in sorted({(name, one["refused"]) for name, one in ways if "refused" in one}):
         yield f"\n{name} refused: {reason}"
-    sums = [one for when in ("seconds", "cold") for one in sum_steps(cases, record.results, when)]
+    whole = cases if all(str(case) in record.results for case in cases) else []
+    sums = [one for when in ("seconds", "cold") for one in sum_steps(whole, record.results, when)]
     yield "\n" + table_header(["attention of a U-Net step", "minidiff", "best of PyTorch at each shape", "times as fast"])
     for one in sums:
         yield table_row([one["name"], format_seconds(median(one["ours"])), format_seconds(median(one["best"])), Ratio(**one["ratio"])])
@@ -103,7 +112,14 @@ def bench_attention(
 
 
 def measure(
-    case: AttentionCase, running: dict[str, Contender], known: Path, rounds: int, kinds: Sequence[str], record: BenchRecord, late: bool
+    case: AttentionCase,
+    running: dict[str, Contender],
+    known: Path,
+    rounds: int,
+    kinds: Sequence[str],
+    record: BenchRecord,
+    late: bool,
+    budget: Budget,
 ) -> None:
     """Check every contender on the case, then time the rounds. One that died is started again for the next case.
 
@@ -115,6 +131,7 @@ def measure(
         kinds: Of inputs.
         record: Where results are kept.
         late: Leave out FlexAttention, which takes longest to compile.
+        budget: The time that it may take.
     """
     asked = {"case": asdict(case), "path": str(known)}
     running["reference"].ask(do="make", kinds=list(kinds), **asked)
@@ -125,20 +142,22 @@ def measure(
             ways[name] = {"refused": "left out of the time that there is" if late else f"not tried below {SMALL} tokens"}
             continue
         try:
-            ways[name] = contender.ask(do="check", **asked) | {direction: [] for direction in directions(case)}
+            ways[name] = ask_in_time(contender, budget, **asked) | {direction: [] for direction in directions(case)}
         except Refused as reason:
             ways[name] = {"refused": str(reason)}
             contender.restart_if_dead()
         record.keep(str(case), result)
     for direction in directions(case):
         for _, name in turns([name for name in ways if "refused" not in ways[name]], rounds):
-            if "refused" in ways[name]:
+            if "refused" in ways[name] or not budget.left:
                 continue
+            asked = {"do": "time", "direction": direction, "least": 0.1, "case": asdict(case)}
             try:
-                ways[name][direction].append(running[name].ask(do="time", direction=direction, least=0.1, case=asdict(case)))
+                ways[name][direction].append(running[name].ask(limit=min(TIMEOUT, budget.left + GRACE), **asked))
             except Refused as reason:
                 ways[name] = {"refused": str(reason)}
                 running[name].restart_if_dead()
+        keep_whole_rounds([way[direction] for way in ways.values() if "refused" not in way])
     result["done"] = True
     record.keep(str(case), result)
 

@@ -11,6 +11,7 @@ contender's imports are its own.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from time import perf_counter
 
+POSIX = os.name == "posix"
 TIMEOUT = 400  # seconds for one answer; compiling takes longest
 
 
@@ -28,10 +30,11 @@ class Refused(Exception):
 
 
 class Contender(AbstractContextManager):
-    """Another process: `with Contender(module, job) as one: one.ask(do="time")`."""
+    """Another process: `with Contender(module, job) as one: one.ask(do="time")`. environment: variables that it has besides ours."""
 
-    def __init__(self, module: str, job: dict):
+    def __init__(self, module: str, job: dict, environment: dict[str, str] | None = None):
         self.command = [sys.executable, "-m", module, json.dumps(job)]
+        self.environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | (environment or {})
         self.start()
 
     def start(self) -> None:
@@ -43,7 +46,8 @@ class Contender(AbstractContextManager):
             stdout=subprocess.PIPE,
             stderr=self.stderr,
             text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env=os.environ | self.environment,
+            process_group=0 if POSIX else None,  # so that what it starts itself, as workers that compile or draw, ends with it
         )
         assert self.process.stdin is not None and self.process.stdout is not None  # both are pipes
         self.requests, self.answers = self.process.stdin, self.process.stdout
@@ -52,12 +56,20 @@ class Contender(AbstractContextManager):
         self.close()
 
     def close(self) -> None:
-        """Kill the process."""
-        self.process.kill()
+        """Kill the process, and those that it started."""
+        self.kill()
         self.process.wait()
         for stream in (self.requests, self.answers, self.stderr):
             with suppress(BrokenPipeError):  # what it did not read any more
                 stream.close()
+
+    def kill(self) -> None:
+        """Kill its process group, or where there are none, the process."""
+        with suppress(ProcessLookupError):
+            if POSIX:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
 
     def restart_if_dead(self) -> None:
         """Start the process anew if it died."""
@@ -67,7 +79,7 @@ class Contender(AbstractContextManager):
 
     def ask(self, limit: float = TIMEOUT, **request: object) -> dict:
         """Return the answer. Raises Refused with the contender's reason, with its last line if it died, or after `limit` seconds."""
-        timer = threading.Timer(limit, self.process.kill)
+        timer = threading.Timer(limit, self.kill)
         began = perf_counter()
         timer.start()
         try:

@@ -15,7 +15,7 @@ from torch import Tensor
 from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
 from minidiff.bench.pipelines import diffusers_pipeline, make_model_jobs, minidiff_model, start_worker
-from minidiff.bench.race import race_models
+from minidiff.bench.race import RaceRules, race_models
 from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
 
@@ -32,6 +32,7 @@ def bench_image(
     steps: int | None = None,
     device: str = "cpu",
     max_autotune: bool = False,
+    rules: RaceRules = RaceRules(),
 ) -> Iterator[str]:
     """Measure, and yield the lines of a Markdown table. On a CPU our float32 is left out: it takes as long as diffusers'.
 
@@ -46,6 +47,7 @@ def bench_image(
         steps: Of DDIM; by default 4 on a CPU, 50 on a GPU.
         device: Of all contenders.
         max_autotune: Race diffusers compiled with max-autotune too.
+        rules: Who takes part, on which weights, how long.
     """
     on_cpu = torch.device(device).type == "cpu"
     rounds = (2 if on_cpu else 5) if rounds is None else rounds
@@ -56,11 +58,12 @@ def bench_image(
     config = model_config(model)
     size = size or config.image_size
     jobs = {name: job | {"size": size, "steps": steps} for name, job in make_model_jobs(device, against, max_autotune).items()}
-    if on_cpu and against:
+    if on_cpu and against and "minidiff float32" not in rules.contenders:
         del jobs["minidiff float32"]
+    jobs = rules.choose(jobs)
     record = BenchRecord(out, {"bench": "image", "model": str(config), "size": size, "steps": steps, "rounds": rounds, "device": device})
     part = f"A picture of {size} x {size} in {steps} steps\n", "", jobs
-    yield from race_models(__name__, [part], config, lambda folder: None, record)
+    yield from race_models(__name__, [part], config, lambda folder: None, record, rules)
 
 
 # ------------------------------------------------------------------------------------------------------ the contenders

@@ -110,7 +110,7 @@ class ProcessMemory:
         self.start = self.end = resident_and_anonymous()
         self.anonymous_peak = self.start[1]
         self.done = threading.Event()
-        self.watcher = threading.Thread(target=self._watch)
+        self.watcher = threading.Thread(target=self._watch, daemon=True)  # one that nobody stops keeps no process alive
         self.watcher.start()
         return self
 

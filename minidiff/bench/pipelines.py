@@ -6,12 +6,14 @@ The weights have the published shapes and are the same for all; every contender 
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from minidiff.bench.common import random_model_to_run
+from minidiff.bench.stand_in import provide_open_clip
 from minidiff.bench.worker_protocol import PeakMemory
 from minidiff.config import ModelConfig
 
@@ -26,6 +28,7 @@ def model_folder(config: ModelConfig) -> Iterator[Path]:
     """Write a diffusers folder of float32 weights, 4.3 GB for Stable Diffusion 1.x, 13.9 GB for XL, to a temporary folder for the block."""
     import weights_loader
 
+    provide_open_clip()
     with tempfile.TemporaryDirectory(prefix="minidiff-bench-") as folder:
         weights_loader.save(random_model_to_run(config), Path(folder) / "model", layout="diffusers")
         yield Path(folder)
@@ -36,9 +39,12 @@ def model_folder(config: ModelConfig) -> Iterator[Path]:
 ON_CPU = {
     "diffusers float32": ("diffusers", "float32", "eager"),
     "diffusers bfloat16": ("diffusers", "bfloat16", "channels-last"),
+    "diffusers compiled bfloat16": ("diffusers", "bfloat16", "compiled"),
+    "openvino bfloat16": ("openvino", "bfloat16", "eager"),
     "minidiff float32": ("minidiff", "float32", "eager"),
     "minidiff bfloat16": ("minidiff", "bfloat16", "eager"),
 }
+OF_STEPS = ("diffusers compiled bfloat16", "openvino bfloat16")  # those of a CPU that take part in `bench step` alone
 ON_GPU = {
     "diffusers": ("diffusers", "bfloat16", "eager"),
     "diffusers channels-last": ("diffusers", "bfloat16", "channels-last"),
@@ -55,14 +61,14 @@ def make_jobs(device: str, against: bool, leave_out: Sequence[str] = ()) -> dict
 
     Args:
         device: Of all contenders.
-        against: Race diffusers as well.
+        against: Race other libraries as well.
         leave_out: Names of contenders that do not take part.
     """
     on_cpu = torch.device(device).type == "cpu"
     return {
         name: {"library": library, "dtype": dtype, "how": how, "untimed": not on_cpu and dtype == "float32", "device": device}
         for name, (library, dtype, how) in (ON_CPU if on_cpu else ON_GPU).items()
-        if name not in leave_out and (against or library != "diffusers")
+        if name not in leave_out and (against or library == "minidiff")
     }
 
 
@@ -73,14 +79,20 @@ def make_model_jobs(device: str, against: bool, max_autotune: bool = False) -> d
         device, against: As in `make_jobs`.
         max_autotune: Add diffusers compiled with max-autotune, which takes long to compile.
     """
-    return make_jobs(device, against, ("minidiff compiled", *(() if max_autotune else ("diffusers max-autotune",))))
+    return make_jobs(device, against, (*OF_STEPS, "minidiff compiled", *(() if max_autotune else ("diffusers max-autotune",))))
+
+
+def make_step_jobs(device: str, against: bool, max_autotune: bool = False) -> dict[str, dict]:
+    """Return the jobs of `bench step`: on a CPU also compiled diffusers, and OpenVINO where it is installed; arguments as above."""
+    without = [] if find_spec("openvino") else ["openvino bfloat16"]
+    return make_jobs(device, against, (*without, "minidiff compiled", *(() if max_autotune else ("diffusers max-autotune",))))
 
 
 def start_worker(job: dict) -> tuple[PeakMemory, torch.device, torch.dtype]:
     """Begin in the contender's process: import its library, then watch its memory. float32 is IEEE's, not TF32."""
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    if job["library"] == "diffusers":
+    if job["library"] != "minidiff":  # OpenVINO converts diffusers' U-Net
         # Each class by name: both packages import what they are asked for.
         from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]  # noqa: F401
         from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
@@ -89,6 +101,7 @@ def start_worker(job: dict) -> tuple[PeakMemory, torch.device, torch.dtype]:
         from minidiff.config import TokenizerConfig
         from minidiff.tokenizer import Tokenizer
 
+        provide_open_clip()
         Tokenizer(TokenizerConfig(merges=()))  # imports open_clip's
     return PeakMemory(device, converted=dtype != torch.float32), device, dtype
 

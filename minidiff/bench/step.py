@@ -8,6 +8,7 @@ runs eagerly, and its hint block, which we run once per picture and diffusers at
 """
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
-from minidiff.bench.pipelines import diffusers_pipeline, make_model_jobs, minidiff_model, start_worker
-from minidiff.bench.race import race_models
+from minidiff.bench.pipelines import diffusers_pipeline, make_step_jobs, minidiff_model, start_worker
+from minidiff.bench.race import RaceRules, race_models
 from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
 
@@ -37,11 +38,14 @@ def bench_step(
     device: str = "cpu",
     max_autotune: bool = False,
     controlnet: bool = False,
+    rules: RaceRules = RaceRules(),
 ) -> Iterator[str]:
     """Measure, and yield the lines of a Markdown table. Raises ValueError for unknown names and if diffusers is missing.
 
+    On a CPU diffusers is raced compiled as well, and OpenVINO; where that is not installed, a line says that it is left out.
+
     Args:
-        against: Race diffusers as well.
+        against: Race other libraries as well.
         out: A .json file for every number.
         rounds: By default 3 on a CPU, 10 on a GPU.
         model: A name of `model_config`, or a config.
@@ -49,12 +53,14 @@ def bench_step(
         device: Of all contenders.
         max_autotune: Race diffusers compiled with max-autotune too.
         controlnet: Race all of them again, with a ControlNet.
+        rules: Who takes part, on which weights, how long.
     """
-    rounds = (3 if torch.device(device).type == "cpu" else 10) if rounds is None else rounds
+    on_cpu = torch.device(device).type == "cpu"
+    rounds = (3 if on_cpu else 10) if rounds is None else rounds
     check_arguments(rounds, out, against)
     config = model_config(model)
     size = size or config.image_size
-    jobs = make_model_jobs(device, against, max_autotune)
+    jobs = rules.choose(make_step_jobs(device, against, max_autotune))
     parts = [(f"One step of {size} x {size} with guidance\n", "", jobs)]
     settings = {"bench": "step", "model": str(config), "size": size, "rounds": rounds, "device": device}
     if controlnet:
@@ -67,7 +73,9 @@ def bench_step(
         if controlnet:
             write_random_controlnet(config, folder)
 
-    yield from race_models(__name__, parts, config, write_inputs, record)
+    if against and on_cpu and find_spec("openvino") is None:
+        yield "left out, openvino is not installed: openvino bfloat16\n"
+    yield from race_models(__name__, parts, config, write_inputs, record, rules)
     if controlnet:
         yield from format_costs(record.results, list(jobs))
 
@@ -115,8 +123,8 @@ def prepare(job: dict) -> Callable[[dict], dict]:
     """Load the model and its inputs in the contender's process."""
     peak, device, dtype = start_worker(job)
     given = {name: x.to(device, dtype) for name, x in torch.load(f"{job['folder']}/inputs.pt").items()}
-    run = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]](job, device, dtype, given)
-    without_gradients = torch.inference_mode() if job["library"] == "diffusers" else torch.no_grad()
+    run = {"diffusers": _diffusers, "minidiff": _minidiff, "openvino": _openvino}[job["library"]](job, device, dtype, given)
+    without_gradients = torch.no_grad() if job["library"] == "minidiff" else torch.inference_mode()
     return answer_with(without_gradients(run), peak)
 
 
@@ -143,6 +151,35 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
             skips, middle = net(x_t, t, encoder_hidden_states=context, controlnet_cond=hint, return_dict=False, **told)
             residuals = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
         uncond, cond = unet(x_t, t, encoder_hidden_states=context, return_dict=False, **told, **residuals)[0].chunk(2)
+        return uncond + GUIDANCE * (cond - uncond)
+
+    return run
+
+
+def _openvino(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Step with diffusers' U-Net converted by OpenVINO, in bfloat16 where the processor has it.
+
+    The model is read in float32, as OpenVINO does itself; PyTorch's copy is let go before the first step.
+    """
+    import openvino
+
+    if job.get("controlnet") or "pooled" in given:
+        raise ValueError("raced on a U-Net of latent, timestep and context only")
+    unet = diffusers_pipeline(job | {"how": "eager"}, device, torch.float32).unet
+    context, x_t = torch.cat([given["uncond"], given["cond"]]).float(), torch.cat([given["x_t"]] * 2).float()
+    example = {"sample": x_t, "timestep": torch.tensor(T), "encoder_hidden_states": context}
+    with torch.no_grad():
+        converted = openvino.convert_model(unet, example_input=example)
+    del unet
+    core = openvino.Core()
+    has_bfloat16 = dtype == torch.bfloat16 and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    hints = {"INFERENCE_PRECISION_HINT": "bf16" if has_bfloat16 else "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = core.compile_model(converted, "CPU", hints)
+    del converted
+    arrays = [x.numpy() for x in example.values()]
+
+    def run() -> Tensor:
+        uncond, cond = torch.from_numpy(compiled(arrays)[0]).chunk(2)
         return uncond + GUIDANCE * (cond - uncond)
 
     return run

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
-from minidiff.bench.pipelines import COMPILED, make_jobs, minidiff_model, start_worker
-from minidiff.bench.race import race_models
+from minidiff.bench.pipelines import COMPILED, OF_STEPS, make_jobs, minidiff_model, start_worker
+from minidiff.bench.race import RaceRules, race_models
 from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
 
@@ -40,6 +40,7 @@ def bench_train(
     size: int | None = None,
     methods: tuple[str, ...] = METHODS,
     device: str = "cpu",
+    rules: RaceRules = RaceRules(),
 ) -> Iterator[str]:
     """Measure, and yield the lines of Markdown tables. Raises ValueError for unknown names and if diffusers or peft is missing.
 
@@ -51,6 +52,7 @@ def bench_train(
         size: Pixels a side; None is the model's own, on a CPU half of it.
         methods: Of METHODS.
         device: Of all contenders.
+        rules: Who takes part, on which weights, how long.
     """
     on_cpu = torch.device(device).type == "cpu"
     rounds = (2 if on_cpu else 10) if rounds is None else rounds
@@ -68,7 +70,7 @@ def bench_train(
             Image.fromarray(pixels).save(folder / name / "0.png")
         torch.save(sample(config, size), folder / "sample.pt")
 
-    jobs = make_train_jobs(device, against)
+    jobs = rules.choose(make_train_jobs(device, against))
     parts = [
         (
             f"\nA step of {method}, {size} x {size}\n",
@@ -77,20 +79,24 @@ def bench_train(
         )
         for method in methods
     ]
-    yield from race_models(__name__, parts, config, write_inputs, BenchRecord(out, settings))
+    yield from race_models(__name__, parts, config, write_inputs, BenchRecord(out, settings), rules)
 
 
 def make_train_jobs(device: str, against: bool) -> dict[str, dict]:
     """Return the contenders' jobs: bfloat16 by autocast, and float32 for the errors and as the usual choice on a CPU."""
-    return make_jobs(device, against, ("diffusers bfloat16", "diffusers channels-last", "diffusers max-autotune"))
+    return make_jobs(device, against, (*OF_STEPS, "diffusers bfloat16", "diffusers channels-last", "diffusers max-autotune"))
 
 
 def sample(config: ModelConfig, size: int) -> dict[str, Tensor]:
-    """Draw what the losses are compared at: a scaled latent, noise, a timestep and a context."""
+    """Draw what the losses are compared at: a scaled latent, noise, a timestep, a context, and of SDXL pooled vector and size numbers."""
     generator = torch.Generator().manual_seed(0)
-    cells, text = size // config.vae.factor, config.text_encoder
+    cells, length = size // config.vae.factor, config.text_encoder.context_length
     x_0, eps = torch.randn(2, 1, config.vae.latent_channels, cells, cells, generator=generator)
-    return {"x_0": x_0, "eps": eps, "t": torch.tensor([T]), "context": torch.randn(1, text.context_length, text.width, generator=generator)}
+    context = torch.randn(1, length, config.unet.context_width, generator=generator)
+    drawn = {"x_0": x_0, "eps": eps, "t": torch.tensor([T]), "context": context}
+    if width := config.unet.pooled_width:
+        drawn |= {"pooled": torch.randn(1, width, generator=generator), "sizes": torch.tensor([[size, size, 0, 0, size, size]]).float()}
+    return drawn
 
 
 # ------------------------------------------------------------------------------------------------------------ minidiff
@@ -107,6 +113,7 @@ def prepare(job: dict) -> Callable[[dict], dict]:
 
 def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> tuple[Callable, Callable]:
     """Return our step, as `minidiff train` takes it, and the loss."""
+    from minidiff.conditioning import Conditioning
     from minidiff.trainers.engine.diffusion_loss import NoiseSample, diffusion_loss
     from minidiff.trainers.engine.loop import Training
     from minidiff.trainers.engine.settings import Settings
@@ -131,10 +138,9 @@ def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[s
 
     def loss() -> Tensor:
         draws = NoiseSample(given["t"], given["eps"])
+        told = Conditioning(given["context"], given.get("pooled"), given.get("sizes")).to(device, dtype)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return diffusion_loss(
-                lambda x_t, t, context: sd.unet(x_t.to(dtype), t, context), sd.schedule, given["x_0"], given["context"].to(dtype), draws
-            )
+            return diffusion_loss(lambda x_t, t, context: sd.unet(x_t.to(dtype), t, context), sd.schedule, given["x_0"], told, draws)
 
     return lambda: next(walk).loss, loss
 
@@ -147,7 +153,9 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
     from diffusers import DDPMScheduler, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    folder = f"{job['folder']}/model"
+    folder, batch = f"{job['folder']}/model", 1 if job["method"] == "lora" else 2
+    if "pooled" in given and batch > 1:
+        raise ValueError("no example of diffusers teaches Custom Diffusion to a model of two text encoders")
     unet: Any = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     unet.requires_grad_(False).to(device, dtype)
     text_encoder: Any = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
@@ -158,8 +166,10 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
     learn = {"lora": _diffusers_lora, "custom-diffusion": _diffusers_custom_diffusion}[job["method"]]
     trained, encode, after = learn(unet, text_encoder, tokenizer, device, dtype)
     optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
-    batch = 1 if job["method"] == "lora" else 2
     latents = torch.cat([given["x_0"]] * batch)
+    told: dict[str, Any] = {}
+    if "pooled" in given:
+        told = {"added_cond_kwargs": {"text_embeds": given["pooled"].to(dtype), "time_ids": given["sizes"]}}
     network = torch.compile(unet, mode=COMPILED["compiled"]) if job["how"] == "compiled" else unet
 
     def loss_at(x_0: Tensor, eps: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -167,13 +177,13 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
         x_t = scheduler.add_noise(x_0, eps, t)
         target = eps if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(x_0, eps, t)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            prediction = network(x_t.to(dtype), t, context.to(dtype), return_dict=False)[0]
+            prediction = network(x_t.to(dtype), t, context.to(dtype), return_dict=False, **told)[0]
         return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
     def step() -> Tensor:
         eps = torch.randn_like(latents)
         t = torch.randint(scheduler.config.num_train_timesteps, (batch,), device=device)
-        loss = loss_at(latents, eps, t, encode()).sum()
+        loss = loss_at(latents, eps, t, given["context"] if told else encode()).sum()  # a context that no step changes
         loss.backward()
         after()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -181,7 +191,7 @@ def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[
         optimizer.zero_grad()
         return loss.detach()
 
-    return step, lambda: loss_at(**given)
+    return step, lambda: loss_at(*(given[name] for name in ("x_0", "eps", "t", "context")))
 
 
 def _diffusers_lora(

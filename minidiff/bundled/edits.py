@@ -42,11 +42,12 @@ INVERTED = 8  # pictures of each kind
 class SceneEdit:
     """A scene with one subject, and the prompt that asks for another one there.
 
-    pixels: in [-1, 1]. mask: the subject's box and a margin.
+    old, subject: theirs. pixels: in [-1, 1]. mask: the old subject's box and a margin.
     """
 
     caption: str
     prompt: str
+    old: str
     subject: str
     pixels: Float[Tensor, "1 3 H W"]
     mask: Mask
@@ -76,6 +77,7 @@ def _scene_edit(rng: np.random.Generator, size: int) -> SceneEdit:
     return SceneEdit(
         scene.caption,
         caption_of([Item(new)], None, background, None),
+        old,
         new,
         resize(pixels, size, size),
         (resize(mask, size, size) >= 0.5).float(),
@@ -167,7 +169,7 @@ def measure_blends(
             right += found(judge, pasted, edit.subject)
             alignment += text_alignment(judge.encode_pictures(pasted), judge.encode_texts([edit.prompt] * len(seeds))).tolist()
             rim += mean_change(decoded, edit.pixels, rim_of(edit.mask, sd.config.vae.factor))
-        yield {"way": title, "users": users, "found": _measured(right), "alignment": _measured(alignment), "rim": _measured(rim)}
+        yield {"way": title, "users": users, "found": measured(right), "alignment": measured(alignment), "rim": measured(rim)}
 
 
 def rim_of(mask: Mask, width: int) -> Mask:
@@ -199,7 +201,7 @@ def measure_edits(sd: StableDiffusion, judge: Judge, edits: Sequence[SceneEdit],
             made = way(edit)
             right += found(judge, made, edit.subject)
             changed += mean_change(made, edit.pixels, 1 - edit.mask)
-        yield {"way": title, "found": _measured(right), "changed": _measured(changed)}
+        yield {"way": title, "found": measured(right), "changed": measured(changed)}
 
 
 def _image_to_image(sd: StableDiffusion, edit: SceneEdit, strength: float, seeds: Sequence[int], sampling: Sampling) -> Tensor:
@@ -232,7 +234,8 @@ def measure_inversion(sd: StableDiffusion, edits: Sequence[SceneEdit]) -> Iterat
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _measured(values: Sequence[float]) -> dict[str, float]:
+def measured(values: Sequence[float]) -> dict[str, float]:
+    """Return mean, standard error and count by their names."""
     return asdict(mean_with_error(values))
 
 
@@ -282,7 +285,22 @@ def measure(part: str, sd: StableDiffusion, judge: Judge, *, count: int, seeds: 
         seeds: each edit is made on each, each way to blend on the first.
         steps: of DDIM; inversion has its own.
 
-    Raises ValueError for a model of another picture size than the judge's, no scenes or no seeds.
+    Raises ValueError as `check_measurable` does.
+    """
+    check_measurable(sd, judge, count, seeds)
+    scenes, sampling = scene_edits(count, sd.config.image_size), Sampling(steps)
+    if part == "blends":
+        return blends_table(list(measure_blends(sd, judge, scenes, seeds[:1], sampling)))
+    if part == "edits":
+        return edits_table(list(measure_edits(sd, judge, scenes, seeds, sampling)))
+    return inversion_table(list(measure_inversion(sd, scenes[:INVERTED])))
+
+
+def check_measurable(sd: StableDiffusion, judge: Judge, count: int, seeds: Sequence[int]) -> None:
+    """Raise ValueError for a model of another picture size than the judge's, no scenes or no seeds.
+
+    Args:
+        sd, judge, count, seeds: as in `measure`.
     """
     if sd.config.image_size != judge.config.image_size:
         raise ValueError(
@@ -290,12 +308,6 @@ def measure(part: str, sd: StableDiffusion, judge: Judge, *, count: int, seeds: 
         )
     if count < 1 or not seeds:
         raise ValueError(f"{count} scenes and {len(seeds)} seeds: no picture to judge; give at least one of each")
-    scenes, sampling = scene_edits(count, sd.config.image_size), Sampling(steps)
-    if part == "blends":
-        return blends_table(list(measure_blends(sd, judge, scenes, seeds[:1], sampling)))
-    if part == "edits":
-        return edits_table(list(measure_edits(sd, judge, scenes, seeds, sampling)))
-    return inversion_table(list(measure_inversion(sd, scenes[:INVERTED])))
 
 
 def renew_tables(text: str, tables: dict[str, str]) -> str:

@@ -15,7 +15,8 @@ from minidiff.cli.flags import collect, flag_name
 from minidiff.cli.model import print_notes
 from minidiff.cli.names import is_model
 
-RENAMED = {"CFG scale": "guidance-scale", "Batch size": "batch", "Eta DDIM": "eta", "Denoising strength": "strength"}
+WORK_SIZE = "Work size"  # of an edit of the part around a mask, in place of the picture's own
+RENAMED = {"CFG scale": "guidance-scale", "Batch size": "batch", "Eta DDIM": "eta", "Denoising strength": "strength", WORK_SIZE: "size"}
 SAID_OTHERWISE = ("Schedule type", "Version", "Model hash", "RNG", "Batch pos")  # with the sampler, or of no meaning here
 OURS = "RNG"  # "CPU": noise is drawn as here. Web interfaces leave it out where it is drawn on the GPU
 
@@ -36,7 +37,7 @@ def call_with_settings(function: Callable[..., None], name: str, args: list[str]
         chosen = {flag_name(arg) for arg in args if arg.startswith("--")}
         found_prompts, flags = picture_flags(picture, function, chosen)
         _, made = collect(function, name, flags)
-        prompts = prompts or found_prompts
+        prompts = prompts or (() if given.get("prompts_file") else found_prompts)
         given = {key: _merged(key, value, made[key], chosen) for key, value in given.items()}
     function(prompts, **given)
 
@@ -71,6 +72,8 @@ def picture_flags(picture: Path, function: Callable[..., None], chosen: set[str]
         stem, _, number = name.rpartition(" ")
         flag = RENAMED.get(name, flag_name(name))
         flag = flag_name(stem) if flag not in known and number.isdecimal() else flag  # "LoRA 2" is the second --lora
+        if name == "Size" and WORK_SIZE in found.values:
+            continue
         if name == "Sampler":
             flags += [] if "sampler" in chosen else [f"--sampler={sampler_of(picture, value, found.values.get('Schedule type'))}"]
         elif flag in known:

@@ -1,24 +1,23 @@
-"""The benchmarks of the command line: `minidiff bench load`, `attention`, `step`, `image`, `train`.
+"""The benchmarks of the command line: `minidiff bench load`, `attention`, `step`, `image`, `train`, `gpu`.
 
 Each prints a Markdown table, and with --out writes all its numbers. Imports that take long are inside the commands that need them.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
-from minidiff.cli.flags import UNSET, Several, Whole
+from minidiff.cli.flags import Whole
 from minidiff.cli.model import choose_device
 
 Models = Literal["sd1", "sd2", "sdxl", "bundled"]
-Trained = Literal["sd1", "sd2", "bundled"]  # by the loops of diffusers' examples that bench train races
-Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]", help_behavior_hint=UNSET)]
+Names = tuple[str, ...]
 
 
 def load(against: bool = True, out: Path | None = None, rounds: int = 3) -> None:
-    """Time and memory of loading a full-size Stable Diffusion 1.x made of made-up weights, beside diffusers on the same tensors.
+    """Time loading a full-size Stable Diffusion 1.x of random weights, beside diffusers.
+
+        minidiff bench load --out load.json
 
     Takes minutes, and up to 4.3 GB of disk at a time in the folder for temporary files.
 
@@ -36,13 +35,15 @@ def attention(
     out: Path | None = None,
     rounds: Whole = None,
     models: tuple[Models, ...] = ("sd1", "sd2"),
-    sizes: Sizes = (),
+    sizes: tuple[int, ...] = (),
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = (),
     device: str = "auto",
-    contender: Several = (),
+    contender: Names = (),
     batch: int = 2,
 ) -> None:
-    """Time, memory and errors of attention at every shape of a U-Net step, beside all of PyTorch's ways.
+    """Time attention at every shape of a U-Net step, beside all of PyTorch's ways.
+
+        minidiff bench attention --models sd1 --out attention.json
 
     Begun with the same flags and --out, a run that was stopped goes on at the shape where it stopped.
 
@@ -75,8 +76,11 @@ def step(
     device: str = "auto",
     max_autotune: bool = False,
     controlnet: bool = False,
+    contender: Names = (),
 ) -> None:
-    """Time, memory and errors of a U-Net step of one picture with guidance, beside diffusers, on made-up weights.
+    """Time a U-Net step of one picture with guidance on random weights, beside diffusers.
+
+        minidiff bench step --out step.json
 
     Takes 4.3 GB of disk in the folder for temporary files, for sdxl 13.9 GB.
 
@@ -89,10 +93,13 @@ def step(
         device: auto, cpu, cuda, cuda:1
         max_autotune: diffusers compiled by max-autotune as well, which takes minutes
         controlnet: measure all of it again with a ControlNet, and what that adds; 1.4 GB more of disk
+        contender: only these, such as minidiff "diffusers compiled"; all by default
     """
+    from minidiff.bench.race import RaceRules
     from minidiff.bench.step import bench_step
 
-    show(bench_step(against, out, rounds, model, size, str(choose_device(device)), max_autotune, controlnet))
+    rules = RaceRules(contender)
+    show(bench_step(against, out, rounds, model, size, str(choose_device(device)), max_autotune, controlnet, rules))
 
 
 def image(
@@ -104,8 +111,11 @@ def image(
     steps: Whole = None,
     device: str = "auto",
     max_autotune: bool = False,
+    contender: Names = (),
 ) -> None:
-    """Time, memory and errors of a whole picture, from the prompt to pixels, beside diffusers, on made-up weights.
+    """Time a whole picture, from the prompt to pixels, on random weights, beside diffusers.
+
+        minidiff bench image --rounds 1 --out image.json
 
     Takes 4.3 GB of disk in the folder for temporary files, for sdxl 13.9 GB.
 
@@ -118,24 +128,30 @@ def image(
         steps: of the sampler, DDIM; 50 on a GPU, 4 on a CPU by default
         device: auto, cpu, cuda, cuda:1
         max_autotune: diffusers compiled by max-autotune as well, which takes minutes
+        contender: only these, such as minidiff "diffusers compiled"; all by default
     """
     from minidiff.bench.image import bench_image
+    from minidiff.bench.race import RaceRules
 
-    show(bench_image(against, out, rounds, model, size, steps, str(choose_device(device)), max_autotune))
+    rules = RaceRules(contender)
+    show(bench_image(against, out, rounds, model, size, steps, str(choose_device(device)), max_autotune, rules))
 
 
 def train(
     against: bool = True,
     out: Path | None = None,
     rounds: Whole = None,
-    model: Trained = "sd1",
+    model: Models = "sd1",
     size: Whole = None,
     methods: tuple[Literal["lora", "custom-diffusion"], ...] = ("lora", "custom-diffusion"),
     device: str = "auto",
+    contender: Names = (),
 ) -> None:
-    """Time, memory and loss of a training step, beside the loops of diffusers' examples, on made-up weights.
+    """Time a training step on random weights, beside the loops of diffusers' examples.
 
-    Takes 4.3 GB of disk in the folder for temporary files.
+        minidiff bench train --methods lora --out train.json
+
+    Takes 4.3 GB of disk in the folder for temporary files, for sdxl 13.9 GB.
 
     Args:
         against: measure diffusers, and peft for the LoRA, as well
@@ -145,10 +161,30 @@ def train(
         size: of the pictures, in pixels; the model's own by default, on a CPU half of it
         methods: which trainings
         device: auto, cpu, cuda, cuda:1
+        contender: only these, such as minidiff "diffusers channels-last"; all by default
     """
+    from minidiff.bench.race import RaceRules
     from minidiff.bench.train import bench_train
 
-    show(bench_train(against, out, rounds, model, size, methods, str(choose_device(device))))
+    show(bench_train(against, out, rounds, model, size, methods, str(choose_device(device)), RaceRules(contender)))
+
+
+def gpu(out: Path, minutes: float = 8.0, device: str = "auto", contender: Names = ()) -> None:
+    """Check and time everything on one GPU in a few minutes: kernels, the model, attention, a step, a picture, training.
+
+        minidiff bench gpu --minutes 8 --out gpu
+
+    Each stage has its share of the time, and each number is written as soon as it is known. On a CPU all of it runs in miniature.
+
+    Args:
+        out: folder for the results; gpu.md is the report
+        minutes: for everything
+        device: auto, cpu, cuda, cuda:1
+        contender: only these, of any stage; all by default
+    """
+    from minidiff.bench.gpu import bench_gpu
+
+    show(bench_gpu(out, minutes, str(choose_device(device)), contender))
 
 
 def show(lines: Iterator[str]) -> None:
@@ -157,4 +193,4 @@ def show(lines: Iterator[str]) -> None:
         print(line, flush=True)
 
 
-COMMANDS = {"load": load, "attention": attention, "step": step, "image": image, "train": train}
+COMMANDS = {"load": load, "attention": attention, "step": step, "image": image, "train": train, "gpu": gpu}

@@ -1,18 +1,22 @@
 """`minidiff inspect`, `convert` and `compare`: checkpoints looked at, rewritten, and held against each other."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from minidiff.cli.endings import finish, readers
 from minidiff.cli.flags import DTypes, Text
 from minidiff.cli.model import load, print_notes
 from minidiff.cli.names import check_writable
 
 
 def inspect(file: tyro.conf.Positional[Path], /, ignore: Text = None, verify: bool = False) -> None:
-    """Say what a checkpoint is, what is in it and what would be ignored; or what a LoRA, learned words or a Custom Diffusion are.
+    """Describe a checkpoint, a LoRA, learned words or a Custom Diffusion, and what of it would be ignored.
+
+        minidiff inspect v1-5-pruned-emaonly.safetensors
 
     Args:
         file: "tiny", a .safetensors or .ckpt file, a diffusers folder, or a small file that was learned
@@ -36,7 +40,10 @@ def convert(
     names: Text = None,
     model: Text = None,
 ) -> None:
-    """Rewrite a checkpoint: to one .safetensors file in the original's names, or to a diffusers folder; or a small file in other names.
+    """Rewrite a checkpoint as one .safetensors file or a diffusers folder, or a small file in other names.
+
+        minidiff convert v1-5-pruned-emaonly.safetensors sd15-folder
+        minidiff convert lora.safetensors theirs.safetensors --names diffusers
 
     Args:
         source: "tiny", a .safetensors or .ckpt file, or a diffusers folder; or a LoRA, learned words or a Custom Diffusion
@@ -60,12 +67,13 @@ def convert(
             f"a whole model, and {source} is small",
         )
         weights_loader.rewrite(source, target, names, load(model, "float32", "cpu") if model else None)
-        print(target)
+        finish(target, use=f"minidiff inspect {shlex.quote(str(target))}")
         return
     refuse_flags({"names": names, "model": model}, f"a small file, and {source} is a whole model")
     kept = "file" if dtype == "auto" else getattr(torch, dtype)
     print_notes(weights_loader.convert(source, target, dtype=kept, ema=ema, vae=vae, prediction=prediction, ignore=ignore))
-    print(target)
+    use = shlex.join(["minidiff", "generate", "...", "--model", str(target)])
+    finish(target, use=use, read_by=readers("--model", "ldm" if target.suffix else "diffusers"))
 
 
 def compare(
@@ -79,8 +87,11 @@ def compare(
     dtype_b: DTypes = "auto",
     tolerance: float = 1e-5,
     every: bool = False,
+    ignore: Text = None,
 ) -> None:
-    """Run two checkpoints side by side and say where they first differ, layer by layer.
+    """Run two checkpoints side by side and name the first layer that differs.
+
+        minidiff compare v1-5-pruned-emaonly.safetensors another.safetensors
 
     Args:
         a: a checkpoint, as for generate
@@ -92,10 +103,11 @@ def compare(
         dtype_b: of the second one's weights
         tolerance: the largest difference that counts as none, relative to the layer's largest value
         every: show every layer, not only those that differ
+        ignore: a regular expression of unknown tensors in either file to leave out
     """
     from minidiff.compare import compare_models, config_differences
 
-    first, second = load(a, dtype_a, "cpu"), load(b, dtype_b, "cpu")
+    first, second = load(a, dtype_a, "cpu", ignore=ignore), load(b, dtype_b, "cpu", ignore=ignore)
     differences = compare_models(first, second, prompt, t, seed)
     for line in config_differences(first, second):
         print(f"configurations differ in {line}")

@@ -1,10 +1,11 @@
 """ControlNets on the command line: `--control hint.png --controlnet FILE[:scale[:start[:end]]]`, as often as there are ControlNets.
 
-flags -> requests -> hints of the pictures' size, ControlNets of the model -> the model= of StableDiffusion.denoise
+flags -> requests -> hints of the pictures' size, ControlNets of the model -> a change of the model that the denoising loop asks
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from minidiff.controlnet import Control, Model
+    from minidiff.controlnet import Control
+    from minidiff.editing.start import Steer
     from minidiff.pipeline import StableDiffusion
 
 EXAMPLE = "FILE[:scale[:start[:end]]]"
@@ -27,6 +29,24 @@ class ControlRequest:
     file: str
     hint: Path
     numbers: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How the picture of an edit came to what is worked on: from its size, (width, height), by `follow`.
+
+    A hint of the same size goes the same way, cropped and resized as the picture is; a hint of another size is taken to fit the result.
+    """
+
+    size: tuple[int, int]
+    follow: "Callable[[Tensor], Tensor]"
+
+    def follow_hint(self, hint: "Float[Tensor, '3 H W']") -> "Float[Tensor, '3 h w']":
+        """Bring a hint with what may be a hole in it, -1, to the size that is worked on."""
+        import torch
+
+        hole = self.follow((hint[None, :1] < 0).float()) >= 0.5
+        return torch.where(hole, -1.0, self.follow(hint[None].clamp(min=0)).clamp(0, 1))[0]
 
 
 def parse_controls(control: Sequence[str], controlnet: Sequence[str]) -> list[ControlRequest]:
@@ -65,8 +85,9 @@ def steer(
     size: tuple[int, int],
     timesteps: Sequence[float],
     guess_mode: bool,
-) -> "Model | None":
-    """Return the model with the ControlNets that were asked for; None without any.
+    frame: Frame | None = None,
+) -> "Steer | None":
+    """Return what adds the ControlNets that were asked for to a model; None without any.
 
     Args:
         sd: the model.
@@ -75,6 +96,7 @@ def steer(
         size: of the pictures, (width, height) in pixels.
         timesteps: at which the steps begin.
         guess_mode: as in `controlled`.
+        frame: of the picture that is edited.
 
     Raises ValueError for hints and ControlNets that do not fit the pictures or the model.
     """
@@ -82,22 +104,25 @@ def steer(
 
     if not requests:
         return None
-    sd.check_channels()
-    controls = [load_control(sd, request, count, size) for request in requests]
-    return controlled(sd.predict, controls, timesteps, guess_mode)
+    controls = [load_control(sd, request, count, size, frame) for request in requests]
+    for one in controls:
+        one.interval(timesteps)  # raises for an empty one
+    return partial(controlled, controls=controls, timesteps=timesteps, guess_mode=guess_mode)
 
 
-def load_control(sd: "StableDiffusion", request: ControlRequest, count: int, size: tuple[int, int]) -> "Control":
+def load_control(
+    sd: "StableDiffusion", request: ControlRequest, count: int, size: tuple[int, int], frame: Frame | None = None
+) -> "Control":
     """Read the hints, then the ControlNet.
 
     Args:
-        sd, count, size: as in `steer`.
+        sd, count, size, frame: as in `steer`.
         request: what was asked for.
     """
     import weights_loader
     from minidiff.controlnet import Control
 
-    hint = load_hints(request.hint, count, size)
+    hint = load_hints(request.hint, count, size, frame)
     net = weights_loader.read_controlnet(request.file, sd)
     try:
         return Control(net, hint, *request.numbers)
@@ -105,13 +130,14 @@ def load_control(sd: "StableDiffusion", request: ControlRequest, count: int, siz
         raise ValueError(f"--controlnet {request.file}: {error}") from error
 
 
-def load_hints(path: Path, count: int, size: tuple[int, int]) -> "Float[Tensor, 'B 3 H W']":
+def load_hints(path: Path, count: int, size: tuple[int, int], frame: Frame | None = None) -> "Float[Tensor, 'B 3 H W']":
     """Read a hint for all pictures, or a folder with one for each in the order of their names; say what looks wrong.
 
     Args:
         path: of the picture or the folder.
         count: of the pictures that are made.
         size: theirs, (width, height).
+        frame: of the picture that is edited.
     """
     import torch
     from PIL import Image
@@ -129,6 +155,9 @@ def load_hints(path: Path, count: int, size: tuple[int, int]) -> "Float[Tensor, 
                 image.load()
                 if wrong := doubts(image):
                     print_notes([f"{file}: {wrong}"])
+                if frame is not None and image.size == frame.size:
+                    hints.append(frame.follow_hint(to_hint(image)))
+                    continue
                 if image.size != size:
                     print_notes([f"{file}: {_resized(image.size, size)}"])
                 hints.append(to_hint(image, size))

@@ -2,8 +2,11 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from minidiff.cli.again import WORK_SIZE
+from minidiff.cli.control import Frame
 from minidiff.cli.flags import File, Number, Text, Whole
 from minidiff.cli.model import print_notes
 
@@ -11,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from minidiff.editing.canvas import Canvas
-    from minidiff.editing.start import Sampling
+    from minidiff.editing.start import Sampling, Steer
     from minidiff.pipeline import StableDiffusion
     from minidiff.samplers import Step
 
@@ -40,11 +43,13 @@ class EditFlags:
     only_masked: bool = False
     feather: Whole = None
 
-    def settings(self) -> dict[str, object]:
-        """Return what a PNG tells of the edit."""
+    def settings(self, job: "Edit | None" = None) -> dict[str, object]:
+        """Return what a PNG tells of the edit. job: as it was made ready, for the size of the part that is worked on."""
         if self.image is None:
             return {}
         names = {"Image": self.image, "Denoising strength": self.chosen_strength, "Fit": self.fit, "Mask": self.mask}
+        if self.only_masked and job is not None and job.canvas is not None:
+            names[WORK_SIZE] = "{1}x{0}".format(*job.canvas.inner)
         return {**names, "Outpaint": self.outpaint, "Only masked": self.only_masked, "Feather": self.feather}
 
     @property
@@ -60,14 +65,24 @@ class EditFlags:
 
 @dataclass(frozen=True)
 class Edit:
-    """A picture read and made ready for a model: what is denoised from, and with a mask the way back to the whole picture."""
+    """A picture read and made ready for a model: what is denoised from, and with a mask the way back to the whole picture.
+
+    frame: the way from the picture to what is worked on, which hints of its size take too.
+    """
 
     pixels: "Tensor"
     canvas: "Canvas | None"
     strength: float
+    frame: Frame | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return (width, height) of what is worked on."""
+        height, width = (self.pixels if self.canvas is None else self.canvas.pixels).shape[2:]
+        return width, height
 
     def denoise(
-        self, sd: "StableDiffusion", prompts: Sequence[str], seeds: Sequence[int], sampling: "Sampling"
+        self, sd: "StableDiffusion", prompts: Sequence[str], seeds: Sequence[int], sampling: "Sampling", steer: "Steer | None" = None
     ) -> "Generator[Step, Tensor | None, None]":
         """Run the edit on a model, one step at a time.
 
@@ -75,13 +90,15 @@ class Edit:
             sd: the model
             prompts, seeds: one of each per picture
             sampling: steps, sampler and the like
+            steer: adds ControlNets to the model
         """
         from minidiff.editing.image_to_image import image_to_image
         from minidiff.editing.inpaint import inpaint
 
         if self.canvas is None:
-            return image_to_image(sd, prompts, self.pixels, strength=self.strength, seeds=seeds, sampling=sampling)
-        return inpaint(sd, prompts, self.canvas.pixels, self.canvas.mask, strength=self.strength, seeds=seeds, sampling=sampling)
+            return image_to_image(sd, prompts, self.pixels, strength=self.strength, seeds=seeds, sampling=sampling, steer=steer)
+        pixels, mask = self.canvas.pixels, self.canvas.mask
+        return inpaint(sd, prompts, pixels, mask, strength=self.strength, seeds=seeds, sampling=sampling, steer=steer)
 
     def finish(self, pixels: "Tensor") -> "Tensor":
         """Return the decoded pixels as they are, or laid over the original."""
@@ -152,18 +169,22 @@ def prepare_edit(flags: EditFlags, read: "tuple[Tensor, Tensor | None]", sd: "St
     from minidiff.editing.masks import grow_small_mask
 
     (pixels, mask), config = read, sd.config
-    factor, strength = config.vae.factor, flags.chosen_strength
+    factor, strength, read_size = config.vae.factor, flags.chosen_strength, (pixels.shape[3], pixels.shape[2])
     width, height = (size, size) if isinstance(size, int) else size or (None, None)
     if mask is None:
         if width is None or height is None:
             width, height = usual_size(pixels.shape[3], pixels.shape[2], config.image_size, factor)
-        return Edit(fit(pixels, width, height, flags.fit), None, strength)
-    work_at = None
+        frame = Frame(read_size, partial(fit, width=width, height=height, how=flags.fit))
+        return Edit(frame.follow(pixels), None, strength, frame)
+    work_at, fitted = None, None
     if flags.only_masked:
         work_at = (config.image_size, config.image_size) if width is None or height is None else (width, height)
     elif width is not None and height is not None:
-        pixels, mask = fit(pixels, width, height, flags.fit), (fit(mask, width, height, flags.fit) >= 0.5).float()
+        fitted = partial(fit, width=width, height=height, how=flags.fit)
+        pixels, mask = fitted(pixels), (fitted(mask) >= 0.5).float()
     if not flags.only_masked:
         mask, note = grow_small_mask(mask, factor)
         print_notes([note] if note else [])
-    return Edit(pixels, make_canvas(pixels, mask, factor, work_at, flags.feather), strength)
+    canvas = make_canvas(pixels, mask, factor, work_at, flags.feather)
+    follow = canvas.follow if fitted is None else lambda hint: canvas.follow(fitted(hint))
+    return Edit(pixels, canvas, strength, Frame(read_size, follow))

@@ -47,6 +47,8 @@ def without_effect(given: Collection[str], options: Any, concepts: Collection[Co
     last, has_prior = options.phases()[-1], "prior" in {flat.name for flat in places(options)}
     rules = [rule for rule in RULES if has_prior or not rule[0].startswith(("prior", "class"))]  # others refuse class pictures themselves
     lines = [f"--{flag.replace('_', '-')} has no effect: {why}" for flag, is_idle, why in rules if flag in given and is_idle(last)]
+    if "class_word" in given and isinstance(getattr(options.phases()[0], "start", None), str):  # of a word alone: captions do not have it
+        lines.append("--class-word has no effect: --start says which word the new one starts from")
     if all(concept.captions or concept.prompt for concept in concepts):
         templates = [flag for flag in ("kind", "template_set") if flag in given and hasattr(options.phases()[0], flag)]
         lines += [f"--{flag.replace('_', '-')} has no effect: every concept brings its own captions" for flag in templates]

@@ -32,7 +32,9 @@ def pictures(
     out: File = None,
     device: str = "auto",
 ) -> None:
-    """Measure how well pictures follow their prompts, resemble a subject, moved with training, and how far they are from real ones (KID).
+    """Measure how well pictures follow their prompts, resemble a subject and match real ones (KID).
+
+        minidiff evaluate pictures my-pictures --references cat-pictures --before pictures-before-training
 
     Prompts are read from NAME.txt beside each picture, metadata.jsonl or captions.json; without these from the pictures, where `generate`
     wrote them. A new word means nothing to a CLIP: write captions that call the subject by its class.
@@ -131,7 +133,9 @@ def features_of(encoder: "Encoder", paths: list[Path]):
 
 
 def weights(base: tyro.conf.Positional[str], tuned: tyro.conf.Positional[str], /, top: int = 10) -> None:
-    """Measure how far training moved a model's weights, by kind of layer: |W' - W| / |W| of the U-Net.
+    """Measure how far training moved a U-Net's weights, by kind of layer: |W' - W| / |W|.
+
+        minidiff evaluate weights tiny runs/tuned/model.safetensors
 
     Args:
         base: the model before
@@ -149,10 +153,12 @@ def weights(base: tyro.conf.Positional[str], tuned: tyro.conf.Positional[str], /
 
 
 def pairs(first: tyro.conf.Positional[Path], second: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], /, seed: int = 0) -> None:
-    """Make a sheet of pairs for people to choose from, and a form to fill; pictures of one name in both folders, in random order.
+    """Make a sheet of pairs, in random order, for people to choose from, and a form to fill in.
+
+        minidiff evaluate pairs my-pictures other-pictures runs/pairs
 
     Args:
-        first: a folder of pictures
+        first: a folder of pictures, each with a counterpart of the same name in the other one
         second: another one's, of the same names
         out: a new folder for sheet.png, form.csv and key.json, which says which side is whose
         seed: of the order
@@ -165,7 +171,9 @@ def pairs(first: tyro.conf.Positional[Path], second: tyro.conf.Positional[Path],
 
 
 def tally(key: tyro.conf.Positional[Path], forms: tyro.conf.Positional[tuple[Path, ...]], /) -> None:
-    """Count filled forms of a sheet of pairs.
+    """Count the filled forms of a sheet of pairs.
+
+        minidiff evaluate tally runs/pairs/key.json filled-form.csv
 
     Args:
         key: key.json of the sheet
@@ -190,7 +198,9 @@ def bundled(
     device: str = "auto",
     threads: Whole = None,
 ) -> None:
-    """Measure what a model of the bundled scenes obeys: the fixed prompts, drawn and judged.
+    """Measure how well a model of the bundled scenes follows the fixed prompts.
+
+        minidiff evaluate bundled tiny --limit 40
 
     Args:
         model: the bundled one, or another that was trained on the scenes
@@ -223,7 +233,7 @@ def bundled(
 def edits(
     model: tyro.conf.Positional[str] = "tiny",
     /,
-    part: Literal["all", "blends", "edits", "inversion"] = "all",
+    part: Literal["all", "blends", "edits", "inversion", "attention", "null-text", "words", "gate", "overlap"] = "all",
     count: int = 40,
     blends: int = 24,
     seeds: tuple[int, ...] = (0, 1, 2),
@@ -232,12 +242,14 @@ def edits(
     device: str = "auto",
     threads: Whole = None,
 ) -> None:
-    """Measure how a model of the bundled scenes edits: image to image and inpainting, ways to blend, inversion.
+    """Measure how well a model of the bundled scenes edits: from a picture, by attention, by prompts that change over the steps.
+
+        minidiff evaluate edits tiny --part blends --blends 4
 
     Args:
         model: the bundled one, or another that was trained on the scenes
-        part: one table, or all three
-        count: scenes to edit, each on every seed
+        part: one table, or all
+        count: scenes to edit, each on every seed; or prompts
         blends: scenes to try the ways to blend on, each on the first seed
         seeds: of the noise
         steps: of the sampler
@@ -248,22 +260,24 @@ def edits(
     import torch
 
     import weights_loader
-    from minidiff.bundled.edits import measure, renew_tables
+    from minidiff.bundled import attention_edits, edits
+    from minidiff.bundled.edits import renew_tables
     from minidiff.cli.model import training_on
     from minidiff.files import write_text
 
-    parts = ("blends", "edits", "inversion") if part == "all" else (part,)
+    parts = (*edits.PARTS, *attention_edits.PARTS) if part == "all" else (part,)
     text = None if readme is None else readme.read_text(encoding="utf-8")
     if text is not None:
         renew_tables(text, dict.fromkeys(parts, ""))  # only to learn whether it has the marks
     with training_on(device, threads) as chosen, torch.no_grad():
         sd, judge = load(model, "float32", chosen), weights_loader.load_judge(device=chosen)
         for name in parts:
+            measure = edits.measure if name in edits.PARTS else attention_edits.measure
             table = measure(name, sd, judge, count=blends if name == "blends" else count, seeds=seeds, steps=steps)
             print(f"{table}\n", flush=True)
-            text = None if text is None else renew_tables(text, {name: table})
-    if readme is not None and text is not None:
-        write_text(readme, text)
+            if readme is not None and text is not None:
+                text = renew_tables(text, {name: table})
+                write_text(readme, text)  # after each part, so that a run that is stopped keeps what it has
 
 
 def study(
@@ -275,7 +289,9 @@ def study(
     device: str = "auto",
     limit: Whole = None,
 ) -> None:
-    """Train every method on subjects that the bundled model has never seen, and measure what each gives; hours on a CPU.
+    """Train every method on subjects new to the bundled model, and measure each; hours on a CPU.
+
+        minidiff evaluate study runs/study --jobs 2
 
     Stopped at any time, it goes on with the runs that are not there yet. `minidiff evaluate report OUT` makes the tables.
 
@@ -306,6 +322,8 @@ def study(
 
 def report(out: tyro.conf.Positional[Path], /) -> None:
     """Write tables, findings and sheets of a study's runs: OUT/study.md, study.json, PART-SUBJECTS.png.
+
+        minidiff evaluate report runs/study
 
     Args:
         out: folder of the study

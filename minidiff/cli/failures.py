@@ -18,6 +18,7 @@ MEND = (ValueError, OSError, ImportError)
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Storage size calculation overflowed|ALLOC_FAILED")
 LESS = {
     "generate": "a smaller --size, a smaller --batch or fewer prompts, or --dtype bfloat16",
+    "edit": "a smaller --size, a smaller --batch, or --dtype bfloat16",
     "train": "a smaller --batch (with --gradient-accumulation), --checkpointing, a smaller --size, or --dtype bfloat16",
     "evaluate": "smaller or fewer pictures",
     "bench": "a smaller model or batch",

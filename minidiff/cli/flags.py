@@ -2,74 +2,77 @@
 
     Settings(steps: int, ...) -> SettingsFlags(steps: int | None = None, ...) -> tyro -> {"steps": 200} -> override(preset, ...)
 
-A flag that is not given leaves the preset's number, which depends on the model and is not known when --help is shown. Importing this
-takes no time. tyro reads the types below.
+A flag that is not given leaves the preset's number, which depends on the model; --help (cli/help.py) shows those of all presets. Importing
+this takes no time. tyro reads the types below.
 """
 
 import inspect
 import io
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stderr
 from dataclasses import field, make_dataclass
 from difflib import get_close_matches
-from functools import wraps
+from functools import reduce, wraps
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tyro
 
+from minidiff.cli.help import HELP, HELP_ALL, describe_presets, format_help
 from minidiff.trainers.methods.options import YesNo
 from minidiff.trainers.methods.override import Flat, flat_fields
 
-UNSET = ""  # shown behind a flag's help, in place of a default
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-Whole = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=UNSET)]
-Number = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=UNSET)]
-Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint=UNSET)]
-Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint=UNSET)]
-File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=UNSET)]
+Whole = int | None
+Number = float | None
+Text = str | None
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Several = tyro.conf.UseAppendAction[tuple[str, ...]]
 DTypes = Literal["auto", "float32", "bfloat16", "float16"]
 Attentions = Literal["auto", "naive", "pytorch", "triton"]
-METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "DIR"}
 YES_NO = {"yes": True, "no": False}
 
 
-def flag_groups(options: type, taken: Iterable[str] = ()) -> dict[str, type]:
+def flag_groups(options: type, taken: Iterable[str] = (), presets: "Mapping[str, object] | None" = None) -> dict[str, type]:
     """Make a class of optional flags for each dataclass in nested options, by the name of the field that holds it ("method" outside).
 
-    taken: names that are flags already. A name that several fields have is one flag.
+    taken: names that are flags already. A name that several fields have is one flag. presets: options by name, whose values --help shows.
     """
     names, groups = set(taken), dict[type, list[Flat]]()
     for flat in flat_fields(options):
         if flat.name not in names:
             names.add(flat.name)
             groups.setdefault(flat.owner, []).append(flat)
-    return {("method", *flats[0].path)[-2]: _flag_class(owner, flats) for owner, flats in groups.items()}
+    return {("method", *flats[0].path)[-2]: _flag_class(owner, flats, presets or {}) for owner, flats in groups.items()}
 
 
-def _flag_class(owner: type, flats: list[Flat]) -> type:
-    fields = [(flat.name, *optional(flat)) for flat in flats]
+def _flag_class(owner: type, flats: list[Flat], presets: Mapping[str, object]) -> type:
+    fields = [(flat.name, *optional(flat, describe_presets(_values(flat, presets)))) for flat in flats]
     about = summary(owner).partition("\n\n")[0]
     return make_dataclass(f"{owner.__name__}Flags", fields, frozen=True, kw_only=True, namespace={"__doc__": about})
 
 
-def optional(flat: Flat) -> tuple[Any, Any]:
-    """Return the type of a flag, for tyro, and the default that means it is not given."""
+def _values(flat: Flat, presets: Mapping[str, object]) -> dict[str, object]:
+    """Return what each preset has for a field; presets without the part that holds it are left out."""
+    parts = {name: reduce(lambda part, key: part and getattr(part, key), flat.path[:-1], preset) for name, preset in presets.items()}
+    return {name: getattr(part, flat.path[-1]) for name, part in parts.items() if part is not None and hasattr(part, flat.path[-1])}
+
+
+def optional(flat: Flat, shown: str = "") -> tuple[Any, Any]:
+    """Return the type of a flag, for tyro, and the default that means it is not given. shown: values of the presets."""
     kind = without_none(flat.hint)
+    about: Any = tyro.conf.arg(help=flat.help, help_behavior_hint=shown, metavar="DIR" if kind is Path else None)
     if takes_yes_or_no(flat.hint):
-        return choice(tuple(YES_NO), flat.help), None
+        return Annotated[Literal[tuple(YES_NO)] | None, about], None
     if kind is bool:
-        return Annotated[bool, tyro.conf.arg(help=flat.help, help_behavior_hint=UNSET)], False
-    if get_origin(kind) is Literal:
-        return choice(get_args(kind), flat.help), None
-    if get_origin(kind) is tuple and get_args(kind)[0] is int:
-        return argument(kind, "INT [INT ...]", flat.help), None
-    if get_origin(kind) is tuple:
-        return Annotated[Several, tyro.conf.arg(help=flat.help)], ()
-    return argument(kind, METAVARS[kind], flat.help), None
+        return Annotated[bool, about], False
+    if get_origin(kind) is tuple and get_args(kind)[0] is not int:
+        return Annotated[Several, about], ()
+    return Annotated[kind | None, about], None
 
 
 def without_none(hint: Any) -> Any:
@@ -80,16 +83,6 @@ def without_none(hint: Any) -> Any:
 def takes_yes_or_no(hint: Any) -> bool:
     """Say whether a flag needs a word for False: where a preset may be True, or None means something else."""
     return hint == YesNo or (without_none(hint) is bool and hint is not bool)
-
-
-def argument(kind: Any, metavar: str, help: str) -> Any:
-    """Return an optional type with what --help shows of it."""
-    return Annotated[kind | None, tyro.conf.arg(metavar=metavar, help=help, help_behavior_hint=UNSET)]
-
-
-def choice(words: tuple[str, ...], help: str) -> Any:
-    """Return an optional type that is one of some words."""
-    return argument(Literal[words], "{" + ",".join(words) + "}", help)
 
 
 def given(groups: Iterable[object], options: type) -> dict[str, object]:
@@ -127,7 +120,7 @@ MISTAKES = (  # of tyro's messages: (pattern, what is said in its place)
 
 
 def parse_flags(target: Any, name: str, about: str, args: list[str]) -> Any:
-    """Parse arguments with tyro. Raises ValueError, in one line with the nearest right word, for what it does not take.
+    """Parse arguments with tyro, or show the help. Raises ValueError, in one line with the nearest right word, for what it does not take.
 
     Args:
         target: a class, or a function, which is called with what standard error says kept back
@@ -135,14 +128,15 @@ def parse_flags(target: Any, name: str, about: str, args: list[str]) -> Any:
         about: for --help
         args: the command line
     """
+    if asked := {*HELP, HELP_ALL} & {*args}:
+        print(format_help(name, about, target, every=HELP_ALL in asked))
+        sys.exit(0)
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            return tyro.cli(target, prog=f"minidiff {name}", description=about, args=args, config=CONFIG)
-    except SystemExit as error:
-        if not error.code:
-            raise
-    raise ValueError(f"{mistake(said.getvalue())}; minidiff {name} --help lists all flags")
+            return tyro.cli(target, prog=f"minidiff {name}", args=args, config=CONFIG)
+    except SystemExit:
+        raise ValueError(f"{mistake(said.getvalue())}; minidiff {name} {HELP_ALL} lists all flags") from None
 
 
 def collect(function: Callable[..., None], name: str, args: list[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,19 +1,22 @@
 """`minidiff train from-scratch`: a small Stable Diffusion on composed scenes, as bundled/run.py and bundled/make.py train it."""
 
+import shlex
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from minidiff.bundled.recipe import RECIPES, Recipe
+from minidiff.cli.endings import finish, readers
 from minidiff.cli.flags import Attentions, Text, Whole, command_class, flag_groups, given, parse_flags, summary
 from minidiff.cli.model import load, print_notes, training_on
+from minidiff.cli.names import check_folder
 from minidiff.trainers.methods.override import override
 
 if TYPE_CHECKING:
@@ -26,8 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ScratchFlags:
-    """Train a small Stable Diffusion from scratch on composed scenes: the VAE, then text encoder and U-Net together.
+    """Train a small Stable Diffusion from scratch on composed scenes.
 
+        minidiff train from-scratch runs/half --recipe half --vae tiny
+
+    The VAE comes first, then text encoder and U-Net together.
     Stopped at any time and started again with the same arguments, it resumes from its last state.
 
     Args:
@@ -41,7 +47,7 @@ class ScratchFlags:
     """
 
     out: tyro.conf.Positional[Path]
-    recipe: Annotated[Literal["bundled", "half"] | None, tyro.conf.arg(metavar="{bundled,half}", help_behavior_hint="")] = None
+    recipe: Literal["bundled", "half"] | None = None
     init: Text = None
     vae: Text = None
     device: str = "auto"
@@ -55,10 +61,10 @@ def from_scratch(args: list[str]) -> None:
     from minidiff.bundled.run import claim_folder, estimate_seconds, run_from_scratch
     from minidiff.bundled.tasks import bundled_config
 
-    command = command_class({"run": (ScratchFlags,)} | flag_groups(Recipe))
-    about = f"{summary(ScratchFlags)}\n\n{recipe_numbers()}"
-    asked = vars(parse_flags(command, "train from-scratch", about, args))
+    command = command_class({"run": (ScratchFlags,)} | flag_groups(Recipe, presets=RECIPES))
+    asked = vars(parse_flags(command, "train from-scratch", summary(ScratchFlags), args))
     flags: ScratchFlags = asked["run"]
+    check_folder(flags.out)
     out, recipe = flags.out, override(RECIPES[flags.recipe or "bundled"], given(asked.values(), Recipe))
     with training_on(flags.device, flags.threads, flags.attention) as device:
         init, other = (load(file, "float32", device) if file else None for file in (flags.init, flags.vae))
@@ -72,7 +78,10 @@ def from_scratch(args: list[str]) -> None:
         else:
             print_forecast(lambda: estimate_seconds(config, recipe, device, init, vae), device, out)
             show_progress(run_from_scratch(config, recipe, out, device, partial(save_model, out), init, vae))
-        print(out / "model.safetensors")
+        model = out / "model.safetensors"
+        finish(
+            model, use=shlex.join(["minidiff", "generate", "a fox", "--model", str(model)]), read_by=readers("--model", "ldm", "bundled")
+        )
 
 
 def save_model(out: Path, sd: "StableDiffusion") -> None:
@@ -117,11 +126,3 @@ def print_forecast(forecast: "Callable[[], dict[str, float]]", device: "torch.de
     if seconds:
         stages = ", ".join(f"{stage} {format_duration(s)}" for stage, s in seconds.items())
         print_notes([f"on {format_device(device)}, about: {stages}; {format_duration(sum(seconds.values()))} in all"])
-
-
-def recipe_numbers() -> str:
-    """Return the numbers of the recipes, for --help."""
-    bundled, half = (asdict(RECIPES[name]) for name in ("bundled", "half"))
-    other = {number: value for number, value in half.items() if value != bundled[number]}
-    first, second = (", ".join(f"{name} {value}" for name, value in one.items() if value is not None) for one in (bundled, other))
-    return f"Numbers of bundled: {first}.\n\nNumbers of half, where they are others: {second}."

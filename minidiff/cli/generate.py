@@ -1,26 +1,30 @@
 """`minidiff generate`: pictures from words, each PNG with the settings that make it again."""
 
+import shlex
 import sys
 from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from minidiff import __version__
+from minidiff.cli.advice import size_notes, syntax_notes, word_notes
 from minidiff.cli.control import parse_controls, steer
 from minidiff.cli.edit import EditFlags, check_model, prepare_edit, read_edit
+from minidiff.cli.endings import finish
 from minidiff.cli.flags import Attentions, DTypes, File, Several, Text
+from minidiff.cli.heat import heat_file, new_heat_maps, write_heat_maps
 from minidiff.cli.model import load, named, print_notes, unused_words, weighted
-from minidiff.cli.names import check_writable, free_path, slug
+from minidiff.cli.picture_files import check_files, check_zoom, choose_seeds, enlarge, picture_files, read_prompts, write_pictures
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from PIL import Image
-
+    from minidiff.conditioning import TextSide
     from minidiff.pipeline import StableDiffusion
+    from minidiff.two_encoders import SizeNumbers
 
 
 def generate(
@@ -35,6 +39,8 @@ def generate(
     guidance_scale: float | None = None,
     seed: int = 0,
     batch: int = 1,
+    seeds: Text = None,
+    prompts_file: File = None,
     size: str | None = None,
     original_size: str | None = None,
     crop: str | None = None,
@@ -55,11 +61,17 @@ def generate(
     control: Several = (),
     controlnet: Several = (),
     guess_mode: bool = False,
+    heat_maps: bool = False,
     settings: File = None,
+    zoom: int = 1,
+    zoom_filter: Literal["lanczos", "nearest"] = "lanczos",
     out: Path | None = None,
     edit: EditFlags = EditFlags(),
 ) -> None:
     """Make pictures from words, or from a picture and words.
+
+        minidiff generate "a fox on a green background" --batch 4 --out foxes.png
+        minidiff generate "a dog on a green background" --image fox.png --strength 0.5
 
     Args:
         prompts: what a picture shows, in quotes; one picture for each. (small:1.3) makes a word count more, (small:0.7) less
@@ -69,11 +81,15 @@ def generate(
         empty_negative: what SDXL is given where nothing is negative: zeros (without --negative-prompt) or the empty prompt encoded (with
             --negative-prompt "") by default
         steps: how many steps the sampler takes
-        sampler: its name; "list" prints all of them
-        guidance_scale: how strongly the picture follows the prompt; 1 is the prompt alone, without guidance; the model's own by default
+        sampler: its name; `minidiff list samplers` shows all of them
+        guidance_scale: how strongly the picture follows the prompt; 1 is the prompt alone, without guidance; the model's own by
+            default: 7.5 of Stable Diffusion 1 and 2, 5 of XL
         seed: where the noise comes from; the same seed gives the same picture
         batch: how many pictures of a prompt, on consecutive seeds
-        size: in pixels, as 512 or 768x512; the model's own by default (its shorter side, of a picture in another shape)
+        seeds: a picture of each prompt for each of these, as 0-8 or 3,7,9
+        prompts_file: a text file with a prompt per line, beside those that are given here
+        size: in pixels, as 512 or 768x512; the model's own by default, 512 of Stable Diffusion 1, 512 or 768 of 2, 1024 of XL (its shorter
+            side, of a picture in another shape)
         original_size: what SDXL is told of the size of the picture before it was scaled, as 1024x1024; the picture's own by default
         crop: what it is told was cut off, left x top, as 0x128; nothing by default
         target_size: what it is told of the size of the picture itself; its own by default
@@ -95,36 +111,36 @@ def generate(
         controlnet: a ControlNet file or folder, FILE or FILE:scale:start:end, as net.safetensors:0.8:0:0.5 for the first half of the steps;
             --control and --controlnet may be given several times, in the same order
         guess_mode: let the hint decide what is seen, also without a prompt; a guidance scale of 3 to 5 suits it
+        heat_maps: also write a sheet of where each word was looked at, NAME-heat.png
         settings: a picture that generate or a web interface made, to make it again; flags and prompts beside it win over its own
-        out: a .png file, named after the prompt by default; several pictures make a grid, with each picture in a file alongside
+        zoom: how many times wider and higher the files are, for viewing
+        zoom_filter: how they are enlarged: lanczos is smooth, nearest shows every pixel as a square
+        out: a .png file, named after the prompt by default, or a folder; several pictures make a sheet, with each in a file alongside
         edit: start from a picture
     """
     from tqdm import tqdm
 
     from minidiff.editing.start import Sampling, find_start
     from minidiff.kernels.dispatch import attention_backend
-    from minidiff.pictures import check_png
     from minidiff.pipeline import to_images
     from minidiff.samplers import SAMPLERS, levels
-    from minidiff.two_encoders import SizeNumbers, told
+    from minidiff.two_encoders import SizeNumbers
+    from weights_loader.contents import BUNDLED
 
-    if sampler == "list":
-        web_names = {name: f"{row.web_name} {row.web_schedule or row.own_spacing or ''}".strip() for name, row in SAMPLERS.items()}
-        print("\n".join(f"{name:16}  {web_names[name]:16}  {row.help}" for name, row in SAMPLERS.items()))
-        return
+    prompts = (*prompts, *read_prompts(prompts_file))
+    check_zoom(zoom)
     if not prompts or batch < 1:
         raise ValueError(f"{len(prompts)} prompts and --batch {batch} make no picture; give at least one of each")
-    pairs = [(prompt, seed + i) for prompt in prompts for i in range(batch)]
+    chosen_seeds = choose_seeds(seed, batch, seeds)
+    pairs = [(prompt, one) for prompt in prompts for one in chosen_seeds]
     files = picture_files(out, prompts, pairs)
-    for file in files:
-        check_png(file)
-        check_writable(file)
+    sheet = heat_file(files[0]) if heat_maps else None
+    check_files(out, files if sheet is None else [*files, sheet])
+    print_notes(syntax_notes([*prompts, negative_prompt or ""]))
     requests = parse_controls(control, controlnet)
     if guess_mode and not requests:
         raise ValueError("--guess-mode without a ControlNet; give --control and --controlnet, or leave it out")
     pictures = read_edit(edit)
-    if requests and pictures is not None:
-        raise ValueError("--controlnet and --image together are for Python: sd.denoise takes start, x and model; leave one of them out")
     sd = load(
         model,
         dtype,
@@ -140,15 +156,17 @@ def generate(
     )
     check_model(edit, sd)
     negative = resolve_negative(negative_prompt, empty_negative, len(sd.text.encoders))
-    read_weights(sd, [*prompts, negative or ""])
+    read_weights(sd, [*prompts, *([prompt_2] if prompt_2 else []), negative or ""])
     sizes = SizeNumbers(
         original=parse_pair("original-size", original_size),
         crop=parse_pair("crop", crop) or (0, 0),
         target=parse_pair("target-size", target_size),
     )
-    sd.text = told(sd.text, prompt_2, sizes)
+    sd.text = tell(sd.text, prompt_2, sizes, zeros=empty_negative == "zeros")
     print_notes(unused_words(sd.tokenizer, [*prompts, prompt_2 or "", negative or ""]))
-    texts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
+    if model in BUNDLED and not (lora or custom_diffusion):
+        print_notes(word_notes([*prompts, negative_prompt or ""], sd.tokenizer.added))
+    texts, each_seed = [prompt for prompt, _ in pairs], [one for _, one in pairs]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
     if negative_prompt and guidance_scale == 1:
         print_notes(["--negative-prompt has no effect at --guidance-scale 1, which draws the prompt alone; give a larger scale"])
@@ -158,15 +176,24 @@ def generate(
     with attention_backend(attention):
         if pictures is None:
             job, wanted = None, sd.pixel_size(parse_size(size))
+            print_notes(size_notes(wanted, sd.config.image_size))
             timesteps = [level.t for level in levels(sd.schedule, sampler, steps, spacing)[:-1]]
+            sd.check_channels()
+            print_notes(size_advice(sd, wanted))
             steered = steer(sd, requests, count=len(pairs), size=wanted, timesteps=timesteps, guess_mode=guess_mode)
-            trajectory = sd.denoise(texts, seeds=seeds, size=wanted, model=steered, **asdict(sampling))
+            model_asked = steered(sd.predict) if steered else None
+            trajectory = sd.denoise(texts, seeds=each_seed, size=wanted, model=model_asked, **asdict(sampling))
         else:
             job = prepare_edit(edit, pictures, sd, parse_size(size))
-            trajectory = job.denoise(sd, texts, seeds, sampling)
             start = find_start(sd.schedule, job.strength, sampling)
+            timesteps = [level.t for level in sampling.levels(sd.schedule)[start.index : -1]]
+            acting = requests if timesteps else []  # strength 0 asks no model
+            steered = steer(sd, acting, count=len(pairs), size=job.size, timesteps=timesteps, guess_mode=guess_mode, frame=job.frame)
+            trajectory = job.denoise(sd, texts, each_seed, sampling, steered)
             left = steps - start.index
             print_notes([str(start)])
+        heat = None if sheet is None else new_heat_maps(sd, texts)
+        trajectory = trajectory if heat is None else heat.watch(trajectory, sd.unet)
         (last,) = deque(tqdm(trajectory, total=left, unit="step", file=sys.stderr), maxlen=1)
         pixels = sd.decode(last.x_t)
         images = to_images(pixels if job is None else job.finish(pixels))
@@ -176,7 +203,7 @@ def generate(
         "Sampler": row.web_name,
         "Schedule type": row.web_schedule or row.own_spacing,
         "CFG scale": guidance_scale,
-        "Seed": seed,
+        "Seed": chosen_seeds[0],
         "Size": f"{images[0].width}x{images[0].height}",
         "Prompt 2": prompt_2,
         "Empty negative": empty_negative if empty_negative or negative != "" else "encoded",
@@ -198,77 +225,49 @@ def generate(
         "Control": control,
         "ControlNet": controlnet,
         "Guess mode": guess_mode,
-        **edit.settings(),
+        "Zoom": zoom if zoom > 1 else None,
+        "Zoom filter": zoom_filter if zoom > 1 else None,
+        **edit.settings(job),
         "Version": f"minidiff {__version__}",
     }
-    write_pictures(files, images, prompts, pairs, negative or "", values, batch)
-    print(files[0])
-
-
-def picture_files(out: Path | None, prompts: tuple[str, ...], pairs: list[tuple[str, int]]) -> list[Path]:
-    """Return the names of all files: of the picture, or of the grid and each picture in it. Only `out` may be a file that is there.
-
-    Args:
-        out: the first one; a free name made of the first prompt and its seed by default
-        prompts: those that were given
-        pairs: prompt and seed of each picture
-    """
-    out = out or free_path(Path(f"{slug(prompts[0])}-{pairs[0][1]}.png"))
-    if len(pairs) == 1:
-        return [out]
-    alone = len(prompts) == 1
-    names = [f"{out.stem}-{seed}.png" if alone else f"{out.stem}-{i}-{slug(prompt)}-{seed}.png" for i, (prompt, seed) in enumerate(pairs)]
-    return [out, *(free_path(out.with_name(name)) for name in names)]
-
-
-def write_pictures(
-    files: list[Path],
-    images: "list[Image.Image]",
-    prompts: tuple[str, ...],
-    pairs: list[tuple[str, int]],
-    negative_prompt: str,
-    values: dict[str, object],
-    batch: int,
-) -> None:
-    """Write the picture, or the grid of several and each of them alongside.
-
-    Args:
-        files: as `picture_files` names them
-        images: the pictures
-        prompts: those that were given
-        pairs: prompt and seed of each picture
-        negative_prompt: of all
-        values: settings of all, under the names that web interfaces use
-        batch: pictures of each prompt
-    """
-    from minidiff.pictures import grid, save_png
-    from minidiff.png_settings import picture_settings
-
-    size = {"Batch size": batch} if batch > 1 else {}
-    save_png(grid(images), files[0], picture_settings(prompts, negative_prompt, values | size))
-    for (prompt, seed), image, file in zip(pairs, images, files[1:]):
-        save_png(image, file, picture_settings([prompt], negative_prompt, values | {"Seed": seed}))
+    enlarged = [enlarge(image, zoom, zoom_filter) for image in images]
+    write_pictures(files, enlarged, prompts, pairs, negative or "", values, seeds)
+    if sheet is not None and heat is not None:
+        write_heat_maps(sheet, heat, sd, texts, pixels)
+    what = f"{enlarged[0].width} x {enlarged[0].height} pixels, seed {chosen_seeds[0]}"
+    what = what if len(files) == 1 else f"a sheet of {len(images)} pictures, each in a file alongside"
+    finish(files[0], what, use=shlex.join(["minidiff", "generate", "--settings", str(files[0])]))
 
 
 def read_weights(sd: "StableDiffusion", prompts: "Sequence[str]") -> None:
-    """Let a model with one text encoder read weights and prompts of any length, and say which prompts are long.
+    """Let a model read weights and prompts of any length, and say which prompts are long."""
+    from minidiff.editing.prompt_weights import parse_weights, split_chunks, weighted_side
 
-    Raises ValueError for a weight in a prompt for two text encoders.
+    sd.text = weighted_side(sd.text)
+    for prompt in prompts:
+        parts = parse_weights(prompt)
+        chunks = max((split_chunks(tokenizer, parts) for tokenizer in sd.text.tokenizers.values()), key=len)
+        if len(chunks) > 1:
+            room = sd.config.tokenizer.context_length - 2
+            print_notes([f"a prompt of {sum(map(len, chunks))} tokens is read in {len(chunks)} chunks; the model reads {room} at once"])
+
+
+def tell(text: "TextSide", prompt_2: str | None, sizes: "SizeNumbers", zeros: bool) -> "TextSide":
+    """Return a text side with what only one of two encoders takes. Raises ValueError, naming it, for another.
+
+    Args:
+        text: of the model
+        prompt_2: for the second encoder
+        sizes: what the U-Net is told
+        zeros: no negative prompt means zeros, whatever the model's own is
     """
-    from minidiff.editing.prompt_weights import WeightedText, parse_weights
+    from minidiff.two_encoders import SizeNumbers, TwoEncoders
 
-    parts = {prompt: parse_weights(prompt) for prompt in prompts}
-    if len(sd.text.encoders) > 1:
-        if weighted := next((prompt for prompt, own in parts.items() if any(part.weight != 1 for part in own)), None):
-            raise ValueError(f"prompt {weighted!r} has weights, which a model with two text encoders does not read; leave them out")
-        return
-    sd.text = text = WeightedText(sd.text.tokenizers, sd.text.encoders)
-    room = sd.config.tokenizer.context_length - 2
-    print_notes(
-        f"a prompt of {sum(map(len, chunks))} tokens is read in {len(chunks)} chunks; the model reads {room} at once"
-        for own in parts.values()
-        if len(chunks := text.chunks(own)) > 1
-    )
+    if isinstance(text, TwoEncoders):
+        return replace(text, prompt_2=prompt_2, sizes=sizes, zero_negative=zeros or text.zero_negative)
+    if prompt_2 is not None or sizes != SizeNumbers():
+        raise ValueError(f"second prompt {prompt_2!r}, {sizes}: this model has one text encoder and is told no sizes; leave both out")
+    return text
 
 
 def resolve_negative(prompt: str | None, empty: str | None, encoders: int) -> str | None:
@@ -281,6 +280,17 @@ def resolve_negative(prompt: str | None, empty: str | None, encoders: int) -> st
     if prompt:
         return prompt
     return {None: prompt, "encoded": "", "zeros": None}[empty]
+
+
+def size_advice(sd: "StableDiffusion", size: tuple[int, int]) -> list[str]:
+    """Return a note where a model that is told sizes, which it has learned for about one area, is asked for another one."""
+    from minidiff.trainers.data.buckets import nearest_bucket
+
+    own = sd.config.image_size
+    if sd.config.unet.pooled_width is None or own % 16 or 0.75 <= size[0] * size[1] / own**2 <= 1.25:
+        return []
+    width, height = nearest_bucket(*size, own, own // 16)
+    return [f"the model was trained on pictures of about {own} x {own} pixels; of this shape that is --size {width}x{height}"]
 
 
 def parse_pair(flag: str, text: str | None) -> tuple[int, int] | None:

@@ -1,22 +1,26 @@
 """`minidiff hint KIND`: a picture to the hint that a ControlNet is shown (hints.py)."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from minidiff.cli.flags import UNSET, Whole
+from minidiff.cli.endings import WEB, finish
+from minidiff.cli.flags import Whole
 from minidiff.cli.model import print_notes
 from minidiff.cli.names import free_path
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Out = Annotated[Path | None, tyro.conf.arg(metavar="FILE.png", help_behavior_hint=UNSET)]
+Out = Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")]
 
 
 def canny(picture: tyro.conf.Positional[Path], /, out: Out = None, size: Whole = None, low: float = 100, high: float = 200) -> None:
     """Draw thin edges, white on black.
+
+        minidiff hint canny photo.jpg --size 512 --out edges.png
 
     Args:
         picture: a photograph or a drawing
@@ -35,6 +39,8 @@ def scribble(
 ) -> None:
     """Draw thick lines, as if by hand, along the edges of the blurred picture.
 
+        minidiff hint scribble photo.jpg --size 512 --out scribble.png
+
     Args:
         picture: a photograph or a drawing
         out: a .png file, named after the picture by default
@@ -51,11 +57,13 @@ def scribble(
 def tile(picture: tyro.conf.Positional[Path], /, out: Out = None, size: Whole = None, factor: int = 8) -> None:
     """Blur away the details, which a tile ControlNet invents.
 
+        minidiff hint tile small.png --size 512 --out tile.png
+
     Args:
         picture: a photograph or a drawing
         out: a .png file, named after the picture by default
         size: its shorter side is brought to this many pixels first
-        factor: so many pixels a side become one
+        factor: this many pixels a side become one
     """
     from minidiff import hints
 
@@ -64,6 +72,8 @@ def tile(picture: tyro.conf.Positional[Path], /, out: Out = None, size: Whole = 
 
 def inpaint(picture: tyro.conf.Positional[Path], /, mask: Path, out: Out = None, size: Whole = None) -> None:
     """Cut a hole, which an inpainting ControlNet fills.
+
+        minidiff hint inpaint photo.jpg --mask mask.png --out hole.png
 
     Args:
         picture: a photograph or a drawing
@@ -107,7 +117,8 @@ def make(kind: str, picture: Path, out: Path | None, size: int | None, convert) 
         if kind in ("canny", "scribble") and looks_like_lines(file):
             print_notes([f"{picture}: a hint already, it seems; give it to --control as it is"])
     save_png(Image.fromarray(convert(np.asarray(shrink(image, size)))), out, hint=kind)
-    print(out)
+    use = f'minidiff generate "..." --model FILE --control {shlex.quote(str(out))} --controlnet FILE'
+    finish(out, f"a {kind} hint", use=use, read_by=f"{WEB}, diffusers")
 
 
 def shrink(image: "Image.Image", size: int | None) -> "Image.Image":

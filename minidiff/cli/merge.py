@@ -1,12 +1,14 @@
 """The commands that make files of files: `minidiff merge lora`, `merge concepts`, `compress`, `extract`."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from minidiff.cli.flags import DTypes, File, Number, Several, Whole
+from minidiff.cli.endings import finish, readers
+from minidiff.cli.flags import DTypes, File, Number, Several, Text, Whole
 from minidiff.cli.model import load, print_notes, weighted
 from minidiff.cli.names import check_writable
 from minidiff.trainers.methods.options import family_of
@@ -19,14 +21,17 @@ REGULARISATION = 1000  # captions; as many as the authors' program takes
 Files = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...", help_behavior_hint="")]]
 
 
-def merge_lora(files: Files, /, out: Path, model: str = "tiny", dtype: DTypes = "auto") -> None:
+def merge_lora(files: Files, /, out: Path, model: str = "tiny", dtype: DTypes = "auto", ignore: Text = None) -> None:
     """Put LoRAs into a checkpoint's weights, and write the checkpoint.
+
+        minidiff merge lora runs/lora/lora.safetensors:0.8 --model tiny --out merged.safetensors
 
     Args:
         files: LoRA files, each as FILE or FILE:0.7
         out: a file name ending in .safetensors, or else the diffusers folder to make
         model: the checkpoint, as for generate
         dtype: of the weights that are written; the model's own by default
+        ignore: a regular expression of unknown tensors in the model's file to leave out
     """
     import torch
 
@@ -36,15 +41,16 @@ def merge_lora(files: Files, /, out: Path, model: str = "tiny", dtype: DTypes = 
     if not files:
         raise ValueError("no LoRA to merge; give at least one file")
     check_out(out, (".safetensors", ""))
-    sd = weights_loader.load(model, dtype="file" if dtype == "auto" else getattr(torch, dtype))
+    sd = weights_loader.load(model, dtype="file" if dtype == "auto" else getattr(torch, dtype), ignore=ignore)
     print_notes(sd.notes)
     for path, weight in weighted(files):
         one = weights_loader.read_lora(path, sd)
         print_notes(weights_loader.base_notes(path, sd))
         one.weight = weight
         lora.merge_lora(sd, one)
-    weights_loader.save(sd, out, "ldm" if out.suffix else "diffusers")
-    print(out)
+    layout = "ldm" if out.suffix else "diffusers"
+    weights_loader.save(sd, out, layout)
+    finish_small(out, "--model", layout, sd)
 
 
 def merge_concepts(
@@ -55,10 +61,14 @@ def merge_concepts(
     target: Several = (),
     captions: File = None,
     ridge: float = 0.0,
+    ignore: Text = None,
 ) -> None:
-    """Make one Custom Diffusion of several, in closed form (Kumari et al. 2023, eq. 4): each keeps what its captions ask for.
+    """Make one Custom Diffusion of several without training, in closed form (Kumari et al. 2023, eq. 4).
 
-    Their words should have been learned from different rare words (--start): two that began alike may still be too near to be told apart.
+        minidiff merge concepts cat.safetensors dog.safetensors --out both.safetensors
+
+    Each concept keeps what its captions ask for. Their words should have been learned from different rare words (--start): two that
+    began alike may still be too near to be told apart.
 
     Args:
         files: Custom Diffusion files of one concept or more each
@@ -67,6 +77,7 @@ def merge_concepts(
         target: a caption whose words should look as learned, for the file whose word it holds; "photo of a <word>" by default
         captions: a text file with a caption a line, about 1000, that should stay as they are; those of the bundled scenes by default
         ridge: added to the diagonal where the captions do not suffice, as 1e-3
+        ignore: a regular expression of unknown tensors in the model's file to leave out
     """
     import weights_loader
     from minidiff.adapters import merge_concepts as closed_form
@@ -74,7 +85,7 @@ def merge_concepts(
     if len(files) < 2:
         raise ValueError(f"{len(files)} files to merge; give at least two")
     check_out(out, (".safetensors", ".bin", ".ckpt", ""))
-    sd = load(model, "float32", "cpu")
+    sd = load(model, "float32", "cpu", ignore=ignore)
     regularisation = read_captions(captions, sd)
     concepts = [weights_loader.read_custom_diffusion(file, sd) for file in files]
     targets = targets_of(sd.tokenizer, files, [concept.tokens.names if concept.tokens else () for concept in concepts], target)
@@ -89,11 +100,21 @@ def merge_concepts(
             f"time         {report.seconds:.2f} s",
         ]
     )
-    print(out)
+    finish_small(out, "--custom-diffusion", spelling(out), sd, model)
 
 
-def compress(file: tyro.conf.Positional[str], /, out: Path, model: str = "tiny", share: float = 0.6, rank: Whole = None) -> None:
-    """Make a Custom Diffusion smaller: its changes by their largest singular values.
+def compress(
+    file: tyro.conf.Positional[str],
+    /,
+    out: Path,
+    model: str = "tiny",
+    share: float = 0.6,
+    rank: Whole = None,
+    ignore: Text = None,
+) -> None:
+    """Make a Custom Diffusion smaller by keeping the largest singular values of its changes.
+
+        minidiff compress custom-diffusion.safetensors --share 0.6 --out small.safetensors
 
     Args:
         file: the Custom Diffusion
@@ -101,12 +122,13 @@ def compress(file: tyro.conf.Positional[str], /, out: Path, model: str = "tiny",
         model: the checkpoint that it was learned on
         share: of the sum of singular values to keep
         rank: keep this many instead
+        ignore: a regular expression of unknown tensors in the model's file to leave out
     """
     import weights_loader
     from minidiff.adapters import custom_diffusion
 
     check_out(out, (".safetensors", ".bin", ".ckpt"))
-    sd = load(model, "float32", "cpu")
+    sd = load(model, "float32", "cpu", ignore=ignore)
     delta = weights_loader.read_custom_diffusion(file, sd)
     small = custom_diffusion.compress(delta.deltas(sd), share, rank)
     settings = {"method": "compress", "file": Path(file).name, **({"rank": rank} if rank else {"share": share})}
@@ -118,7 +140,7 @@ def compress(file: tyro.conf.Positional[str], /, out: Path, model: str = "tiny",
             f"error {small.error:.1%} of the changes' norm",
         ]
     )
-    print(out)
+    finish_small(out, "--custom-diffusion", spelling(out), sd, model)
 
 
 def extract(
@@ -132,8 +154,11 @@ def extract(
     clamp: float = 1.0,
     layers: Several = (),
     names: Literal["kohya", "diffusers"] = "kohya",
+    ignore: Text = None,
 ) -> None:
-    """Make a LoRA of what a tuned checkpoint has and its base has not, by singular values.
+    """Make a LoRA of the difference between two checkpoints, by singular values.
+
+        minidiff extract tiny runs/tuned/model.safetensors --rank 8 --out extracted.safetensors
 
     Args:
         base: the checkpoint before, as for generate
@@ -145,6 +170,7 @@ def extract(
         clamp: cut the factors off at this quantile, as kohya at 0.99; 1 does not, and is nearer
         layers: attention, transformer, conv, text_encoder, or regular expressions over layer names; conv and text_encoder by default
         names: of the layers in the file
+        ignore: a regular expression of unknown tensors in either checkpoint to leave out
     """
     import weights_loader
     from minidiff.adapters.extraction import extract_lora
@@ -152,14 +178,34 @@ def extract(
 
     check_out(out, (".safetensors",))
     rank = 32 if rank is None and share is None else rank
-    first, second = load(base, "float32", "cpu"), load(tuned, "float32", "cpu")
+    first, second = (load(file, "float32", "cpu", ignore=ignore) for file in (base, tuned))
     patterns = tuple(pattern for name in layers or ("conv", "text_encoder") for pattern in PATTERNS.get(name, (name,)))
     made = extract_lora(first, second, patterns, rank=rank, energy=share, criterion=of, clamp=clamp)
     settings: dict[str, object] = {"method": "extract", "base": Path(base).name, "tuned": Path(tuned).name}
     weights_loader.write_lora(out, made, first, names, settings | {"rank": rank, "share": share, "of": of, "clamp": clamp})
     ranks = sorted(layer.rank for layer in made.layers.values())
-    print_notes([f"{len(ranks)} layers that differ, ranks {ranks[0]} to {ranks[-1]}: {out.stat().st_size / 1e6:.2f} MB"])
-    print(out)
+    print_notes([f"{len(ranks)} layers that differ, ranks {ranks[0]} to {ranks[-1]}"])
+    finish_small(out, "--lora", names, first, base)
+
+
+def finish_small(out: Path, flag: str, names: str, sd: "StableDiffusion", model: str = "tiny") -> None:
+    """Print what was made and the command that uses it.
+
+    Args:
+        out: the file or folder
+        flag: of generate, which takes it
+        names: its spelling
+        sd: the model it is for
+        model: the name of that model, for a file that is not one itself
+    """
+    with_model = [] if model == "tiny" else ["--model", model]
+    use = shlex.join(["minidiff", "generate", "...", *with_model, flag, str(out)])
+    finish(out, use=use, read_by=readers(flag, names, family_of(sd.config)))
+
+
+def spelling(out: Path) -> str:
+    """Return the spelling of a Custom Diffusion that is written under this name."""
+    return {".safetensors": "minidiff", "": "diffusers"}.get(out.suffix, "original")
 
 
 def check_out(out: Path, suffixes: tuple[str, ...]) -> None:
@@ -224,3 +270,6 @@ def settings_in(path: Path) -> dict:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+COMMANDS = {"lora": merge_lora, "concepts": merge_concepts}

@@ -39,6 +39,19 @@ def check_writable(path: Path) -> None:
         raise OSError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
 
 
+def check_folder(path: Path) -> None:
+    """Raise OSError for a folder that cannot be made or written to; leave nothing behind."""
+    there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), path)
+    if not there.is_dir():
+        raise NotADirectoryError(f"--out {path}: no folder to write to ({there} is a file); choose another place")
+    trial = there / f".{secrets.token_hex(4)}.tmp"
+    try:
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise OSError(f"--out {path}: no folder to write to ({error.strerror}); choose another place") from error
+
+
 def is_model(name: str) -> bool:
     """Say whether something of this name can be loaded: a file, a folder, or a model that ships with minidiff."""
     from weights_loader.contents import BUNDLED

@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from minidiff.cli.effects import without_effect
-from minidiff.cli.flags import Attentions, DTypes, File, Several, Whole, command_class, flag_groups, given, parse_flags
+from minidiff.cli.endings import readers, size_of
+from minidiff.cli.flags import Attentions, DTypes, File, Several, Text, Whole, command_class, flag_groups, given, parse_flags
 from minidiff.cli.model import load, print_notes, training_on
-from minidiff.cli.names import check_writable
-from minidiff.trainers.methods.method import Method, MethodOptions, describe
+from minidiff.cli.names import check_folder, check_writable
+from minidiff.cli.reference import Reference, draw_reference
+from minidiff.trainers.methods.method import Method, MethodOptions
 from minidiff.trainers.methods.options import Concept, PhaseOptions, family_of
 from minidiff.trainers.methods.override import documented, override, places
 from minidiff.trainers.methods.table import METHODS
@@ -50,6 +52,7 @@ class RunFlags:
         out: folder of the run, where the files it ends in are written
         model: "tiny" (ships with minidiff), a .safetensors or .ckpt file, or a diffusers folder
         prediction: what the model predicts, eps or v, where its file is wrong about it
+        ignore: a regular expression of unknown tensors in the model's file to leave out
         dtype: of the frozen weights; float32 by default, float16 or bfloat16 halve them on a GPU
         device: auto, cpu, cuda, cuda:1, mps
         attention: how it is computed: auto takes what is fastest; triton is this package's kernels, on a GPU
@@ -62,7 +65,8 @@ class RunFlags:
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     model: str = "tiny"
-    prediction: Annotated[Literal["eps", "v"] | None, tyro.conf.arg(metavar="{eps,v}", help_behavior_hint="")] = None
+    prediction: Literal["eps", "v"] | None = None
+    ignore: Text = None
     dtype: DTypes = "auto"
     device: str = "auto"
     attention: Attentions = "auto"
@@ -103,14 +107,13 @@ class Job:
 def train(name: str, args: list[str]) -> None:
     """Parse the flags of a method, train, and write what was learned."""
     method = METHODS[name]
-    bundled, sd1 = describe(method.presets["bundled"]), describe(method.presets["sd1"])
-    description = f"{method.summary}\n\nPresets of the bundled model: {bundled}.\n\nPresets of Stable Diffusion: {sd1}."
-    asked = vars(parse_flags(flag_class(method), f"train {name}", description, args))
+    asked = vars(parse_flags(flag_class(method, low_rank="--low-rank" in args), f"train {name}", describe(method, name), args))
     run: RunFlags = asked["run"]
     run.check()
+    check_folder(run.out)
     concepts = read_concepts(given([asked["concept"]], Concept), asked["more"], method.needs_images)
     with training_on(run.device, run.threads, run.attention) as device:
-        sd = load(run.model, "float32" if run.dtype == "auto" else run.dtype, device, prediction=run.prediction)
+        sd = load(run.model, "float32" if run.dtype == "auto" else run.dtype, device, prediction=run.prediction, ignore=run.ignore)
         presets = method.low_rank_presets if asked.get("as_lora") else method.presets
         if (family := family_of(sd.config)) not in presets:
             raise ValueError(f"--model {run.model}: {name} is not taught to models like it ({family}); take one of {', '.join(presets)}")
@@ -131,28 +134,58 @@ def learn(job: Job, sd: "StableDiffusion", device: "torch.device") -> None:
         training = prepare(job, sd, stack)
         print_forecast(training, device)
         prompts = list(run.sample_prompt) or training.phases[0].prompts
+        reference = None
+        if METHODS[job.name].needs_images and rank() == 0:  # others have sheets of their own
+            folders = [concept.images for concept in job.concepts]
+            reference = draw_reference(sd, folders, prompts, count=run.num_samples, steps=SAMPLE_STEPS)
         try:
-            take_steps(training, job, prompts, sd, device)
+            take_steps(training, job, prompts, sd, device, reference)
         except KeyboardInterrupt:
             print_notes([f"stopped; the same command resumes from what is saved in {run.out}"])
             raise
         if rank() > 0:
             return
-        flags = [text for flag, path in write_results(training, sd, run.out, job.names, settings_of(job)) for text in (flag, str(path))]
+        written = list(write_results(training, sd, run.out, job.names, settings_of(job)))
+        print_results(written, training, job, family_of(sd.config))
+        flags = [text for flag, path in written for text in (flag, str(path))]
         model = [] if "--model" in flags or run.model == "tiny" else ["--model", run.model]
-        prediction = ["--prediction", run.prediction] if model and run.prediction else []
-        print(shlex.join(["minidiff", "generate", prompts[0], *model, *prediction, *flags]))
+        for flag, value in (("--prediction", run.prediction), ("--ignore", run.ignore)):
+            model += [flag, value] if model and value else []
+        print(shlex.join(["minidiff", "generate", prompts[0], *model, *flags]))
+
+
+def print_results(written: "list[tuple[str, Path]]", training: "TrainingRun", job: Job, family: str) -> None:
+    """Print each file that was written, who else reads it, and where the last sheet is.
+
+    Args:
+        written: flags of generate, and the files that they take
+        training: the run
+        job: what was asked for
+        family: of the model
+    """
+    for flag, path in written:
+        known = readers(flag, job.names, family)
+        print_notes([f"{path}: {size_of(path)}" + (f"; read by: {known}" if known else "")])
+    last = training.phases[-1]
+    if (sheet := job.run.out / f"{last.name}-{last.settings.steps:06d}.png").is_file():
+        rows = ": your pictures, then for each prompt the untouched model and what was learned" if METHODS[job.name].needs_images else ""
+        print_notes([f"{sheet}{rows}"])
+
+
+def describe(method: Method[Any], name: str) -> str:
+    """Return what a method does, with an example of its command."""
+    return f"{method.summary}\n\n    minidiff train {name} {method.example} --out runs/{name}"
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 
-def flag_class(method: Method[Any]) -> type:
-    """Make the class of all flags of a method."""
+def flag_class(method: Method[Any], low_rank: bool = False) -> type:
+    """Make the class of all flags of a method. low_rank: --help shows the values of the presets behind --low-rank."""
     parts: dict[str, Any] = {"concept": flag_groups(Concept)["method"], "run": (RunFlags,)}
     if method.low_rank_presets:
-        about = "train a LoRA instead of the U-Net: a small file in place of a whole checkpoint"
-        parts["as_lora"] = (Annotated[bool, tyro.conf.arg(name="low-rank", help=about, help_behavior_hint="")], False)
+        about = "train a LoRA instead of the U-Net: a small file in place of a whole checkpoint; with --help, show its presets"
+        parts["as_lora"] = (Annotated[bool, tyro.conf.arg(name="low-rank", help=about)], False)
     if method.start_from:
         about = f"a {method.start_from.replace('_', ' ').title()} to which these concepts are added, learned before on the same model"
         parts["start_from"] = (Annotated[File, tyro.conf.arg(metavar="FILE", help=about)], None)
@@ -161,7 +194,8 @@ def flag_class(method: Method[Any]) -> type:
         parts["names"] = (Annotated[Literal[tuple(method.formats)], tyro.conf.arg(help=about)], next(iter(method.formats)))
     about = f"one more thing to learn, as {EXAMPLE}; it knows {', '.join(f'{name}=' for name in CONCEPT_NAMES)}"
     parts["more"] = (Annotated[Several, tyro.conf.arg(name="concept", help=about)], ())
-    return command_class(parts | flag_groups(method.options, taken=documented(Concept)))
+    presets: dict[str, Any] = {**(method.low_rank_presets if low_rank else method.presets)}
+    return command_class(parts | flag_groups(method.options, documented(Concept), presets))
 
 
 def apply_flags(preset: MethodOptions, method: Method[Any], asked: dict[str, Any]) -> MethodOptions:
@@ -313,7 +347,7 @@ def print_forecast(training: "TrainingRun", device: "torch.device") -> None:
     for phase in training.phases:
         for _ in tqdm(phase.prepare(), desc="pictures to latents", unit="picture", file=sys.stderr, leave=False):
             pass
-        taken = f"; this process has taken {format_bytes(memory_taken(device))} so far, the model among it" if device.type == "cpu" else ""
+        taken = f"; {format_bytes(memory_taken(device))} are in use now" if device.type == "cpu" else ""
         with phase:
             memory = estimate_memory(phase, phase.settings, device)
         settings = phase.settings
@@ -326,7 +360,9 @@ def print_forecast(training: "TrainingRun", device: "torch.device") -> None:
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def take_steps(training: "TrainingRun", job: Job, prompts: list[str], sd: "StableDiffusion", device: "torch.device") -> None:
+def take_steps(
+    training: "TrainingRun", job: Job, prompts: list[str], sd: "StableDiffusion", device: "torch.device", reference: Reference | None
+) -> None:
     """Take the steps that are left, phase by phase.
 
     Args:
@@ -335,25 +371,28 @@ def take_steps(training: "TrainingRun", job: Job, prompts: list[str], sd: "Stabl
         prompts: of the sheets, one per row
         sd: the model
         device: where it is trained
+        reference: what the sheets show beside the results
     """
     phases = 0
     with closing(training.run(device, job.run.out)) as steps:
         for phase, own in groupby(steps, key=lambda pair: pair[0]):
-            for done in show_phase(phase, (step for _, step in own), job.run, prompts, device):
+            for done in show_phase(phase, (step for _, step in own), job.run, prompts, device, reference):
                 keep_results(training, phase, sd, job, done)
             phases += 1
     if not phases:
         print_notes(["all steps were taken before; the files are written again; a larger --steps goes on from there"])
 
 
-def show_phase(phase: "Phase", steps: "Iterator[TrainStep]", run: RunFlags, prompts: list[str], device: "torch.device") -> Iterator[int]:
+def show_phase(
+    phase: "Phase", steps: "Iterator[TrainStep]", run: RunFlags, prompts: list[str], device: "torch.device", reference: Reference | None
+) -> Iterator[int]:
     """Take the steps of one phase, with a bar, a log and sheets of pictures; yield how many are done after each sheet but the last.
 
     Args:
         phase: the phase's task
         steps: those that are left of it, at least one
         run: the flags of the run
-        prompts, device: as in `take_steps`
+        prompts, device, reference: as in `take_steps`
     """
     from tqdm import tqdm
 
@@ -374,7 +413,7 @@ def show_phase(phase: "Phase", steps: "Iterator[TrainStep]", run: RunFlags, prom
             is_due = step.done == step.steps or (run.sample_every and step.done % run.sample_every == 0)
             if is_due and rank() == 0:
                 with averaged(phase):
-                    numbers = save_sheet(phase, prompts, run, step.done)
+                    numbers = save_sheet(phase, prompts, run, step.done, reference)
                     if numbers:
                         bar.write(f"minidiff: step {step.done}: {numbers}", file=sys.stderr)
                     if step.done < step.steps:
@@ -402,7 +441,7 @@ def keep_results(training: "TrainingRun", phase: "Phase", sd: "StableDiffusion",
                         path.rename(target)
 
 
-def save_sheet(phase: "Phase", prompts: list[str], run: RunFlags, done: int) -> str:
+def save_sheet(phase: "Phase", prompts: list[str], run: RunFlags, done: int, reference: Reference | None = None) -> str:
     """Write a sheet of pictures, one row per prompt, and a line of what was measured on it, if anything was, to NAME-sheets.csv.
 
     Args:
@@ -410,6 +449,7 @@ def save_sheet(phase: "Phase", prompts: list[str], run: RunFlags, done: int) -> 
         prompts: one per row
         run: how many in a row, and the folder
         done: steps that are over
+        reference: rows to show beside them
 
     Return what was measured, as text.
     """
@@ -417,7 +457,7 @@ def save_sheet(phase: "Phase", prompts: list[str], run: RunFlags, done: int) -> 
     from minidiff.pictures import save_png
 
     sheet = phase.sheet(prompts, count=run.num_samples, steps=SAMPLE_STEPS)
-    save_png(sheet.image, run.out / f"{phase.name}-{done:06d}.png")
+    save_png(reference.beside(sheet.image) if reference else sheet.image, run.out / f"{phase.name}-{done:06d}.png")
     if sheet.numbers:
         path = run.out / f"{phase.name}-sheets.csv"
         lines = path.read_text().splitlines() if path.exists() else [",".join(["step", *sheet.numbers])]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from minidiff.cli.flags import File
+from minidiff.cli.flags import File, Text
 from minidiff.cli.model import load
 from minidiff.cli.names import check_writable
 
@@ -38,9 +38,18 @@ PACKAGES = ("minidiff", "torch", "diffusers", "transformers", "safetensors")
 
 
 def verify(
-    file: tyro.conf.Positional[str], /, prompt: str = "a cat", steps: int = 10, seed: int = 0, size: int | None = None, out: File = None
+    file: tyro.conf.Positional[str],
+    /,
+    prompt: str = "a cat",
+    steps: int = 10,
+    seed: int = 0,
+    size: int | None = None,
+    ignore: Text = None,
+    out: File = None,
 ) -> None:
-    """Hold a checkpoint against diffusers on the same file and noise: every layer, a trajectory and the picture, on one page.
+    """Compare with diffusers on the same file: every layer, a trajectory and the picture, on one page.
+
+        minidiff verify v1-5-pruned-emaonly.safetensors --size 256 --out page.md
 
     It runs on the CPU in float32. Without diffusers (pip install diffusers transformers) the page says what is in the file alone.
 
@@ -50,14 +59,15 @@ def verify(
         steps: of ddim; a divisor of 1000, for at others diffusers visits other timesteps
         seed: of the noise
         size: of the picture in pixels; the model's own by default, less takes less time
+        ignore: a regular expression of unknown tensors in the file to leave out
         out: a file for the page, which is printed otherwise
     """
     import weights_loader
 
     if out is not None:
         check_writable(out)
-    sd = load(file, "float32", "cpu")
-    lines = [f"# {file}", "", versions(), "", "```", str(weights_loader.inspect(file)), "```", ""]
+    sd = load(file, "float32", "cpu", ignore=ignore)
+    lines = [f"# {file}", "", versions(), "", "```", str(weights_loader.inspect(file, ignore=ignore)), "```", ""]
     agrees = True
     if importlib.util.find_spec("diffusers") is None:
         lines.append("diffusers is not installed, so nothing was compared: pip install diffusers transformers")
@@ -104,15 +114,15 @@ def their_pipeline(file: str, sd: "StableDiffusion") -> Any:
     from weights_loader.contents import find
     from weights_loader.folder import write_folder_config
 
-    if len(sd.text.encoders) > 1:
-        raise ValueError(f"{file}: verify compares models of one text encoder alone, and this one has {len(sd.text.encoders)}")
     diffusers: Any = importlib.import_module("diffusers")
     diffusers.utils.logging.set_verbosity_error()  # its warnings are of its own loading
     path = find(file)
     with tempfile.TemporaryDirectory() as settings:
         write_folder_config(Path(settings), sd.config, sd.text.tokenizers)
-        common: dict[str, Any] = {"local_files_only": True, "safety_checker": None, "torch_dtype": torch.float32}
-        read = diffusers.StableDiffusionPipeline
+        common: dict[str, Any] = {"local_files_only": True, "torch_dtype": torch.float32}
+        two = len(sd.text.encoders) > 1
+        common |= {"add_watermarker": False} if two else {"safety_checker": None}
+        read = diffusers.StableDiffusionXLPipeline if two else diffusers.StableDiffusionPipeline
         try:
             pipe = read.from_pretrained(path, **common) if path.is_dir() else read.from_single_file(str(path), config=settings, **common)
             pipe.scheduler = diffusers.DDIMScheduler.from_pretrained(settings, subfolder="scheduler")
@@ -169,13 +179,15 @@ def compare_layers(sd: "StableDiffusion", pipe: Any, prompt: str, seed: int) -> 
     noise = noise_source([seed], (config.unet.in_channels, cells, cells), sd.device)()
     latent = noise[:, : config.vae.latent_channels]
     pixels = noise_source([seed], (3, cells * config.vae.factor, cells * config.vae.factor), sd.device)().clamp(-1, 1)
-    tokens, t = sd.tokenizer([prompt]), torch.tensor([config.schedule.timesteps // 2])
+    t, side = torch.tensor([config.schedule.timesteps // 2]), cells * config.vae.factor
     found = []
     with torch.no_grad():
-        context = sd.text_encoder(tokens)
+        told = sd.text([prompt], (side, side))
+        added = {} if told.pooled is None else {"added_cond_kwargs": {"text_embeds": told.pooled, "time_ids": told.size}}
+        tokens = {name: sd.text.tokens(name, [prompt]) for name in sd.text.encoders}
         for part, ours, theirs in (
-            ("text_encoder", partial(sd.text_encoder, tokens), partial(pipe.text_encoder, tokens)),
-            ("unet", partial(sd.unet, noise, t, context), partial(pipe.unet, noise, t, context)),
+            *((name, partial(run_text, sd, name, own), partial(getattr(pipe, name), own)) for name, own in tokens.items()),
+            ("unet", partial(sd.unet, noise, t, told), partial(pipe.unet, noise, t, told.context, **added)),
             ("vae", partial(VAE.encode, sd.vae, pixels), partial(pipe.vae.encode, pixels)),
             ("vae", partial(VAE.decode, sd.vae, latent), partial(pipe.vae.decode, latent)),
         ):
@@ -186,6 +198,13 @@ def compare_layers(sd: "StableDiffusion", pipe: Any, prompt: str, seed: int) -> 
                 difference(f"{part}.{name}", ours_of[name], _as_shaped(theirs_of[name], ours_of[name], pairs[name][0])) for name in ours_of
             ]
     return found
+
+
+def run_text(sd: "StableDiffusion", name: str, tokens: "Tensor") -> object:
+    """Run a text encoder, and the layers behind the context of one that makes a pooled vector."""
+    encoder = sd.text.encoders[name]
+    context, ends = encoder(tokens), (tokens == sd.text.tokenizers[name].end_id).int().argmax(dim=1)
+    return context if encoder.projection is None else encoder.pool(context, ends)
 
 
 def paired_layers(sd: "StableDiffusion", part: str, theirs: "nn.Module") -> "dict[str, tuple[nn.Module, nn.Module]]":

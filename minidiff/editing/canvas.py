@@ -158,6 +158,11 @@ class Canvas:
     pixels: Float[Tensor, "1 3 h w"]
     mask: Float[Tensor, "1 1 h w"]
 
+    def follow(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
+        """Bring pixels of the original's size to what is worked on, as `pixels` and `mask` were."""
+        part, (h, w) = resize(self.crop.cut(pixels), self.inner[1], self.inner[0]), self.pixels.shape[2:]
+        return F.pad(part, (0, w - part.shape[3], 0, h - part.shape[2]), mode="replicate")
+
     def finish(self, made: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 3 H W"]:
         """Return the originals with what was made laid over; beyond the feather, bit for bit the original."""
         part = made[:, :, : self.inner[0], : self.inner[1]]

@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from minidiff.editing.start import Sampling, add_noise, encode_rows, find_start, first_noise
+from minidiff.editing.start import Sampling, Steer, add_noise, encode_rows, find_start, first_noise
 from minidiff.pipeline import StableDiffusion, pair_prompts
 from minidiff.samplers import Step
 
@@ -24,6 +24,7 @@ def image_to_image(
     strength: float = 0.5,
     seeds: Sequence[int] = (0,),
     sampling: Sampling = Sampling(),
+    steer: Steer | None = None,
 ) -> Generator[Step, Tensor | None, None]:
     """Denoise from a noised picture; yield and take what `StableDiffusion.denoise` does.
 
@@ -36,6 +37,7 @@ def image_to_image(
         strength: 0..1, how much noise, as a share of the T timesteps.
         seeds: one per picture, or a single one for all prompts.
         sampling: steps, sampler and the like.
+        steer: changes the model that is asked, as by ControlNets.
 
     Raises ValueError, before the first step, for what the model cannot do.
     """
@@ -46,7 +48,7 @@ def image_to_image(
         return unchanged(x_0, start.steps)
     # At strength 1 the loop draws the noise itself: the first level may keep a trace of the picture.
     x = None if strength == 1 else add_noise(x_0, start.level, first_noise(seeds, x_0))
-    return sampling.denoise(sd, prompts, seeds, x_0, start.index, x)
+    return sampling.denoise(sd, prompts, seeds, x_0, start.index, x, steer(sd.predict) if steer else None)
 
 
 def unchanged(x_0: Float[Tensor, "B C h w"], steps: int) -> Generator[Step, Tensor | None, None]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from minidiff.conditioning import Conditioning
 from minidiff.editing.image_to_image import unchanged
 from minidiff.editing.masks import Mask, check_mask, cover_cells, to_cells
-from minidiff.editing.start import Sampling, add_noise, encode, encode_rows, find_start, first_noise
+from minidiff.editing.start import Sampling, Steer, add_noise, encode, encode_rows, find_start, first_noise
 from minidiff.pipeline import Model, StableDiffusion, pair_prompts
 from minidiff.samplers import Level, Step
 
@@ -38,6 +38,7 @@ def inpaint(
     strength: float = 1.0,
     seeds: Sequence[int] = (0,),
     sampling: Sampling = Sampling(),
+    steer: Steer | None = None,
 ) -> Generator[Step, Tensor | None, None]:
     """Repaint the masked part; yield and take what `StableDiffusion.denoise` does. The result is to be pasted (masks.py).
 
@@ -49,6 +50,7 @@ def inpaint(
         strength: 0..1, how much of what the hole showed is replaced by noise at the start.
         seeds: one per picture, or a single one for all prompts.
         sampling: steps, sampler and the like.
+        steer: changes the model that is asked, as by ControlNets, which see 4 channels of 9.
 
     Raises ValueError, before the first step, for a mask of another size or all of one value, and for what the model cannot do.
     """
@@ -65,9 +67,10 @@ def inpaint(
     x = None if strength == 1 else add_noise(x_0, start.level, noise)
     if sd.config.unet.in_channels == 2 * x_0.shape[1] + 1:
         model = with_hole(sd, pixels.to(sd.device), cover_cells(mask, sd.config.vae.factor))
-        return sampling.denoise(sd, prompts, seeds, x_0, start.index, x, model)
+        return sampling.denoise(sd, prompts, seeds, x_0, start.index, x, steer(model) if steer else model)
     known = same_noise(x_0, noise, sampling.levels(sd.schedule))
-    return keep_known(sampling.denoise(sd, prompts, seeds, x_0, start.index, x), known, cells)
+    model = steer(sd.predict) if steer else None
+    return keep_known(sampling.denoise(sd, prompts, seeds, x_0, start.index, x, model), known, cells)
 
 
 def size_of(pixels: Float[Tensor, "B C H W"]) -> str:

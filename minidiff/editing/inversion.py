@@ -9,7 +9,7 @@ multiplies the error; invert and reconstruct at scale 1, and edit with more. REA
 Usual code tells the model the level that x goes to. Here it is told the level where x is, as it was in training; with models that predict v
 that comes back nearer.
 
-Left out: null-text inversion (Mokady et al. 2023), which learns an empty prompt for each step so that guidance reconstructs too.
+null_text.py learns an empty prompt for each step, so that guidance reconstructs too.
 """
 
 from collections.abc import Iterator, Sequence

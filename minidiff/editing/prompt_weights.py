@@ -9,22 +9,25 @@ without a weight change too, and so does a prompt when another one is in its bat
 
 Only `(text:number)` is a weight; other brackets are text, as are \\( and \\). A weight inside another one takes its place. A prompt that
 has no weights and fits into the context gives what the model's own text side gives, bit for bit. Chunks are encoded apart (the text
-encoder has no positions beyond its context) and filled with whole words; shorter prompts are filled up with empty chunks.
+encoder has no positions beyond its context) and filled with whole words; shorter prompts are filled up with empty chunks. Of two text
+encoders each does so with its own tokens.
 
 Left out: weights without a number, words exchanged along the way, several prompts joined by AND.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from minidiff.conditioning import Conditioning, TextSide
+from minidiff.tokenizer import Tokenizer
+from minidiff.two_encoders import FIRST, SECOND, TwoEncoders
 
 MOST = 5.0  # of a weight: beyond that a prompt means something else, such as (at 12:30)
 BRACKET = re.compile(r"\\[()]|[()]")
@@ -92,48 +95,94 @@ def _wrong(prompt: str, at: int, what: str) -> ValueError:
 Chunk = list[tuple[int, float]]  # tokens, each with its weight
 
 
-class WeightedText(TextSide):
-    """A text side that reads weights, and prompts of any length, for models with one text encoder.
+def weighted_side(text: TextSide) -> "WeightedText | WeightedTwoEncoders":
+    """Return a text side that reads weights and prompts of any length, in place of a model's own: `sd.text = weighted_side(sd.text)`."""
+    if isinstance(text, TwoEncoders):
+        return WeightedTwoEncoders(text.tokenizers, text.encoders, text.prompt_2, text.sizes, text.zero_negative)
+    return WeightedText(text.tokenizers, text.encoders)
 
-    Take it on by `sd.text = WeightedText(sd.text.tokenizers, sd.text.encoders)`.
-    """
+
+class WeightedText(TextSide):
+    """A text side of one encoder that reads weights, and prompts of any length."""
 
     def __call__(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """Encode prompts, one row each, as long as the longest prompt's chunks. size: as in TextSide. Raises like `parse_weights`."""
         parts = [parse_weights(prompt) for prompt in prompts]
-        chunks = [self.chunks(one) for one in parts]
-        most = max(map(len, chunks))
-        if most == 1 and all(part.weight == 1 for one in parts for part in one):
-            return super().__call__(["".join(part.text for part in one) for one in parts], size)
-        padded = [chunk for one in chunks for chunk in (*one, *[[]] * (most - len(one)))]
-        return Conditioning(self._encode(padded, most))
+        if fits(self.tokenizers[FIRST], parts):
+            return super().__call__([plain(one) for one in parts], size)
+        (chunks,) = pad_chunks([[split_chunks(self.tokenizers[FIRST], one) for one in parts]])
+        return Conditioning(encode_chunks(self, FIRST, chunks).context)
 
-    def chunks(self, parts: Sequence[Weighted]) -> list[Chunk]:
-        """Fill chunks with whole words; a word that is longer than a chunk is split. No words make one empty chunk."""
-        room = self.tokenizers["text_encoder"].config.context_length - 2
-        filled: list[Chunk] = [[]]
-        for word in self._words(parts):
-            for piece in (word[i : i + room] for i in range(0, len(word), room)):
+
+class WeightedTwoEncoders(TwoEncoders):
+    """The same with two encoders: each weighs its own tokens, and both have as many chunks.
+
+    The pooled vector is that of the first chunk, without weights, as in ComfyUI.
+    """
+
+    def encode(self, texts: Sequence[str], texts_2: Sequence[str]) -> tuple[Float[Tensor, "R L D"], Float[Tensor, "R P"]]:
+        """Encode as TwoEncoders does, as long as the longest prompt's chunks. Raises like `parse_weights`."""
+        parts = {FIRST: [parse_weights(text) for text in texts], SECOND: [parse_weights(text) for text in texts_2]}
+        if all(fits(self.tokenizers[name], own) for name, own in parts.items()):
+            return super().encode(*([plain(one) for one in own] for own in parts.values()))
+        chunks = pad_chunks([[split_chunks(self.tokenizers[name], one) for one in own] for name, own in parts.items()])
+        first, second = (encode_chunks(self, name, own) for name, own in zip(parts, chunks))
+        return torch.cat([first.context, second.context], dim=-1), self.encoders[SECOND].pool(second.first, second.ends)
+
+
+def plain(parts: Sequence[Weighted]) -> str:
+    """Return the text of parts without their weights."""
+    return "".join(part.text for part in parts)
+
+
+def fits(tokenizer: Tokenizer, prompts: Sequence[Sequence[Weighted]]) -> bool:
+    """Say whether all prompts are read at once and have no weights, so that nothing is to be done here."""
+    return all(part.weight == 1 for parts in prompts for part in parts) and all(len(split_chunks(tokenizer, one)) == 1 for one in prompts)
+
+
+def split_chunks(tokenizer: Tokenizer, parts: Sequence[Weighted]) -> list[Chunk]:
+    """Fill chunks with whole words; a word that is longer than a chunk is split. No words make one empty chunk."""
+    room = tokenizer.config.context_length - 2
+    filled: list[Chunk] = [[]]
+    for part in parts:
+        assert part.weight is not None, "parse_weights has filled it in"
+        for _, ids in tokenizer.spell(part.text):
+            for piece in (ids[i : i + room] for i in range(0, len(ids), room)):
                 if len(filled[-1]) + len(piece) > room:
                     filled.append([])
-                filled[-1].extend(piece)
-        return filled
+                filled[-1].extend((i, part.weight) for i in piece)
+    return filled
 
-    def _words(self, parts: Sequence[Weighted]) -> Iterator[Chunk]:
-        for part in parts:
-            assert part.weight is not None, "parse_weights has filled it in"
-            for _, ids in self.tokenizers["text_encoder"].spell(part.text):
-                yield [(i, part.weight) for i in ids]
 
-    def _encode(self, chunks: Sequence[Chunk], most: int) -> Float[Tensor, "B L D"]:
-        """Encode the chunks, `most` for each prompt, and weigh their tokens."""
-        tokenizer, encoder = self.tokenizers["text_encoder"], self.encoders["text_encoder"]
-        tokens = torch.stack([tokenizer.frame([i for i, _ in chunk]) for chunk in [*chunks, []]])
-        *rows, empty = encoder(tokens.to(encoder.token_embedding.weight.device))
-        z = rearrange(torch.stack(rows), "(B n) L D -> B (n L) D", n=most)
-        e = repeat(empty, "L D -> (n L) D", n=most)
-        weights = torch.ones(len(chunks), tokens.shape[1])  # of start, end and padding too
-        for row, chunk in zip(weights, chunks):
-            row[1 : len(chunk) + 1] = torch.tensor([weight for _, weight in chunk])
-        w = rearrange(weights, "(B n) L -> B (n L) 1", n=most).to(z)
-        return torch.where(w == 1, z, e + w * (z - e))  # a weight of 1 changes nothing, not even by rounding
+def pad_chunks(texts: Sequence[Sequence[list[Chunk]]]) -> list[list[list[Chunk]]]:
+    """Fill the prompts of each encoder up with empty chunks, to as many as the longest prompt of any encoder has."""
+    most = max(len(chunks) for prompts in texts for chunks in prompts)
+    return [[[*chunks, *[[] for _ in range(most - len(chunks))]] for chunks in prompts] for prompts in texts]
+
+
+@dataclass(frozen=True)
+class EncodedChunks:
+    """What an encoder gives for prompts of as many chunks each.
+
+    context: of all chunks in a row, weighted. first: the context of the first chunk without weights. ends: where its end token is.
+    """
+
+    context: Float[Tensor, "B N D"]
+    first: Float[Tensor, "B L D"]
+    ends: Int[Tensor, "B"]
+
+
+def encode_chunks(text: TextSide, name: str, prompts: Sequence[list[Chunk]]) -> EncodedChunks:
+    """Encode the chunks of prompts by the encoder of this name, and weigh their tokens."""
+    tokenizer, encoder, most = text.tokenizers[name], text.encoders[name], len(prompts[0])
+    chunks = [chunk for own in prompts for chunk in own]
+    tokens = torch.stack([tokenizer.frame([i for i, _ in chunk]) for chunk in [*chunks, []]]).to(encoder.token_embedding.weight.device)
+    *rows, empty = encoder(tokens)
+    z = rearrange(torch.stack(rows), "(B n) L D -> B (n L) D", n=most)
+    e = repeat(empty, "L D -> (n L) D", n=most)
+    weights = torch.ones(len(chunks), tokens.shape[1])  # of start, end and padding too
+    for row, chunk in zip(weights, chunks):
+        row[1 : len(chunk) + 1] = torch.tensor([weight for _, weight in chunk])
+    w = rearrange(weights, "(B n) L -> B (n L) 1", n=most).to(z)
+    weighted = torch.where(w == 1, z, e + w * (z - e))  # a weight of 1 changes nothing, not even by rounding
+    return EncodedChunks(weighted, z[:, : tokens.shape[1]], torch.tensor([len(own[0]) + 1 for own in prompts]))

@@ -11,7 +11,7 @@ The noise is the first that the seed gives, the same as in text to image.
 Papers: Meng et al. 2022, "SDEdit"; Ho et al. 2020, eq. 4.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor
 from minidiff.pipeline import Model, StableDiffusion, noise_source
 from minidiff.samplers import Level, Step, levels
 from minidiff.schedule import NoiseSchedule
+
+Steer = Callable[[Model], Model]  # the model that an edit asks, changed: `lambda model: controlled(model, [...])` adds ControlNets
 
 
 @dataclass(frozen=True)

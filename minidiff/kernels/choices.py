@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from minidiff.kernels import tiles
 
 TABLE = Path(__file__).with_name("choices.json")
-BACKENDS = {"self": ("triton", "pytorch"), "cross": ("triton", "pytorch"), "group_norm_silu": ("triton", "pytorch"), "geglu": ("triton", "pytorch")}
+OPERATIONS = ("self", "cross", "group_norm_silu", "geglu")
+BACKENDS = ("triton", "pytorch")
 BLOCKS = {"self": {"forward": 4, "dk_dv": 4, "dq": 4}, "cross": {"forward": 3}}  # kernels whose division a row may give; its numbers
 
 
@@ -50,7 +50,7 @@ def find(operation: str, x: Tensor, shape: Sequence[int]) -> Choice:
     return unmeasured[operation]
 
 
-@torch.compiler.assume_constant_result
+@tiles.constant_when_compiled
 @cache
 def read(path: Path) -> tuple[dict[tuple, Choice], dict[str, Choice]]:
     """Return the measured rows by operation, capability, dtype and shape, and the choices without a measurement by operation.
@@ -87,9 +87,11 @@ KEY = ("operation", "capability", "dtype", "shape")
 def _check(path: Path, row: dict) -> None:
     if missing := [name for name in (*KEY, "backend", "measured") if not row.get(name)]:
         raise ValueError(f"{path}: a row without {missing[0]}: {row}; a benchmark on the card gives it")
-    if row["backend"] not in BACKENDS.get(row["operation"], ()):
+    if row["operation"] not in OPERATIONS or row["backend"] not in BACKENDS:
         raise ValueError(f"{path}: {row['operation']!r} by {row['backend']!r} is unknown in {row}")
     known = BLOCKS.get(row["operation"], {})
     for kernel, numbers in row.get("blocks", {}).items():
         if len(numbers) != known.get(kernel):
-            raise ValueError(f"{path}: blocks of {kernel!r} are {numbers} in {row}; expected {known}, kernels and how many numbers each has")
+            raise ValueError(
+                f"{path}: blocks of {kernel!r} are {numbers} in {row}; expected {known}, kernels and how many numbers each has"
+            )

@@ -262,7 +262,11 @@ def fused_cross_attention(
 def run_cross_attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int
 ) -> Float[Tensor, "B N D"]:
-    """Compute `fused_cross_attention` of tensors that `unsupported` was asked about, without asking again."""
+    """Compute `fused_cross_attention` of tensors that `unsupported` was asked about, without asking again.
+
+    Args:
+        q, k, v, heads: as in `fused_cross_attention`.
+    """
     return _CrossAttention.apply(q, k, v, heads)
 
 

@@ -1,12 +1,13 @@
 """The choice of an attention backend, by name or by device and shape, and the fused ones behind one function.
 
-    select_backend   "naive", "pytorch", "self" or "cross", for given tensors
-    fused_attention  attention by one of the last three
+    select_backend   "naive", "pytorch", "self", "cross" or "cpu", for given tensors
+    fused_attention  attention by one of the last four
 
     select_kernel    whether GroupNorm + SiLU or GEGLU is computed by our kernel
 
 What "auto" takes on a GPU is in a table of measurements, choices.json (see choices.py), and nothing is timed while a model runs: one seed
-gives one picture. Our kernels run where they take the tensors and Triton works, which is tried once per device.
+gives one picture. Our GPU kernels run where they take the tensors and Triton works, which is tried once per device; the CPU's on
+processors where it was measured to be faster than PyTorch's.
 """
 
 import warnings
@@ -20,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from minidiff.kernels import choices, cross_attention, self_attention
+from minidiff.kernels import choices, cpu_attention, cross_attention, self_attention
+from minidiff.kernels.tiles import constant_when_compiled
 
 ATTENTION = ("auto", "naive", "pytorch", "triton")
 
@@ -57,7 +59,7 @@ def active_backend() -> str:
 def select_backend(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
 ) -> str:
-    """Return how `attention` is to compute this: "naive", "pytorch", or by our kernel for "self"- or "cross"-attention.
+    """Return how `attention` is to compute this: "naive", "pytorch", or by our "self", "cross" or "cpu".
 
     Args:
         q, k, v, heads, causal: as in `attention`; of the tensors only shape, strides, dtype and device count.
@@ -76,7 +78,7 @@ def select_backend(
             raise ValueError(f"attention 'triton' does not take this: {reason}; choose attention 'auto' or 'pytorch'")
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[1] <= 256:
         return "naive"  # PyTorch's kernel for this case is slow (2.11 to 2.15): 2 to 7 times, forward and backward, at 16 to 256 keys
-    return "pytorch"
+    return "cpu" if cpu_attention.unsupported(q, k, causal) is None else "pytorch"
 
 
 def fused_attention(
@@ -92,6 +94,8 @@ def fused_attention(
         return self_attention.run_self_attention(q, k, v, heads, causal)
     if backend == "cross":
         return cross_attention.run_cross_attention(q, k, v, heads)
+    if backend == "cpu":
+        return cpu_attention.tiled_attention(q, k, v, heads)
     q, k, v = (rearrange(x, "B N (h d) -> B h N d", h=heads) for x in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "B h N d -> B N (h d)")
 
@@ -114,7 +118,7 @@ def _chosen_for_attention(q: Tensor, k: Tensor, heads: int) -> str:
     return choices.find(kind, q, (q.shape[1], k.shape[1], heads, q.shape[2] // heads)).backend
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def triton_works(device: torch.device) -> bool:
     """Return whether Triton works on this GPU, tried once: it also needs a C compiler and Python's headers, which may be missing."""
     if device not in _triton_works:

@@ -312,7 +312,11 @@ def fused_group_norm_silu(
 def run_group_norm_silu(
     x: Float[Tensor, "B C H W"], groups: int, weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], eps: float, silu: bool = True
 ) -> Float[Tensor, "B C H W"]:
-    """Compute `fused_group_norm_silu` of tensors that `unsupported` was asked about, without asking again."""
+    """Compute `fused_group_norm_silu` of tensors that `unsupported` was asked about, without asking again.
+
+    Args:
+        x, groups, weight, bias, eps, silu: as in `fused_group_norm_silu`.
+    """
     return _GroupNormSiLU.apply(x, groups, weight, bias, eps, silu)
 
 

@@ -328,7 +328,11 @@ def fused_self_attention(
 def run_self_attention(
     q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
 ) -> Float[Tensor, "B N D"]:
-    """Compute `fused_self_attention` of tensors that `unsupported` was asked about, without asking again."""
+    """Compute `fused_self_attention` of tensors that `unsupported` was asked about, without asking again.
+
+    Args:
+        q, k, v, heads, causal: as in `fused_self_attention`.
+    """
     return _SelfAttention.apply(q, k, v, heads, causal)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,8 +32,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # e^x = 2^(x log2 e): the hardware's 
 DEVICE = "cpu" if triton is not None and INTERPRETED.value else "cuda"  # where kernels run
 WIDEST_HEAD = 160
 
+Function = TypeVar("Function", bound=Callable)
+
 _cards: dict[torch.device, "Card"] = {}  # asked once: kernels are launched a hundred times a step
 _library = torch.library.Library("minidiff", "FRAGMENT")  # noqa: TOR901  of our operations, which live as long as it does
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """Do all that torch.compiler.assume_constant_result does, without the second that it takes to import torch._dynamo."""
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
 
 
 def jit(kernel: Callable) -> Callable:
@@ -124,7 +133,7 @@ class Card:
     shared_memory: int
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def card_of(device: torch.device) -> Card:
     """Return what the driver says of a GPU."""
     if device not in _cards:

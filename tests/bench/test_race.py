@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 
+from minidiff.bench import race as race_module
+from minidiff.bench.budget import Budget
 from minidiff.bench.common import BenchRecord
-from minidiff.bench.race import format_table, race, relative_error
+from minidiff.bench.race import RaceRules, format_table, keep_whole_rounds, race, relative_error
+from tests.bench.in_process import InProcess
 
 FAKE = "tests.bench.fake_contender"
 
@@ -46,3 +49,25 @@ def test_the_error_is_relative_and_other_shapes_are_an_error():
     assert relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(1 / 5)  # sqrt(1) / sqrt(9 + 16)
     with pytest.raises(ValueError, match="did not do the same"):
         relative_error(torch.zeros(2), torch.zeros(3))
+
+
+def test_a_budget_is_shared_out_and_ends():
+    budget = Budget(1000.0)
+    assert 499 < budget.part(0.5).left <= 500 and Budget().part(0.5).left == float("inf") and Budget(-1.0).left == 0
+
+
+def test_without_time_nobody_is_asked_and_whole_rounds_count(monkeypatch, tmp_path):
+    monkeypatch.setattr(race_module, "Contender", InProcess)
+    monkeypatch.setattr(InProcess, "asked", [])
+    lines = list(race(FAKE, {"ours": job()}, 3, BenchRecord(None, {}), budget=Budget(0.0)))
+    assert "| ours | refused: no time was left |" in lines[1] and InProcess.asked == []
+    rounds = [[1.0, 2.0, 3.0], [1.0, 2.0], [4.0, 5.0, 6.0]]
+    keep_whole_rounds(rounds)
+    assert rounds == [[1.0, 2.0], [1.0, 2.0], [4.0, 5.0]]
+
+
+def test_contenders_are_chosen_by_name_with_those_that_errors_are_measured_against():
+    jobs = {"theirs": job(), "ours": job(), "exact": job(untimed=True)}
+    assert list(RaceRules(("ours",)).choose(jobs)) == ["ours", "exact"] and list(RaceRules().choose(jobs)) == list(jobs)
+    with pytest.raises(ValueError, match="contender 'tensorrt' unknown; choose theirs, ours, exact"):
+        RaceRules(("tensorrt",)).choose(jobs)

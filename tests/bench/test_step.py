@@ -41,6 +41,28 @@ def test_channels_last_and_bfloat16_are_near(folder, tmp_path):
         assert 1e-4 < np.abs(near - exact).mean() / np.abs(exact).mean() < 0.2  # 8 bits, through the net and 7.5 of guidance
 
 
+@pytest.mark.slow  # and OpenVINO is no dependency of the tests
+def test_openvino_predicts_the_same_and_in_bfloat16_where_the_processor_has_it(folder, tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(step, "T", 3)  # in bfloat16 OpenVINO multiplies the timestep in 16 bits too, of which 501 has none to spare
+    theirs = checked(folder, tmp_path, library="diffusers")
+    exact = checked(folder, tmp_path, library="openvino")
+    np.testing.assert_allclose(exact, theirs, rtol=1e-3, atol=1e-3)  # float32 with fused sums, times 7.5 of guidance
+    other, near = (np.abs(checked(folder, tmp_path, library=one, dtype="bfloat16") - theirs).mean() for one in ("diffusers", "openvino"))
+    assert 0 < near < 2 * other  # the same 8 bits, rounded at other places
+    with pytest.raises(ValueError, match="raced on a U-Net of latent, timestep and context only"):
+        checked(folder, tmp_path, library="openvino", controlnet=True)
+
+
+def test_openvino_and_compiled_diffusers_take_part_in_a_step_on_a_cpu_alone(monkeypatch):
+    monkeypatch.setattr(pipelines, "find_spec", lambda name: True)
+    extra = set(pipelines.make_step_jobs("cpu", True)) - set(pipelines.make_model_jobs("cpu", True))
+    assert extra == set(pipelines.OF_STEPS) == {"openvino bfloat16", "diffusers compiled bfloat16"}
+    monkeypatch.setattr(pipelines, "find_spec", lambda name: None)
+    assert "openvino bfloat16" not in pipelines.make_step_jobs("cpu", True)
+    assert not extra & {*pipelines.make_step_jobs("cpu", False), *pipelines.make_step_jobs("cuda", True)}
+
+
 def test_the_bench_runs_in_processes_of_its_own(tmp_path):
     lines = "\n".join(bench_step(against=False, out=tmp_path / "step.json", rounds=1, model=small_config()))
     assert "One step of 32 x 32 with guidance" in lines and "refused" not in lines

@@ -1,12 +1,15 @@
 """`minidiff hint`, and the flags of `minidiff generate` for ControlNets."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import weights_loader
-from minidiff.cli.control import parse_controls
+from minidiff.cli.control import Frame, load_hints, parse_controls
+from minidiff.cli.edit import EditFlags, prepare_edit, read_edit
 from minidiff.controlnet import create_controlnet
 from minidiff.hints import canny, to_hint
 from minidiff.pictures import save_png
@@ -140,7 +143,7 @@ def test_another_size_and_black_on_white_are_said(run, files):
     error = run(*GENERATE, "--control", "black.png", "--controlnet", "net.safetensors")[2]
     assert "black.png: black lines on white, it seems; ControlNets for lines want white on black: invert it" in error
     assert "black.png: a hint of 64 x 32 pixels, resized to 32 x 32, which stretches it; a --size of the same shape would not" in error
-    assert "minidiff:" not in run(*GENERATE, "--control", "edges.png", "--controlnet", "net.safetensors")[2]
+    assert "edges.png:" not in run(*GENERATE, "--control", "edges.png", "--controlnet", "net.safetensors")[2]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +169,100 @@ def test_what_is_wrong_is_one_line(args, message, run, files):
     code, _, error = run(*GENERATE, *args)
     assert code == 2 and message in error and not (files / "cat.png").exists()
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def mask(files):
+    values = np.zeros((32, 32), np.uint8)
+    values[8:24, 4:16] = 255
+    save_png(Image.fromarray(values), files / "mask.png")
+    return values > 0
+
+
+CONTROL = ("--control", "edges.png", "--controlnet", "net.safetensors")
+
+
+def test_a_controlnet_steers_image_to_image(run, files):
+    edit = ("--image", "photo.png", "--strength", "0.7")
+    found = []
+    for args in ((), CONTROL, (*CONTROL[:3], "net.safetensors:0"), (*CONTROL[:3], "net.safetensors:1:0:0.5")):
+        code, _, error = run(*GENERATE, *edit, *args)
+        assert code == 0, error
+        found.append(pixels(files / "cat.png"))
+    assert (found[1] != found[0]).mean() > 0.1 and np.array_equal(found[2], found[0]) and not np.array_equal(found[3], found[1])
+    code, _, error = run(*GENERATE, "--image", "photo.png", "--strength", "0.5", *CONTROL[:3], "net.safetensors:1:0.1:0.3")
+    assert code == 2 and "contains none of the 2 steps" in error  # of those that are left
+
+
+def test_a_controlnet_steers_the_hole_alone(run, files, mask):
+    assert run("hint", "inpaint", "photo.png", "--mask", "mask.png", "--out", "hole.png")[0] == 0
+    found = []
+    for args in ((), ("--control", "hole.png", "--controlnet", "net.safetensors")):
+        code, _, error = run(*GENERATE, "--image", "photo.png", "--mask", "mask.png", "--feather", "0", *args)
+        assert code == 0, error
+        found.append(pixels(files / "cat.png"))
+    photo = pixels(files / "photo.png")
+    assert all(np.array_equal(one[~mask], photo[~mask]) for one in found) and (found[0] != found[1])[mask].mean() > 0.1
+
+
+def test_an_inpainting_model_is_steered_with_a_picture_and_a_mask(run, files, mask):
+    nine = small_model(small_config(in_channels=9))
+    weights_loader.save(nine, files / "model.safetensors")
+    edit = ("--image", "photo.png", "--mask", "mask.png")
+    assert run(*GENERATE, *edit)[0] == 0
+    plain = pixels(files / "cat.png")
+    code, _, error = run(*GENERATE, *edit, *CONTROL)
+    assert code == 0, error
+    assert not np.array_equal(pixels(files / "cat.png"), plain)
+
+
+def test_a_hint_of_the_pictures_size_is_cropped_and_resized_as_the_picture_is(files, mask):
+    """Its hole too, and only the part around the mask where that alone is worked on; of another size it is taken to fit the result."""
+    flags = EditFlags(image=files / "photo.png", mask=files / "mask.png", only_masked=True)
+    edit = prepare_edit(flags, read_edit(flags), small_model(), 64)
+    rgba = np.dstack([pixels(files / "photo.png"), np.where(mask, 0, 255).astype(np.uint8)])
+    save_png(Image.fromarray(rgba), files / "hole.png", hint="inpaint")
+    (hint,) = load_hints(files / "hole.png", 1, edit.size, edit.frame)
+    assert edit.size == (64, 64) and edit.canvas.crop.width < 32
+    assert torch.equal(hint[0] == -1, edit.canvas.mask[0, 0] > 0)
+    around = edit.canvas.mask[0, 0] == 0
+    inside = (edit.canvas.pixels[0] + 1) / 2
+    # Beyond the filter's four cells around the hole the hint is the picture, as bytes.
+    far = torch.nn.functional.max_pool2d((~around).float()[None, None], 17, 1, 8)[0, 0] == 0
+    torch.testing.assert_close(hint[:, far], inside[:, far], rtol=0, atol=1e-5)
+    wide = EditFlags(image=files / "photo.png")
+    for fit in ("crop", "resize", "pad"):
+        flags = replace(wide, fit=fit)
+        edit = prepare_edit(flags, read_edit(flags), small_model(), (48, 32))
+        (hint,) = load_hints(files / "photo.png", 1, edit.size, edit.frame)
+        torch.testing.assert_close(hint, (edit.pixels[0] + 1) / 2, rtol=0, atol=2e-2)  # the range at which values are cut differs
+        (other,) = load_hints(files / "edges.png", 1, (64, 64), Frame((16, 16), edit.frame.follow))
+        assert other.shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--image", "photo.png", "--strength", "0.7"),
+        ("--image", "large.png", "--mask", "large-mask.png", "--only-masked", "--feather", "3"),
+        ("--image", "large.png", "--mask", "large-mask.png", "--only-masked", "--size", "50x40"),
+        ("--image", "photo.png", "--outpaint", "left=8,top=4", "--strength", "0.9"),
+        ("--image", "photo.png", "--size", "24x40", "--fit", "pad"),
+        CONTROL,
+        (*CONTROL[:3], "net.safetensors:0.7:0:0.5", "--control", "photo.png", "--controlnet", "net.safetensors:0.3", "--guess-mode"),
+        ("--image", "photo.png", "--mask", "mask.png", *CONTROL[:3], "net.safetensors:0.8"),
+    ],
+    ids=" ".join,
+)
+def test_a_picture_is_made_again_from_its_settings(args, run, files, mask):
+    Image.open(files / "photo.png").resize((96, 64)).save(files / "large.png")
+    Image.open(files / "mask.png").resize((96, 64), Image.Resampling.NEAREST).save(files / "large-mask.png")
+    code, _, error = run(*GENERATE[:-2], *args, "--seed", "5", "--out", "first.png")
+    assert code == 0, error
+    code, _, error = run("generate", "--settings", "first.png", "--out", "again.png")
+    assert code == 0 and "not taken over" not in error, error
+    first, again = (Image.open(files / name) for name in ("first.png", "again.png"))
+    assert np.array_equal(np.asarray(first), np.asarray(again)) and again.text["parameters"] == first.text["parameters"]
 
 
 def test_an_inpainting_model_alone_is_refused(run, files):

@@ -54,6 +54,30 @@ def test_loras_are_merged_into_a_checkpoint(run, tmp_path):
     assert run("merge", "lora", "a.safetensors", *MODEL, "--out", "folder")[0] == 0 and (tmp_path / "folder" / "model_index.json").is_file()
 
 
+def test_unknown_tensors_of_the_model_are_left_out_on_request_by_every_command(run, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    strange = load_file(tmp_path / "model.safetensors") | {"zorp.weight": torch.zeros(3)}
+    save_file(strange, tmp_path / "strange.safetensors", metadata)
+    file, (code, _, err) = (
+        "strange.safetensors",
+        run("merge", "lora", "a.safetensors", "--model", "strange.safetensors", "--out", "x.safetensors"),
+    )
+    assert code == 2 and "zorp.weight" in err
+    for args in (
+        ("merge", "lora", "a.safetensors", "--model", file, "--out", "x.safetensors"),
+        ("merge", "concepts", "it.safetensors", "that.safetensors", "--model", file, "--ridge", "1e-2", "--out", "y.safetensors"),
+        ("compress", "it.safetensors", "--model", file, "--out", "z.safetensors"),
+        ("extract", file, "x.safetensors", "--rank", "2", "--out", "e.safetensors"),
+        ("compare", file, file),
+        ("generate", "a cat", "--model", file, "--steps", "1", "--out", "a.png"),
+    ):
+        code, _, err = run(*args, "--ignore", "^zorp")
+        assert code == 0, (args, err)
+
+
 def test_what_was_merged_can_be_extracted(run, tmp_path):
     run("merge", "lora", "b.safetensors", *MODEL, "--out", "merged.safetensors")
     args = (

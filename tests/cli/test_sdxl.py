@@ -1,12 +1,15 @@
 """`minidiff generate`, `inspect` and `compare` with a small Stable Diffusion XL."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import weights_loader
-from minidiff.cli.generate import parse_pair, resolve_negative
-from minidiff.two_encoders import SizeNumbers, told
+from minidiff.cli.generate import parse_pair, resolve_negative, size_advice
+from minidiff.pipeline import StableDiffusion
+from minidiff.two_encoders import SizeNumbers
 from tests.command import runner
 from tests.small_models import small_model, xl_config
 
@@ -46,7 +49,7 @@ def draw(run, tmp_path, *flags):
 )
 def test_each_flag_draws_what_the_library_draws_with_it(run, tmp_path, xl, flags, given, noted):
     picture, said = draw(run, tmp_path, *flags)
-    text = told(xl.text, given.get("prompt_2"), given.get("sizes", SizeNumbers()))
+    text = replace(xl.text, prompt_2=given.get("prompt_2"), sizes=given.get("sizes", SizeNumbers()))
     *_, step = xl.denoise("a cat", steps=2, size=32, negative_prompt=given.get("negative_prompt"), text=text)
     expected = ((xl.decode(step.x_t)[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
     assert np.array_equal(picture, expected)
@@ -66,6 +69,13 @@ def test_each_flag_draws_what_the_library_draws_with_it(run, tmp_path, xl, flags
 def test_a_flag_that_does_not_fit_the_model_is_one_line(run, flags, message):
     code, _, err = run("generate", "a cat", "--steps", "1", *flags)
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_size_of_another_area_than_the_model_has_learned_is_said(xl):
+    large = StableDiffusion(replace(xl.config, image_size=1024), xl.text, xl.unet, xl.vae)
+    said = "the model was trained on pictures of about 1024 x 1024 pixels; of this shape that is --size 1216x832"
+    assert size_advice(large, (768, 512)) == [said] and size_advice(large, (1536, 1024)) == [said]
+    assert size_advice(large, (1216, 832)) == [] and size_advice(small_model(), (512, 8)) == []
 
 
 def test_what_an_empty_negative_means():

@@ -27,6 +27,8 @@ from minidiff.cli.main import commands
 from minidiff.cli.train import parse_concept
 from minidiff.files import exclusive
 from minidiff.kernels.dispatch import active_backend
+from minidiff.pictures import fit, list_pictures, load_picture
+from minidiff.pipeline import to_images
 from minidiff.trainers.engine import memory
 from minidiff.trainers.engine.log import read_rows
 from minidiff.trainers.engine.settings import Settings
@@ -134,10 +136,23 @@ def test_a_run_leaves_its_losses_a_curve_and_sheets_of_pictures(run, tmp_path, m
     monkeypatch.setattr(memory, "estimate_memory", ESTIMATE)
     args = ("train", "lora", "--images", "cat", "--prompt", "a cat", "--out", "run", *QUICK, "--sample-every", "2", "--num-samples", "3")
     code, _, err = run(*args, "--sample-prompt", "a red cat", "--sample-prompt", "a dog")
-    assert code == 0 and re.search(r"minidiff: about [\d.]+ MB of memory: weights .* training adds [\d.]+ MB", err), err
+    assert code == 0 and re.search(
+        r"minidiff: about [\d.]+ MB of memory: weights [\d.]+ MB, optimizer [\d.]+ [kM]B, activations [\d.]+ MB; .* in use now$",
+        err,
+        re.MULTILINE,
+    ), err
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"lora.csv", "lora-loss.png", "lora-000002.png", "lora-000003.png", "lora.state", "run.json"} <= names
-    assert Image.open(tmp_path / "run" / "lora-000002.png").size == (96, 64)  # a row for each prompt, a column for each seed
+    # A row of the pictures, then for each prompt one of the untouched model and one of what was learned; a column for each seed.
+    sheet = Image.open(tmp_path / "run" / "lora-000003.png")
+    assert sheet.size == (96, 5 * 32)
+    row = np.concatenate([np.asarray(image) for image in weights_loader.load("model.safetensors").generate("a dog", batch=3, steps=1)], 1)
+    assert np.abs(np.asarray(sheet)[96:128].astype(int) - row).max() <= 1  # of 255: rounding, in a batch of another size
+    assert not np.array_equal(np.asarray(sheet)[128:], np.asarray(sheet)[96:128])
+    shown = [to_images(fit(load_picture(path), 32)[None])[0] for path in list_pictures(tmp_path / "cat")[:3]]
+    assert np.array_equal(np.asarray(sheet)[:32, : 32 * len(shown)], np.concatenate([np.asarray(one) for one in shown], 1))
+    assert "run/lora.safetensors: " in err and "; read by: minidiff alone, whose own the bundled model is" in err
+    assert "run/lora-000003.png: your pictures, then for each prompt the untouched model" in err
     assert [line.split(",")[0] for line in (tmp_path / "run" / "lora.csv").read_text().splitlines()] == ["1", "2", "3"]
 
 
@@ -311,7 +326,7 @@ def test_what_is_learned_so_far_is_kept_beside_each_sheet_and_is_what_the_sheet_
         made = ("--model", "model.safetensors", "--lora", f"run/{file}.safetensors", "--steps", "1", "--out", f"{file}.png")
         assert run("generate", "a cat", *made)[0] == 0
         shown, drawn = (np.asarray(Image.open(tmp_path / path)).astype(int) for path in (f"run/{sheet}.png", f"{file}.png"))
-        assert np.abs(shown - drawn).max() <= 1  # of 255: rounding
+        assert np.abs(shown[-32:] - drawn).max() <= 1  # of 255: rounding; above it are the pictures and the untouched model
     assert (tmp_path / "lora.png").read_bytes() != (tmp_path / "lora-000002.png").read_bytes()
 
 
@@ -342,6 +357,44 @@ def test_flags_without_effect_are_said_before_the_first_step(run):
     assert "--prior-count has no effect: --prior folder takes all pictures of --class-images" in err
     assert "--prior-steps has no effect: class pictures are not generated" in err
     assert "has no effect" not in run("train", *LORA, "--text-encoder", "yes", "--text-scale", "2", "--out", "third", *out[2:])[2]
+
+
+def test_a_class_word_beside_the_word_to_start_from_has_no_effect_and_that_is_said(run):
+    quick = ("--token", "<it>", "--class-word", "cat", "--images", "cat", *QUICK)
+    said = "minidiff: --class-word has no effect: --start says which word the new one starts from"
+    assert said in run("train", "textual-inversion", *quick, "--start", "dog", "--out", "run")[2]
+    assert said in run("train", "pivotal-tuning", *quick, "--token-steps", "1", "--start", "dog", "--out", "second")[2]
+    assert "has no effect" not in run("train", "textual-inversion", *quick, "--out", "third")[2]
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_read(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("minidiff.cli.train.load", lambda *_, **__: pytest.fail("the model was read"))
+    code, out, err = run("train", *LORA, "--images", "cat", "--out", "model.safetensors/run", *QUICK)
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert "--out model.safetensors/run: no folder to write to" in err and "model.safetensors is a file" in err
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    before = set(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "touch", refuse)
+    for args in (("train", *LORA, "--images", "cat", "--out", "new/run", *QUICK), ("train", "from-scratch", "new/run")):
+        code, out, err = run(*args)
+        assert (code, out, err) == (2, "", "minidiff: --out new/run: no folder to write to (Permission denied); choose another place\n")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_unknown_tensors_of_the_model_are_left_out_on_request_and_the_printed_command_says_so(run, tmp_path):
+    from safetensors.torch import save_file
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(tmp_path / "model.safetensors") | {"zorp.weight": torch.zeros(3)}, tmp_path / "strange.safetensors", metadata)
+    quick = ("--images", "cat", "--out", "run", *QUICK, "--model", "strange.safetensors")
+    code, _, err = run("train", *LORA, *quick)
+    assert code == 2 and "zorp.weight" in err
+    code, out, err = run("train", *LORA, *quick, "--ignore", "^zorp")
+    assert code == 0 and "--model strange.safetensors --ignore '^zorp'" in out, err
 
 
 def test_a_folder_with_files_that_are_no_runs_is_left_as_it_is(run, tmp_path):
@@ -457,14 +510,27 @@ def test_the_recipes_are_told_apart(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", [*METHODS, "from-scratch"])
 def test_help_shows_every_flag_once_and_says_what_it_is(run, method):
-    code, out, _ = run("train", method, "--help")
+    code, out, _ = run("train", method, "--help-all")
     assert code == 0
-    flags = re.findall(r"^. (--[a-z][\w-]*)", out, flags=re.MULTILINE)
+    flags = re.findall(r"^  (--[a-z][\w-]*)", out, flags=re.MULTILINE)
     assert len(flags) == len(set(flags)) > 5 and not any("." in flag for flag in flags)
-    entries = re.split(r"^. (?=--[a-z])", out, flags=re.MULTILINE)[1:]
+    entries = re.split(r"^  (?=--[a-z])", out, flags=re.MULTILINE)[1:]
     assert all(re.search(r"[a-z]{3,}", entry.split(maxsplit=1)[1].lower()) for entry in entries)
-    if method != "from-scratch":
-        assert "Presets of the bundled model:" in out and "{None}" not in out
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_help_shows_the_presets_number_beside_each_flag(run, method, low_rank):
+    presets = METHODS[method].low_rank_presets if low_rank else METHODS[method].presets
+    if not presets:
+        return
+    out = " ".join(run("train", method, *["--low-rank"] * low_rank, "--help-all")[1].split())
+    for family, options in presets.items():
+        for name in ("steps", "learning_rate"):
+            value = getattr(options.phases()[-1].settings, name)
+            shown = re.search(rf"--{name.replace('_', '-')} [A-Z].*?\[(.*?)\]", out)[1]
+            ours = next(part for part in shown.split("; ") if ", " not in shown and "; " not in shown or family in part)
+            assert ours.split()[-1] == f"{value:g}", (family, shown)
 
 
 def test_every_number_of_a_run_has_a_flag_and_its_help():
@@ -530,9 +596,6 @@ class ToyOptions(PhaseOptions):
 
     glow: float = 1.0
 
-    def highlights(self):
-        return (f"glow {self.glow:g}",)
-
 
 def build_toy(sd, concepts, options, cache=None):
     """A LoRA on one layer, larger the more it glows."""
@@ -550,9 +613,9 @@ def test_a_method_is_a_file_and_a_line_in_the_table(run, tmp_path, monkeypatch):
     toy = Method(summary="Train a toy.", presets=presets, build=build_toy, formats={"kohya": "theirs", "diffusers": "the others'"})
     monkeypatch.setitem(METHODS, "toy", toy)
     assert "train toy" in commands()
-    code, out, _ = run("train", "toy", "--help")
-    assert code == 0 and "Train a toy." in out and "learning rate 0.01, glow 1" in out
-    assert re.search(r"--glow FLOAT +how much it glows", out) and "--prior-count INT" in out and "--names {kohya,diffusers}" in out
+    code, out, _ = run("train", "toy", "--help-all")
+    assert code == 0 and "Train a toy." in out and out.startswith("  minidiff train toy --images")
+    assert re.search(r"--glow FLOAT +how much it glows \[1\]", out) and "--prior-count INT" in out and "--names {kohya,diffusers}" in out
     code, out, err = run("train", "toy", "--images", "cat", "--class-word", "cat", "--glow", "3", "--out", "run", *QUICK)
     assert code == 0, err
     assert shlex.split(out)[-2:] == ["--lora", "run/lora.safetensors"]

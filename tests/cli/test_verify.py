@@ -19,7 +19,7 @@ def run(monkeypatch, tmp_path, capsys):
     return runner(monkeypatch, tmp_path, capsys)
 
 
-@pytest.mark.parametrize("name", ["SD 1", "SD 2"])
+@pytest.mark.parametrize("name", ["SD 1", "SD 2", "SDXL"])
 @pytest.mark.parametrize("layout", ["ldm", "diffusers"])
 def test_a_checkpoint_is_the_same_in_diffusers(run, tmp_path, name, layout):
     sd = family_model(name)

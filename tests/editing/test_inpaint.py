@@ -1,5 +1,7 @@
 """Inpainting: against diffusers' pipeline with 4 and 9 channels; what is known stays known; samplers, batches, adapters."""
 
+from dataclasses import replace
+
 import diffusers
 import pytest
 import torch
@@ -14,12 +16,13 @@ from minidiff.samplers import SAMPLERS, Step
 from tests.adapters.learned_lora import random_lora
 from tests.editing.small import SIDE, last, left_half, picture
 from tests.parity.check import largest_error
-from tests.parity.models import INPAINTING, SD1, SD2, pipelines
+from tests.parity.models import INPAINTING, SD1, SD2, SDXL, pipelines
 from tests.parity.schedulers import build_theirs
 from tests.small_models import small_config, small_model
 
 PROMPTS, NEGATIVE = ["a red apple", "a cat"], "blurry"
-THEIRS = diffusers.StableDiffusionInpaintPipeline
+THEIRS, THEIRS_XL = diffusers.StableDiffusionInpaintPipeline, diffusers.StableDiffusionXLInpaintPipeline
+SDXL_INPAINTING = replace(SDXL, name="SDXL inpainting", unet=replace(SDXL.unet, in_channels=9))
 
 
 @pytest.fixture
@@ -34,19 +37,22 @@ def sd():
 @pytest.mark.filterwarnings("ignore")  # of diffusers, on models of this size
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
 @pytest.mark.parametrize(
-    "shape, strength", [(SD1, 1.0), (SD1, 0.6), (SD2, 1.0), (INPAINTING, 1.0), (INPAINTING, 0.6)], ids=lambda value: str(value)
+    "shape, strength",
+    [(SD1, 1.0), (SD1, 0.6), (SD2, 1.0), (INPAINTING, 1.0), (INPAINTING, 0.6), (SDXL, 0.6), (SDXL_INPAINTING, 1.0)],
+    ids=lambda value: str(value),
 )
 def test_latents_equal_those_of_diffusers_from_the_same_level_and_noise(shape, strength, sampler, monkeypatch):
     ours, theirs = pipelines(shape, torch.float32)
-    pipeline = THEIRS(**theirs.components, requires_safety_checker=False)
+    kind = THEIRS_XL if shape.text_2 else THEIRS
+    pipeline = kind(**theirs.components, **({} if shape.text_2 else {"requires_safety_checker": False}))
     pipeline.scheduler = build_theirs(sampler, ours.schedule, "leading")
     pipeline.set_progress_bar_config(disable=True)
     side = 8 * 16
     pixels, mask = torch.cat([picture(i, side, side) for i in range(2)]), left_half(side, side)
     noise = first_noise([0, 1], torch.zeros(2, 4, 16, 16))
     # Theirs draws the posterior's sample and the noise; it is given the mean, and ours.
-    monkeypatch.setattr(f"{THEIRS.__module__}.retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())
-    monkeypatch.setattr(f"{THEIRS.__module__}.randn_tensor", lambda *_, **__: noise)
+    monkeypatch.setattr(f"{kind.__module__}.retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())
+    monkeypatch.setattr(f"{kind.__module__}.randn_tensor", lambda *_, **__: noise)
     settings = dict(strength=strength, num_inference_steps=5, guidance_scale=3.0, height=side, width=side, output_type="latent")
     expected = pipeline(PROMPTS, image=(pixels + 1) / 2, mask_image=mask, negative_prompt=[NEGATIVE] * 2, **settings).images
 

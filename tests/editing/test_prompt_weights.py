@@ -1,11 +1,14 @@
 """Weights and chunks: the grammar with its positions, the arithmetic against its closed form, and nothing changed where none is asked for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from minidiff.editing.prompt_weights import MOST, Weighted, WeightedText, parse_weights
+from minidiff.editing.prompt_weights import MOST, Weighted, WeightedText, parse_weights, split_chunks, weighted_side
 from minidiff.pipeline import StableDiffusion
-from tests.small_models import CONTEXT_LENGTH, small_model
+from minidiff.two_encoders import FIRST, SECOND, SizeNumbers, TwoEncoders
+from tests.small_models import CONTEXT_LENGTH, small_model, xl_config
 
 ROOM = CONTEXT_LENGTH - 2
 
@@ -17,7 +20,7 @@ def sd() -> StableDiffusion:
 
 @pytest.fixture
 def weighted(sd) -> WeightedText:
-    return WeightedText(sd.text.tokenizers, sd.text.encoders)
+    return weighted_side(sd.text)
 
 
 @pytest.mark.parametrize(
@@ -106,10 +109,10 @@ def test_words_stay_whole_unless_a_chunk_is_too_short_for_them(sd, weighted):
     pieces = len(sd.tokenizer.encode(word))
     assert pieces > 2
     text = long_prompt(ROOM - 1)
-    first, second = weighted.chunks(parse_weights(f"{text} {word}"))
+    first, second = split_chunks(sd.tokenizer, parse_weights(f"{text} {word}"))
     assert len(first) == ROOM - 1 and len(second) == pieces
     huge = "qx" * ROOM
-    counts = [len(chunk) for chunk in weighted.chunks(parse_weights(huge))]
+    counts = [len(chunk) for chunk in split_chunks(sd.tokenizer, parse_weights(huge))]
     assert sum(counts) == len(sd.tokenizer.encode(huge)) > ROOM and counts[0] == ROOM
 
 
@@ -134,9 +137,75 @@ def test_long_prompts_make_pictures_with_guidance_whatever_the_negative_prompt(s
 def test_learned_words_are_read_too_whenever_they_are_attached(sd):
     from minidiff.adapters.tokens import create_tokens
 
-    sd.text = WeightedText(sd.text.tokenizers, sd.text.encoders)
+    sd.text = weighted_side(sd.text)
     tokens = create_tokens(sd, {"<it>": 3}, {"<it>": "cat"})
     tokens.attach(sd)
-    (chunk,) = sd.text.chunks(parse_weights("a (<it>:1.5)"))
+    (chunk,) = split_chunks(sd.tokenizer, parse_weights("a (<it>:1.5)"))
     assert [weight for _, weight in chunk] == [1, 1.5, 1.5, 1.5]
     assert sd.text(["a (<it>:1.5)"]).context.shape == (1, CONTEXT_LENGTH, 16)
+
+
+# --- two text encoders ------------------------------------------------------------------------------------------------
+
+SIZE = (32, 32)
+
+
+@pytest.fixture
+def xl() -> StableDiffusion:
+    return small_model(xl_config())
+
+
+def test_two_encoders_read_prompts_without_weights_as_ever_bit_for_bit(xl):
+    prompts, text = ["a cat on a red background", "a smiley :) (small)", ""], weighted_side(xl.text)
+    for ours, plain in zip(text(prompts, SIZE).tensors(), xl.text(prompts, SIZE).tensors()):
+        assert torch.equal(ours, plain)
+    for ours, plain in zip(text.guided(prompts, None, SIZE), xl.text.guided(prompts, None, SIZE)):
+        assert all(map(torch.equal, ours.tensors(), plain.tensors()))
+
+
+def test_each_encoder_weighs_its_own_tokens_and_the_pooled_vector_is_without_weights(xl):
+    """ComfyUI's arithmetic: both encoders move away from their own empty prompt; of the pooled vector nothing is weighted."""
+    plain, empty, red = xl.text(["a red cat"], SIZE), xl.text([""], SIZE), 2  # start, a, red
+    others = [i for i in range(CONTEXT_LENGTH) if i != red]
+    for weight in (0.0, 0.5, 1.4):
+        ours = weighted_side(xl.text)([f"a (red:{weight}) cat"], SIZE)
+        moved = empty.context[0, red] + weight * (plain.context[0, red] - empty.context[0, red])
+        torch.testing.assert_close(ours.context[0, red], moved, rtol=1e-5, atol=1e-6)  # float32 in a batch of another size
+        torch.testing.assert_close(ours.context[0, others], plain.context[0, others], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.pooled, plain.pooled, rtol=1e-5, atol=1e-6)
+
+
+def test_long_prompts_are_chunks_for_both_and_the_first_one_is_pooled(xl):
+    words = long_prompt(2 * ROOM + 3).split()
+    chunks = [" ".join(words[i : i + ROOM]) for i in range(0, len(words), ROOM)]
+    ours, apart = weighted_side(xl.text)([" ".join(words), "a cat"], SIZE), xl.text(chunks, SIZE)
+    assert ours.context.shape == (2, 3 * CONTEXT_LENGTH, 40)
+    torch.testing.assert_close(ours.context[0], torch.cat(list(apart.context)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.pooled[:1], apart.pooled[:1], rtol=1e-5, atol=1e-6)
+    short = xl.text(["a cat", "", ""], SIZE)
+    torch.testing.assert_close(ours.context[1], torch.cat(list(short.context)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.pooled[1:], short.pooled[:1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_longer_second_prompt_fills_the_first_encoder_up_with_empty_chunks(xl):
+    text = replace(weighted_side(xl.text), prompt_2=long_prompt(ROOM + 1))
+    context = text(["a (cat:1.2)"], SIZE).context
+    assert context.shape == (1, 2 * CONTEXT_LENGTH, 40)
+    torch.testing.assert_close(context[0, CONTEXT_LENGTH:, :16], xl.text([""], SIZE).context[0, :, :16], rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_text_side_was_told_before_stays(xl):
+    before = replace(xl.text, prompt_2="a dog", sizes=SizeNumbers(crop=(3, 5)), zero_negative=False)
+    after = weighted_side(before)
+    assert isinstance(after, TwoEncoders) and (after.prompt_2, after.sizes.crop, after.zero_negative) == ("a dog", (3, 5), False)
+    assert after.tokenizers is xl.text.tokenizers and set(after.encoders) == {FIRST, SECOND}
+
+
+def test_a_picture_of_two_encoders_depends_on_the_weight(xl):
+    def latent(prompt: str):
+        *_, step = xl.denoise(prompt, steps=2, size=32, text=weighted_side(xl.text))
+        return step.x_t
+
+    assert torch.equal(latent("a (red:1) cat"), latent("a red cat"))
+    assert (latent("a (red:3) cat") - latent("a red cat")).abs().max() > 1e-4
+    assert latent(long_prompt(ROOM + 5)).isfinite().all()

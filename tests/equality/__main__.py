@@ -42,6 +42,13 @@ from tests.equality import api, probe
 EXPECTED: dict[str, str] = {
     "draw/default savings": "keys and values and the table of times are gone: the table moved x_t by 5e-6 of rounding",
     "draw/vae bfloat16": "the VAE's attention shares one contiguous copy of its input: in bfloat16 the product adds in another order",
+    "files/model diffusers": "the same settings in config files, in alphabetical order; the U-Net's spells more of diffusers' defaults",
+    "parity/ControlNet*": "came later",
+    "parity/*SDXL*": "came later",
+    "parity/*StableDiffusionXLPipeline*": "came later",
+    "parity/VAE *float64": "the VAE's attention shares one contiguous copy of its input: the product adds in another order",
+    "parity/prompt to picture, diffusers StableDiffusionPipeline*": "the VAE's attention as above, and no table of times",
+    "parity/text encoder, penultimate layer, open_clip, float32": "the reference's projection has another width, and so draws other weights",
     "train/class images, generated": "drawn without the table of times, whose rounding moved one of 12,288 8-bit values in two pictures",
 }
 

@@ -175,7 +175,7 @@ class Old:
         match method:
             case "lora":
                 options = short(options, {"flip": 0.5, "caption_dropout": 0.3, "min_snr": 5.0}, warm_up=3, schedule="cosine", average=0.9)
-                return replace(options, low_rank=LowRankOptions(rank=4, init="kaiming", dropout=0.1, text_encoder=True, text_scale=0.5))
+                return replace(options, low_rank=LowRankOptions(rank=4, init="kaiming", text_encoder=True, text_scale=0.5))
             case "dreambooth":
                 return replace(short(options, accumulate=2), prior=folder, text_encoder=True, text_scale=0.1)
             case "dreambooth-lora":
@@ -305,7 +305,10 @@ class New(Old):
         return Concept(images=images, token=token, class_word="tiger", class_images=class_images)
 
     def options(self, method: str):
-        """Return the bundled model's preset with ten steps, and in each method something else beside it."""
+        """Return the bundled model's preset with ten steps, and in each method something else beside it.
+
+        No dropout, which a861b28 drew for a whole batch: it is drawn for each sample now, so that a batch in parts gives the same.
+        """
         from minidiff.trainers.methods.options import LowRankOptions, Prior
         from minidiff.trainers.methods.table import preset
 
@@ -319,7 +322,7 @@ class New(Old):
             case "lora":
                 data = {"flip": 0.5, "caption_dropout": 0.3, "min_snr": 5.0}
                 options = short(options, data, warmup_steps=3, schedule="cosine", ema_decay=0.9)
-                return replace(options, low_rank=LowRankOptions(rank=4, init="kaiming", dropout=0.1, text_encoder=True, text_scale=0.5))
+                return replace(options, low_rank=LowRankOptions(rank=4, init="kaiming", text_encoder=True, text_scale=0.5))
             case "dreambooth":
                 return replace(short(options, gradient_accumulation=2), prior=folder, text_encoder=True, text_scale=0.1)
             case "dreambooth-lora":

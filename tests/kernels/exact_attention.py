@@ -57,12 +57,16 @@ def answer_and_gradients(function: Callable, q: Tensor, k: Tensor, v: Tensor, do
     return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
 
-def exact_and_allowed(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, heads: int, causal: bool = False) -> list[tuple[Tensor, Tensor]]:
+def exact_and_allowed(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, heads: int, causal: bool = False, rounded_products: bool = False
+) -> list[tuple[Tensor, Tensor]]:
     """In float64: O, dQ, dK and dV, and how far each number may be off, from the roundings that the kernels cannot do without.
 
     Rounded to the dtype are P and dS for their products, and results, of which O is read again for delta; everything else is float32,
     where logits have an error of some eps |S|, which is a relative one of P and dP's terms. eps is twice the largest error of
     rounding: Triton's interpreter cuts bfloat16 off.
+
+    rounded_products: whether the dtype also holds S - max S, dP, and what each tile of queries adds to dK and dV.
     """
     dtype = q.dtype
     q, k, v, dout = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v, dout))
@@ -81,8 +85,14 @@ def exact_and_allowed(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, heads: int,
     P_off = (eps + fp32) * P + eps * tiny
     delta_off = eps * (dout * (P @ v)).abs().sum(-1, keepdim=True)
     dS_off = eps * dS.abs() + P * delta_off + fp32 * terms + eps * tiny
+    if rounded_products:
+        S_off = eps * (S.amax(-1, keepdim=True) - S)
+        P_off += 2 * P * (S_off + (P * S_off).sum(-1, keepdim=True))
+        dS_off += 2 * terms * (S_off + (P * S_off).sum(-1, keepdim=True)) + eps * P * (dP.abs() + (P * dP.abs()).sum(-1, keepdim=True))
     exact = P @ v, scale * dS @ k, scale * dS.mT @ q, P.mT @ dout
     off = P_off @ v.abs(), scale * dS_off @ k.abs(), scale * dS_off.mT @ q.abs(), P_off.mT @ dout.abs()
+    if rounded_products:
+        off = *off[:2], off[2] + eps * scale * dS.abs().mT @ q.abs(), off[3] + eps * P.mT @ dout.abs()
     return [tuple(y.transpose(1, 2).flatten(-2) for y in (x, x_off + eps * (x.abs() + tiny))) for x, x_off in zip(exact, off)]
 
 

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import time
 from base64 import b64decode
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 from tornado.httpclient import AsyncHTTPClient
@@ -27,6 +29,7 @@ class Seen:
 
     width: of all that is on it, in CSS pixels. errors: of console and network. missing: pictures. outside: addresses of other hosts.
     shown: how many images, and how bright the background is, 0 to 255. downloads: files that its links gave.
+    answers: what the page's JavaScript gave for what it was asked.
     """
 
     width: int
@@ -35,14 +38,25 @@ class Seen:
     outside: list[str]
     shown: dict[str, int]
     downloads: list[str]
+    answers: dict[str, object]
 
 
-def visit(url: str, folder: Path, width: int = 375, dark: bool = False, screenshot: Path | None = None) -> Seen:
-    """Opens the page, clicks each of its links that download, and closes the browser. folder: empty, for its files."""
-    return asyncio.run(_visit(url, folder, width, dark, screenshot))
+def visit(
+    url: str,
+    folder: Path,
+    width: int = 375,
+    dark: bool = False,
+    screenshot: Path | None = None,
+    asked: Mapping[str, str] = MappingProxyType({}),
+) -> Seen:
+    """Opens the page, clicks each of its links that download, and closes the browser.
+
+    folder: empty, for its files. asked: expressions of JavaScript by name, answered before the clicks.
+    """
+    return asyncio.run(_visit(url, folder, width, dark, screenshot, asked))
 
 
-async def _visit(url: str, folder: Path, width: int, dark: bool, screenshot: Path | None) -> Seen:
+async def _visit(url: str, folder: Path, width: int, dark: bool, screenshot: Path | None, asked: Mapping[str, str]) -> Seen:
     profile, downloads = folder / "profile", folder / "downloads"
     downloads.mkdir(parents=True)
     command = [
@@ -61,13 +75,13 @@ async def _visit(url: str, folder: Path, width: int, dark: bool, screenshot: Pat
         tabs = await AsyncHTTPClient().fetch(f"http://127.0.0.1:{ports.read_text().split()[0]}/json", request_timeout=SECONDS)
         address = next(tab["webSocketDebuggerUrl"] for tab in json.loads(tabs.body) if tab["type"] == "page")
         page = Page(await websocket_connect(address, max_message_size=2**28))
-        return await _look(page, url, downloads, width, dark, screenshot)
+        return await _look(page, url, downloads, width, dark, screenshot, asked)
     finally:
         browser.kill()
         browser.wait()
 
 
-async def _look(page: "Page", url: str, downloads: Path, width: int, dark: bool, screenshot: Path | None) -> Seen:
+async def _look(page: "Page", url: str, downloads: Path, width: int, dark: bool, screenshot: Path | None, asked: Mapping[str, str]) -> Seen:
     for domain in ("Runtime", "Log", "Network"):
         await page.do(f"{domain}.enable")
     await page.do("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
@@ -81,13 +95,14 @@ async def _look(page: "Page", url: str, downloads: Path, width: int, dark: bool,
     if screenshot:
         shot = await page.do("Page.captureScreenshot", captureBeyondViewport=True, format="png")
         screenshot.write_bytes(b64decode(shot["data"]))
+    answers = {name: await page.value(expression) for name, expression in asked.items()}
     wanted = await page.value("[...document.querySelectorAll('a[download]')].map(link => link.href.split('/').pop())")
     await page.value("document.querySelectorAll('a[download]').forEach(link => link.click())")
     await _until(lambda: all((downloads / name).is_file() for name in wanted[:MOST_DOWNLOADS]))
     host = urlsplit(url).netloc
     requested = [event["params"]["request"]["url"] for event in page.events if event["method"] == "Network.requestWillBeSent"]
     outside = [address for address in requested if urlsplit(address).netloc not in (host, "")]
-    return Seen(full, page.errors(), missing, outside, shown, sorted(path.name for path in downloads.iterdir()))
+    return Seen(full, page.errors(), missing, outside, shown, sorted(path.name for path in downloads.iterdir()), answers)
 
 
 class Page:

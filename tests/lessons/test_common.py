@@ -1,6 +1,7 @@
 """What lessons call: options as a program and in a notebook, pictures small enough, the learner's function or the library's."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,9 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from lessons import common
-from lessons.common import HERE, LARGEST, picture_grid, start
+from lessons.common import HERE, LARGEST, curves, picture_grid, start, x0_predictor
+from lessons.exercises import Exercise
+from tests.small_models import small_config, small_model
 
 NAME = "01_adding_noise"
 
@@ -92,10 +95,55 @@ def test_a_notebook_shows_the_picture_with_its_words(tmp_path, monkeypatch):
 def test_a_blank_is_filled_by_the_library_and_a_right_answer_is_kept(tmp_path, monkeypatch, capsys):
     said = {"blank": "not written yet", "right": None}
     monkeypatch.setattr(common, "complaint", lambda name, function: said[function.__name__])
+    answers = {name: Exercise(answer=lambda: "the answer", check=lambda function: None, wrong=()) for name in said}
+    monkeypatch.setattr(common, "exercises", lambda name: answers)
     blank, right, library = SimpleNamespace(__name__="blank"), SimpleNamespace(__name__="right"), object()
     assert lesson(tmp_path).check(blank, instead=library) is library
     assert lesson(tmp_path).check(right, instead=library) is right
     assert capsys.readouterr().out.splitlines() == ["blank: not written yet", "The lesson goes on with the library's own.", "right: right"]
+    assert lesson(tmp_path).check(blank) is answers["blank"].answer
+    answers["blank"] = replace(answers["blank"], library=library)
+    assert lesson(tmp_path).check(blank) is library
+
+
+def test_a_right_answer_is_put_to_use_and_its_picture_is_not_among_those_that_are_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "HERE", tmp_path / "lessons")
+    monkeypatch.setattr(common, "complaint", lambda name, function: None)
+    exercise = Exercise(lambda: 1, lambda f: None, (), number=lambda f: f"gives {f()}", picture=lambda f: plt.figure())
+    monkeypatch.setattr(common, "exercises", lambda name: {"written": exercise})
+
+    def written():
+        return 2
+
+    assert lesson(tmp_path / "kept").check(written) is written
+    path = tmp_path / "runs" / "lessons" / "01-yours-written.png"
+    assert capsys.readouterr().out.splitlines() == ["written: right", "gives 2", f"[picture: {path}]"]
+    assert path.is_file() and not (tmp_path / "kept").exists()
+
+
+def test_a_prediction_of_x_0_is_that_of_the_guided_model_for_v_and_for_eps():
+    for prediction in ("v", "eps"):
+        config = small_config()
+        sd = small_model(replace(config, schedule=replace(config.schedule, prediction=prediction)))
+        x_t = torch.randn(2, sd.config.vae.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+        prompts, t, level = ["a fox", "a lion"], torch.tensor([400, 400]), sd.schedule.alpha_bar[400]
+        with torch.no_grad():
+            cond, uncond = (sd.unet(x_t, t, sd.encode_prompts(texts)) for texts in (prompts, ["", ""]))
+        out = uncond + sd.config.guidance_scale * (cond - uncond)
+        a, s = float(level.sqrt()), float((1 - level).sqrt())
+        expected = a * x_t - s * out if prediction == "v" else (x_t - s * out) / a
+        assert torch.allclose(x0_predictor(sd, prompts)(x_t, 400), expected, rtol=1e-4, atol=1e-4)  # float32, through a division by a
+
+
+def test_curves_have_their_names_axes_and_ticks():
+    fig = curves({"a": ([1, 2], [3, 4]), "law": ([1, 2], [1, 1])}, "x", "y", log="xy", dashed=["law"], xticks=[1, 2], ylim=(1, 5))
+    (axis,) = fig.axes
+    first, law = axis.lines
+    assert (axis.get_xscale(), axis.get_yscale(), axis.get_ylim()) == ("log", "log", (1, 5))
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "2"]
+    assert (first.get_marker(), law.get_linestyle(), law.get_marker()) == ("o", "--", "None")
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "law"]
+    plt.close(fig)
 
 
 def test_the_colours_are_told_apart_by_every_kind_of_eye():

@@ -1,15 +1,20 @@
 """The learner's blanks: answers pass, blanks and typical mistakes fail, each mistake with a sentence of its own."""
 
+import inspect
+import re
 import subprocess
 import sys
+from types import FunctionType
 
 import jupytext
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 from lessons.__main__ import main
-from lessons.catalogue import entries
-from lessons.exercises import BLANK, complaint, difference, exercises, written_functions
+from lessons.catalogue import entries, find
+from lessons.exercises import BLANK, HINT, NO_RETURN, complaint, difference, exercises, explain, written_functions
+from tests.lessons.text import SETTLED
 
 EXERCISES = [
     pytest.param(entry, exercise, id=f"{entry.number} {name}") for entry in entries() for name, exercise in exercises(entry.name).items()
@@ -22,13 +27,8 @@ def command(monkeypatch, capsys, *args) -> tuple[int, str, str]:
 
 
 def named(function, name: str):
-    """A function under the name that the check looks it up by."""
-
-    def written(*args, **kwargs):
-        return function(*args, **kwargs)
-
-    written.__name__ = name
-    return written
+    """The function under the name that the check looks it up by."""
+    return FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
 
 
 @pytest.mark.parametrize("entry, exercise", EXERCISES)
@@ -47,6 +47,53 @@ def test_each_typical_mistake_has_a_sentence_of_its_own(entry, exercise):
         assert "\n" not in sentence
 
 
+OWN_WORDS = (
+    "The size of tensor",
+    "cannot be multiplied",
+    "object is not callable",
+    "is not defined",
+    "must be Tensor",
+    "unsupported operand",
+)
+
+
+@pytest.mark.parametrize("entry, exercise", EXERCISES)
+def test_no_message_is_a_number_alone_or_pytorchs_own(entry, exercise):
+    for function, _ in exercise.wrong:
+        sentence = complaint(entry.name, named(function, exercise.answer.__name__))
+        assert not any(words in sentence for words in OWN_WORDS), sentence
+        assert len(re.findall("[a-z]{3,}", sentence)) >= 5, sentence
+
+
+@pytest.mark.parametrize("entry, exercise", [p for p in EXERCISES if p.values[1].library])
+def test_the_librarys_own_function_passes_as_well(entry, exercise):
+    assert complaint(entry.name, named(exercise.library, exercise.answer.__name__)) is None
+
+
+@pytest.mark.parametrize("entry, exercise", [p for p in EXERCISES if p.values[0].number in SETTLED])
+def test_something_appears_when_a_blank_is_right_and_it_comes_from_the_function(entry, exercise):
+    """The function is called for it: one that fails makes it fail."""
+
+    def broken(*args):
+        raise RuntimeError("called")
+
+    assert exercise.number and re.search(r"\d", exercise.number(exercise.answer))
+    for appears in filter(None, (exercise.number, exercise.picture)):
+        with pytest.raises(RuntimeError, match="called"):
+            appears(broken)
+    if exercise.picture:
+        plt.close(exercise.picture(exercise.answer))
+
+
+@pytest.mark.parametrize("number", SETTLED)
+def test_a_lesson_has_two_or_three_blanks_of_two_to_eight_lines(number):
+    blanks = exercises(find(number).name)
+    assert len(blanks) in (2, 3)
+    for exercise in blanks.values():
+        lines = inspect.getsource(exercise.answer).strip().splitlines()[1:]
+        assert 2 <= len(lines) <= 8, exercise.answer.__name__
+
+
 @pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name) for entry in entries()])
 def test_untouched_blanks_fail_from_the_file_itself(entry, monkeypatch, capsys):
     code, out, _ = command(monkeypatch, capsys, "check", entry.number)
@@ -58,7 +105,7 @@ def test_untouched_blanks_fail_from_the_file_itself(entry, monkeypatch, capsys):
 def test_the_file_of_answers_passes(entry, monkeypatch, capsys):
     solutions = entry.path.parent / "solutions" / entry.path.name
     code, out, _ = command(monkeypatch, capsys, "check", entry.number, solutions)
-    assert code == 0 and out.splitlines() == [f"{name}: right" for name in exercises(entry.name)]
+    assert code == 0 and [line for line in out.splitlines() if line[0] != " "] == [f"{name}: right" for name in exercises(entry.name)]
 
 
 def test_what_was_written_into_a_notebook_is_checked_too(tmp_path, monkeypatch, capsys):
@@ -94,20 +141,72 @@ def test_an_exception_is_told_with_its_line_and_ends_nothing():
         a = alpha_bar[t]
         return a.no_such_thing()
 
-    assert complaint("01_adding_noise", q_sample).startswith("AttributeError in its line 3: ")
+    said = complaint("01_adding_noise", q_sample)
+    assert said.startswith("stops in its line 3, `return a.no_such_thing()`: a ") and "has no 'no_such_thing'" in said
+
+
+def raised(function) -> str:
+    with pytest.raises(Exception) as caught:
+        function()
+    return explain(caught.value, function)
+
+
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        (lambda: torch.zeros(3) + torch.zeros(4), "along axis 0 one has 3 entries, the other 4"),
+        (lambda: torch.zeros(2, 3) @ torch.zeros(2, 3), "a matrix product does not fit, 2x3 times 2x3"),
+        (lambda: no_such_name, "the name 'no_such_name' is not known here"),
+        (lambda: torch.zeros(3)(1), "an entry of a table is taken with [ ]"),
+        (lambda: torch.sqrt(2.0), "was given a plain float: take the root with ** 0.5"),
+        (lambda: torch.zeros(3)[3], "entry 3 of an axis of 3 is asked for"),
+        (lambda: list(range(1))[2], "an entry behind the last one"),
+        (lambda: torch.zeros(3).shape / 2.0, "which have no such operation"),
+        (lambda: complaint("01_adding_noise"), "called without 1 of its arguments"),
+        (lambda: BLANK.upper(1), "with a TypeError"),
+        (lambda: torch.zeros(3).view(2, 2), "it has another number of entries"),
+    ],
+)
+def test_errors_of_the_torch_that_is_installed_are_put_into_words(function, words):
+    assert words in raised(function)
+
+
+def test_a_function_that_forgets_to_return_or_changes_its_arguments_is_told_so():
+    def q_sample(alpha_bar, x_0, t, eps):
+        x_0.mean()
+
+    assert complaint("01_adding_noise", q_sample) == NO_RETURN
+
+    def q_sample(alpha_bar, x_0, t, eps):
+        x_0 += eps
+        return x_0
+
+    assert complaint("01_adding_noise", q_sample).startswith("changes its argument x_0 in place")
+
+
+def test_a_sum_with_a_wrong_factor_names_the_term():
+    a, b = torch.randn(2, 10, generator=torch.Generator().manual_seed(0))
+    said = difference(2 * a + 3 * b, 2 * a + 4 * b, terms={"x_t": a, "eps": b})
+    assert said == "multiplies eps by 3, expected 4: look at the factor of that term"
+    assert "x_t by 1, expected 2 and eps by 3, expected 4" in difference(a + 3 * b, 2 * a + 4 * b, terms={"x_t": a, "eps": b})
+    assert HINT in difference(a * b, 2 * a + 4 * b, terms={"x_t": a, "eps": b})  # no sum of these at all
 
 
 @pytest.mark.parametrize(
     "got, expected, words",
     [
         (None, torch.zeros(2), BLANK),
-        ([0.0], torch.zeros(2), "gives a list, expected a tensor of shape [2]"),
-        (torch.zeros(3), torch.zeros(2), "gives shape [3], expected [2]"),
-        (torch.zeros(2).double(), torch.zeros(2), "gives torch.float64, expected torch.float32"),
-        (torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 3.0]]), "gives 2 at [0, 1], expected 3"),
-        (torch.tensor([1.0, torch.nan]), torch.ones(2), "gives nan at [1], expected 1"),
-        (0.5, 0.25, "gives 0.5, expected 0.25"),
-        ([1, 2], [2, 1], "gives [1, 2], expected [2, 1]"),
+        ([0.0], torch.zeros(2), "gives a list, expected a tensor of shape [2]; look at what `return` hands back"),
+        (torch.zeros(3), torch.zeros(2), "gives shape [3], expected [2]; follow the shapes line by line, from the arguments on"),
+        (torch.zeros(2).double(), torch.zeros(2), "gives torch.float64, expected torch.float32; keep the type of the arguments"),
+        (torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 3.0]]), f"gives 2 at [0, 1], expected 3; {HINT}"),
+        (
+            torch.tensor([1.0, torch.nan]),
+            torch.ones(2),
+            "gives values that are infinite or no number: look for a division by zero or the root of something negative",
+        ),
+        (0.5, 0.25, f"gives 0.5, expected 0.25; {HINT}"),
+        ([1, 2], [2, 1], f"gives [1, 2], expected [2, 1]; {HINT}"),
     ],
 )
 def test_a_difference_is_told_with_shapes_or_values(got, expected, words):
@@ -127,4 +226,4 @@ def test_the_command_line_of_the_lessons_says_what_it_can_do():
     shown = subprocess.run(
         [sys.executable, "-m", "lessons", "--help"], capture_output=True, text=True, check=True, cwd=entries()[0].path.parents[1]
     )
-    assert all(word in shown.stdout for word in ("build", "check", "map"))
+    assert all(word in shown.stdout for word in ("pages", "build", "check", "map"))

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -14,11 +15,14 @@ from lessons import catalogue
 from lessons.catalogue import HERE, entries
 from lessons.common import LARGEST
 from lessons.exercises import exercises
+from lessons.pipeline_map import title
+from lessons.rendered import is_set_up
 from tests.checkpoints import family_model
-from tests.lessons.text import Section, run, sections, unprinted
+from tests.lessons.text import CLOSED, SETTLED, Section, run, sections, unprinted
 
 LESSONS = [pytest.param(entry, id=entry.name) for entry in entries()]
 HEADINGS = ("Guess first", "Your turn", "Break it", "On real Stable Diffusion", "On a GPU", "Read next")
+ENDING = ("What you now know", "Your guess", "Quiz", "Now you", "Read next")  # of a lesson of the new anatomy, in this order
 SECONDS, QUICK_SECONDS = 60, 15  # of one core's work, whatever else the machine does; on two cores it is less
 LONG = ("15", "16", "17")  # train for longer: twice the time
 
@@ -35,8 +39,32 @@ def test_a_lesson_has_all_its_parts_in_order(entry):
     at = [next((i for i, title in enumerate(titles) if title.startswith(heading)), None) for heading in HEADINGS]
     assert None not in at, f"no section {HEADINGS[at.index(None)]!r}"
     assert at[0] == 1 and at[-3:] == sorted(at[-3:]) and at[-1] == len(titles) - 1
+    assert entry.number not in CLOSED or tuple(titles[-len(ENDING) :]) == ENDING
     gpu = next(section for section in sections(entry.path) if section.title == "On a GPU")
     assert "```bash\n" in gpu.texts[0] and "minute" in gpu.texts[0]
+
+
+@pytest.mark.parametrize("number", CLOSED)
+def test_what_a_lesson_ends_with_has_five_lines_three_questions_and_their_answers(number):
+    ending = {section.title: "".join(section.texts) for section in sections(catalogue.find(number).path) if section.title in ENDING}
+    assert ending["What you now know"].count("\n- ") + ending["What you now know"].startswith("- ") == 5
+    questions, answers = ending["Quiz"].split("<details><summary>Answers</summary>\n")
+    for numbered in (questions, answers):
+        assert [line[:2] for line in numbered.splitlines() if line[:1].isdigit()] == ["1.", "2.", "3."]
+    assert answers.strip().endswith("</details>") and ending["Now you"].strip() and ending["Your guess"].strip()
+
+
+@pytest.mark.parametrize("entry", LESSONS)
+def test_the_picture_of_the_pipeline_stands_at_the_head(entry):
+    head = sections(entry.path)[0].texts[0]
+    found = re.search(r"!\[(.+)\]\(figures/pipeline-(\w+)\.svg\)", head)
+    assert found and found[1] == title(found[2])
+
+
+@pytest.mark.parametrize("number", SETTLED)
+def test_nothing_but_a_folded_set_up_stands_before_the_first_idea(number):
+    codes = [code for section in sections(catalogue.find(number).path) for code in section.codes]
+    assert is_set_up(codes[0]) and not is_set_up(codes[1])
 
 
 @pytest.mark.parametrize("entry", LESSONS)
@@ -137,7 +165,7 @@ def test_the_map_is_made_from_the_lessons():
     text = (HERE / "README.md").read_text()
     assert text == catalogue.readme(text), "make it anew: python -m lessons map"
     for entry in entries():
-        assert f"]({entry.name}.py)" in text
+        assert f"]({entry.name}.py)" in text and f"](pages/{entry.number}.md)" in text
 
 
 def test_a_first_cell_of_another_form_is_refused(tmp_path, monkeypatch):

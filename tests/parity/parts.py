@@ -5,7 +5,7 @@ the tests that make a mistake on purpose.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minidiff.conditioning import Conditioning
 from minidiff.config import UNetConfig
 from minidiff.pipeline import noise_source
-from minidiff.two_encoders import SizeNumbers, told
+from minidiff.two_encoders import SizeNumbers
 from tests.parity.check import largest_error
 from tests.parity.models import BUNDLED, INPAINTING, ODD, SD1, SD2, SDXL, Shape, open_clips, pipelines, text_encoders, unets, vaes
 
@@ -284,8 +284,8 @@ def sdxl_pipeline(shape: Shape, dtype: torch.dtype) -> Outputs:
     for negative, text, more in (
         (None, None, {}),
         ("", None, {}),
-        (NEGATIVE, told(ours.text, sizes=sizes), their_sizes),
-        (None, told(ours.text, prompt_2="a dog"), {"prompt_2": ["a dog"] * 2}),
+        (NEGATIVE, replace(ours.text, sizes=sizes), their_sizes),
+        (None, replace(ours.text, prompt_2="a dog"), {"prompt_2": ["a dog"] * 2}),
     ):
         *_, step = ours.denoise(PROMPTS, steps=3, guidance_scale=3.0, negative_prompt=negative, seeds=seeds, size=size, text=text)
         settings = dict(num_inference_steps=3, guidance_scale=3.0, width=size[0], height=size[1], latents=x, output_type="latent")

@@ -1,7 +1,7 @@
 """ControlNet against diffusers' ControlNetModel and pipelines: residuals, whole trajectories, and the mistakes that others have made."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from math import log2
 
 import diffusers
@@ -12,12 +12,29 @@ import minidiff.controlnet
 from minidiff.conditioning import Conditioning
 from minidiff.config import ModelConfig
 from minidiff.controlnet import HINT_WIDTHS, Control, ControlNet, ControlNetConfig, controlled
+from minidiff.editing.image_to_image import image_to_image
+from minidiff.editing.inpaint import inpaint
+from minidiff.editing.start import Sampling, Start, encode, first_noise
 from minidiff.guidance import guided
 from minidiff.pipeline import noise_source
 from minidiff.samplers import levels, sample
+from tests.editing.small import last, left_half, picture
 from tests.parity.check import NotEqual, largest_error
-from tests.parity.models import BUNDLED, INPAINTING, ODD, SD1, SD2, Shape, pipelines, randomise, unets, with_weights_of
-from tests.parity.parts import NEGATIVE, PROMPTS, context, noise
+from tests.parity.models import (
+    BUNDLED,
+    INPAINTING,
+    ODD,
+    SD1,
+    SD2,
+    SDXL,
+    Shape,
+    added_embedding,
+    pipelines,
+    randomise,
+    unets,
+    with_weights_of,
+)
+from tests.parity.parts import NEGATIVE, PROMPTS, SIZES, context, noise
 from weights_loader.controlnet import NAMES
 
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -37,6 +54,7 @@ def controlnets(shape: Shape, dtype: torch.dtype, seed: int = 0, pooled: bool = 
         norm_num_groups=unet.groups,
         conditioning_embedding_out_channels=widths,
         global_pool_conditions=pooled,
+        **({} if unet.pooled_width is None else added_embedding(unet)),
     )
     theirs = randomise(theirs.to(dtype))
     if seed:
@@ -59,16 +77,20 @@ def hints(shape: Shape, dtype: torch.dtype, rows: int = 2, seed: int = 5) -> tor
 def residuals(shape: Shape, dtype: torch.dtype, guess_mode=False, scale=1.0):
     ours, theirs = controlnets(shape, dtype)
     x, t, told, hint = noise(2, 4, *shape.latent, dtype=dtype), torch.tensor([1, 999]), context(shape.unet, dtype), hints(shape, dtype)
-    skips, middle = theirs(x, t, told, hint, conditioning_scale=scale, guess_mode=guess_mode, return_dict=False)
+    conditioning, added = Conditioning(told), {}
+    if width := shape.unet.pooled_width:
+        conditioning = Conditioning(told, noise(2, width, dtype=dtype, seed=5), SIZES)
+        added = {"added_cond_kwargs": {"text_embeds": conditioning.pooled, "time_ids": SIZES}}
+    skips, middle = theirs(x, t, told, hint, conditioning_scale=scale, guess_mode=guess_mode, return_dict=False, **added)
     found = []
     with torch.no_grad():
         control = Control(ours, hint, scale)
-        controlled(lambda x_t, t, told: found.extend(told.residuals) or x_t, [control], guess_mode=guess_mode)(x, t, Conditioning(told))
+        controlled(lambda x_t, t, told: found.extend(told.residuals) or x_t, [control], guess_mode=guess_mode)(x, t, conditioning)
     yield from zip(found, [*skips, middle], strict=True)
 
 
 @FLOATS
-@pytest.mark.parametrize("shape", [SD1, SD2, ODD, BUNDLED], ids=str)
+@pytest.mark.parametrize("shape", [SD1, SD2, ODD, BUNDLED, SDXL], ids=str)
 @pytest.mark.parametrize("guess_mode", [False, True])
 def test_the_residuals_are_those_of_diffusers(shape, dtype, guess_mode, record_property):
     error = max(largest_error(a, b) for a, b in residuals(shape, dtype, guess_mode, 1.0 if guess_mode else 0.7))
@@ -116,10 +138,11 @@ def their_trajectory(shape, dtype, controls, x, steps, **settings) -> torch.Tens
     _, text_to_image = pipelines(shape, dtype)
     nets, pictures, scales, starts, ends = zip(*controls)
     one = len(controls) == 1
-    pipeline = diffusers.StableDiffusionControlNetPipeline(
+    kind = diffusers.StableDiffusionXLControlNetPipeline if shape.text_2 else diffusers.StableDiffusionControlNetPipeline
+    pipeline = kind(
         **text_to_image.components,
         controlnet=nets[0] if one else diffusers.MultiControlNetModel(list(nets)),
-        requires_safety_checker=False,
+        **({"add_watermarker": False} if shape.text_2 else {"requires_safety_checker": False}),
     )
     pipeline.set_progress_bar_config(disable=True)
     if dtype == torch.float64:  # as installed its table is float32, which hides errors of 1e-6
@@ -149,7 +172,8 @@ def our_steps(shape, dtype, controls, x, theirs, guidance_scale, guess_mode=Fals
     visited = [level.t for level in levels(ours.schedule, "ddim", steps, "leading")[:-1]]
     model = controlled(ours.predict, [Control(*control) for control in controls], visited, guess_mode)
     with torch.no_grad():
-        cond, uncond = ours.text(PROMPTS), ours.text([NEGATIVE]).expand(len(PROMPTS))
+        height, width = (side * shape.vae.factor for side in shape.latent)
+        cond, uncond = ours.text.guided(PROMPTS, NEGATIVE, (width, height))
         walk = sample(guided(model, cond, uncond, guidance_scale, shared_prefix=True), x, ours.schedule, steps=steps)
         return torch.stack([next(walk).x_t, *(walk.send(x_t).x_t for x_t in theirs[:-1])])
 
@@ -170,6 +194,8 @@ def trajectories(shape=SD1, dtype=torch.float64, chosen=((0, 1.0, 0.0, 1.0),), s
 CASES = {
     "one": dict(),
     "SD 2": dict(shape=SD2),
+    "SDXL": dict(shape=SDXL),
+    "SDXL in guess mode": dict(shape=SDXL, guess_mode=True),
     "odd size": dict(shape=ODD),
     "guess mode": dict(guess_mode=True),
     "guess mode without guidance": dict(guess_mode=True, guidance_scale=1.0),
@@ -206,6 +232,49 @@ def test_the_steps_of_an_interval_are_diffusers(n, start, end, first, last):
     timesteps = list(range(999, 999 - n, -1))
     highest, lowest = Control(controlnets(SD1, torch.float32)[0], hints(SD1, torch.float32), 1.0, start, end).interval(timesteps)
     assert [i for i, t in enumerate(timesteps) if highest >= t >= lowest] == keep
+
+
+EDITS = {
+    "image to image": (SD1, diffusers.StableDiffusionControlNetImg2ImgPipeline),
+    "SDXL image to image": (SDXL, diffusers.StableDiffusionXLControlNetImg2ImgPipeline),
+    "4 channels inpainting": (SD1, diffusers.StableDiffusionControlNetInpaintPipeline),
+    "9 channels inpainting": (INPAINTING, diffusers.StableDiffusionControlNetInpaintPipeline),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of diffusers, on models of this size
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("start, end", [(0.0, 1.0), (0.0, 0.5)])
+def test_pictures_that_start_from_a_picture_are_steered_as_by_diffusers(edit, start, end, monkeypatch):
+    """An interval is of the steps that are left; an inpainting hint has -1 in the hole."""
+    (shape, kind), dtype = EDITS[edit], torch.float32
+    (ours, text_to_image), (net, their_net) = pipelines(shape, dtype), controlnets(shape, dtype)
+    pipeline = kind(**text_to_image.components, controlnet=their_net, **({} if shape.text_2 else {"requires_safety_checker": False}))
+    pipeline.set_progress_bar_config(disable=True)
+    side, is_inpainting = 8 * 16, "inpainting" in edit
+    pixels, mask, hint = torch.cat([picture(i, side, side) for i in range(2)]), left_half(side, side), hints(shape, dtype)
+    if is_inpainting:
+        hint = torch.where(mask > 0, -1.0, hint)
+    x_0 = encode(ours, pixels)
+    eps = first_noise([0, 1], x_0)
+    if is_inpainting:
+        monkeypatch.setattr(f"{kind.__module__}.retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())
+    monkeypatch.setattr(f"{kind.__module__}.randn_tensor", lambda *_, **__: eps)
+    given = dict(image=(pixels + 1) / 2, mask_image=mask, height=side, width=side) if is_inpainting else dict(image=x_0)
+    settings = dict(strength=0.6, num_inference_steps=10, guidance_scale=3.0, output_type="latent")
+    settings |= dict(control_guidance_start=start, control_guidance_end=end, controlnet_conditioning_scale=0.8)
+    expected = pipeline(PROMPTS, control_image=hint, negative_prompt=[NEGATIVE] * 2, **given, **settings).images
+
+    sampling = Sampling(10, "ddim", 3.0, NEGATIVE, spacing="leading")
+    visited = sampling.levels(ours.schedule)
+    begin = Start(4, 10, visited[4])  # theirs counts steps: int(0.6 x 10) of them are taken
+    for room in ("image_to_image", "inpaint"):
+        monkeypatch.setattr(f"minidiff.editing.{room}.find_start", lambda *_: begin)
+    steer = partial(controlled, controls=[Control(net, hint, 0.8, start, end)], timesteps=[level.t for level in visited[4:-1]])
+    settings = dict(strength=0.6, seeds=[0, 1], sampling=sampling, steer=steer)
+    walk = inpaint(ours, PROMPTS, pixels, mask, **settings) if is_inpainting else image_to_image(ours, PROMPTS, pixels, **settings)
+    actual = last(walk)
+    largest_error(actual / expected.std(), expected / expected.std())
 
 
 # --- traps ------------------------------------------------------------------------------------------------------------

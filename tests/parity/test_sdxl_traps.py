@@ -66,9 +66,9 @@ def test_the_other_encoders_padding_is_noticed(name, trap):
         right = TwoEncoders.__init__
         other = {"end": "zero", "zero": "end"}
 
-        def init(self, tokenizers, encoders):
+        def init(self, tokenizers, encoders, **others):
             config = tokenizers[name].config
-            right(self, tokenizers | {name: Tokenizer(replace(config, padding=other[config.padding]))}, encoders)
+            right(self, tokenizers | {name: Tokenizer(replace(config, padding=other[config.padding]))}, encoders, **others)
 
         patch.setattr(TwoEncoders, "__init__", init)
 

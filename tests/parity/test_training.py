@@ -57,8 +57,9 @@ def reference_losses(task, unet, params, rates):
     optimizer = torch.optim.AdamW(params, lr=1.0, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     for step, rate in enumerate(rates):
         optimizer.param_groups[0]["lr"] = rate
-        batch, rngs = task._draw([rng_for(0, step, sample) for sample in range(4)])
-        draws = sample_noise(rngs, batch.latents.shape[1:], config.timesteps, CPU)
+        (piece,) = task._draw([rng_for(0, step, sample) for sample in range(4)])
+        batch = piece.batch
+        draws = sample_noise(piece.rngs, batch.latents.shape[1:], config.timesteps, CPU)
         noisy = scheduler.add_noise(batch.latents, draws.eps, draws.t)
         context = task.sd.encode_prompts(batch.captions)
         prediction = unet(noisy, draws.t, encoder_hidden_states=context).sample

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import weights_loader
-from minidiff.config import SD1, SD2
-from minidiff.controlnet import ControlNet, controlnet_config, create_controlnet
+from minidiff.conditioning import Conditioning
+from minidiff.config import SD1, SD2, SDXL
+from minidiff.controlnet import Control, ControlNet, controlled, controlnet_config, create_controlnet
 from minidiff.unet import UNet
-from tests.small_models import small_config, small_model, wider_config
+from tests.small_models import small_config, small_model, wider_config, xl_config
 from weights_loader.controlnet import NAMES, PREFIX, read_controlnet, write_controlnet
 from weights_loader.families import part_names
 from weights_loader.name_table import file_shapes, to_file
@@ -62,6 +63,26 @@ def test_names_and_shapes_are_all_of_the_published_ones(config, key, names):
     assert sum(p.numel() for p in net.parameters()) == {"sd15": 361_279_120, "sd21": 364_228_240}[key]
 
 
+def test_names_and_shapes_of_sdxls_are_diffusers():
+    with torch.device("meta"):
+        net = ControlNet(controlnet_config(SDXL))
+        theirs = diffusers.ControlNetModel(
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    expected = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    assert file_shapes(net, NAMES["diffusers"]) == expected
+    ldm = file_shapes(net, NAMES["original"])
+    assert len(ldm) == len(expected) and ldm["label_emb.0.0.weight"] == (1280, 2816) and "zero_convs.8.0.weight" in ldm
+
+
 # --- forms ------------------------------------------------------------------------------------------------------------
 
 
@@ -93,6 +114,67 @@ def test_diffusers_reads_the_folder_and_answers_alike(sd, net, tmp_path):
     for a, b in zip(ours, [*skips, middle], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     same(read_controlnet(tmp_path / "net" / "diffusion_pytorch_model.safetensors", sd), net)
+
+
+@pytest.fixture(scope="module")
+def xl():
+    return small_model(xl_config())
+
+
+@pytest.fixture(scope="module")
+def xl_net(xl):
+    made = create_controlnet(xl.config, xl.unet, torch.Generator()).requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for p in made.parameters():
+        p.copy_(p + 0.1 * torch.randn(p.shape, generator=generator))
+    return made
+
+
+@pytest.mark.parametrize("names, name", [("original", "net.safetensors"), ("diffusers", "net")])
+def test_a_controlnet_of_sdxl_is_written_and_read_back_by_us_and_by_diffusers(names, name, xl, xl_net, tmp_path):
+    write_controlnet(tmp_path / name, xl_net, xl, names)
+    same(read_controlnet(tmp_path / name, xl), xl_net)
+    if names == "original":
+        write_safetensors(tmp_path / "bare.safetensors", original(xl_net, ""))
+        same(read_controlnet(tmp_path / "bare.safetensors", xl), xl_net)
+        return
+    theirs = diffusers.ControlNetModel.from_pretrained(tmp_path / "net")
+    theirs.save_pretrained(tmp_path / "theirs")
+    same(read_controlnet(tmp_path / "theirs", xl), xl_net)
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((2, 4, 8, 8), (2, 5, 40), (2, 20), (2, 6), (2, 3, 32, 32))
+    x, context, pooled, size, hint = (torch.randn(size, generator=generator) for size in sizes)
+    added = {"text_embeds": pooled, "time_ids": size}
+    skips, middle = theirs(x, torch.tensor([1, 900]), context, hint, added_cond_kwargs=added, return_dict=False)
+    with torch.no_grad():
+        ours = xl_net(x, torch.tensor([1, 900]), Conditioning(context, pooled, size), xl_net.hint_block(hint))
+    for a, b in zip(ours, [*skips, middle], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_controlnet_of_sdxl_steers_its_pictures(xl, xl_net):
+    *_, plain = xl.denoise("a cat", steps=2, size=32, seeds=[0, 1])
+    hint = torch.rand((1, 3, 32, 32), generator=torch.Generator().manual_seed(2))
+    steered = {
+        scale: list(xl.denoise("a cat", steps=2, size=32, seeds=[0, 1], model=controlled(xl.predict, [Control(xl_net, hint, scale)])))[
+            -1
+        ].x_t
+        for scale in (0.0, 1.0)
+    }
+    assert torch.equal(steered[0.0], plain.x_t) and (steered[1.0] - plain.x_t).abs().max() > 1e-2
+
+
+def test_a_controlnet_of_the_other_family_and_a_small_one_are_one_line(sd, net, xl, xl_net, tmp_path):
+    write_controlnet(tmp_path / "sd.safetensors", net, sd)
+    write_controlnet(tmp_path / "xl.safetensors", xl_net, xl)
+    with pytest.raises(ValueError, match="a ControlNet for a model whose text is 16 wide; the model in use is"):
+        read_controlnet(tmp_path / "sd.safetensors", xl)
+    with pytest.raises(ValueError, match="a ControlNet for Stable Diffusion XL; the model in use is"):
+        read_controlnet(tmp_path / "xl.safetensors", sd)
+    small = {name: tensor for name, tensor in to_file(xl_net, NAMES["diffusers"]).items() if ".transformer_blocks.1." not in name}
+    write_safetensors(tmp_path / "small.safetensors", small)
+    with pytest.raises(ValueError, match="a ControlNet of 3 transformer blocks where the model has 5, as diffusers' small and mid ones"):
+        read_controlnet(tmp_path / "small.safetensors", xl)
 
 
 def test_what_diffusers_writes_is_read(sd, net, tmp_path):
@@ -179,7 +261,9 @@ def test_a_shuffle_is_known_by_its_name(sd, net, tmp_path):
 )
 def test_relatives_are_refused_by_name(name, what, sd, tmp_path):
     write_safetensors(tmp_path / "other.safetensors", {name: torch.zeros(2)})
-    with pytest.raises(ValueError, match=f"other.safetensors: {what}.*not supported, give a ControlNet for Stable Diffusion 1.x or 2.x"):
+    with pytest.raises(
+        ValueError, match=f"other.safetensors: {what}.*not supported, give a ControlNet for Stable Diffusion 1.x, 2.x or XL"
+    ):
         read_controlnet(tmp_path / "other.safetensors", sd)
     with pytest.raises(ValueError, match=what):
         weights_loader.inspect(tmp_path / "other.safetensors")

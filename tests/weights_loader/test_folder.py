@@ -69,6 +69,35 @@ def test_diffusers_runs_a_saved_folder_and_gives_the_same_picture(family, tmp_pa
     assert np.abs(np.asarray(ours, dtype=float) - 255 * theirs).max() <= 2
 
 
+def edit_json(path, **settings):
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_what_no_negative_prompt_means_is_the_folders_and_kept(zeros, tmp_path):
+    sd = family_model("SDXL")
+    weights_loader.save(sd, tmp_path / "model", layout="diffusers")
+    edit_json(tmp_path / "model" / "model_index.json", force_zeros_for_empty_prompt=zeros)
+    ours, theirs = weights_loader.load(tmp_path / "model"), DiffusionPipeline.from_pretrained(tmp_path / "model")
+    theirs.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    settings = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 32, "width": 32, "output_type": "latent"}
+    expected = theirs("a red apple", latents=noise, **settings).images
+    *_, step = ours.denoise("a red apple", steps=2, guidance_scale=4.0, size=32, seeds=[3])
+    torch.testing.assert_close(step.x_t, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))  # float32, two steps of guidance 4
+    for layout in ("ldm", "diffusers"):
+        again = tmp_path / f"again.{layout}" if layout == "diffusers" else tmp_path / "again.safetensors"
+        weights_loader.save(ours, again, layout=layout)
+        assert weights_loader.load(again).config.zero_negative is zeros
+
+
+def test_what_no_negative_prompt_means_is_true_or_false(tmp_path):
+    weights_loader.save(family_model("SDXL"), tmp_path / "model", layout="diffusers")
+    edit_json(tmp_path / "model" / "model_index.json", force_zeros_for_empty_prompt="no")
+    with pytest.raises(ValueError, match=r"model_index.json: force_zeros_for_empty_prompt is 'no'; expected true or false"):
+        weights_loader.load(tmp_path / "model")
+
+
 def test_a_text_encoder_without_its_prefix_and_an_old_vae_are_read(tmp_path):
     sd = family_model("SD 1")
     weights_loader.save(sd, tmp_path / "model", layout="diffusers")

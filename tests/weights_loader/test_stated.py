@@ -93,6 +93,50 @@ def test_a_model_of_continuous_noise_levels_is_refused_by_its_markers_unless_tol
     assert all(torch.equal(again.extra_tensors[name], tensor) for name, tensor in EDM.items())
 
 
+YAML = """
+model:
+  base_learning_rate: 1.0e-4
+  params:
+    parameterization: "v"
+    linear_start: 0.0015  # another schedule
+    linear_end: 0.0205
+    timesteps: 900
+    scale_factor: 0.2
+    low_scale_config:
+      params: {}
+        linear_start: 0.0001
+"""
+
+
+def test_the_noise_schedule_and_the_factor_of_the_yaml_are_taken_over_and_kept(sd, tmp_path):
+    write_safetensors(tmp_path / "model.safetensors", ldm_tensors(sd))
+    (tmp_path / "model.yaml").write_text(YAML)
+    config = weights_loader.load(tmp_path / "model.safetensors").config
+    schedule = config.schedule
+    assert (schedule.beta_start, schedule.beta_end, schedule.timesteps, schedule.prediction) == (0.0015, 0.0205, 900, "v")
+    assert config.vae.scaling_factor == 0.2
+    weights_loader.convert(tmp_path / "model.safetensors", tmp_path / "again.safetensors")
+    assert weights_loader.load(tmp_path / "again.safetensors").config == config
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("linear_start: fast", "linear_start: fast in the .yaml of its name: expected a number"),
+        ("timesteps: 1000000000", "timesteps: 1000000000 in the .yaml of its name: expected 2 to 100000"),
+        ("timesteps: nan", "timesteps: nan in the .yaml of its name: expected a number"),
+        ("scale_factor: -1", "scale_factor: -1 in the .yaml of its name: expected a number above 0"),
+        ("linear_end: 7", r"beta_end 7"),
+    ],
+)
+def test_nonsense_in_a_yaml_is_one_line_that_names_the_file(line, message, sd, tmp_path):
+    write_safetensors(tmp_path / "model.safetensors", ldm_tensors(sd))
+    (tmp_path / "model.yaml").write_text(f"    {line}\n")
+    with pytest.raises(ValueError, match=message) as error:
+        weights_loader.load(tmp_path / "model.safetensors")
+    assert "\n" not in str(error.value)
+
+
 def test_the_yaml_that_the_web_interfaces_read_says_it_too(sd, tmp_path):
     write_safetensors(tmp_path / "model.safetensors", ldm_tensors(sd))
     (tmp_path / "model.yaml").write_text(
@@ -100,7 +144,7 @@ def test_the_yaml_that_the_web_interfaces_read_says_it_too(sd, tmp_path):
     )
     assert schedule_of(sd, tmp_path / "model.safetensors")[0] == "v"
     notes = weights_loader.load(tmp_path / "model.safetensors").notes
-    assert any("model.yaml beside the file: only its parameterization is read" in note for note in notes)
+    assert any("model.yaml beside the file: its parameterization, noise schedule and scale_factor are read" in note for note in notes)
     (tmp_path / "model.yaml").write_text("parameterization: x0")
     with pytest.raises(
         ValueError, match="parameterization: x0 in the .yaml of its name: not supported, expected epsilon or v; prediction="

@@ -44,10 +44,9 @@ STABLE_DIFFUSION_XL = replace(
         },
     },
     marker=r"^conditioner\.embedders\.(0\.transformer\.|1\.model\.)",
-    variants={4: ""},
-    other_variants={8: "InstructPix2Pix", 9: "inpainting"},
+    other_variants={8: "InstructPix2Pix"},
     extra=(r"^conditioner\.embedders\.1\.model\.logit_scale$", MARKERS),
-    pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
+    pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline", "StableDiffusionXLImg2ImgPipeline"),
     settings={
         **{part: shared.SETTINGS[part] for part in ("vae", "text_encoder", "scheduler")},
         "text_encoder_2": shared.SETTINGS["text_encoder"],

@@ -20,12 +20,14 @@ from minidiff.blocks import SIZE_WAVES
 from minidiff.config import SIZE_NUMBERS, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.schedule import SPACINGS
 from weights_loader.families import Family, family_of_config, family_of_pipeline
-from weights_loader.folder.settings import read_json, read_settings
+from weights_loader.folder.settings import FLAG, read_json, read_settings
 from weights_loader.folder.tokenizer import tokenizer_config
 
 Settings = Mapping[str, object]
 
 INDEX = "model_index.json"  # makes a folder a diffusers model
+
+ZEROS = "force_zeros_for_empty_prompt"  # in it, of a pipeline with two text encoders; diffusers' default is true
 
 PREDICTIONS: dict[str, Literal["eps", "v"]] = {"epsilon": "eps", "v_prediction": "v"}
 
@@ -50,9 +52,17 @@ def folder_config(folder: Path) -> tuple[ModelConfig, bool]:
         text_encoder_2, end = _text_config(folder / "text_encoder_2" / "config.json", only["text_encoder_2"], known.text_encoder_2)
         tokenizer_2 = tokenizer_config(folder / "tokenizer_2", text_encoder_2, end)
         tokenizer_2 = replace(tokenizer_2, cleaning=known.tokenizer_2.cleaning)
-        config = replace(config, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2)
+        config = replace(config, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, zero_negative=_zero_negative(folder / INDEX))
     cleaning = family_of_config(config).config.tokenizer.cleaning
     return replace(config, tokenizer=replace(tokenizer, cleaning=cleaning)), says_prediction
+
+
+def _zero_negative(index: Path) -> bool:
+    """Return what an absent negative prompt means to a pipeline with two text encoders: zeros, or the empty prompt."""
+    value = read_json(index).get(ZEROS, True)
+    if not FLAG.holds(value):
+        raise ValueError(f"{index}: {ZEROS} is {reprlib.repr(value)}; expected {FLAG.words}")
+    return value
 
 
 def folder_family(folder: Path) -> Family:

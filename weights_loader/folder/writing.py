@@ -9,7 +9,7 @@ from minidiff.config import SIZE_NUMBERS, ModelConfig, ScheduleConfig, TextEncod
 from minidiff.tokenizer import Tokenizer
 from minidiff.two_encoders import text_configs
 from weights_loader.families import family_of_config
-from weights_loader.folder.reading import PREDICTIONS
+from weights_loader.folder.reading import PREDICTIONS, ZEROS
 
 PREDICTION_NAMES = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 
@@ -20,7 +20,7 @@ def write_folder_config(folder: Path, config: ModelConfig, tokenizers: Mapping[s
     inpainting = config.unet.in_channels != config.vae.latent_channels
     encoders = {name: numbers for name, (_, numbers) in text_configs(config).items()}
     for name, values in {
-        "model_index.json": _model_index(family.pipelines[1 if inpainting else 0], list(encoders)),
+        "model_index.json": _model_index(family.pipelines[1 if inpainting else 0], config),
         "unet/config.json": {**family.settings["unet"], **_unet_json(config)},
         "vae/config.json": {**family.settings["vae"], **_vae_json(config)},
         **{f"{part}/config.json": {**family.settings[part], **_text_json(encoders[part], tokenizers[part])} for part in encoders},
@@ -37,9 +37,9 @@ def write_json(path: Path, values: dict):
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _model_index(pipeline: str, encoders: list[str]) -> dict:
+def _model_index(pipeline: str, config: ModelConfig) -> dict:
     second = {
-        "force_zeros_for_empty_prompt": True,
+        ZEROS: config.zero_negative,
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer_2": ["transformers", "CLIPTokenizer"],
         "image_encoder": [None, None],
@@ -49,7 +49,7 @@ def _model_index(pipeline: str, encoders: list[str]) -> dict:
         "_class_name": pipeline,
         "_diffusers_version": "0.35.0",  # diffusers only notes it; newer ones read the same settings
         "feature_extractor": [None, None],
-        **(second if "text_encoder_2" in encoders else checker),
+        **(second if config.text_encoder_2 is not None else checker),
         "scheduler": ["diffusers", "DDIMScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -72,15 +72,18 @@ def _unet_json(config: ModelConfig) -> dict:
         "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
         "cross_attention_dim": unet.context_width,
         "attention_head_dim": unet.heads,  # their number, see reading.py
-        **({} if unet.pooled_width is None else _added_json(unet)),
+        **({} if unet.pooled_width is None else added_json(unet)),
         "use_linear_projection": unet.linear_projection,
         "norm_num_groups": unet.groups,
     }
 
 
-def _added_json(unet: UNetConfig) -> dict:
+def added_json(unet: UNetConfig) -> dict:
+    """Return the settings of a U-Net, or a ControlNet, that is told a pooled vector and sizes."""
     assert unet.pooled_width is not None
     return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": SIZE_WAVES,
         "transformer_layers_per_block": [max(1, depth) for depth in unet.attention],  # diffusers' middle takes the last one too
         "projection_class_embeddings_input_dim": unet.pooled_width + SIZE_NUMBERS * SIZE_WAVES,
     }

@@ -95,22 +95,30 @@ class View:
 
 
 def size_numbers(
-    original: tuple[int, int], size: int, *, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False, side: int | None = None
+    original: tuple[int, int],
+    size: int | tuple[int, int],
+    *,
+    crop: tuple[float, float] = (0.5, 0.5),
+    flip: bool = False,
+    side: int | None = None,
 ) -> list[int]:
-    """Return SDXL's size numbers for the largest square of a picture: its own height and width, what is cut off top and left, and the
-    square's height and width (Podell et al. 2023, section 2.2).
+    """Return SDXL's size numbers for the largest part of a shape in a picture: the picture's height and width, what is cut off top and
+    left, and the part's height and width (Podell et al. 2023, section 2.2).
 
     Args:
         original: width and height of the picture
-        size: side of the square that the model is shown
-        crop: where the square lies along x and y, 0..1, as in pictures.fit
+        size: side of the square that the model is shown, or (width, height) of another shape
+        crop: where it lies along x and y, 0..1, as in pictures.fit
         flip: whether it is mirrored, which makes what is cut off right what is cut off left
         side: of the scaled square, if the model is shown a part of it; the same as size by default
     """
-    side = side or size
+    shown = (size, size) if isinstance(size, int) else size
+    scaled = shown if side is None else (side, side)
     x, y = (1 - crop[0] if flip else crop[0]), crop[1]
-    left, top = (round((length * side // min(original) - side) * place) for length, place in zip(original, (x, y)))
-    return SizeNumbers(original, (left, top), (size, size)).row((size, size))
+    # The side that fits exactly, and so how large the whole picture is when the part has its size.
+    k = min((0, 1), key=lambda axis: original[axis] / scaled[axis])
+    left, top = (round((length * scaled[k] // original[k] - own) * place) for length, own, place in zip(original, scaled, (x, y)))
+    return SizeNumbers(original, (left, top), shown).row(shown)
 
 
 def sized_view(

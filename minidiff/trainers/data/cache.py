@@ -25,6 +25,7 @@ from minidiff.files import atomic_write, digest, fingerprint, tensor_bytes
 from minidiff.pictures import fit, load_picture
 from minidiff.pipeline import StableDiffusion
 from minidiff.trainers.data.augment import SizeAugmentation, View, size_numbers, sized_view
+from minidiff.trainers.data.buckets import nearest_bucket
 from minidiff.trainers.data.folder import Example
 from minidiff.trainers.engine.loop import randn_per_sample
 
@@ -78,7 +79,7 @@ def cached_texts(sd: StableDiffusion, cache: Cache, captions: Sequence[str]) -> 
     """Return contexts of captions and, where the model has them, pooled vectors, without the size of a picture.
 
     Each is encoded once, by itself, by the text encoders as they are now; float32, on the model's device. Not for encoders that are being
-    trained. Raises ValueError for what must not be kept: a new token, or an encoder with an adapter on it.
+    trained. Raises ValueError for what must not be kept: a new token, an encoder with an adapter on it, or one that overflows.
     """
     encoders = sd.text.encoders
     if any(module._forward_hooks or module._forward_pre_hooks for encoder in encoders.values() for module in encoder.modules()):
@@ -100,7 +101,12 @@ def cached_texts(sd: StableDiffusion, cache: Cache, captions: Sequence[str]) -> 
 
 def _encode_alone(sd: StableDiffusion, caption: str) -> Conditioning:
     with torch.autocast(sd.device.type, enabled=False):
-        return sd.text([caption], (sd.config.image_size, sd.config.image_size))
+        told = sd.text([caption], (sd.config.image_size, sd.config.image_size))
+    if not all(x.isfinite().all() for x in told.tensors()):
+        raise ValueError(
+            f"caption {caption!r}: its context is not finite in {told.context.dtype}; load the text encoders in float32 or bfloat16"
+        )
+    return told
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,7 @@ class Pictures:
         crop: "centre", or "random" along the longer side
         flip: the share of samples that are mirrored, 0..1
         sizes: Custom Diffusion's augmentation, which takes the centre square
+        buckets: pixels between the shapes of about size x size pixels, of which each picture has the nearest; None cuts squares
         posterior: "sample" draws a latent at every step, "mean" takes the most likely one
     """
 
@@ -145,6 +152,7 @@ class Pictures:
         crop: str = "centre",
         flip: float = 0.0,
         sizes: SizeAugmentation | None = None,
+        buckets: int | None = None,
         posterior: str = "sample",
     ):
         factor = sd.config.vae.factor
@@ -158,8 +166,15 @@ class Pictures:
             raise ValueError(f"flip {flip}: a share of the samples, 0..1")
         if sizes is not None:
             sizes.check(size, factor)
+        if buckets is not None and (sizes is not None or buckets % factor):
+            why = "the augmentation of sizes shows squares" if sizes else f"not a multiple of the VAE's {factor} pixels"
+            raise ValueError(f"buckets in steps of {buckets} pixels: {why}; leave one out")
         self.sd, self.examples, self.cache = sd, tuple(examples), cache
         self.size, self.crop, self.flip, self.sizes, self.posterior = size, crop, flip, sizes, posterior
+        self.buckets = buckets
+        self.shapes = [(size, size)] * len(self.examples)  # width and height at which each is shown
+        if buckets is not None:
+            self.shapes = [nearest_bucket(*load_picture(example.path).size, size, buckets) for example in self.examples]
         self._encoder = f"{fingerprint(sd.vae)} {sd.device.type}"
         self._keys: dict[tuple[int, bool], str] = {}
         self._shapes: dict[int, tuple[int, int]] = {}  # width and height of the pictures before they were scaled
@@ -181,14 +196,13 @@ class Pictures:
             yield i + 1
 
     def batch(self, indices: Sequence[int], rngs: Sequence[np.random.Generator]) -> Batch:
-        """Draw one sample per index, each from its own generator: flip, then crop or size, then the latent."""
+        """Draw one sample per index, all of one shape, each from its own generator: flip, then crop or size, then the latent."""
         flips = [bool(rng.random() < self.flip) for rng in rngs]
         captions = tuple(self.examples[i].caption for i in indices)
         if self.cacheable:
             moments = torch.stack([self._moments(i, flip) for i, flip in zip(indices, flips, strict=True)])
-            cells = self.size // self.sd.config.vae.factor
-            mask, phrases = torch.ones(len(captions), 1, cells, cells), ("",) * len(captions)
-            numbers = [size_numbers(self._shapes[i], self.size) for i in indices]
+            mask, phrases = torch.ones(len(captions), 1, *moments.shape[-2:]), ("",) * len(captions)
+            numbers = [size_numbers(self._shapes[i], self.shapes[i]) for i in indices]
         else:
             views = [self._view(i, flip, rng) for i, flip, rng in zip(indices, flips, rngs, strict=True)]
             moments = self._encode(torch.stack([view.pixels for view in views]))
@@ -207,9 +221,9 @@ class Pictures:
         if self.sizes is not None:
             return sized_view(image, self.size, factor, self.sizes, rng, flip=flip)
         x, y = (float(place) for place in rng.random(2))
-        cells = self.size // factor
-        pixels, numbers = fit(image, self.size, crop=(x, y), flip=flip), size_numbers(image.size, self.size, crop=(x, y), flip=flip)
-        return View(pixels, torch.ones(1, cells, cells), "", numbers)
+        width, height = shape = self.shapes[i]
+        pixels, numbers = fit(image, shape, crop=(x, y), flip=flip), size_numbers(image.size, shape, crop=(x, y), flip=flip)
+        return View(pixels, torch.ones(1, height // factor, width // factor), "", numbers)
 
     def _moments(self, i: int, flip: bool) -> Tensor:
         """Return mean and standard deviation of the posterior of picture i, (2, C, h, w), from the cache or into it."""
@@ -217,10 +231,11 @@ class Pictures:
         def pixels() -> Tensor:
             image = load_picture(self.examples[i].path)
             self._shapes[i] = image.size
-            return fit(image, self.size, flip=flip)
+            return fit(image, self.shapes[i], flip=flip)
 
+        shape = self.size if self.buckets is None else self.shapes[i]
         if (i, flip) not in self._keys:
-            self._keys[i, flip] = digest([f"latent {self._encoder} {self.size} ".encode(), tensor_bytes(pixels())])
+            self._keys[i, flip] = digest([f"latent {self._encoder} {shape} ".encode(), tensor_bytes(pixels())])
         return self.cache.get(self._keys[i, flip], lambda: self._checked(i, self._encode(pixels()[None])[0]))
 
     def _checked(self, i: int, moments: Tensor) -> Tensor:

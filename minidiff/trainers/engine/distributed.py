@@ -2,17 +2,18 @@
 
     torchrun --nproc-per-node=2 -m minidiff train ...
 
-Every process holds all weights; gradients are averaged before each step, so all take the same step. Rank 0 alone writes and prints.
-With a single process everything here does nothing. Left out: sharded weights and optimizers.
+Every process holds all weights; gradients are averaged in the last backward pass of a step, so all take the same step. Rank 0 alone writes
+and prints. With a single process everything here does nothing. Left out: sharded weights and optimizers.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def init_distributed(device: torch.device) -> torch.device:
@@ -58,7 +59,9 @@ def all_alive() -> Iterator[None]:
     """Raise ConnectionError in one line where the exchange within the block fails, as when another process has ended."""
     try:
         yield
-    except RuntimeError as error:  # gloo's and NCCL's, many lines long
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo has no class of its own; NCCL's is a DistError
+            raise
         raise ConnectionError(
             f"process {rank()} of {world_size()} has lost another one, which has ended; start all again to go on from the last state"
         ) from error
@@ -74,24 +77,52 @@ def all_equal(value: int, device: torch.device) -> bool:
     return ends[0].item() == -ends[1].item()
 
 
-def average_gradients(params: Sequence[nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
-    """Replace each gradient by its mean over all processes; return the mean of the losses.
+def mean(value: torch.Tensor) -> torch.Tensor:
+    """Return the mean of a tensor over all processes; in a single process the tensor itself."""
+    if world_size() == 1:
+        return value
+    value = value / world_size()
+    with all_alive():
+        dist.all_reduce(value)
+    return value
+
+
+class TrainedWeights(nn.Module):
+    """What DistributedDataParallel (DDP) wraps: the weights that are trained and nothing else, wherever in the model or its adapters.
+
+    DDP needs only the graph of a loss, so it is called with the loss, and what computes that is neither wrapped nor renamed.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter]):
+        super().__init__()
+        self.params = nn.ParameterList(params)
+
+    def forward(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the loss."""
+        return loss
+
+
+def data_parallel(params: Iterable[nn.Parameter]) -> DistributedDataParallel | None:
+    """Give all processes the weights of rank 0, and return what averages their gradients (see `backward`); None in a single process.
+
+    DDP collects gradients in buckets of 25 MB and sends each one while the backward pass goes on (Li et al. 2020, "PyTorch Distributed:
+    experiences on accelerating data parallel training"). Raises RuntimeError if the processes train weights of different shapes.
+    """
+    if world_size() == 1:
+        return None
+    # A loss need not reach every weight, nor the same ones in each step and process: so DDP looks through its graph, and static_graph,
+    # which would also send after every micro-batch of the first step, is off. As views of the buckets, gradients have no second copy.
+    with all_alive():
+        return DistributedDataParallel(TrainedWeights(params), find_unused_parameters=True, gradient_as_bucket_view=True)
+
+
+def backward(loss: torch.Tensor, ddp: DistributedDataParallel | None, last: bool) -> None:
+    """Add the gradient of a micro-batch's loss to .grad; with the last one of a step, replace each .grad by its mean over all processes.
 
     A weight that one process did not use has a gradient of 0 there; one that none used keeps none.
     """
-    if world_size() == 1:
-        return loss
-    met = torch.tensor([p.grad is not None for p in params], dtype=torch.int32, device=loss.device)
-    with all_alive():
-        dist.all_reduce(met, dist.ReduceOp.MAX)
-    loss = loss.clone()
-    moving = [p for p, one in zip(params, met.tolist()) if one]
-    for p in moving:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    tensors = [loss, *(p.grad for p in moving)]
-    with all_alive():
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            work.wait()
-    for tensor in tensors:
-        tensor /= world_size()
-    return loss
+    if ddp is None:
+        loss.backward()
+        return
+    with all_alive(), nullcontext() if last else ddp.no_sync():
+        ddp(loss).backward()

@@ -111,6 +111,7 @@ class Training:
         self.saved = self.done
         if not distributed.all_equal(self.done, device):
             raise ValueError(f"the processes begin at different steps, this one at {self.done}: all need the same {state}")
+        self.ddp = distributed.data_parallel(self.weights.values())
 
     def run(self) -> Iterator[TrainStep]:
         """Take the steps that are left, one an iteration. Stopped between two steps or in one, it saves the last whole step."""
@@ -136,14 +137,14 @@ class Training:
         settings, loss = self.settings, torch.zeros((), device=self.device)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        for sample_ids in microbatches(settings):
+        for number, sample_ids in enumerate(microbatches(settings), start=1):
             if settings.compile:
                 torch.compiler.cudagraph_mark_step_begin()  # what the graphs gave out before may be overwritten
             with with_checkpointing(networks_of(self.task), settings.checkpointing):
                 part = compute_loss(self.task, self.done, sample_ids, settings, self.device) / settings.gradient_accumulation
-                self.scaler.scale(part).backward()
+                distributed.backward(self.scaler.scale(part), self.ddp, last=number == settings.gradient_accumulation)
             loss += part.detach()
-        return distributed.average_gradients(list(self.weights.values()), loss)
+        return distributed.mean(loss)
 
     def _update(self, lr: float) -> None:
         """Clip the gradients and take the step."""

@@ -55,9 +55,9 @@ class Memory:
         return self.frozen + self.trained + self.above
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {format_bytes(getattr(self, name))}" for name in ("gradients", "optimizer", "ema", "activations"))
-        weights = f"weights {format_bytes(self.frozen + self.trained)}, of which {format_bytes(self.trained)} are trained"
-        return f"about {format_bytes(self.total)} of memory: {weights}; training adds {format_bytes(self.above)} ({parts})"
+        optimizer = format_bytes(self.gradients + self.optimizer + self.ema)
+        weights, activations = format_bytes(self.frozen + self.trained), format_bytes(self.activations)
+        return f"about {format_bytes(self.total)} of memory: weights {weights}, optimizer {optimizer}, activations {activations}"
 
 
 def estimate_memory(task: loop.Task, settings: Settings, device: torch.device) -> Memory:

@@ -130,10 +130,10 @@ def make_subject(
         if concept.token and not names_token(sd.tokenizer, caption, concept.token):
             raise ValueError(f"{concept.images}: the caption {caption!r} does not name {concept.token}; write {{}} where it belongs")
     cache = cache or Cache()
-    crop, flip = options.data.crop, options.data.flip
-    pictures = Pictures(sd, examples, cache, size=size, crop=crop, flip=flip, sizes=sizes)
+    crop, flip, buckets = options.data.crop, options.data.flip, options.data.buckets
+    pictures = Pictures(sd, examples, cache, size=size, crop=crop, flip=flip, sizes=sizes, buckets=buckets)
     class_examples = prior_examples(sd, concept, options, size)
-    prior = Pictures(sd, class_examples, cache, size=size, crop=crop, flip=flip) if class_examples else None
+    prior = Pictures(sd, class_examples, cache, size=size, crop=crop, flip=flip, buckets=buckets) if class_examples else None
     return Subject(pictures, templates, prior)
 
 

@@ -69,10 +69,6 @@ class ControlNetOptions(PhaseOptions):
         if self.prior.kind != "none":
             raise ValueError(f"prior {self.prior.kind!r}: a ControlNet has no class pictures, the model itself is locked")
 
-    def highlights(self) -> tuple[str, ...]:
-        """Return what --help says beyond steps and learning rate."""
-        return (f"hint {self.hint}",)
-
 
 # the authors' batch and learning rate; they saw the sudden convergence at 3,000 to 7,000 steps
 STABLE_DIFFUSION = ControlNetOptions(settings=Settings(steps=10_000, batch=4, learning_rate=1e-5))
@@ -154,4 +150,5 @@ METHOD = Method(
     formats={"original": "the authors', one file", "diffusers": "a folder of diffusers"},
     start_from="controlnet",
     needs_images=False,
+    example="--hint outline",
 )

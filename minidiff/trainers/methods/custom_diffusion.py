@@ -45,10 +45,6 @@ class CustomDiffusionOptions(PhaseOptions):
     size_phrases: TemplateSet = "photo"
     prompt: str = "photo of a {}"
 
-    def highlights(self) -> tuple[str, ...]:
-        """Return what --help says beyond steps and learning rate."""
-        return () if self.token_scale == 1 else (f"words at {self.token_scale:g} times that",)
-
 
 # the paper: 8e-5 at batch 8, 250 steps a concept, words as fast as weights
 STABLE_DIFFUSION = CustomDiffusionOptions(settings=Settings(steps=250, batch=8, learning_rate=8e-5))
@@ -155,6 +151,7 @@ def size_augmentation(concept: Concept, options: CustomDiffusionOptions) -> "Siz
 METHOD = Method(
     summary="Train Custom Diffusion: keys and values of cross-attention and a new word; several concepts jointly, or one after the other.",
     presets=PRESETS,
+    example='--images cat-pictures --token "<cat>" --class-word cat',
     build=build,
     formats={"minidiff": "one safe file", "diffusers": "a folder", "original": "the authors' delta.bin"},
     start_from="custom_diffusion",

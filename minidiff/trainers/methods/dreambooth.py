@@ -41,10 +41,6 @@ class DreamBoothOptions(PhaseOptions):
         if self.low_rank is not None and self.text_encoder:
             raise ValueError("text_encoder with low_rank: say it in low_rank, whose LoRA then changes the text encoder too")
 
-    def highlights(self) -> tuple[str, ...]:
-        """Return what --help says beyond steps and learning rate."""
-        return () if self.low_rank is None else (str(self.low_rank),)
-
 
 # diffusers: 5e-6 and 200 to 400 steps for a dog; with the text encoder 2e-6
 STABLE_DIFFUSION = DreamBoothOptions(settings=Settings(steps=400, batch=1, learning_rate=5e-6))
@@ -62,7 +58,7 @@ STABLE_DIFFUSION_LORA = DreamBoothOptions(settings=Settings(steps=500, batch=1, 
 LOW_RANK_PRESETS: dict[Family, DreamBoothOptions] = {
     "sd1": STABLE_DIFFUSION_LORA,
     "sd2": STABLE_DIFFUSION_LORA,
-    # diffusers' train_dreambooth_lora_sdxl: batches of 1, gathered four times
+    # diffusers' examples/dreambooth/README_sdxl.md: batches of 1, gathered four times
     "sdxl": DreamBoothOptions(settings=Settings(steps=500, batch=4, learning_rate=1e-4), low_rank=LowRankOptions()),
     "bundled": DreamBoothOptions(
         settings=Settings(steps=300, batch=4, learning_rate=2e-3),

@@ -69,6 +69,20 @@ class Sheet:
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Samples of one subject and one shape, or class pictures of theirs, and the generator of each."""
+
+    batch: Batch
+    rngs: tuple[np.random.Generator, ...]
+    is_prior: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return (C, h, w) of its latents."""
+        return tuple(self.batch.latents.shape[1:])
+
+
 class FinetuneTask:
     """A Task of loop.py: one phase of a method. Within `with task:` the adapters are on the model and the groups can learn.
 
@@ -182,8 +196,19 @@ class FinetuneTask:
 
     def loss(self, step: int, sample_ids: range) -> Float[Tensor, ""]:
         """Return the mean over the samples of the subject's loss, plus the prior's weight times that of its class picture."""
-        sd, B = self.sd, len(sample_ids)
-        batch, rngs = self._draw([rng_for(self.settings.seed, step, sample) for sample in sample_ids])
+        pieces = self._draw([rng_for(self.settings.seed, step, sample) for sample in sample_ids])
+        subject, prior = [], []
+        # Sorted, so that what a generator gives to a sample and its class picture does not depend on the rest of the batch.
+        for shape in sorted({piece.shape for piece in pieces}):
+            rows = [piece for piece in pieces if piece.shape == shape]
+            losses = self._losses(Batch.concatenate([piece.batch for piece in rows]), [rng for piece in rows for rng in piece.rngs])
+            for piece, own in zip(rows, losses.split([len(piece.rngs) for piece in rows])):
+                (prior if piece.is_prior else subject).append(own)
+        return prior_preservation_loss(torch.cat([*subject, *prior]), len(sample_ids), self.prior_weight)
+
+    def _losses(self, batch: Batch, rngs: Sequence[np.random.Generator]) -> Float[Tensor, " N"]:
+        """Return the loss of each row of a batch of one shape; its generator draws timestep and noise."""
+        sd = self.sd
         noise = sample_noise(rngs, batch.latents.shape[1:], sd.config.schedule.timesteps, sd.device, self.data.offset_noise)
         seeds = torch.tensor([int(rng.spawn(1)[0].integers(2**62)) for rng in rngs])  # beside the stream of the noise
         for adapter in self.adapters:
@@ -191,7 +216,7 @@ class FinetuneTask:
         told = self._encode(batch.captions).to(sd.device, sd.dtype)
         if told.pooled is not None:  # such a U-Net is told the size of each picture too
             told = replace(told, size=batch.sizes.to(sd.device))
-        losses = diffusion_loss(
+        return diffusion_loss(
             lambda x_t, t, context: sd.unet(x_t.to(sd.dtype), t, context),
             sd.schedule,
             batch.latents,
@@ -200,25 +225,39 @@ class FinetuneTask:
             mask=batch.mask,
             min_snr=self.data.min_snr,
         )
-        return prior_preservation_loss(losses, B, self.prior_weight)
 
-    def _draw(self, rngs: Sequence[np.random.Generator]) -> tuple[Batch, list[np.random.Generator]]:
-        """Draw the samples of all subjects, then their class pictures if there are any, and return the generator of each row.
+    def _draw(self, rngs: Sequence[np.random.Generator]) -> "list[Piece]":
+        """Draw the samples of all subjects, then their class pictures if there are any.
 
         A sample and its class picture share a generator, which goes on to draw their timesteps and noise.
         """
         chosen = [int(rng.integers(len(self.subjects))) for rng in rngs]
         rngs_of = {k: [rng for rng, i in zip(rngs, chosen) if i == k] for k in sorted(set(chosen))}
-        batches = [self._draw_from(self.subjects[k].pictures, self.subjects[k].templates, own) for k, own in rngs_of.items()]
-        ordered = [rng for own in rngs_of.values() for rng in own]
-        if self.has_prior:
-            batches += [self._draw_from(prior, (), own) for k, own in rngs_of.items() if (prior := self.subjects[k].prior)]
-            ordered = ordered * 2
-        return Batch.concatenate(batches), ordered
+        pieces = [one for k, own in rngs_of.items() for one in self._draw_from(self.subjects[k].pictures, self.subjects[k].templates, own)]
+        for k, own in rngs_of.items():
+            if prior := self.subjects[k].prior:
+                pieces += [replace(one, is_prior=True) for one in self._draw_from(prior, (), own)]
+        return pieces
 
-    def _draw_from(self, pictures: Pictures, templates: Sequence[str], rngs: Sequence[np.random.Generator]) -> Batch:
-        """Draw one picture per generator, then its template if there are any, then whether its caption is dropped."""
-        batch = pictures.batch([int(rng.integers(len(pictures))) for rng in rngs], rngs)
+    def _draw_from(self, pictures: Pictures, templates: Sequence[str], rngs: Sequence[np.random.Generator]) -> "Iterator[Piece]":
+        """Draw one picture per generator; yield those of each shape."""
+        indices = [int(rng.integers(len(pictures))) for rng in rngs]
+        for shape in dict.fromkeys(pictures.shapes[i] for i in indices):
+            own = [(i, rng) for i, rng in zip(indices, rngs) if pictures.shapes[i] == shape]
+            batch = self._captioned(pictures, templates, [i for i, _ in own], [rng for _, rng in own])
+            yield Piece(batch, tuple(rng for _, rng in own))
+
+    def _captioned(
+        self, pictures: Pictures, templates: Sequence[str], indices: Sequence[int], rngs: Sequence[np.random.Generator]
+    ) -> Batch:
+        """Draw pictures of one shape, then the template of each if there are any, then whether its caption is dropped.
+
+        Args:
+            pictures, templates: of a subject
+            indices: of the pictures
+            rngs: a generator for each
+        """
+        batch = pictures.batch(indices, rngs)
         captions = batch.captions
         if templates:
             captions = [templates[int(rng.integers(len(templates)))] for rng in rngs]

@@ -25,17 +25,13 @@ class LoRAOptions(PhaseOptions):
 
     low_rank: LowRankOptions = LowRankOptions()
 
-    def highlights(self) -> tuple[str, ...]:
-        """Return what --help says beyond steps and learning rate."""
-        return (str(self.low_rank),)
-
 
 # diffusers' text-to-image LoRA
 STABLE_DIFFUSION = LoRAOptions(settings=Settings(steps=1500, batch=4, learning_rate=1e-4, schedule="cosine"))
 PRESETS: dict[Family, LoRAOptions] = {
     "sd1": STABLE_DIFFUSION,
     "sd2": STABLE_DIFFUSION,
-    # diffusers' train_text_to_image_lora_sdxl: constant, batches of 1
+    # diffusers' examples/text_to_image/README_sdxl.md: constant, batches of 1, two epochs of its pictures
     "sdxl": LoRAOptions(settings=Settings(steps=1500, batch=1, learning_rate=1e-4)),
     # tried on five held-out subjects in five pictures each, with 200 steps (minidiff evaluate study)
     "bundled": LoRAOptions(

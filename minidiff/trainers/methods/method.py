@@ -43,6 +43,7 @@ class Method(Generic[Numbers]):
         low_rank_presets: presets behind --low-rank, where the method can train a LoRA in place of the model's weights
         start_from: a kind of result, as "custom_diffusion", that training can add to; build then takes it as start_from=
         needs_images: whether there is nothing to learn without a folder of pictures
+        example: flags of a run, for --help; --out is added to them
     """
 
     summary: str
@@ -52,22 +53,9 @@ class Method(Generic[Numbers]):
     low_rank_presets: Mapping[Family, Numbers] = field(default_factory=dict)
     start_from: str | None = None
     needs_images: bool = True
+    example: str = "--images cat-pictures --token sks --class-word cat"
 
     @property
     def options(self) -> type:
         """Return the class of its options."""
         return type(next(iter(self.presets.values())))
-
-
-def describe(options: MethodOptions) -> str:
-    """Return the main numbers, as "300 steps of 4 samples, learning rate 0.002, rank 8 on conv, 48 class pictures (generated)"."""
-    return ", then ".join(_describe_phase(phase) for phase in options.phases())
-
-
-def _describe_phase(options: PhaseOptions) -> str:
-    settings, prior = options.settings, options.prior
-    samples = f"{settings.batch} sample{'s' * (settings.batch > 1)}"
-    said = [f"{settings.steps} steps of {samples}", f"learning rate {settings.learning_rate:g}", *options.highlights()]
-    if prior.kind != "none":
-        said.append(f"{prior.count} class pictures ({prior.kind})")
-    return ", ".join(said)

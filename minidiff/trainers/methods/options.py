@@ -75,6 +75,7 @@ class DataOptions:
     Args:
         size: pixels a side; the model's own by default
         crop: which square of a picture: its centre, or a random one at each step
+        buckets: learn from whole pictures of any shape: pixels between the shapes, as 64; squares by default
         flip: share of samples that are mirrored
         caption_dropout: share of samples with an empty caption
         offset_noise: how much noise is added to whole channels, as 0.1 (Guttenberg 2023)
@@ -83,6 +84,7 @@ class DataOptions:
 
     size: int | None = None
     crop: Literal["centre", "random"] = "centre"
+    buckets: int | None = None
     flip: float = 0.0
     caption_dropout: float = 0.0
     offset_noise: float = 0.0
@@ -164,9 +166,6 @@ class LowRankOptions:
     text_encoder: YesNo = False
     text_scale: float = 1.0
 
-    def __str__(self) -> str:
-        return f"rank {self.rank} on {' and '.join(self.layers)}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseOptions:
@@ -183,7 +182,3 @@ class PhaseOptions:
     def phases(self) -> "tuple[PhaseOptions, ...]":
         """Return the phases of the method: this one."""
         return (self,)
-
-    def highlights(self) -> tuple[str, ...]:
-        """Return what --help says of a preset beyond steps and learning rate, as "rank 8"."""
-        return ()

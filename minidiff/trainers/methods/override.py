@@ -49,9 +49,9 @@ def flat_fields(options: type) -> list[Flat]:
     return found
 
 
-def documented(cls: type) -> dict[str, str]:
-    """Return what the docstring of a class says of each name under `Args:`."""
-    _, _, args = (inspect.getdoc(cls) or "").partition("Args:\n")
+def documented(described: object) -> dict[str, str]:
+    """Return what the docstring of a class or function says of each name under `Args:`."""
+    _, _, args = (inspect.getdoc(described) or "").partition("Args:\n")
     return {name: " ".join(text.split()) for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", args, flags=re.MULTILINE)}
 
 

@@ -90,6 +90,7 @@ def build(sd: "StableDiffusion", concepts: Sequence[Concept], options: PivotalOp
 METHOD = Method(
     summary="Train pivotal tuning: first a new word, then a LoRA around it; two files, to be used together.",
     presets=PRESETS,
+    example='--images cat-pictures --token "<cat>" --class-word cat',
     build=build,
     formats=FORMATS,
 )

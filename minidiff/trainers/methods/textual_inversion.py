@@ -37,17 +37,13 @@ class TextualInversionOptions(PhaseOptions):
     vectors: int = 1
     start: str | None = None
 
-    def highlights(self) -> tuple[str, ...]:
-        """Return what --help says beyond steps and learning rate."""
-        return (f"{self.vectors} vector{'s' * (self.vectors > 1)} per word",)
-
 
 # the authors' program, for batches of 4 to 8
 STABLE_DIFFUSION = TextualInversionOptions(settings=Settings(steps=5000, batch=4, learning_rate=5e-3))
 PRESETS: dict[Family, TextualInversionOptions] = {
     "sd1": STABLE_DIFFUSION,
     "sd2": STABLE_DIFFUSION,
-    # diffusers' textual_inversion_sdxl: 5e-4 times its batch of 4
+    # diffusers' examples/textual_inversion/README_sdxl.md: 5e-4 times its batch of 4; there the first encoder's vector alone learns
     "sdxl": TextualInversionOptions(settings=Settings(steps=500, batch=4, learning_rate=2e-3)),
     # tried on five held-out subjects in five pictures each, with 200 steps (minidiff evaluate study)
     "bundled": TextualInversionOptions(settings=Settings(steps=400, batch=4, learning_rate=2e-2), template_set="scenes", vectors=4),
@@ -117,6 +113,7 @@ def token_phase(
 METHOD = Method(
     summary="Train Textual Inversion: a new word alone; the model is unchanged, and the file has a few kilobytes.",
     presets=PRESETS,
+    example='--images cat-pictures --token "<cat>" --class-word cat',
     build=build,
     formats={"diffusers": "the names of diffusers", "a1111": "those of the web interfaces, one file per word"},
 )

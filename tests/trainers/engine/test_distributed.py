@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ def test_one_process_alone_does_nothing(monkeypatch):
     assert distributed.init_distributed(CPU) == CPU and not torch.distributed.is_initialized()
     assert (distributed.rank(), distributed.world_size()) == (0, 1) and distributed.all_equal(3, CPU)
     p, loss = nn.Parameter(torch.ones(2)), torch.tensor(3.0)
-    p.grad = torch.ones(2)
-    assert distributed.average_gradients([p], loss) is loss and torch.equal(p.grad, torch.ones(2))
+    assert distributed.data_parallel([p]) is None and distributed.mean(loss) is loss
+    for last in (False, True):
+        distributed.backward(3 * p.sum(), None, last)
+    assert p.grad is not None and p.grad.tolist() == [6, 6]
     distributed.barrier()
     distributed.destroy_distributed()
 
@@ -29,21 +32,48 @@ def test_one_process_alone_does_nothing(monkeypatch):
 def test_gradients_and_losses_become_their_means(tmp_path):
     def run():
         mine = distributed.rank() + 1.0
-        both, one, none = (nn.Parameter(torch.ones(2)) for _ in range(3))
-        both.grad = torch.tensor([mine, 10 * mine])
-        if mine == 2:
-            one.grad = torch.tensor([4.0, 6.0])
+        both, early, late, none = params = [nn.Parameter(torch.ones(2) * mine) for _ in range(4)]
+        ddp = distributed.data_parallel(params)
+        assert distributed.world_size() == 2 and all(p.tolist() == [1, 1] for p in params)  # those of rank 0
+        for _ in range(2):  # DDP arranges its buckets anew after the first step
+            for p in params:
+                p.grad = None
+            first, second = (both @ torch.tensor([mine, 10 * mine]), 2 * both.sum())
+            if mine == 2:
+                first, second = first + early @ torch.tensor([4.0, 6.0]), second + late @ torch.tensor([1.0, 3.0])
+            distributed.backward(first, ddp, last=False)
+            assert both.grad is not None and both.grad.tolist() == [mine, 10 * mine]
+            distributed.backward(second, ddp, last=True)
         given = torch.tensor(mine)
-        loss = distributed.average_gradients([both, one, none], given)
-        assert distributed.world_size() == 2 and given.item() == mine
+        loss = distributed.mean(given)
+        assert given.item() == mine
         assert not distributed.all_equal(int(mine), CPU) and distributed.all_equal(5, CPU)
         distributed.barrier()
-        torch.save([loss, both.grad, one.grad, none.grad], tmp_path / f"{distributed.rank()}.pt")
+        torch.save([loss, both.grad, early.grad, late.grad, none.grad], tmp_path / f"{distributed.rank()}.pt")
 
     assert together(2, run) == [0, 0]
     for number in (0, 1):
-        loss, both, one, none = torch.load(tmp_path / f"{number}.pt")
-        assert loss.item() == 1.5 and both.tolist() == [1.5, 15.0] and one.tolist() == [2.0, 3.0] and none is None
+        loss, both, early, late, none = torch.load(tmp_path / f"{number}.pt")
+        assert loss.item() == 1.5 and both.tolist() == [3.5, 17.0] and none is None
+        assert early.tolist() == [2.0, 3.0] and late.tolist() == [0.5, 1.5]
+
+
+@pytest.mark.forks
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_step_sends_its_gradients_once_and_in_buckets(accumulation, tmp_path):
+    def run():
+        training = Training(SmallTask(), small_settings(batch=1, gradient_accumulation=accumulation, steps=3), CPU)
+        list(training.run())  # DDP arranges its buckets anew after the first step
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            training._gradients()
+        sent = [event.name for event in profile.events() if event.name.startswith("c10d::")]
+        torch.save((len(training.weights), sent), tmp_path / f"{distributed.rank()}.pt")
+
+    assert together(2, run) == [0, 0]
+    for number in (0, 1):
+        weights, sent = torch.load(tmp_path / f"{number}.pt")
+        # one bucket, as all weights together are smaller than 25 MB; which of them were used; the loss
+        assert weights == 4 and sent == ["c10d::allreduce_"] * 3
 
 
 @pytest.mark.forks
@@ -60,19 +90,42 @@ def test_processes_that_begin_at_different_steps_are_refused(tmp_path):
 
 
 @pytest.mark.forks
-def test_a_process_that_has_lost_another_says_so_in_one_line():
-    def run():
-        if distributed.rank() == 1:
+def test_a_process_that_has_lost_another_says_so_in_one_line(tmp_path):
+    def die(step, samples):
+        if step == 4 and samples.start >= 4:  # of the second process, between two micro-batches
             os._exit(7)
-        p = nn.Parameter(torch.ones(2))
-        p.grad = torch.ones(2)
+
+    def run():
+        training = Training(SmallTask(at=die), small_settings(batch=2, gradient_accumulation=2), CPU, tmp_path / "state.pt")
+        begun = time.monotonic()
         with pytest.raises(ConnectionError, match="process 0 of 2 has lost another one, which has ended; start all again") as error:
-            for _ in range(3):
-                distributed.average_gradients([p], torch.tensor(1.0))
-        assert "\n" not in str(error.value)
+            list(training.run())
+        assert "\n" not in str(error.value) and training.done == 4 and time.monotonic() - begun < 60
         distributed.destroy_distributed()
 
     assert together(2, run) == [0, 7]
+    alone = Training(SmallTask(), small_settings(batch=8), CPU, tmp_path / "state.pt")
+    assert [step.done for step in alone.run()] == list(range(4, 11))  # from the last state, of step 3
+
+
+@pytest.mark.forks
+def test_a_fault_of_ones_own_is_no_lost_process():
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise RuntimeError("out of luck")
+
+    def run():
+        p = nn.Parameter(torch.ones(2))
+        ddp = distributed.data_parallel([p])
+        with pytest.raises(RuntimeError, match="^out of luck"):
+            distributed.backward(Broken.apply(p.sum()), ddp, last=True)
+
+    assert together(2, run) == [0, 0]
 
 
 @pytest.mark.slow

@@ -160,6 +160,34 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
     assert Training(SmallTask(), small_settings(batch=8), CPU, path).done == 10
 
 
+@pytest.mark.forks
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after):
+    path = tmp_path / "state.pt"
+
+    def run(count):
+        settings = small_settings(batch=2, gradient_accumulation=4 // count, save_every=5)
+
+        def part():
+            training = Training(SmallTask(), settings, CPU, path)
+            for step in training.run():
+                if step.done == 5 and count == before:
+                    break
+            torch.save(weights(training), tmp_path / f"{count}.{loop.distributed.rank()}.pt")
+
+        return together(count, part)
+
+    assert run(before) == [0] * before and torch.load(path, weights_only=True)["i"] == 5
+    assert run(after) == [0] * after and torch.load(path, weights_only=True)["i"] == 10
+    whole = finished(small_settings(batch=8, save_every=5))
+    for rank in range(after):
+        moved = torch.load(tmp_path / f"{after}.{rank}.pt")
+        torch.testing.assert_close(moved, weights(whole), rtol=1e-4, atol=1e-5)  # float32 rounding, as above
+    ema = torch.load(path, weights_only=True)["ema"]["net"]["mean"]
+    for name, mean in whole.ema["net"].mean.items():
+        torch.testing.assert_close(ema[name], mean, rtol=1e-4, atol=1e-5)
+
+
 def test_the_state_of_another_run_is_refused_and_the_difference_named(tmp_path):
     path = tmp_path / "state.pt"
     finished(small_settings(), path)
@@ -288,6 +316,24 @@ def test_checkpointing_and_compile_mean_the_tasks_networks(monkeypatch):
     monkeypatch.setattr(loop, "with_checkpointing", lambda networks, on: given.append((networks, on)) or with_checkpointing(networks, on))
     next(train(task, small_settings(checkpointing=True), CPU))
     assert given == [(task.networks, True)]
+
+
+@pytest.mark.slow
+@pytest.mark.forks
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_networks_learn_the_same_in_two_processes(tmp_path, checkpointing):
+    """Slow: a C++ compiler is at work."""
+
+    def run():
+        training = finished(small_settings(batch=2, gradient_accumulation=2, compile=True, checkpointing=checkpointing))
+        torch.save(weights(training), tmp_path / f"{loop.distributed.rank()}.pt")
+
+    assert together(2, run) == [0, 0]
+    alone = weights(finished(small_settings(batch=8)))
+    for number in (0, 1):
+        torch.testing.assert_close(
+            torch.load(tmp_path / f"{number}.pt"), alone, rtol=1e-3, atol=1e-4
+        )  # ten AdamW steps after other rounding
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_the_prior_counts_with_its_weight_and_in_the_same_batch(tmp_path):
     for weight in (0.5, 1.0, 2.0):
         with task_of(sd, tmp_path, prior=True, prior_weight=weight) as task, torch.no_grad():
             losses.append(float(task.loss(0, range(3))))
-            captions = task._draw([rng_for(0, 0, sample) for sample in range(3)])[0].captions
+            captions = [caption for piece in task._draw([rng_for(0, 0, sample) for sample in range(3)]) for caption in piece.batch.captions]
     handle.remove()
     assert calls == [6, 6, 6]
     assert set(captions[:3]) <= {"a cat", "a red dog", "an apple"} and set(captions[3:]) <= {"a dog", "a pig"}
@@ -128,14 +128,14 @@ def test_dropped_captions_are_empty_ones(tmp_path):
 
 def test_templates_take_the_place_of_captions(tmp_path):
     with task_of(small_model(), tmp_path, templates=("one", "two", "three")) as task:
-        captions = {caption for step in range(20) for caption in task._draw([rng_for(0, step, 0)])[0].captions}
+        captions = {caption for step in range(20) for piece in task._draw([rng_for(0, step, 0)]) for caption in piece.batch.captions}
     assert captions == {"one", "two", "three"} == set(possible_captions(task.subjects[0]))
 
 
 def test_every_caption_that_augmentation_says_is_known_ahead(tmp_path):
     options = CustomDiffusionOptions(settings=quick(), prior=FOLDER, start=("ktn",))
     with custom_diffusion.build(small_model(), [small_concept(tmp_path)], options).phases[0] as task:
-        captions = {caption for step in range(60) for caption in task._draw([rng_for(0, step, 0)])[0].captions}
+        captions = {caption for step in range(60) for piece in task._draw([rng_for(0, step, 0)]) for caption in piece.batch.captions}
         assert captions == set(possible_captions(task.subjects[0]))
         assert "zoomed in photo of a <cat> cat" in captions and "photo of a cat" in captions
 

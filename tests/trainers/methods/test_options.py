@@ -1,7 +1,6 @@
 """What a person says to a method: the numbers of each model, and what contradicts itself."""
 
 import dataclasses
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from minidiff.bundled.tasks import bundled_config
 from minidiff.config import SD1, SD2
 from minidiff.trainers.methods.custom_diffusion import PRESETS as CUSTOM_DIFFUSION
 from minidiff.trainers.methods.dreambooth import DreamBoothOptions
-from minidiff.trainers.methods.method import MethodOptions, describe
+from minidiff.trainers.methods.method import MethodOptions
 from minidiff.trainers.methods.options import Concept, DataOptions, LowRankOptions, Prior, family_of
 from minidiff.trainers.methods.override import override
 from minidiff.trainers.methods.table import METHODS, preset
@@ -30,7 +29,6 @@ def test_every_method_has_numbers_for_every_family():
     for method in [*METHODS, "dreambooth-lora"]:
         assert type(preset(method, "sd1")) is type(preset(method, "sd2")) is type(preset(method, "bundled"))
         assert isinstance(preset(method, "bundled"), MethodOptions)
-        assert re.match(r"\d+ steps of \d+ samples?, learning rate ", describe(preset(method, "bundled")))
 
 
 def test_the_published_rates_are_kept():

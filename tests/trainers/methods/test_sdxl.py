@@ -113,6 +113,19 @@ def test_kept_contexts_have_a_pooled_vector_and_are_made_once(sd, tmp_path):
     assert not torch.allclose(again.pooled, kept.pooled[:1]), "an old value for a new encoder"
 
 
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2"])
+def test_an_encoder_that_overflows_in_half_precision_ends_in_one_line_before_training(name, sd, tmp_path):
+    for part in sd.parts.values():
+        part.half()
+    with torch.no_grad():  # 65,504 is the largest number of float16
+        sd.text.encoders[name].blocks[0].linear_2.bias.fill_(60_000)
+        sd.text.encoders[name].blocks[1].linear_2.bias.fill_(60_000)
+    with pytest.raises(
+        ValueError, match=r"caption 'a cat': its context is not finite in torch.float16; load the text encoders in float32 or"
+    ):
+        cached_texts(sd, Cache(), ["a cat"])
+
+
 # -------------------------------------------------------------------------------------------------------- the methods
 
 

@@ -193,10 +193,22 @@ def test_a_distilled_one_is_refused_by_the_depth_of_its_transformers(keys):
         family_config(shallow)
 
 
-@pytest.mark.parametrize("channels, kind", [(9, "inpainting"), (8, "InstructPix2Pix")])
-def test_other_input_channels_are_refused_by_name(keys, channels, kind):
-    with pytest.raises(ValueError, match=f"a Stable Diffusion XL whose U-Net takes {channels} channels, made for {kind}; supported are 4$"):
-        family_config(keys | {f"{UNET}input_blocks.0.0.weight": (320, channels, 3, 3)})
+def test_other_input_channels_are_refused_by_name(keys):
+    said = "a Stable Diffusion XL whose U-Net takes 8 channels, made for InstructPix2Pix; supported are 4 and, for inpainting, 9$"
+    with pytest.raises(ValueError, match=said):
+        family_config(keys | {f"{UNET}input_blocks.0.0.weight": (320, 8, 3, 3)})
+
+
+@pytest.mark.parametrize("layout", ["ldm", "diffusers"])
+def test_an_inpainting_model_is_read_and_named(keys, layout, tmp_path):
+    config = family_config(keys | {f"{UNET}input_blocks.0.0.weight": (320, 9, 3, 3)})
+    assert config == replace(SDXL, unet=replace(SDXL.unet, in_channels=9))
+    sd = family_model("SDXL inpainting")
+    path = tmp_path / ("xl.safetensors" if layout == "ldm" else "xl")
+    weights_loader.save(sd, path, layout=layout)
+    assert_same_model(weights_loader.load(path), sd)
+    if layout == "diffusers":
+        assert '"StableDiffusionXLInpaintPipeline"' in (path / "model_index.json").read_text()
 
 
 def test_sd_turbo_is_a_stable_diffusion_2_in_the_names_of_sdxls_code():
