@@ -306,6 +306,12 @@ def shared_memory(L: int, d: int, dtype: torch.dtype, capability: tuple[int, int
 
     All keys and values, a block of queries and their dO, and dS between two products; tests compile the kernels and hold them to it. The
     tensor cores of 9.0 and 10.0 read 16-bit numbers from shared memory, copies of all of it at worst.
+
+    Args:
+        L: keys.
+        d: width of a head.
+        dtype: of keys and values.
+        capability: of the card, such as (9, 0).
     """
     keys, width, queries = padded_keys(L), sum(head_tiles(d)), backward_blocks(L, d, dtype).queries
     numbers = 2 * keys * width + 2 * queries * width + keys * queries

@@ -1,7 +1,5 @@
 """Several processes train what one does with the whole batch, whatever a method trains and wherever that is in the model."""
 
-import dataclasses
-
 import pytest
 import torch
 
