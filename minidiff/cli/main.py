@@ -28,6 +28,7 @@ from minidiff.cli.flags import collect, summary
 from minidiff.cli.from_scratch import ScratchFlags, from_scratch
 from minidiff.cli.generate import generate
 from minidiff.cli.help import HELP, HELP_ALL
+from minidiff.cli.play import play
 from minidiff.cli.prompt_edit import edit
 from minidiff.cli.share import share
 from minidiff.cli.train import describe, train
@@ -60,6 +61,7 @@ def groups() -> dict[str, dict[str, Entry | Mapping[str, Entry]]]:
             "generate": Command(summary(generate), partial(call_with_settings, generate, "generate")),
             "edit": edit,
             "film": film,
+            "play": play,
             "hint": hint.COMMANDS,
         },
         "Teach": {
