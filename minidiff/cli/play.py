@@ -37,6 +37,7 @@ Pictures and what is learned go to `{out}`."""
 CSS = """
 .pixels img { width: 100%; height: auto; object-fit: contain; image-rendering: pixelated; }
 .pixels .image-container, .pixels .image-frame { width: 100%; }
+#picture, #attention { aspect-ratio: 1; }
 footer { display: none; }
 """
 
@@ -110,6 +111,7 @@ def make_page(studio: Studio) -> "Blocks":
     methods, (width, height) = studio.methods(), studio.sd.pixel_size(None)
     about = ABOUT.format(model=studio.model, width=width, height=height, out=studio.out)
     alone: dict[str, Any] = dict(concurrency_limit=1, concurrency_id="model")
+    image: dict[str, Any] = dict(format="png", interactive=False, elem_classes="pixels", buttons=["download", "fullscreen"])
     asides: dict[str, Any] = dict(show_progress="hidden", trigger_mode="always_last")
 
     def said(error: Exception, command: str) -> gr.Error:
@@ -125,7 +127,7 @@ def make_page(studio: Studio) -> "Blocks":
                 done = len(film.frames)
                 word_row = gr.Radio(choices=[(word, i) for i, (word, _) in enumerate(film.words)], value=None) if done == 1 else gr.skip()
                 scrubber = gr.Slider(maximum=max(2, request.steps), value=done, interactive=film.file is not None)
-                where = f"{film.file} has these settings" if film.file else f"step {done} of {request.steps}"
+                where = f"saved with its settings: {film.file}" if film.file else f"step {done} of {request.steps}"
                 clear = None if done == 1 else gr.skip()
                 yield [film, film.picture(done), clear, word_row, scrubber, "\n\n".join([where, *film.notes])]
         except Exception as error:
@@ -190,31 +192,32 @@ def make_page(studio: Studio) -> "Blocks":
                     with gr.Row():
                         draw_button = gr.Button("Draw", variant="primary", elem_id="draw", min_width=80)
                         stop_button = gr.Button("Stop", min_width=80)
-                    dropped = gr.File(label="Drop a PNG here to take its settings", file_types=[".png"], height=120, elem_id="dropped")
                 with gr.Column():
                     with gr.Row():
-                        picture = gr.Image(label="x0_hat", format="png", interactive=False, elem_id="picture", elem_classes="pixels")
-                        attention = gr.Image(label="Attention", format="png", interactive=False, elem_id="attention", elem_classes="pixels")
-                    words = gr.Radio([], label="Click a word to see what attends to it", elem_id="words", type="value")
+                        picture = gr.Image(label="x0_hat, the picture", elem_id="picture", **image)
+                        attention = gr.Image(label="Attention to the word", elem_id="attention", **image)
+                    words = gr.Radio([], label="Click a word to see where it is attended to, step by step", elem_id="words")
                     scrubber = gr.Slider(1, 30, 1, step=1, label="Step", interactive=False, elem_id="scrubber")
                     note = gr.Markdown(elem_id="note")
+                    dropped = gr.File(label="Drop a PNG here to take its settings", file_types=[".png"], height=150, elem_id="dropped")
         with gr.Tab("Teach"):
             with gr.Row():
                 with gr.Column():
-                    pictures = gr.Gallery(label="Three to five pictures of one thing", columns=5, height=200, elem_id="pictures")
+                    gr.Markdown("Drop three to five pictures of one thing that the model does not know.")
+                    pictures = gr.Gallery(show_label=False, columns=5, height=180, buttons=[], elem_id="pictures")
                     method = gr.Dropdown(list(methods), value=next(iter(methods)), label="Method", elem_id="method")
                     summary, first_token, first_steps = explain_method(next(iter(methods)))
                     summary = gr.Markdown(summary)
                     with gr.Row():
-                        token = gr.Textbox(first_token, label="Its new name", min_width=120, elem_id="token")
-                        class_word = gr.Textbox(label="What kind of thing it is", placeholder="cat", min_width=120, elem_id="class-word")
+                        token = gr.Textbox(first_token, label="New name", min_width=120, elem_id="token")
+                        class_word = gr.Textbox(label="Kind of thing", placeholder="cat", min_width=120, elem_id="class-word")
                     lesson_steps = gr.Number(first_steps, label="Steps", precision=0, minimum=1, elem_id="lesson-steps")
                     with gr.Row():
                         teach_button = gr.Button("Teach", variant="primary", elem_id="teach", min_width=80)
                         cancel_button = gr.Button("Cancel", elem_id="cancel", min_width=80)
                 with gr.Column():
                     progress = gr.HTML(elem_id="progress")
-                    sheet = gr.Image(label="Sheet", format="png", interactive=False, elem_id="sheet", elem_classes="pixels")
+                    sheet = gr.Image(label="Sheet", elem_id="sheet", **image)
                     gr.Markdown("Rows: your pictures, then for each prompt the untouched model and what was learned so far.")
         wish = [prompt, negative, seed, steps, scale, sampler, learned, weight]
         draw_button.click(draw, wish, [film, picture, attention, words, scrubber, note], show_progress_on=note, **alone)
