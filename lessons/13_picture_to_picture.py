@@ -27,8 +27,8 @@
 # %% [markdown]
 # ## A picture of your own
 #
-# The picture is a drawing, composed for this lesson. The model did not make it. Where the pig is, a rectangle is marked, the `mask`: 1 where
-# we want something new, 0 where the picture should stay. The VAE's encoder turns the picture into the clean latent `x_0`. An encoder gives
+# The picture is a drawing, composed for this lesson. The model did not make it. Where the pig is, a rectangle is marked, the `mask`: one where
+# we want something new, zero where the picture should stay. The VAE's encoder turns the picture into the clean latent `x_0`. An encoder gives
 # the mean and the variance of a latent (lesson 08). Edits take the mean, so that nothing about `x_0` is random.
 
 # %%
@@ -36,17 +36,14 @@ import torch
 import torch.nn.functional as F
 
 from lessons.common import curves, distance, picture_grid, start
-from minidiff.config import SD1
 from minidiff.editing.canvas import resize
 from minidiff.editing.image_to_image import image_to_image
 from minidiff.editing.inpaint import inpaint
-from minidiff.editing.inversion import invert
 from minidiff.editing.masks import cover_cells, to_cells
 from minidiff.editing.start import Sampling, encode_rows
 from minidiff.pictures import to_pixels
 from minidiff.pipeline import noise_source, to_images
 from minidiff.scenes.scenes import Item, compose
-from minidiff.schedule import NoiseSchedule
 
 lesson = start("13_picture_to_picture")
 sd = lesson.load()
@@ -68,7 +65,8 @@ print(f"the prompt:   {prompt}")
 seeds = [0, 1]
 x_0 = encode_rows(sd, original, len(seeds))  # the same picture once for each seed
 B, C, H, W = x_0.shape
-assert (size // factor, size // factor) == (H, W) and mask.shape == (1, 1, size, size)
+assert x_0.shape == (B, C, size // factor, size // factor)
+assert mask.shape == original[:, :1].shape == (1, 1, size, size)
 
 
 def changed(pixels, where):
@@ -154,7 +152,7 @@ fig = picture_grid(rows, ["original", *map(str, strengths)], [f"seed {seed}" for
 lesson.show(fig, "ladder", "From the original to a new picture, by strength and for two seeds.")
 
 # %% [markdown]
-# At the lowest strength the pig's outline is still there. Higher up a lion stands in its place. The best strength hides what should change
+# At the lowest strength the pig's pink and its outline are still there. Higher up a lion stands in its place. The best strength hides what should change
 # and leaves visible what should stay. It depends on the size of the thing, since large shapes outlast small ones. What the prompt names as
 # well, the yellow ground and the order of the two things, stays at every strength.
 #
@@ -217,7 +215,7 @@ lesson.show(fig, "cells", "The picture, the hole, the hole's cells, and the larg
 #
 # $$x_{then} \leftarrow m \; x_{then} + (1 - m) \left( \sqrt{\bar\alpha_{then}} \; x_0 + \sqrt{1 - \bar\alpha_{then}} \; \epsilon \right)$$
 #
-# Here $m$ is 1 in the hole's cells and 0 elsewhere. Each prediction is made from all of `x_t`, so what grows in the hole has its
+# Here $m$ is one in the hole's cells and zero elsewhere. Each prediction is made from all of `x_t`, so what grows in the hole has its
 # surroundings in view.
 
 # %% [markdown]
@@ -232,7 +230,7 @@ lesson.show(fig, "cells", "The picture, the hole, the hole's cells, and the larg
 
 # %%
 def blend(alpha_bar, x_t, x_0, eps, cells, then):
-    """x_t where cells [1, 1, H, W] is 1, and x_0 noised to then elsewhere; the rest [B, C, H, W]."""
+    """x_t where cells [1, 1, H, W] is 1, elsewhere x_0 noised to then; the rest [B, C, H, W]."""
     # YOUR CODE, about 3 lines
 
 
@@ -304,9 +302,9 @@ print(f"the exchange changes {count} of {of} pixels outside by more than 1 of 25
 # %% [markdown]
 # ## Your turn: paste
 #
-# The opacity $a$ is 1 on the mask and falls evenly to 0 at `width` + 1 pixels from it. Make it in two lines. Grow the mask by `d` pixels, for
-# each `d` from 0 to `width`, with `F.max_pool2d(mask, 2 * d + 1, stride=1, padding=d)`, and take the mean of these `width` + 1 masks. Last,
-# mix the two pictures:
+# The opacity $a$ is one on the mask and falls evenly to zero at `width + 1` pixels from it. Make it in two lines. Grow the mask by `d` pixels
+# with `F.max_pool2d(mask, 2 * d + 1, stride=1, padding=d)`, for each `d` from zero to `width`, and take the mean of these `width + 1` masks.
+# Last, mix the two pictures:
 #
 # $$\mathrm{original} + a \, (\mathrm{made} - \mathrm{original})$$
 #
@@ -341,7 +339,7 @@ def difference_map(pixels):
 pictures = [to_images(original)[0], *(to_images(p)[0] for p in (decoded, result))]
 rows = [pictures, [None, difference_map(decoded), difference_map(result)]]
 fig = picture_grid(rows, ["original", "decoded", "pasted"], ["picture", "changed"])
-lesson.show(fig, "pasted", "Decoded, the whole picture has changed a little; pasted, only the hole.")
+lesson.show(fig, "pasted", "Decoded, the whole picture has changed; pasted, only the hole.")
 
 # %% [markdown]
 # Beyond the feather the pixels are exactly the original's, since $a$ is zero there and `original + 0 * (...)` is `original`. The feather is one
@@ -356,6 +354,8 @@ lesson.show(fig, "pasted", "Decoded, the whole picture has changed a little; pas
 # error.
 
 # %%
+from minidiff.editing.inversion import invert
+
 counts = (5, 10) if lesson.quick else (10, 20, 50)
 returned = {}
 for scale in (1.0, sd.config.guidance_scale):
@@ -364,14 +364,14 @@ for scale in (1.0, sd.config.guidance_scale):
         *_, last = sd.denoise(scene.caption, x=top_step.x_t, steps=n, guidance_scale=scale)
         returned[scale, n] = last.x_t
         spread, off = top_step.x_t.std(), distance(last.x_t, x_0[:1])
-        print(f"scale {scale:g}, {n:2} steps: noise of deviation {spread:.2f}, back within {off:.2f}")
+        print(f"scale {scale:g}, {n} steps: deviation {spread:.2f}, back within {off:.2f}")
 
 # %%
 shown = [(1.0, counts[0]), (1.0, counts[-1]), (sd.config.guidance_scale, counts[-1])]
 row = [to_images(sd.decode(returned[key]))[0] for key in shown]
 titles = ["VAE alone", *(f"{n} steps,\nscale {s:g}" for s, n in shown)]
 fig = picture_grid([[to_images(through_vae)[0], *row]], titles)
-lesson.show(fig, "inverted", "Up to noise and back again, with few steps, many steps, and guidance.")
+lesson.show(fig, "inverted", "Up to noise and back: with few steps, many steps, and guidance.")
 
 # %% [markdown]
 # Guidance amplifies the error of each step. Without it, at scale one, many steps bring the picture back from a latent that looks like noise.
@@ -432,6 +432,9 @@ lesson.show(fig, "wrong", "Four ways of putting back, decoded and pasted, for tw
 # where programs disagree. Many of them skip a share of the *steps*, so that the noise depends on the sampler's spacing:
 
 # %%
+from minidiff.config import SD1
+from minidiff.schedule import NoiseSchedule
+
 sd1, n, strength, last_t = NoiseSchedule(SD1.schedule), 50, 0.75, SD1.schedule.timesteps - 1
 for spacing in ("leading", "linspace", "trailing"):
     visited = sd1.timesteps(n, spacing)
