@@ -118,16 +118,22 @@ for i in range(len(down)):
 
 
 # %%
+def draw_arm(axis, rows, color, end):
+    """Draw an arm of the U, a row of numbered boxes for each level. end: its outer end."""
+    for i, steps in enumerate(rows):
+        for j, step in enumerate(steps):
+            x = j + i * 0.45 if end == 0 else end - i * 0.45 - (len(steps) - 1 - j)
+            box = {"boxstyle": "square,pad=0.35", "color": color}
+            style = {"color": "white", "fontsize": 13, "bbox": box}
+            axis.text(x, -i, str(step), ha="center", va="center", **style)
+
+
+# %%
 def draw_steps(axis, config, middle="level {level}"):
     """Draw the steps as a U, and between its arms a text for each level."""
     down, up = ldm_steps(config)
-    for rows, side, color in ((down, "input", BLUE), (up, "output", RED)):
-        for i, steps in enumerate(rows):
-            for j, step in enumerate(steps):
-                x = j + i * 0.45 if side == "input" else 9.4 - i * 0.45 - (len(steps) - 1 - j)
-                box = {"boxstyle": "square,pad=0.35", "color": color}
-                style = {"color": "white", "fontsize": 13, "bbox": box}
-                axis.text(x, -i, str(step), ha="center", va="center", **style)
+    draw_arm(axis, down, BLUE, end=0)
+    draw_arm(axis, up, RED, end=9.4)
     for i, depth in enumerate(config.unet.attention):
         text = middle.format(level=i, depth=int(depth))
         axis.text(4.7, -i, text, ha="center", va="center", fontsize=12)
@@ -137,6 +143,7 @@ def draw_steps(axis, config, middle="level {level}"):
     axis.axis("off")
 
 
+# %%
 fig, axis = plt.subplots(figsize=(6, 3.6))
 draw_steps(axis, SD1)
 lesson.show(fig, "steps", "A U of numbered steps: down 1 to 11, up from the deepest level 0 to 11.")
@@ -363,10 +370,10 @@ for config in (SD1, SD2, SDXL):
 
 # %%
 fig, axes = plt.subplots(2, 1, figsize=(6, 6.4), height_ratios=(4.8, 3.8))
-for axis, config, title in zip(axes, (SD1, SDXL), ("Stable Diffusion 1", "Stable Diffusion XL"), strict=True):
+for axis, config, name in zip(axes, (SD1, SDXL), ("1", "XL"), strict=True):
     draw_steps(axis, config, middle="{depth} deep")
-    axis.set_title(title)
-lesson.show(fig, "maps", "The same rules for two models; between the arms the depth of each transformer, 0 for none.")
+    axis.set_title(f"Stable Diffusion {name}")
+lesson.show(fig, "maps", "Two models by the same rules; in the middle the depth of the transformers.")
 
 # %% [markdown]
 # What else it changes is in [minidiff/two_encoders.py](../minidiff/two_encoders.py): a second text encoder, whose vectors are put beside the first one's (2048 numbers a token),
