@@ -373,7 +373,7 @@ fig, axes = plt.subplots(2, 1, figsize=(6, 6.4), height_ratios=(4.8, 3.8))
 for axis, config, name in zip(axes, (SD1, SDXL), ("1", "XL"), strict=True):
     draw_steps(axis, config, middle="{depth} deep")
     axis.set_title(f"Stable Diffusion {name}")
-lesson.show(fig, "maps", "Two models by the same rules; in the middle the depth of the transformers.")
+lesson.show(fig, "maps", "Two models by the same rules; in the middle how deep transformers are.")
 
 # %% [markdown]
 # What else it changes is in [minidiff/two_encoders.py](../minidiff/two_encoders.py): a second text encoder, whose vectors are put beside the first one's (2048 numbers a token),
