@@ -20,7 +20,7 @@ from minidiff.attention import Attention
 from minidiff.config import SIZE_NUMBERS
 from minidiff.kernels import geglu as geglu_kernel
 from minidiff.kernels import group_norm_silu
-from minidiff.kernels.dispatch import active_backend
+from minidiff.kernels.dispatch import select_kernel
 
 SIZE_WAVES = 256  # cosines and sines of each of SDXL's size numbers
 
@@ -84,9 +84,10 @@ def add_rows(a: Float[Tensor, "A ..."], b: Float[Tensor, "B ..."]) -> Float[Tens
 
 
 def norm_silu(norm: nn.GroupNorm, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-    """Compute SiLU(GroupNorm(x)), before every 3x3 convolution of a ResBlock; by our kernel for "triton" where x is channels-last."""
-    if active_backend() == "triton" and group_norm_silu.unsupported(x, norm.num_groups, norm.weight, norm.bias) is None:
-        return group_norm_silu.fused_group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    """Compute SiLU(GroupNorm(x)), before every 3x3 convolution of a ResBlock; our kernel, if selected, takes channels-last x."""
+    given = (x, norm.num_groups, norm.weight, norm.bias)
+    if select_kernel("group_norm_silu", x, x.shape[1:]) and group_norm_silu.unsupported(*given) is None:
+        return group_norm_silu.run_group_norm_silu(*given, norm.eps)
     return F.silu(norm(x))
 
 
@@ -114,9 +115,9 @@ class ResBlock(nn.Module):
 
 
 def geglu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
-    """Multiply the first half of x by the GELU, by erf, of its second half; by our kernel for "triton"."""
-    if active_backend() == "triton" and geglu_kernel.unsupported(x) is None:
-        return geglu_kernel.fused_geglu(x)
+    """Multiply the first half of x by the GELU, by erf, of its second half; by our kernel where selected."""
+    if select_kernel("geglu", x, x.shape[-2:]) and geglu_kernel.unsupported(x) is None:
+        return geglu_kernel.run_geglu(x)
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
@@ -174,8 +175,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "R L D_context"]) -> Float[Tensor, "R C H W"]:
         H = x.shape[2]
-        h = rearrange(self.norm(x), "B C H W -> B (H W) C")
-        h = self.proj_in(h)
+        h = self.proj_in(rearrange(self.norm(x), "B C H W -> B (H W) C"))
         for block in self.blocks:
             h = block(h, context)
         h = self.proj_out(h)

@@ -154,7 +154,7 @@ def counted(monkeypatch, module, name):
 def test_norm_and_silu_are_one_kernel_where_kernels_are_asked_for_and_the_input_is_channels_last(
     monkeypatch, name, as_it_should_be, by_kernel
 ):
-    calls = counted(monkeypatch, group_norm_silu, "fused_group_norm_silu")
+    calls = counted(monkeypatch, group_norm_silu, "run_group_norm_silu")
     norm, x = nn.GroupNorm(4, 8).to(tiles.DEVICE), noise(2, 8, 5, 6).float().to(tiles.DEVICE)
     with attention_backend(name):
         out = norm_silu(norm, x.to(memory_format=torch.channels_last) if as_it_should_be else x)
@@ -164,7 +164,7 @@ def test_norm_and_silu_are_one_kernel_where_kernels_are_asked_for_and_the_input_
 
 @CASES
 def test_the_geglu_is_one_kernel_where_kernels_are_asked_for_and_the_input_is_contiguous(monkeypatch, name, as_it_should_be, by_kernel):
-    calls = counted(monkeypatch, geglu_kernel, "fused_geglu")
+    calls = counted(monkeypatch, geglu_kernel, "run_geglu")
     x = noise(2, 3, 16).float().to(tiles.DEVICE)
     with attention_backend(name):
         out = geglu(x if as_it_should_be else x.transpose(0, 1).contiguous().transpose(0, 1))

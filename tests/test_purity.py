@@ -56,7 +56,7 @@ from minidiff.editing import canvas, image_to_image, inpaint, inversion, masks, 
 from minidiff.editing import start as edit_start
 from minidiff.evaluation import alignment, kid, pairs, weights
 from minidiff.evaluation.open_clip import OpenClip
-from minidiff.kernels import cpu_attention, cross_attention, dispatch, geglu, group_norm_silu, self_attention, tiles
+from minidiff.kernels import choices, cpu_attention, cross_attention, dispatch, geglu, group_norm_silu, self_attention, tiles
 from minidiff.samplers import Denoiser, Level
 from minidiff.scenes import art
 from minidiff.scenes import hints as scene_hints
@@ -336,8 +336,12 @@ def examples() -> list[partial]:
         partial(unet.UNet(unet_config).forward, x_t, t, context),
         partial(unet.UNet(unet_config).encode, x_t, t, context, x),
         partial(cross_attention.fused_cross_attention, *(y.to(tiles.DEVICE) for y in (q, k, v)), 1),
+        partial(cross_attention.run_cross_attention, *(y.to(tiles.DEVICE) for y in (q, k, v)), 1),
         partial(cross_attention.unsupported, q, k, v, 1),
+        partial(choices.find, "geglu", ones, (1, 8)),
+        partial(dispatch.select_kernel, "geglu", ones, (1, 8)),
         partial(self_attention.fused_self_attention, *(y.to(tiles.DEVICE) for y in (q, k, v)), 1),
+        partial(self_attention.run_self_attention, *(y.to(tiles.DEVICE) for y in (q, k, v)), 1),
         partial(self_attention.unsupported, q, k, v, 1),
         partial(cpu_attention.tiled_attention, *(y.bfloat16() for y in (q, k, v)), 1),
         partial(cpu_attention.unsupported, q, k, False),
@@ -348,8 +352,10 @@ def examples() -> list[partial]:
         partial(distributed.backward, (weight * 2).sum(), None, True),
         partial(distributed.TrainedWeights([]).forward, x.sum()),
         partial(geglu.fused_geglu, ones),
+        partial(geglu.run_geglu, ones),
         partial(geglu.unsupported, ones),
         partial(group_norm_silu.fused_group_norm_silu, cells, 4, ones, ones, 1e-5),
+        partial(group_norm_silu.run_group_norm_silu, cells, 4, ones, ones, 1e-5),
         partial(group_norm_silu.unsupported, cells, 4, ones, ones),
         partial(tiles.no_kernel_for, ones),
         partial(tiles.device_of, ones),

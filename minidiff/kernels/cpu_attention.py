@@ -22,6 +22,7 @@ import torch
 from einops import rearrange
 from jaxtyping import BFloat16
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minidiff.kernels.tiles import register_operation
 
@@ -54,7 +55,7 @@ def tiled_attention(
     Args:
         q, k, v, heads: as in `naive_attention`.
     """
-    return torch.ops.minidiff.cpu_attention(q, k, v, heads)[0]
+    return _TiledAttention.apply(q, k, v, heads)
 
 
 def _split_heads(heads: int, *tensors: Tensor) -> list[Tensor]:
@@ -109,23 +110,18 @@ def _backward_shapes(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, m: Tensor, h
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]):
-    *tensors, ctx.heads = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for m's gradient
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        out, m = torch.ops.minidiff.cpu_attention(q, k, v, heads)
+        ctx.save_for_backward(q, k, v, m)
+        ctx.heads = heads
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor):
+        return *torch.ops.minidiff.cpu_attention_backward(dout, *ctx.saved_tensors, ctx.heads), None
 
 
-def _differentiate(ctx, dout: Tensor, dm: None):
-    return *torch.ops.minidiff.cpu_attention_backward(dout, *ctx.saved_tensors, ctx.heads), None
-
-
-_operations = register_operation(
-    "cpu_attention",
-    _forward,
-    _backward,
-    shapes=_forward_shapes,
-    backward_shapes=_backward_shapes,
-    save=_save,
-    differentiate=_differentiate,
-)
+register_operation("cpu_attention", _forward, _backward, shapes=_forward_shapes, backward_shapes=_backward_shapes)

@@ -24,9 +24,12 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from minidiff.kernels import choices
 from minidiff.kernels.tiles import (
     LOG2_E,
+    card_of,
     device_of,
     dot_add,
     dot_heads,
@@ -82,12 +85,12 @@ def forward_kernel(
     k_1, k_2 = load_head(k, keys_1, L, k_token, d, D_1, D_2, False), load_head(k, keys_2, L, k_token, d, D_1, D_2, False)
     v_1, v_2 = load_head(v, keys_1, L, v_token, d, D_1, D_2, False), load_head(v, keys_2, L, v_token, d, D_1, D_2, False)
 
-    # S = q k^T / sqrt(d), in base 2
-    s_1 = tl.where(keys_1[None, :] < L, dot_heads(*q, *k_1, D_2) * scale, float("-inf"))
-    s_2 = tl.where(keys_2[None, :] < L, dot_heads(*q, *k_2, D_2) * scale, float("-inf"))
+    # S = q k^T / sqrt(d), in base 2: scaled after the maximum, so that S - m is one multiply-add an entry
+    qk_1 = tl.where(keys_1[None, :] < L, dot_heads(*q, *k_1, D_2), float("-inf"))
+    qk_2 = tl.where(keys_2[None, :] < L, dot_heads(*q, *k_2, D_2), float("-inf"))
     # m = max_j S_j    p = exp(S - m)    l = sum_j p_j
-    m = tl.maximum(tl.max(s_1, 1), tl.max(s_2, 1))
-    p_1, p_2 = tl.exp2(s_1 - m[:, None]), tl.exp2(s_2 - m[:, None])
+    m = tl.maximum(tl.max(qk_1, 1), tl.max(qk_2, 1)) * scale
+    p_1, p_2 = tl.exp2(qk_1 * scale - m[:, None]), tl.exp2(qk_2 * scale - m[:, None])
     l = tl.sum(p_1, 1) + tl.sum(p_2, 1)
     # O = p v / l
     pv = dot_add(p_1.to(q[0].dtype), *v_1, *zeros_head(BLOCK_N, D_1, D_2), D_2)
@@ -141,10 +144,10 @@ def backward_kernel(
         rows = tl.program_id(0) * STRIP + first + tl.arange(0, BLOCK_N)
         q_n = load_head(q, rows, N, q_token, d, D_1, D_2, False)
         dout_n = load_head(dout, rows, N, width, d, D_1, D_2, False)
-        # S = q k^T / sqrt(d)    P = exp(S - m) / l: the forward pass once more
-        s = tl.where(keys[:, None] < L, dot_heads(*k, *q_n, D_2) * scale, float("-inf"))
-        p = tl.exp2(s - tl.max(s, 0)[None, :])
-        p = p / tl.sum(p, 0)[None, :]
+        # S = q k^T / sqrt(d)    P = exp(S - m) / l: the forward pass once more, with one division a query
+        qk = tl.where(keys[:, None] < L, dot_heads(*k, *q_n, D_2), float("-inf"))
+        p = tl.exp2(qk * scale - (tl.max(qk, 0) * scale)[None, :])
+        p *= (1 / tl.sum(p, 0))[None, :]
         # dV = P^T dO
         if NEED_DV:
             dv = dot_add(p.to(q_n[0].dtype), *dout_n, *dv, D_2)
@@ -168,12 +171,12 @@ def backward_kernel(
 
 
 @jit
-def add_strips_kernel(strips, total, size, STRIPS: tl.constexpr, ADDED: tl.constexpr):
-    """total_i = strips_0i + strips_1i + ..., from left to right: the same bits in every run, unlike atomic additions."""
+def add_strips_kernel(strips, total, size, count, MOST_STRIPS: tl.constexpr, ADDED: tl.constexpr):
+    """total_i = strips_0i + strips_1i + ... of `count` strips, from left to right: the same bits in every run, unlike atomic additions."""
     i = tl.program_id(0) * ADDED + tl.arange(0, ADDED)
     added = tl.zeros([ADDED], tl.float32)
-    for strip in tl.static_range(STRIPS):
-        added += tl.load(strips + strip * size.to(tl.int64) + i, mask=i < size, other=0.0)
+    for strip in tl.static_range(MOST_STRIPS):  # unrolled, so that all are on their way from memory at once
+        added += tl.load(strips + strip * size.to(tl.int64) + i, mask=(i < size) & (strip < count), other=0.0)
     tl.store(total + i, added.to(total.dtype.element_ty), mask=i < size)
 
 
@@ -205,6 +208,17 @@ class Blocks:
     warps: int
     stages: int
     one_pass: bool = True
+
+
+def strip_length(N: int, block: int) -> int:
+    """Return the queries of a strip, so that N of them are at most MOST_STRIPS strips: 1, 2, 3, 4, 6, 8, 12, 16, ... blocks.
+
+    The kernel is compiled for this number: as a run-time argument it would cost registers that heads 80 wide do not have. So few lengths
+    are enough for all N, two for each doubling, and no new size of pictures waits long for the compiler.
+    """
+    needed = triton.cdiv(triton.cdiv(N, block), MOST_STRIPS)
+    power = 1 << (needed - 1).bit_length()
+    return block * (power * 3 // 4 if power >= 4 and needed <= power * 3 // 4 else power)
 
 
 def forward_blocks(d: int, dtype: torch.dtype) -> Blocks:
@@ -240,7 +254,20 @@ def fused_cross_attention(
 
     Raises ValueError for what `unsupported` names.
     """
-    return torch.ops.minidiff.cross_attention(q, k, v, heads)
+    if reason := unsupported(q, k, v, heads):
+        raise ValueError(f"fused cross-attention: {reason}")
+    return run_cross_attention(q, k, v, heads)
+
+
+def run_cross_attention(
+    q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int
+) -> Float[Tensor, "B N D"]:
+    """Compute `fused_cross_attention` of tensors that `unsupported` was asked about, without asking again.
+
+    Args:
+        q, k, v, heads: as in `fused_cross_attention`.
+    """
+    return _CrossAttention.apply(q, k, v, heads)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> str | None:
@@ -262,14 +289,39 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = Fals
             f"{L} keys of heads {d} wide take {size // 1024} KiB in {k.dtype}, padded; "
             f"this kernel has all keys of a head at once, in {MOST_BYTES // 1024} KiB"
         )
+    if q.device.type == "cuda":
+        card = card_of(q.device)
+        if (needed := shared_memory(L, d, k.dtype, card.capability)) > card.shared_memory:
+            return (
+                f"{L} keys of heads {d} wide in {k.dtype} take up to {needed // 1024} KiB of shared memory; "
+                f"{card.name} has {card.shared_memory // 1024} KiB a program"
+            )
+    if k.numel() >= 2**31:
+        return "2^31 keys' elements or more; the kernel that adds their gradients counts in 32 bits"
     return None
 
 
+def shared_memory(L: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> int:
+    """Return the most bytes of shared memory that a program takes, which it does in the backward pass.
+
+    All keys and values, a block of queries and their dO, and dS between two products; tests compile the kernels and hold them to it. The
+    tensor cores of 9.0 and 10.0 read 16-bit numbers from shared memory, copies of all of it at worst.
+
+    Args:
+        L: keys.
+        d: width of a head.
+        dtype: of keys and values.
+        capability: of the card, such as (9, 0).
+    """
+    keys, width, queries = padded_keys(L), sum(head_tiles(d)), backward_blocks(L, d, dtype).queries
+    numbers = 2 * keys * width + 2 * queries * width + keys * queries
+    return numbers * dtype.itemsize * (2 if dtype.itemsize == 2 and capability[0] in (9, 10) else 1)
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    if reason := unsupported(q, k, v, heads):
-        raise ValueError(f"fused cross-attention: {reason}")
     out, (B, N, D), L = _forward_shape(q, k, v, heads), q.shape, k.shape[1]
-    blocks = forward_blocks(D // heads, q.dtype)
+    chosen = choices.find("cross", q, (N, L, heads, D // heads)).blocks
+    blocks = Blocks(*chosen["forward"]) if "forward" in chosen else forward_blocks(D // heads, q.dtype)
     with device_of(q):
         forward_kernel[triton.cdiv(N, blocks.queries), heads, B](
             q,
@@ -297,8 +349,8 @@ def _backward(
     """dQ, dK and dV; empty where they are not needed."""
     dq, dk, dv = _backward_shapes(dout, q, k, v, heads, need_dq, need_dk, need_dv)
     (B, N, D), L = q.shape, k.shape[1]
-    blocks = backward_blocks(L, D // heads, q.dtype)
-    strip = triton.cdiv(triton.cdiv(N, blocks.queries), MOST_STRIPS) * blocks.queries
+    blocks = backward_blocks(L, D // heads, q.dtype)  # of these `shared_memory` knows what they take
+    strip = strip_length(N, blocks.queries)
     strips = triton.cdiv(N, strip)
     dout = dout.contiguous()
     dk_strips, dv_strips = (x.new_empty((strips, *x.shape), dtype=torch.float32) for x in (dk, dv))
@@ -326,7 +378,7 @@ def _backward(
                 )
         for partial, total in ((dk_strips, dk), (dv_strips, dv)):
             if total.numel():
-                add_strips_kernel[(triton.cdiv(total.numel(), ADDED),)](partial, total, total.numel(), strips, ADDED)
+                add_strips_kernel[(triton.cdiv(total.numel(), ADDED),)](partial, total, total.numel(), strips, MOST_STRIPS, ADDED)
     return dq, dk, dv
 
 
@@ -337,23 +389,19 @@ def _backward_shapes(
     return dq, dk, dv
 
 
-def _save(ctx, inputs: tuple, output: Tensor):
-    *tensors, ctx.heads = inputs
-    ctx.save_for_backward(*tensors)
+class _CrossAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.heads = heads
+        return torch.ops.minidiff.cross_attention(q, k, v, heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor):
+        need_q, need_k, need_v = ctx.needs_input_grad[:3]
+        dq, dk, dv = torch.ops.minidiff.cross_attention_backward(dout, *ctx.saved_tensors, ctx.heads, need_q, need_k, need_v)
+        return dq if need_q else None, dk if need_k else None, dv if need_v else None, None
 
 
-def _differentiate(ctx, dout: Tensor):
-    needed = ctx.needs_input_grad[:3]
-    gradients = torch.ops.minidiff.cross_attention_backward(dout, *ctx.saved_tensors, ctx.heads, *needed)
-    return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None
-
-
-_operations = register_operation(
-    "cross_attention",
-    _forward,
-    _backward,
-    shapes=_forward_shape,
-    backward_shapes=_backward_shapes,
-    save=_save,
-    differentiate=_differentiate,
-)
+register_operation("cross_attention", _forward, _backward, shapes=_forward_shape, backward_shapes=_backward_shapes)

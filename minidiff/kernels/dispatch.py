@@ -3,8 +3,11 @@
     select_backend   "naive", "pytorch", "self", "cross" or "cpu", for given tensors
     fused_attention  attention by one of the last four
 
-Our GPU kernels run where they take the tensors and Triton works, which is tried once per device; the CPU's on processors where it was
-measured to be faster than PyTorch's.
+    select_kernel    whether GroupNorm + SiLU or GEGLU is computed by our kernel
+
+What "auto" takes on a GPU is in a table of measurements, choices.json (see choices.py), and nothing is timed while a model runs: one seed
+gives one picture. Our GPU kernels run where they take the tensors and Triton works, which is tried once per device; the CPU's on
+processors where it was measured to be faster than PyTorch's.
 """
 
 import warnings
@@ -18,11 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from minidiff.kernels import cpu_attention, cross_attention, self_attention
+from minidiff.kernels import choices, cpu_attention, cross_attention, self_attention
+from minidiff.kernels.tiles import constant_when_compiled
 
 ATTENTION = ("auto", "naive", "pytorch", "triton")
 
 _active = "auto"  # in the whole process: autograd works in threads of its own, and torch.compile guards on it
+
+GPU = "cuda"  # where "auto" considers our kernels
 
 _triton_works: dict[torch.device, bool] = {}  # whether our kernels run there
 
@@ -31,7 +37,7 @@ _triton_works: dict[torch.device, bool] = {}  # whether our kernels run there
 def attention_backend(name: str) -> Iterator[None]:
     """Select the attention backend by name within the block; "triton" also selects our GroupNorm + SiLU and GEGLU (see blocks.py).
 
-    auto: what is fastest for the device and the shape; naive: the plain steps; pytorch: PyTorch's fused kernels; triton: those of
+    auto: what choices.json says for the GPU and the shape; naive: the plain steps; pytorch: PyTorch's fused kernels; triton: those of
     kernels/, and a ValueError where none takes the tensors. Results are the same but for rounding. A backward pass that computes parts
     again (checkpointing) belongs into the block too. Raises ValueError for another name.
     """
@@ -62,7 +68,7 @@ def select_backend(
     """
     if _active in ("naive", "pytorch"):
         return _active
-    if _active == "triton" or q.device.type == "cuda" and triton_works(q.device):
+    if _active == "triton" or q.device.type == GPU and _chosen_for_attention(q, k, heads) == "triton" and triton_works(q.device):
         if not causal and q.shape[1] != k.shape[1] and cross_attention.unsupported(q, k, v, heads, causal) is None:
             return "cross"
         reason = self_attention.unsupported(q, k, v, heads, causal)
@@ -85,15 +91,34 @@ def fused_attention(
         q, k, v, heads, causal: as in `attention`.
     """
     if backend == "self":
-        return self_attention.fused_self_attention(q, k, v, heads, causal)
+        return self_attention.run_self_attention(q, k, v, heads, causal)
     if backend == "cross":
-        return cross_attention.fused_cross_attention(q, k, v, heads)
+        return cross_attention.run_cross_attention(q, k, v, heads)
     if backend == "cpu":
         return cpu_attention.tiled_attention(q, k, v, heads)
     q, k, v = (rearrange(x, "B N (h d) -> B h N d", h=heads) for x in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=causal), "B h N d -> B N (h d)")
 
 
+def select_kernel(operation: str, x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Return whether our kernel is to compute an operation on x: for "triton", and for "auto" where choices.json says so.
+
+    Args:
+        operation: "group_norm_silu" or "geglu".
+        x: Its input; device and dtype count.
+        shape: As choices.py has it for the operation.
+    """
+    if _active == "auto" and x.device.type == GPU:
+        return choices.find(operation, x, shape).backend == "triton" and triton_works(x.device)
+    return _active == "triton"
+
+
+def _chosen_for_attention(q: Tensor, k: Tensor, heads: int) -> str:
+    kind = "self" if q.shape[1] == k.shape[1] else "cross"
+    return choices.find(kind, q, (q.shape[1], k.shape[1], heads, q.shape[2] // heads)).backend
+
+
+@constant_when_compiled
 def triton_works(device: torch.device) -> bool:
     """Return whether Triton works on this GPU, tried once: it also needs a C compiler and Python's headers, which may be missing."""
     if device not in _triton_works:
@@ -101,10 +126,6 @@ def triton_works(device: torch.device) -> bool:
         with _disable_current_modes():
             _triton_works[device] = _runs(device)
     return _triton_works[device]
-
-
-# All that torch.compiler.assume_constant_result does, without the second that it takes to import torch._dynamo.
-triton_works._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _runs(device: torch.device) -> bool:

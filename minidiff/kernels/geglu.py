@@ -16,6 +16,7 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minidiff.kernels.tiles import device_of, jit, no_kernel_for, register_operation, tl, triton
 
@@ -64,7 +65,14 @@ def fused_geglu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
 
     Twice the same inputs, twice the same bits, forward and backward. Raises ValueError for what `unsupported` names.
     """
-    return torch.ops.minidiff.geglu(x)
+    if reason := unsupported(x):
+        raise ValueError(f"fused GEGLU: {reason}")
+    return run_geglu(x)
+
+
+def run_geglu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... F"]:
+    """Compute `fused_geglu` of a tensor that `unsupported` was asked about, without asking again."""
+    return _GEGLU.apply(x)
 
 
 def unsupported(x: Tensor) -> str | None:
@@ -81,8 +89,6 @@ def unsupported(x: Tensor) -> str | None:
 
 
 def _forward(x: Tensor) -> Tensor:
-    if reason := unsupported(x):
-        raise ValueError(f"fused GEGLU: {reason}")
     y = _forward_shape(x)
     with device_of(x):
         forward_kernel[(triton.cdiv(y.numel(), BLOCK),)](x, y, y.numel(), y.shape[-1], BLOCK, num_warps=WARPS)
@@ -100,21 +106,21 @@ def _backward(dy: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
-def _save(ctx, inputs: tuple[Tensor], output: Tensor):
-    ctx.save_for_backward(*inputs)
+def _backward_shape(dy: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
-def _differentiate(ctx, dy: Tensor) -> Tensor:
-    (x,) = ctx.saved_tensors
-    return torch.ops.minidiff.geglu_backward(dy, x)
+class _GEGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.ops.minidiff.geglu(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.minidiff.geglu_backward(dy, x)
 
 
-_operations = register_operation(
-    "geglu",
-    _forward,
-    _backward,
-    shapes=_forward_shape,
-    backward_shapes=lambda dy, x: torch.empty_like(x),
-    save=_save,
-    differentiate=_differentiate,
-)
+register_operation("geglu", _forward, _backward, shapes=_forward_shape, backward_shapes=_backward_shape)

@@ -29,6 +29,7 @@ Every sum has one order, so results repeat bit by bit. Calculated in float32. Wi
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minidiff.kernels.tiles import device_of, jit, no_kernel_for, register_operation, tl, triton
 
@@ -303,7 +304,20 @@ def fused_group_norm_silu(
 
     Raises ValueError for what `unsupported` names.
     """
-    return torch.ops.minidiff.group_norm_silu(x, groups, weight, bias, eps, silu)[0]
+    if reason := unsupported(x, groups, weight, bias):
+        raise ValueError(f"fused GroupNorm and SiLU: {reason}")
+    return run_group_norm_silu(x, groups, weight, bias, eps, silu)
+
+
+def run_group_norm_silu(
+    x: Float[Tensor, "B C H W"], groups: int, weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], eps: float, silu: bool = True
+) -> Float[Tensor, "B C H W"]:
+    """Compute `fused_group_norm_silu` of tensors that `unsupported` was asked about, without asking again.
+
+    Args:
+        x, groups, weight, bias, eps, silu: as in `fused_group_norm_silu`.
+    """
+    return _GroupNormSiLU.apply(x, groups, weight, bias, eps, silu)
 
 
 def unsupported(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> str | None:
@@ -345,8 +359,6 @@ def _division(x: Tensor, groups: int) -> tuple[tuple[int, int, int], int, dict[s
 
 def _forward(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y; mean and rstd [B, groups]."""
-    if reason := unsupported(x, groups, weight, bias):
-        raise ValueError(f"fused GroupNorm and SiLU: {reason}")
     y, mean, rstd = _forward_shapes(x, groups, weight, bias, eps, silu)
     grid, power, constants = _division(x, groups)
     means, M2s = x.new_empty((2, len(x), grid[0], groups), dtype=torch.float32)
@@ -386,26 +398,22 @@ def _backward_shapes(
     return torch.empty_like(x), weight.new_empty(shape), bias.new_empty(shape)
 
 
-def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]):
-    x, ctx.groups, weight, bias, _, ctx.silu = inputs
-    ctx.save_for_backward(x, weight, bias, *output[1:])
+class _GroupNormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+        y, mean, rstd = torch.ops.minidiff.group_norm_silu(x, groups, weight, bias, eps, silu)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.groups, ctx.silu = groups, silu
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        _, _, need_weight, need_bias, _, _ = ctx.needs_input_grad
+        need_affine = need_weight or need_bias
+        dx, dweight, dbias = torch.ops.minidiff.group_norm_silu_backward(dy, x, ctx.groups, weight, bias, mean, rstd, ctx.silu, need_affine)
+        return dx, None, dweight if need_weight else None, dbias if need_bias else None, None, None
 
 
-def _differentiate(ctx, dy: Tensor, dmean: Tensor | None, drstd: Tensor | None):
-    x, weight, bias, mean, rstd = ctx.saved_tensors
-    _, _, need_weight, need_bias, _, _ = ctx.needs_input_grad
-    dx, dweight, dbias = torch.ops.minidiff.group_norm_silu_backward(
-        dy, x, ctx.groups, weight, bias, mean, rstd, ctx.silu, need_weight or need_bias
-    )
-    return dx, None, dweight if need_weight else None, dbias if need_bias else None, None, None
-
-
-_operations = register_operation(
-    "group_norm_silu",
-    _forward,
-    _backward,
-    shapes=_forward_shapes,
-    backward_shapes=_backward_shapes,
-    save=_save,
-    differentiate=_differentiate,
-)
+register_operation("group_norm_silu", _forward, _backward, shapes=_forward_shapes, backward_shapes=_backward_shapes)

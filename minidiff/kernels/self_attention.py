@@ -37,7 +37,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from minidiff.kernels import choices
 from minidiff.kernels.tiles import (
     LOG2_E,
     device_of,
@@ -61,7 +63,7 @@ from minidiff.kernels.tiles import (
 
 @jit
 def seen(s, rows, keys, L, CAUSAL: tl.constexpr, EVEN: tl.constexpr):
-    """S with -inf, of which the exponential is 0, at keys that a query does not see and at those beyond L (EVEN: there are none)."""
+    """S, or q k^T, with -inf, of which the exponential is 0, at keys that a query does not see and beyond L (EVEN: there are none)."""
     if CAUSAL:
         s = tl.where((keys[None, :] <= rows[:, None]) & (keys[None, :] < L), s, float("-inf"))
     elif not EVEN:
@@ -115,12 +117,11 @@ def forward_kernel(
     for first in range(0, end, BLOCK_L):
         keys = first + tl.arange(0, BLOCK_L)
         k_1, k_2 = load_head(k, keys, L, k_token, d, D_1, D_2, EVEN)
-        # S = q k^T / sqrt(d)
-        s = dot_heads(q_1, q_2, k_1, k_2, D_2) * scale
-        s = seen(s, rows, keys, L, CAUSAL, EVEN)
+        # S = q k^T / sqrt(d): scaled after the maximum, so that S - m' is one multiply-add an entry
+        qk = seen(dot_heads(q_1, q_2, k_1, k_2, D_2), rows, keys, L, CAUSAL, EVEN)
         # m' = max(m, max_j S_j)    p = exp(S - m')    alpha = exp(m - m')
-        m_new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - m_new[:, None])
+        m_new = tl.maximum(m, tl.max(qk, 1) * scale)
+        p = tl.exp2(qk * scale - m_new[:, None])
         alpha = tl.exp2(m - m_new)
         # l' = alpha l + sum_j p_j    O' = alpha O + p v
         l = l * alpha + tl.sum(p, 1)
@@ -319,7 +320,20 @@ def fused_self_attention(
 
     Raises ValueError for what `unsupported` names.
     """
-    return torch.ops.minidiff.self_attention(q, k, v, heads, causal)[0]
+    if reason := unsupported(q, k, v, heads, causal):
+        raise ValueError(f"fused self-attention: {reason}")
+    return run_self_attention(q, k, v, heads, causal)
+
+
+def run_self_attention(
+    q: Float[Tensor, "B N D"], k: Float[Tensor, "B L D"], v: Float[Tensor, "B L D"], heads: int, causal: bool = False
+) -> Float[Tensor, "B N D"]:
+    """Compute `fused_self_attention` of tensors that `unsupported` was asked about, without asking again.
+
+    Args:
+        q, k, v, heads, causal: as in `fused_self_attention`.
+    """
+    return _SelfAttention.apply(q, k, v, heads, causal)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> str | None:
@@ -333,11 +347,10 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = Fals
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> tuple[Tensor, Tensor]:
     """O [B, N, D] and LSE [B, h, N]."""
-    if reason := unsupported(q, k, v, heads, causal):
-        raise ValueError(f"fused self-attention: {reason}")
     out, lse = _forward_shapes(q, k, v, heads, causal)
     N, L, d = q.shape[1], k.shape[1], q.shape[2] // heads
-    blocks = blocks_of("forward", N, d, q.dtype)
+    chosen = choices.find("self", q, (N, L, heads, d)).blocks
+    blocks = Blocks(*chosen["forward"]) if "forward" in chosen else blocks_of("forward", N, d, q.dtype)
     with device_of(q):
         forward_kernel[triton.cdiv(N, blocks.queries), heads, len(q)](
             q,
@@ -369,10 +382,11 @@ def _backward(
     dq, dk, dv = _backward_shapes(dout, q, k, v, out, lse, heads, causal, need_dq, need_dk_dv)
     N, L, d = q.shape[1], k.shape[1], q.shape[2] // heads
     delta, dout = torch.empty_like(lse), dout.contiguous()
+    chosen = choices.find("self", q, (N, L, heads, d)).blocks
     with device_of(q):
         delta_kernel[triton.cdiv(N, 32), heads, len(q)](out, dout, delta, N, d, *head_tiles(d), 32)
         if need_dk_dv:
-            blocks = blocks_of("dk_dv", L, d, q.dtype)
+            blocks = Blocks(*chosen["dk_dv"]) if "dk_dv" in chosen else blocks_of("dk_dv", L, d, q.dtype)
             dk_dv_kernel[triton.cdiv(L, blocks.keys), heads, len(q)](
                 q,
                 k,
@@ -393,7 +407,7 @@ def _backward(
                 **launch_options(blocks.warps, blocks.stages),
             )
         if need_dq:
-            blocks = blocks_of("dq", N, d, q.dtype)
+            blocks = Blocks(*chosen["dq"]) if "dq" in chosen else blocks_of("dq", N, d, q.dtype)
             dq_kernel[triton.cdiv(N, blocks.queries), heads, len(q)](
                 q,
                 k,
@@ -422,25 +436,20 @@ def _backward_shapes(
     return q.new_empty(shapes[0]), k.new_empty(shapes[1]), v.new_empty(shapes[2])
 
 
-def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]):
-    *tensors, ctx.heads, ctx.causal = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for the LSE's gradient
+class _SelfAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> Tensor:
+        out, lse = torch.ops.minidiff.self_attention(q, k, v, heads, causal)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.heads, ctx.causal = heads, causal
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor):
+        need_q, need_k, need_v = ctx.needs_input_grad[:3]
+        dq, dk, dv = torch.ops.minidiff.self_attention_backward(dout, *ctx.saved_tensors, ctx.heads, ctx.causal, need_q, need_k or need_v)
+        return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None
 
 
-def _differentiate(ctx, dout: Tensor, dlse: None):
-    need_q, need_k, need_v = ctx.needs_input_grad[:3]
-    dq, dk, dv = torch.ops.minidiff.self_attention_backward(dout, *ctx.saved_tensors, ctx.heads, ctx.causal, need_q, need_k or need_v)
-    return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None
-
-
-_operations = register_operation(
-    "self_attention",
-    _forward,
-    _backward,
-    shapes=_forward_shapes,
-    backward_shapes=_backward_shapes,
-    save=_save,
-    differentiate=_differentiate,
-)
+register_operation("self_attention", _forward, _backward, shapes=_forward_shapes, backward_shapes=_backward_shapes)

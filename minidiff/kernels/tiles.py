@@ -13,11 +13,12 @@ import inspect
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 
 try:
     import triton
@@ -30,6 +31,17 @@ INTERPRETED = tl.constexpr(triton is not None and bool(triton.knobs.runtime.inte
 LOG2_E = tl.constexpr(1.4426950408889634)  # e^x = 2^(x log2 e): the hardware's own exponential has base 2
 DEVICE = "cpu" if triton is not None and INTERPRETED.value else "cuda"  # where kernels run
 WIDEST_HEAD = 160
+
+Function = TypeVar("Function", bound=Callable)
+
+_cards: dict[torch.device, "Card"] = {}  # asked once: kernels are launched a hundred times a step
+_library = torch.library.Library("minidiff", "FRAGMENT")  # noqa: TOR901  of our operations, which live as long as it does
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """Do all that torch.compiler.assume_constant_result does, without the second that it takes to import torch._dynamo."""
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
 
 
 def jit(kernel: Callable) -> Callable:
@@ -112,14 +124,32 @@ def head_of(x, batch_stride, d: tl.constexpr):
     return x + tl.program_id(2).to(tl.int64) * batch_stride + tl.program_id(1) * d
 
 
+@dataclass(frozen=True)
+class Card:
+    """What decides which kernels a GPU takes: name, compute capability, bytes of shared memory that one program may have."""
+
+    name: str
+    capability: tuple[int, int]
+    shared_memory: int
+
+
+@constant_when_compiled
+def card_of(device: torch.device) -> Card:
+    """Return what the driver says of a GPU."""
+    if device not in _cards:
+        told = torch.cuda.get_device_properties(device)
+        _cards[device] = Card(told.name, (told.major, told.minor), told.shared_memory_per_block_optin)
+    return _cards[device]
+
+
 def no_kernel_for(x: Tensor) -> str | None:
     """Why no kernel takes a tensor of this dtype on this device, as the end of a sentence; None if they do."""
     if triton is None:
         return "Triton is not installed"
     if x.device.type != DEVICE:
         return f"tensors on {x.device}; kernels run on {DEVICE}" + (", as Triton's interpreter is on" if DEVICE == "cpu" else "")
-    if x.device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_properties(x.device).major < 8):
-        return f"{torch.cuda.get_device_name(x.device)} is not an NVIDIA GPU of compute capability 8.0 or above"
+    if x.device.type == "cuda" and (torch.version.hip or card_of(x.device).capability < (8, 0)):
+        return f"{card_of(x.device).name} is not an NVIDIA GPU of compute capability 8.0 or above"
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"dtype {x.dtype}; kernels take float16, bfloat16 and float32"
     return None
@@ -145,7 +175,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
         return "there is nothing to attend to: a side is 0"
     if any(x.stride(-1) != 1 for x in (q, k, v)):
         return f"strides {q.stride()}, {k.stride()}, {v.stride()}; kernels take channels side by side (last stride 1)"
-    if any(x.shape[1] * x.stride(1) >= 2**31 for x in (q, k, v)):
+    if any(x.shape[1] * max(x.stride(1), D) >= 2**31 for x in (q, k, v)):  # D: what is written is contiguous, whatever is read
         return "one row of the batch has 2^31 elements or more; kernels count in 32 bits"
     if B > 65535 or heads > 65535:
         return f"batch {B} and {heads} heads; a kernel's grid ends at 65535 of either"
@@ -172,32 +202,20 @@ def launch_options(warps: int, stages: int) -> dict[str, int | bool]:
     return dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
-def register_operation(
-    name: str,
-    forward: Callable,
-    backward: Callable,
-    *,
-    shapes: Callable,
-    backward_shapes: Callable,
-    save: Callable,
-    differentiate: Callable,
-) -> tuple[CustomOpDef, CustomOpDef]:
-    """Make kernels an operation of PyTorch's own: one node each to autograd, torch.compile and CUDA graphs.
+def register_operation(name: str, forward: Callable, backward: Callable, *, shapes: Callable, backward_shapes: Callable) -> None:
+    """Make kernels an operation of PyTorch's own: torch.ops.minidiff.NAME, one node to torch.compile and CUDA graphs.
 
-    The gradient of the gradient is not defined.
+    It has no gradient and checks nothing. An autograd.Function beside it joins it to its gradients, NAME_backward: by
+    torch.library.custom_op and register_autograd a call would cost several times as much of Python's time, which small shapes do not have.
 
     Args:
-        name: The operation is torch.ops.minidiff.NAME, its gradients NAME_backward.
+        name: Of the operation.
         forward: Launches the kernels.
         backward: Likewise, for the gradients.
         shapes: Takes what `forward` does, and returns empty results.
         backward_shapes: Likewise for `backward`.
-        save: Keeps what the gradients need, as `setup_context` of torch.library.
-        differentiate: Calls NAME_backward with it.
     """
-    operation = torch.library.custom_op(f"minidiff::{name}", forward, mutates_args=())
-    operation.register_fake(shapes)
-    operation.register_autograd(differentiate, setup_context=save)
-    gradients = torch.library.custom_op(f"minidiff::{name}_backward", backward, mutates_args=())
-    gradients.register_fake(backward_shapes)
-    return operation, gradients
+    for operation, launch, empty in ((name, forward, shapes), (f"{name}_backward", backward, backward_shapes)):
+        _library.define(operation + torch.library.infer_schema(inspect.unwrap(launch), mutates_args=()))
+        _library.impl(operation, launch, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"minidiff::{operation}", empty, lib=_library)

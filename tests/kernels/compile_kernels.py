@@ -24,7 +24,7 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 # Bytes that one program may have: CUDA programming guide, table of compute capabilities.
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Built:
     case: str
     kernel: str
     arguments: str
-    tensor_core: int  # mma and wgmma instructions
+    tensor_core: int  # mma, wgmma and tcgen05.mma instructions
     narrow_loads: int  # of 2 bytes from global memory
     wide_loads: int  # of 16 bytes
     registers: int  # of a thread, of 255
@@ -121,7 +121,7 @@ def build(case: str, launch: Launch, capability: int) -> Built:
         case=case,
         kernel=launch.kernel.__name__,
         arguments=f"{ {launch.kernel.arg_names[i]: value for (i,), value in source.constants.items()} } {launch.options}",
-        tensor_core=len(re.findall(r"\b(?:wgmma\.mma_async|mma)\.sync\.", ptx)),
+        tensor_core=len(re.findall(r"\b(?:(?:wgmma\.mma_async|mma)\.sync|tcgen05\.mma)\.", ptx)),
         narrow_loads=len(re.findall(r"\bld\.global\S*\.[bu]16\b", ptx)),
         wide_loads=len(re.findall(r"\bld\.global\S*\.v4\.[bf]32\b|\bcp\.async\S*\.global .*(?:0x10|\b16)\b", ptx)),
         registers=registers,

@@ -1,5 +1,7 @@
 """The kernels of GroupNorm and SiLU: against float64, in Triton's interpreter without a GPU; as an operation of PyTorch's; compiled."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,10 +164,12 @@ def test_weights_may_be_float32_beside_16_bits():
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_it_is_an_operation_of_pytorchs(trained):
-    """opcheck: the schema, the shapes without numbers, autograd, and tracing for torch.compile."""
-    x, weight, bias, _ = inputs(2, 24, 5, 7)
-    arguments = (x.requires_grad_(), 8, weight.requires_grad_(trained), bias.requires_grad_(trained), EPS, True)
+    """opcheck: the schema, the shapes without numbers, and tracing for torch.compile."""
+    x, weight, bias, dy = inputs(2, 24, 5, 7)
+    arguments = (x, 8, weight, bias, EPS, True)
     torch.library.opcheck(torch.ops.minidiff.group_norm_silu, arguments)
+    _, mean, rstd = torch.ops.minidiff.group_norm_silu(*arguments)
+    torch.library.opcheck(torch.ops.minidiff.group_norm_silu_backward, (dy, x, 8, weight, bias, mean, rstd, True, trained))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +189,7 @@ def test_what_it_does_not_take_is_refused_with_the_reason(change, reason):
     arguments = dict(x=x, groups=8, weight=weight, bias=bias) | change
     assert reason in unsupported(**arguments)
     with pytest.raises(ValueError, match=f"fused GroupNorm and SiLU: .*{reason}"):
-        torch.ops.minidiff.group_norm_silu(**arguments, eps=EPS, silu=True)
+        inspect.unwrap(fused_group_norm_silu)(**arguments, eps=EPS)
     assert unsupported(x, 8, None, bias) is not None  # a norm without weights
 
 

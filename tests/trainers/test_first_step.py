@@ -5,7 +5,6 @@ weight is given a gradient of zeros.
 """
 
 import dataclasses
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -49,7 +48,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(loop.LossWatch, "add", lambda *_: None)  # there is no number to look at
     monkeypatch.setattr(tiles, "DEVICE", "cuda")
     monkeypatch.setattr(dispatch, "triton_works", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
+    card = tiles.Card("NVIDIA H200", (9, 0), 227 * 1024)
+    monkeypatch.setattr(tiles, "_cards", {torch.device("cuda"): card, torch.device("cuda", 0): card})
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)  # or autocast takes itself back
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     return mode

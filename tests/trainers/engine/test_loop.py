@@ -331,7 +331,9 @@ def test_compiled_networks_learn_the_same_in_two_processes(tmp_path, checkpointi
     assert together(2, run) == [0, 0]
     alone = weights(finished(small_settings(batch=8)))
     for number in (0, 1):
-        torch.testing.assert_close(torch.load(tmp_path / f"{number}.pt"), alone, rtol=1e-3, atol=1e-4)  # ten AdamW steps after other rounding
+        torch.testing.assert_close(
+            torch.load(tmp_path / f"{number}.pt"), alone, rtol=1e-3, atol=1e-4
+        )  # ten AdamW steps after other rounding
 
 
 @pytest.mark.slow

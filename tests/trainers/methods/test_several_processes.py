@@ -1,7 +1,5 @@
 """Several processes train what one does with the whole batch, whatever a method trains and wherever that is in the model."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -40,11 +38,13 @@ def test_the_gradients_of_every_method_are_those_of_one_process(tmp_path, name, 
 
     assert together(2, run) == [0, 0]
     loss, alone = first_gradients(name, number, concept, quick(batch=8))
+    largest = max(gradient.abs().max().item() for gradient in alone.values() if gradient is not None)
     for process in (0, 1):
         told, gradients = torch.load(tmp_path / f"{process}.pt")
         torch.testing.assert_close(told, loss, rtol=1e-5, atol=0)  # float32: sums in another order
         assert gradients.keys() == alone.keys() and all("module" not in name for name in gradients)
         for name, gradient in alone.items():
             assert (gradient is None) == (gradients[name] is None), name
-            if gradient is not None:  # likewise, through some thirty layers; single numbers may cancel
-                torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item())
+            if gradient is not None:  # likewise, through some thirty layers; single numbers may cancel, and those of a key's bias all do
+                floor = max(1e-4 * gradient.abs().max().item(), 1e-6 * largest)
+                torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=floor)
