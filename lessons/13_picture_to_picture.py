@@ -399,6 +399,9 @@ ways = {
     "not at all": lambda x_t, then: x_t,
 }
 rim = F.max_pool2d(grown, 2 * factor + 1, stride=1, padding=factor) - grown
+print(f"the rim has {int(rim.sum())} pixels")
+
+# %%
 half, made = steps // 2, {}
 for label, way in ways.items():
     predicted, latents = fill(way)
