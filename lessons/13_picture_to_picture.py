@@ -11,8 +11,8 @@
 # ![The whole pipeline; this lesson is about the denoising loop](figures/pipeline-sampler.svg)
 #
 # Every picture of the earlier lessons began as pure noise. Often you already have a picture and want another version of it, or one thing in
-# it replaced. Neither needs a new model. *Image to image* starts the denoising loop in the middle, from your picture with noise on it. *Inpainting*
-# repaints a hole and keeps the rest. In this lesson you write the lines that both of them add to the loop.
+# it replaced. Neither needs a new model. *Image to image* starts the denoising loop in the middle, from your picture with noise on it.
+# *Inpainting* repaints a hole and keeps the rest. In this lesson you write the lines that both of them add to the loop.
 
 # %% [markdown]
 # ## Guess first
@@ -27,9 +27,9 @@
 # %% [markdown]
 # ## A picture of your own
 #
-# The picture is a drawing, composed for this lesson. The model did not make it. Where the pig is, a rectangle is marked, the `mask`: one where
-# we want something new, zero where the picture should stay. The VAE's encoder turns the picture into the clean latent `x_0`. An encoder gives
-# the mean and the variance of a latent (lesson 08). Edits take the mean, so that nothing about `x_0` is random.
+# The picture is a drawing, composed for this lesson. The model did not make it. Where the pig is, a rectangle is marked, the `mask`: one
+# where we want something new, zero where the picture should stay. The VAE's encoder turns the picture into the clean latent `x_0`. An
+# encoder gives the mean and the variance of a latent (lesson 08). Edits take the mean, so that nothing about `x_0` is random.
 
 # %%
 import torch
@@ -89,9 +89,9 @@ print(f"encoded and decoded: changed by {off:.1f} of 255 outside the mask")
 #
 # $$x_t = \sqrt{\bar\alpha_t} \; x_0 + \sqrt{1 - \bar\alpha_t} \; \epsilon$$
 #
-# Noise hides the small things first. At a middle timestep the pig's face is gone, while the yellow and the places of the two things can still
-# be made out. If the loop starts there, the model has to invent what the noise has hidden, and it invents what the prompt says. It follows
-# what it can still see. This method is SDEdit (Meng et al. 2022).
+# Noise hides the small things first. At a middle timestep the pig's face is gone, while the yellow and the places of the two things can
+# still be made out. If the loop starts there, the model has to invent what the noise has hidden, and it invents what the prompt says. It
+# follows what it can still see. This method is SDEdit (Meng et al. 2022).
 #
 # Users say how much noise they want by a *strength* between zero and one. We let it name a timestep, $\mathrm{strength} \cdot (T - 1)$. The
 # loop visits only some of the timesteps, so the edit starts at the nearest of those.
@@ -152,9 +152,9 @@ fig = picture_grid(rows, ["original", *map(str, strengths)], [f"seed {seed}" for
 lesson.show(fig, "ladder", "From the original to a new picture, by strength and for two seeds.")
 
 # %% [markdown]
-# At the lowest strength the pig's pink and its outline are still there. Higher up a lion stands in its place. The best strength hides what should change
-# and leaves visible what should stay. It depends on the size of the thing, since large shapes outlast small ones. What the prompt names as
-# well, the yellow ground and the order of the two things, stays at every strength.
+# At the lowest strength the pig's pink and its outline are still there. Higher up a lion stands in its place. The best strength hides what
+# should change and leaves visible what should stay. It depends on the size of the thing, since large shapes outlast small ones. What the
+# prompt names as well, the yellow ground and the order of the two things, stays at every strength.
 #
 # Now look at the cactus, which nobody wanted to change. Its arms change along with the pig. Noise hides everything alike.
 
@@ -302,9 +302,9 @@ print(f"the exchange changes {count} of {of} pixels outside by more than 1 of 25
 # %% [markdown]
 # ## Your turn: paste
 #
-# The opacity $a$ is one on the mask and falls evenly to zero at `width + 1` pixels from it. Make it in two lines. Grow the mask by `d` pixels
-# with `F.max_pool2d(mask, 2 * d + 1, stride=1, padding=d)`, for each `d` from zero to `width`, and take the mean of these `width + 1` masks.
-# Last, mix the two pictures:
+# The opacity $a$ is one on the mask and falls evenly to zero at `width + 1` pixels from it. Make it in two lines. Grow the mask by `d`
+# pixels with `F.max_pool2d(mask, 2 * d + 1, stride=1, padding=d)`, for each `d` from zero to `width`, and take the mean of these `width +
+# 1` masks. Last, mix the two pictures:
 #
 # $$\mathrm{original} + a \, (\mathrm{made} - \mathrm{original})$$
 #
@@ -342,16 +342,16 @@ fig = picture_grid(rows, ["original", "decoded", "pasted"], ["picture", "changed
 lesson.show(fig, "pasted", "Decoded, the whole picture has changed; pasted, only the hole.")
 
 # %% [markdown]
-# Beyond the feather the pixels are exactly the original's, since $a$ is zero there and `original + 0 * (...)` is `original`. The feather is one
-# cell wide, so that it covers the pixels that the hole gained when it grew to whole cells.
+# Beyond the feather the pixels are exactly the original's, since $a$ is zero there and `original + 0 * (...)` is `original`. The feather is
+# one cell wide, so that it covers the pixels that the hole gained when it grew to whole cells.
 
 # %% [markdown]
 # ## A look ahead: back to the noise
 #
 # Random noise hides the cactus together with the pig. Is there a start that hides nothing? DDIM's step is not random, so it can be taken in
-# the other direction, from `x_0` up to noise. This is *inversion*. DDIM from that noise should lead back to the picture. A step up needs the
-# prediction at its upper end, which is not known yet, and takes the one at its lower end instead. The shorter the steps, the smaller the
-# error.
+# the other direction, from `x_0` up to noise. This is *inversion*. DDIM from that noise should lead back to the picture. A step up needs
+# the prediction at its upper end, which is not known yet, and takes the one at its lower end instead. The shorter the steps, the smaller
+# the error.
 
 # %%
 from minidiff.editing.inversion import invert
@@ -374,9 +374,9 @@ fig = picture_grid([[to_images(through_vae)[0], *row]], titles)
 lesson.show(fig, "inverted", "Up to noise and back: with few steps, many steps, and guidance.")
 
 # %% [markdown]
-# Guidance amplifies the error of each step. Without it, at scale one, many steps bring the picture back from a latent that looks like noise.
-# It is not quite the noise of training, whose deviation is one. `minidiff edit --image` starts from such a latent and keeps the layout by
-# steering the attention layers.
+# Guidance amplifies the error of each step. Without it, at scale one, many steps bring the picture back from a latent that looks like
+# noise. It is not quite the noise of training, whose deviation is one. `minidiff edit --image` starts from such a latent and keeps the
+# layout by steering the attention layers.
 
 # %% [markdown]
 # ## Break it: put back the wrong amount of noise
@@ -425,8 +425,8 @@ lesson.show(fig, "wrong", "Four ways of putting back, decoded and pasted, for tw
 # two pictures disagree, a seam remains, or the new thing is cut off at the hole's edge.
 #
 # The clean latent is the surprise. The model finds too little noise outside the hole, which never happened in training, and its prediction
-# need not make sense there. Yet the pictures can look fine, because the surroundings are in view from the first step. Some programs do it
-# this way. A mistake that one picture does not show is found by measuring many; `minidiff/editing/README.md` has such a table.
+# need not make sense there. Yet the pictures can look fine, because the surroundings are in view from the second step on. Some programs do
+# it this way. A mistake that one picture does not show is found by measuring many; `minidiff/editing/README.md` has such a table.
 
 # %% [markdown]
 # ## On real Stable Diffusion
@@ -476,9 +476,9 @@ print(f"a model made for inpainting reads {c} + 1 + {c} channels of {h} x {h} ce
 # %% [markdown]
 # ## Your guess
 #
-# The third answer is right. The ladder shows it, and the column "outside" of its table measures it: the cactus is redrawn along with the pig.
-# The first answer forgets that a start decides the picture only together with the prompt, and most of the loop is still to come. The second
-# one takes a mask.
+# The third answer is right. The ladder shows it, and the column "outside" of its table measures it: the cactus is redrawn along with the
+# pig. The first answer forgets that a start decides the picture only together with the prompt, and most of the loop is still to come. The
+# second one takes a mask.
 
 # %% [markdown]
 # ## Quiz
@@ -498,9 +498,9 @@ print(f"a model made for inpainting reads {c} + 1 + {c} channels of {h} x {h} ce
 # %% [markdown]
 # ## Now you
 #
-# Let the hole begin with the pig in it. Take `i` and `x_t` from `noised_start` at strength 0.6, hand them to `sd.denoise` in `fill` as `start`
-# and `x`, and leave out the first `i` entries of `after`. Before you run it, predict how the lion's size and place will change, and whether
-# the rim will be closer to the original. Then do the same at strength 0.2. Which strength gives a lion that fits?
+# Let the hole begin with the pig in it. Take `i` and `x_t` from `noised_start` at strength 0.6, hand them to `sd.denoise` in `fill` as
+# `start` and `x`, and leave out the first `i` entries of `after`. Before you run it, predict how the lion's size and place will change, and
+# whether the rim will be closer to the original. Then do the same at strength 0.2. Which strength gives a lion that fits?
 
 # %% [markdown]
 # ## Read next
