@@ -303,8 +303,8 @@ print(f"the exchange changes {count} of {of} pixels outside by more than 1 of 25
 # ## Your turn: paste
 #
 # The opacity $a$ is one on the mask and falls evenly to zero at `width + 1` pixels from it. Make it in two lines. Grow the mask by `d`
-# pixels with `F.max_pool2d(mask, 2 * d + 1, stride=1, padding=d)`, for each `d` from zero to `width`, and take the mean of these `width +
-# 1` masks. Last, mix the two pictures:
+# pixels with `F.max_pool2d(mask, 2 * d + 1, stride=1, padding=d)`, for each `d` from zero to `width`, and take the mean of these masks.
+# Last, mix the two pictures:
 #
 # $$\mathrm{original} + a \, (\mathrm{made} - \mathrm{original})$$
 #
