@@ -8,6 +8,7 @@ runs eagerly, and its hint block, which we run once per picture and diffusers at
 """
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -161,8 +162,7 @@ def _openvino(job: dict, device: torch.device, dtype: torch.dtype, given: dict[s
 
     The model is read in float32, as OpenVINO does itself; PyTorch's copy is let go before the first step.
     """
-    import openvino
-
+    openvino = import_module("openvino")  # takes part where somebody has installed it: no extra of ours brings it
     if job.get("controlnet") or "pooled" in given:
         raise ValueError("raced on a U-Net of latent, timestep and context only")
     unet = diffusers_pipeline(job | {"how": "eager"}, device, torch.float32).unet
