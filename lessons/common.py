@@ -24,6 +24,7 @@ matplotlib.use("Agg")  # pictures are files; a notebook shows the file
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -32,7 +33,9 @@ import weights_loader
 from lessons.exercises import complaint, exercises
 from minidiff.cli.model import choose_device
 from minidiff.guidance import guided
+from minidiff.pictures import to_pixels
 from minidiff.pipeline import StableDiffusion
+from minidiff.scenes.scenes import Scene
 
 HERE = Path(__file__).parent
 LARGEST = 80_000  # bytes of a picture
@@ -147,7 +150,7 @@ def x0_predictor(sd: StableDiffusion, prompts: Sequence[str]) -> Callable[[Tenso
     """
     cond, uncond = sd.encode_prompts(list(prompts)), sd.encode_prompts([""] * len(prompts))
     model = guided(sd.unet, cond, uncond, sd.config.guidance_scale)
-    convert = sd.schedule.x0_from_v if sd.schedule.config.prediction == "v" else sd.schedule.x0_from_eps
+    convert = x0_converter(sd)
 
     @torch.no_grad()
     def look(x_t: Tensor, t: int) -> Tensor:
@@ -155,6 +158,17 @@ def x0_predictor(sd: StableDiffusion, prompts: Sequence[str]) -> Callable[[Tenso
         return convert(x_t, timesteps, model(x_t, timesteps))
 
     return look
+
+
+def x0_converter(sd: StableDiffusion) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return convert(x_t, t, out), which turns the U-Net's output, eps or v, into its prediction of the clean latents."""
+    return sd.schedule.x0_from_v if sd.schedule.config.prediction == "v" else sd.schedule.x0_from_eps
+
+
+def scene_pixels(sd: StableDiffusion, scenes: Sequence[Scene]) -> Tensor:
+    """Return the scenes' pictures [B, 3, H, W] with values in [-1, 1], scaled to the model's own size."""
+    pictures = to_pixels(np.stack([scene.image for scene in scenes]))
+    return F.interpolate(pictures, size=(sd.config.image_size,) * 2, mode="bicubic").clamp(-1, 1)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
