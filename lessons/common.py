@@ -12,6 +12,7 @@ import argparse
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -169,6 +170,18 @@ def scene_pixels(sd: StableDiffusion, scenes: Sequence[Scene]) -> Tensor:
     """Return the scenes' pictures [B, 3, H, W] with values in [-1, 1], scaled to the model's own size."""
     pictures = to_pixels(np.stack([scene.image for scene in scenes]))
     return F.interpolate(pictures, size=(sd.config.image_size,) * 2, mode="bicubic").clamp(-1, 1)
+
+
+def milliseconds(function: Callable, *arguments: Tensor | int) -> float:
+    """Return how long a call takes, the fastest of four; work on a GPU is waited for."""
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        function(*arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - begin))
+    return min(times)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -160,6 +160,7 @@ def as_a_loop(alpha_bar):
     for t in range(len(alpha_bar) + 1):
         if alpha_bar[t] / (1 - alpha_bar[t]) > 1000:
             return t
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------ x0_from_eps

@@ -10,8 +10,9 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from lessons import common
-from lessons.common import HERE, LARGEST, curves, picture_grid, start, x0_predictor
+from lessons.common import HERE, LARGEST, curves, milliseconds, picture_grid, scene_pixels, start, x0_predictor
 from lessons.exercises import Exercise
+from minidiff.scenes.scenes import Item, compose
 from tests.small_models import small_config, small_model
 
 NAME = "01_adding_noise"
@@ -133,6 +134,24 @@ def test_a_prediction_of_x_0_is_that_of_the_guided_model_for_v_and_for_eps():
         a, s = float(level.sqrt()), float((1 - level).sqrt())
         expected = a * x_t - s * out if prediction == "v" else (x_t - s * out) / a
         assert torch.allclose(x0_predictor(sd, prompts)(x_t, 400), expected, rtol=1e-4, atol=1e-4)  # float32, through a division by a
+
+
+def test_the_pictures_of_scenes_have_the_models_size_and_range():
+    scene = compose([Item("pizza", px=52)], background="blue", style="fluent")
+    config = small_config()
+    sd = SimpleNamespace(config=replace(config, image_size=len(scene.image)))
+    own = scene_pixels(sd, [scene, scene])
+    assert own.shape == (2, 3, *scene.image.shape[:2])
+    assert torch.allclose(own[0], torch.as_tensor(scene.image).permute(2, 0, 1) / 127.5 - 1, atol=1e-5)  # rounding of float32
+    sd.config = replace(config, image_size=40)
+    smaller = scene_pixels(sd, [scene])
+    assert smaller.shape == (1, 3, 40, 40) and smaller.abs().max() <= 1
+
+
+def test_the_fastest_of_four_calls_is_what_a_call_takes(monkeypatch):
+    clock, called = iter([0, 5, 10, 12, 20, 29, 30, 34]), []
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    assert milliseconds(called.append, 3) == 2000 and called == [3] * 4
 
 
 def test_curves_have_their_names_axes_and_ticks():
