@@ -252,6 +252,19 @@ def picture_grid(rows: Sequence[Sequence], columns: Sequence[str] = (), labels: 
     return fig
 
 
+def cloud_grid(rows: Sequence[Sequence[Tensor]], columns: Sequence[str], labels: Sequence[str], colours: Sequence[str]) -> Figure:
+    """Return clouds of points [N, 2] in rows, each row with its label and colour; columns: words above them."""
+    fig, axes = plt.subplots(len(rows), len(columns), figsize=(6, 1.05 * len(rows) + 0.3), squeeze=False)
+    for clouds, places, label, colour in zip(rows, axes, labels, colours):
+        places[0].set_ylabel(label, fontsize=13)
+        for cloud, axis in zip(clouds, places):
+            axis.scatter(*cloud.cpu().T, s=0.6, color=colour, linewidths=0)
+            axis.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal")
+    for text, axis in zip(columns, axes[0]):
+        axis.set_title(text, fontsize=13)
+    return fig
+
+
 def png(fig: Figure) -> bytes:
     """The figure as a PNG, of as many colours as fit into 80 kB: noise has many and cannot be compressed. The same bytes every time."""
     file = BytesIO()

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from lessons import common
-from lessons.common import HERE, LARGEST, curves, milliseconds, picture_grid, scene_pixels, start, x0_predictor
+from lessons.common import HERE, LARGEST, cloud_grid, curves, milliseconds, picture_grid, scene_pixels, start, x0_predictor
 from lessons.exercises import Exercise
 from minidiff.scenes.scenes import Item, compose
 from tests.small_models import small_config, small_model
@@ -162,6 +162,15 @@ def test_curves_have_their_names_axes_and_ticks():
     assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "2"]
     assert (first.get_marker(), law.get_linestyle(), law.get_marker()) == ("o", "--", "None")
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "law"]
+    plt.close(fig)
+
+
+def test_clouds_have_their_points_labels_and_colours():
+    one, other = torch.rand(5, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 2)
+    fig = cloud_grid([[one, other]], ["t = 0", "t = 9"], ["data"], [common.BLUE])
+    first, second = fig.axes
+    assert torch.allclose(torch.tensor(first.collections[0].get_offsets()).float(), one)
+    assert (first.get_title(), second.get_title(), first.get_ylabel()) == ("t = 0", "t = 9", "data")
     plt.close(fig)
 
 
