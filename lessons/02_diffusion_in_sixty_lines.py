@@ -38,7 +38,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from lessons.common import BLUE, ORANGE, PINK, cloud_grid, curves, scene_pixels, start
+from lessons.common import BLUE, ORANGE, PINK, cloud_grid, curves, scene_latents, start
 from minidiff.config import SD1
 from minidiff.scenes.scenes import Item, compose
 from minidiff.schedule import NoiseSchedule
@@ -351,8 +351,7 @@ lesson.show(fig, "without-time", "Without the time a spiral forms too early; man
 # %%
 subjects = {"frog": "pink", "mushroom": "brown", "burger": "white", "cactus": "orange"}
 scenes = [compose([Item(s)], background=b, style="noto") for s, b in subjects.items()]
-with torch.no_grad():
-    x_0 = sd.vae.encode(scene_pixels(sd, scenes).to(lesson.device)).mean * sd.config.vae.scaling_factor
+x_0 = scene_latents(sd, scenes)
 B, C, H, W = x_0.shape
 assert (len(scenes), sd.config.vae.latent_channels) == (B, C)
 captions = {"with captions": [scene.caption for scene in scenes], "without": [""] * B}

@@ -172,6 +172,12 @@ def scene_pixels(sd: StableDiffusion, scenes: Sequence[Scene]) -> Tensor:
     return F.interpolate(pictures, size=(sd.config.image_size,) * 2, mode="bicubic").clamp(-1, 1)
 
 
+@torch.no_grad()
+def scene_latents(sd: StableDiffusion, scenes: Sequence[Scene]) -> Tensor:
+    """Return the scaled latents [B, C, H, W] of the scenes' pictures, on the model's device."""
+    return sd.vae.encode(scene_pixels(sd, scenes).to(sd.device)).mean * sd.config.vae.scaling_factor
+
+
 def milliseconds(function: Callable, *arguments: Tensor | int) -> float:
     """Return how long a call takes, the fastest of four; work on a GPU is waited for."""
     times = []

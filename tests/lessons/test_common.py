@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from lessons import common
-from lessons.common import HERE, LARGEST, cloud_grid, curves, milliseconds, picture_grid, scene_pixels, start, x0_predictor
+from lessons.common import HERE, LARGEST, cloud_grid, curves, milliseconds, picture_grid, scene_latents, scene_pixels, start, x0_predictor
 from lessons.exercises import Exercise
 from minidiff.scenes.scenes import Item, compose
 from tests.small_models import small_config, small_model
@@ -146,6 +146,14 @@ def test_the_pictures_of_scenes_have_the_models_size_and_range():
     sd.config = replace(config, image_size=40)
     smaller = scene_pixels(sd, [scene])
     assert smaller.shape == (1, 3, 40, 40) and smaller.abs().max() <= 1
+
+
+def test_the_latents_of_scenes_are_scaled_means_of_the_encoder():
+    sd = small_model(small_config())
+    scenes = [compose([Item(name, px=52)], background="blue", style="fluent") for name in ("pizza", "fox")]
+    with torch.no_grad():
+        encoded = sd.vae.encode(scene_pixels(sd, scenes))
+    assert torch.equal(scene_latents(sd, scenes), encoded.mean * sd.config.vae.scaling_factor)
 
 
 def test_the_fastest_of_four_calls_is_what_a_call_takes(monkeypatch):
