@@ -12,6 +12,7 @@ import argparse
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -24,6 +25,7 @@ matplotlib.use("Agg")  # pictures are files; a notebook shows the file
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -32,7 +34,9 @@ import weights_loader
 from lessons.exercises import complaint, exercises
 from minidiff.cli.model import choose_device
 from minidiff.guidance import guided
+from minidiff.pictures import to_pixels
 from minidiff.pipeline import StableDiffusion
+from minidiff.scenes.scenes import Scene
 
 HERE = Path(__file__).parent
 LARGEST = 80_000  # bytes of a picture
@@ -147,7 +151,7 @@ def x0_predictor(sd: StableDiffusion, prompts: Sequence[str]) -> Callable[[Tenso
     """
     cond, uncond = sd.encode_prompts(list(prompts)), sd.encode_prompts([""] * len(prompts))
     model = guided(sd.unet, cond, uncond, sd.config.guidance_scale)
-    convert = sd.schedule.x0_from_v if sd.schedule.config.prediction == "v" else sd.schedule.x0_from_eps
+    convert = x0_converter(sd)
 
     @torch.no_grad()
     def look(x_t: Tensor, t: int) -> Tensor:
@@ -155,6 +159,35 @@ def x0_predictor(sd: StableDiffusion, prompts: Sequence[str]) -> Callable[[Tenso
         return convert(x_t, timesteps, model(x_t, timesteps))
 
     return look
+
+
+def x0_converter(sd: StableDiffusion) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return convert(x_t, t, out), which turns the U-Net's output, eps or v, into its prediction of the clean latents."""
+    return sd.schedule.x0_from_v if sd.schedule.config.prediction == "v" else sd.schedule.x0_from_eps
+
+
+def scene_pixels(sd: StableDiffusion, scenes: Sequence[Scene]) -> Tensor:
+    """Return the scenes' pictures [B, 3, H, W] with values in [-1, 1], scaled to the model's own size."""
+    pictures = to_pixels(np.stack([scene.image for scene in scenes]))
+    return F.interpolate(pictures, size=(sd.config.image_size,) * 2, mode="bicubic").clamp(-1, 1)
+
+
+@torch.no_grad()
+def scene_latents(sd: StableDiffusion, scenes: Sequence[Scene]) -> Tensor:
+    """Return the scaled latents [B, C, H, W] of the scenes' pictures, on the model's device."""
+    return sd.vae.encode(scene_pixels(sd, scenes).to(sd.device)).mean * sd.config.vae.scaling_factor
+
+
+def milliseconds(function: Callable, *arguments: Tensor | int) -> float:
+    """Return how long a call takes, the fastest of four; work on a GPU is waited for."""
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        function(*arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - begin))
+    return min(times)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -222,6 +255,19 @@ def picture_grid(rows: Sequence[Sequence], columns: Sequence[str] = (), labels: 
         axis.set_title(text, fontsize=min(14, 90 / wide))
     for axis, text in zip(axes[:, 0], labels):
         axis.text(-0.06, 0.5, text, transform=axis.transAxes, ha="right", va="center", fontsize=13)
+    return fig
+
+
+def cloud_grid(rows: Sequence[Sequence[Tensor]], columns: Sequence[str], labels: Sequence[str], colours: Sequence[str]) -> Figure:
+    """Return clouds of points [N, 2] in rows, each row with its label and colour; columns: words above them."""
+    fig, axes = plt.subplots(len(rows), len(columns), figsize=(6, 1.05 * len(rows) + 0.3), squeeze=False)
+    for clouds, places, label, colour in zip(rows, axes, labels, colours):
+        places[0].set_ylabel(label, fontsize=13)
+        for cloud, axis in zip(clouds, places):
+            axis.scatter(*cloud.cpu().T, s=0.6, color=colour, linewidths=0)
+            axis.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal")
+    for text, axis in zip(columns, axes[0]):
+        axis.set_title(text, fontsize=13)
     return fig
 
 

@@ -35,6 +35,16 @@ ERRORS = (
         "a matrix product does not fit, {0} times {1}: the last axis of the left must be as long as the first of the right; "
         ".T turns a matrix round",
     ),
+    (
+        r"Expected size for first two dimensions of batch2 tensor to be: \[\d+, (\d+)\] but got: \[\d+, (\d+)\]",
+        "a product of stacked matrices does not fit: the left ones have {0} columns, the right ones {1} rows; "
+        ".transpose(-1, -2) swaps the last two axes",
+    ),
+    (
+        r"rearrange-reduction pattern",
+        "rearrange was given a pattern that does not fit the tensor: print the tensor's shape and hold it against what is left of `->`",
+    ),
+    (r"backward through the graph a second time", "backward() is called twice on the same loss: each step needs a loss of its own"),
     (r"name '(\w+)' is not defined", "the name {0!r} is not known here: use the arguments' names and what the lesson has imported"),
     (r"(?:local variable|variable) '(\w+)'", "{0!r} is used before a line gave it a value"),
     (r"'(\w+)' object is not callable", "round brackets call a function, and this is a {0}: an entry of a table is taken with [ ]"),

@@ -10,8 +10,9 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from lessons import common
-from lessons.common import HERE, LARGEST, curves, picture_grid, start, x0_predictor
+from lessons.common import HERE, LARGEST, cloud_grid, curves, milliseconds, picture_grid, scene_latents, scene_pixels, start, x0_predictor
 from lessons.exercises import Exercise
+from minidiff.scenes.scenes import Item, compose
 from tests.small_models import small_config, small_model
 
 NAME = "01_adding_noise"
@@ -135,6 +136,32 @@ def test_a_prediction_of_x_0_is_that_of_the_guided_model_for_v_and_for_eps():
         assert torch.allclose(x0_predictor(sd, prompts)(x_t, 400), expected, rtol=1e-4, atol=1e-4)  # float32, through a division by a
 
 
+def test_the_pictures_of_scenes_have_the_models_size_and_range():
+    scene = compose([Item("pizza", px=52)], background="blue", style="fluent")
+    config = small_config()
+    sd = SimpleNamespace(config=replace(config, image_size=len(scene.image)))
+    own = scene_pixels(sd, [scene, scene])
+    assert own.shape == (2, 3, *scene.image.shape[:2])
+    assert torch.allclose(own[0], torch.as_tensor(scene.image).permute(2, 0, 1) / 127.5 - 1, atol=1e-5)  # rounding of float32
+    sd.config = replace(config, image_size=40)
+    smaller = scene_pixels(sd, [scene])
+    assert smaller.shape == (1, 3, 40, 40) and smaller.abs().max() <= 1
+
+
+def test_the_latents_of_scenes_are_scaled_means_of_the_encoder():
+    sd = small_model(small_config())
+    scenes = [compose([Item(name, px=52)], background="blue", style="fluent") for name in ("pizza", "fox")]
+    with torch.no_grad():
+        encoded = sd.vae.encode(scene_pixels(sd, scenes))
+    assert torch.equal(scene_latents(sd, scenes), encoded.mean * sd.config.vae.scaling_factor)
+
+
+def test_the_fastest_of_four_calls_is_what_a_call_takes(monkeypatch):
+    clock, called = iter([0, 5, 10, 12, 20, 29, 30, 34]), []
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    assert milliseconds(called.append, 3) == 2000 and called == [3] * 4
+
+
 def test_curves_have_their_names_axes_and_ticks():
     fig = curves({"a": ([1, 2], [3, 4]), "law": ([1, 2], [1, 1])}, "x", "y", log="xy", dashed=["law"], xticks=[1, 2], ylim=(1, 5))
     (axis,) = fig.axes
@@ -143,6 +170,15 @@ def test_curves_have_their_names_axes_and_ticks():
     assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "2"]
     assert (first.get_marker(), law.get_linestyle(), law.get_marker()) == ("o", "--", "None")
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "law"]
+    plt.close(fig)
+
+
+def test_clouds_have_their_points_labels_and_colours():
+    one, other = torch.rand(5, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 2)
+    fig = cloud_grid([[one, other]], ["t = 0", "t = 9"], ["data"], [common.BLUE])
+    first, second = fig.axes
+    assert torch.allclose(torch.tensor(first.collections[0].get_offsets()).float(), one)
+    assert (first.get_title(), second.get_title(), first.get_ylabel()) == ("t = 0", "t = 9", "data")
     plt.close(fig)
 
 

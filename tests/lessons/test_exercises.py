@@ -9,6 +9,7 @@ from types import FunctionType
 import jupytext
 import pytest
 import torch
+from einops import rearrange
 from matplotlib import pyplot as plt
 
 from lessons.__main__ import main
@@ -156,6 +157,9 @@ def raised(function) -> str:
     [
         (lambda: torch.zeros(3) + torch.zeros(4), "along axis 0 one has 3 entries, the other 4"),
         (lambda: torch.zeros(2, 3) @ torch.zeros(2, 3), "a matrix product does not fit, 2x3 times 2x3"),
+        (lambda: torch.zeros(2, 3, 4) @ torch.zeros(2, 5, 4), "the left ones have 4 columns, the right ones 5 rows"),
+        (lambda: rearrange(torch.zeros(2, 3), "B N (h d) -> B h N d", h=2), "hold it against what is left of `->`"),
+        (lambda: (one := torch.ones(1, requires_grad=True).square().sum(), one.backward(), one.backward()), "needs a loss of its own"),
         (lambda: no_such_name, "the name 'no_such_name' is not known here"),
         (lambda: torch.zeros(3)(1), "an entry of a table is taken with [ ]"),
         (lambda: torch.sqrt(2.0), "was given a plain float: take the root with ** 0.5"),
