@@ -37,6 +37,7 @@ from minidiff.trainers.methods.method import Method
 from minidiff.trainers.methods.options import Concept, DataOptions, LowRankOptions, PhaseOptions, Prior
 from minidiff.trainers.methods.override import documented, flat_fields, override
 from minidiff.trainers.methods.table import METHODS
+from tests.checkpoints import with_unknown_tensor
 from tests.command import runner
 from tests.small_concepts import picture_folder
 from tests.small_models import small_model, training_config
@@ -385,11 +386,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_read(run, 
 
 
 def test_unknown_tensors_of_the_model_are_left_out_on_request_and_the_printed_command_says_so(run, tmp_path):
-    from safetensors.torch import save_file
-
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        metadata = file.metadata()
-    save_file(load_file(tmp_path / "model.safetensors") | {"zorp.weight": torch.zeros(3)}, tmp_path / "strange.safetensors", metadata)
+    with_unknown_tensor(tmp_path / "model.safetensors")
     quick = ("--images", "cat", "--out", "run", *QUICK, "--model", "strange.safetensors")
     code, _, err = run("train", *LORA, *quick)
     assert code == 2 and "zorp.weight" in err
