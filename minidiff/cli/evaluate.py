@@ -180,11 +180,12 @@ def tally(key: tyro.conf.Positional[Path], forms: tyro.conf.Positional[tuple[Pat
         key: key.json of the sheet
         forms: the filled forms, one a person
     """
+    from minidiff.evaluation.pairs import read_key
     from minidiff.evaluation.pairs import tally as count
 
     if not forms:
         raise ValueError("no forms given; give the filled copies of form.csv")
-    found, names = count(key, forms), json.loads(key.read_text(encoding="utf-8"))
+    found, names = count(key, forms), read_key(key)
     print(f"{names['first']} was preferred in {found.first}, {names['second']} in {found.second}, neither in {found.equal}")
     print(f"share of the first: {100 * found.preferred:.1f} %, 95 % interval {100 * found.low:.1f} to {100 * found.high:.1f} %")
 

@@ -131,6 +131,20 @@ def test_the_command_that_is_printed_draws_what_was_learnt(run, tmp_path, case):
                 assert json.loads(file.metadata()["minidiff.settings"]) == settings
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_last_sheet_shows_what_is_written_of_every_method(run, tmp_path, case):
+    """At a rate and a decay at which the averages that are written are far from the last weights."""
+    args, _ = CASES[case]
+    rate = "1" if args[0] == "textual-inversion" else "0.03"  # its words have vectors of length 1 or so, and nothing else learns
+    code, out, err = run("train", *args, "--images", "cat", "--out", "run", *QUICK, "--ema-decay", "0.9", "--learning-rate", rate)
+    assert code == 0, err
+    assert run(*shlex.split(out)[1:], "--steps", "1", "--out", "picture.png")[0] == 0
+    (sheet,) = (tmp_path / "run").glob("*-000003.png")
+    shown, drawn = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (sheet, tmp_path / "picture.png"))
+    tiles = (shown[y : y + 32, x : x + 32] for y in range(0, shown.shape[0], 32) for x in range(0, shown.shape[1], 32))
+    assert min(np.abs(tile - drawn).max() for tile in tiles) <= 1  # of 255: rounding
+
+
 def test_a_run_leaves_its_losses_a_curve_and_sheets_of_pictures(run, tmp_path, monkeypatch):
     from PIL import Image
 
