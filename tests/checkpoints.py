@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from minidiff.config import ModelConfig, TokenizerConfig
 from minidiff.pipeline import StableDiffusion
@@ -64,6 +66,14 @@ def family_model(name: str) -> StableDiffusion:
     if sd.config.text_encoder_2 is not None:
         sd.extra_tensors["conditioner.embedders.1.model.logit_scale"] = torch.tensor(4.6)
     return sd
+
+
+def with_unknown_tensor(path: Path) -> Path:
+    """Write a copy of a .safetensors file, strange.safetensors, with a tensor in it that nobody knows: zorp.weight."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path) | {"zorp.weight": torch.zeros(3)}, path.with_name("strange.safetensors"), metadata)
+    return path.with_name("strange.safetensors")
 
 
 def part_to_file(sd: StableDiffusion, part: str, layout: str) -> dict[str, torch.Tensor]:

@@ -131,9 +131,10 @@ def test_defaults_fill_in_what_an_older_run_does_not_name_and_what_may_change_is
 
 
 def test_a_file_that_is_no_json_is_said_to_be_none(tmp_path):
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run\.json: no JSON .*; choose an empty folder"):
-        ensure_same_run(tmp_path / "run.json", {})
+    for text in ("{", ""):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(ValueError, match=r"run\.json: no JSON .*; choose an empty folder"):
+            ensure_same_run(tmp_path / "run.json", {})
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '"a"', "null"])

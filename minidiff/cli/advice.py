@@ -36,6 +36,12 @@ def syntax_notes(prompts: Iterable[str]) -> Iterator[str]:
             yield words.format(found[0], *(part or "1" for part in found.groups()))
 
 
+def negative_notes(negative_prompt: str | None, guidance_scale: float) -> Iterator[str]:
+    """Yield a line for a negative prompt at the scale at which nothing is guided away from it."""
+    if negative_prompt and guidance_scale == 1:
+        yield "--negative-prompt has no effect at --guidance-scale 1, which draws the prompt alone; give a larger scale"
+
+
 def learned_words() -> frozenset[str]:
     """Return every word of the captions that the bundled model was trained with."""
     from minidiff.scenes.art import COLOURS, STYLES, subject_names, subjects

@@ -52,7 +52,7 @@ def convert(
         ema: take the averaged weights, where a .ckpt holds both; the others are left out in any case
         vae: a VAE file to put in the place of the model's
         prediction: what the model predicts, eps or v, where its file is wrong about it
-        ignore: a regular expression of unknown tensors to leave out
+        ignore: a regular expression of unknown tensors in the checkpoint to leave out
         names: of a LoRA: kohya (by default) or diffusers; of learned words: diffusers (by default) or a1111
         model: the checkpoint that a LoRA is for, if it is of no public family, or that a Custom Diffusion was learned on
     """
@@ -63,10 +63,10 @@ def convert(
     check_writable(target)
     if weights_loader.small_kind(source):
         refuse_flags(
-            {"dtype": dtype != "auto", "ema": ema, "vae": vae, "prediction": prediction, "ignore": ignore},
+            {"dtype": dtype != "auto", "ema": ema, "vae": vae, "prediction": prediction, "ignore": None if model else ignore},
             f"a whole model, and {source} is small",
         )
-        weights_loader.rewrite(source, target, names, load(model, "float32", "cpu") if model else None)
+        weights_loader.rewrite(source, target, names, load(model, "float32", "cpu", ignore=ignore) if model else None)
         finish(target, use=f"minidiff inspect {shlex.quote(str(target))}")
         return
     refuse_flags({"names": names, "model": model}, f"a small file, and {source} is a whole model")

@@ -132,7 +132,7 @@ def features_of(encoder: "Encoder", paths: list[Path]):
         return torch.cat([encoder.encode_pictures(batch).float().cpu() for batch in pixels])
 
 
-def weights(base: tyro.conf.Positional[str], tuned: tyro.conf.Positional[str], /, top: int = 10) -> None:
+def weights(base: tyro.conf.Positional[str], tuned: tyro.conf.Positional[str], /, top: int = 10, ignore: Text = None) -> None:
     """Measure how far training moved a U-Net's weights, by kind of layer: |W' - W| / |W|.
 
         minidiff evaluate weights tiny runs/tuned/model.safetensors
@@ -141,10 +141,11 @@ def weights(base: tyro.conf.Positional[str], tuned: tyro.conf.Positional[str], /
         base: the model before
         tuned: the model after
         top: how many of the layers that moved most are listed
+        ignore: a regular expression of unknown tensors in either file to leave out
     """
     from minidiff.evaluation.weights import kind_of, layer_changes, relative_changes
 
-    before, after = (dict(load(model, "float32", "cpu").unet.named_parameters()) for model in (base, tuned))
+    before, after = (dict(load(model, "float32", "cpu", ignore=ignore).unet.named_parameters()) for model in (base, tuned))
     for kind, change in relative_changes(before, after).items():
         print(f"{kind:16} {100 * change:.3f} %")
     each = layer_changes(before, after)
@@ -179,11 +180,12 @@ def tally(key: tyro.conf.Positional[Path], forms: tyro.conf.Positional[tuple[Pat
         key: key.json of the sheet
         forms: the filled forms, one a person
     """
+    from minidiff.evaluation.pairs import read_key
     from minidiff.evaluation.pairs import tally as count
 
     if not forms:
         raise ValueError("no forms given; give the filled copies of form.csv")
-    found, names = count(key, forms), json.loads(key.read_text(encoding="utf-8"))
+    found, names = count(key, forms), read_key(key)
     print(f"{names['first']} was preferred in {found.first}, {names['second']} in {found.second}, neither in {found.equal}")
     print(f"share of the first: {100 * found.preferred:.1f} %, 95 % interval {100 * found.low:.1f} to {100 * found.high:.1f} %")
 
@@ -195,6 +197,7 @@ def bundled(
     guidance_scale: float | None = None,
     seeds: tuple[int, ...] = (0, 1, 2),
     limit: Whole = None,
+    ignore: Text = None,
     device: str = "auto",
     threads: Whole = None,
 ) -> None:
@@ -208,6 +211,7 @@ def bundled(
         guidance_scale: how strongly pictures follow the prompt; the model's own by default
         seeds: every prompt is drawn on each
         limit: this many of the 246 prompts, evenly spread
+        ignore: a regular expression of unknown tensors in the model's file to leave out
         device: auto, cpu, cuda, cuda:1, mps
         threads: CPU threads to use; all cores by default
     """
@@ -220,7 +224,7 @@ def bundled(
 
     figures = None
     with training_on(device, threads) as chosen:
-        sd, judge = load(model, "float32", chosen), weights_loader.load_judge(device=chosen)
+        sd, judge = load(model, "float32", chosen, ignore=ignore), weights_loader.load_judge(device=chosen)
         with tqdm(unit="picture", file=sys.stderr) as bar:
             for progress in evaluate(sd, judge, steps=steps, guidance_scale=guidance_scale, seeds=seeds, limit=limit):
                 bar.total = progress.total
@@ -239,6 +243,7 @@ def edits(
     seeds: tuple[int, ...] = (0, 1, 2),
     steps: int = 20,
     readme: File = None,
+    ignore: Text = None,
     device: str = "auto",
     threads: Whole = None,
 ) -> None:
@@ -254,6 +259,7 @@ def edits(
         seeds: of the noise
         steps: of the sampler
         readme: a Markdown file whose tables are made anew, between marks as <!-- edits --> and <!-- end of edits -->
+        ignore: a regular expression of unknown tensors in the model's file to leave out
         device: auto, cpu, cuda, cuda:1, mps
         threads: CPU threads to use; all cores by default
     """
@@ -270,7 +276,7 @@ def edits(
     if text is not None:
         renew_tables(text, dict.fromkeys(parts, ""))  # only to learn whether it has the marks
     with training_on(device, threads) as chosen, torch.no_grad():
-        sd, judge = load(model, "float32", chosen), weights_loader.load_judge(device=chosen)
+        sd, judge = load(model, "float32", chosen, ignore=ignore), weights_loader.load_judge(device=chosen)
         for name in parts:
             measure = edits.measure if name in edits.PARTS else attention_edits.measure
             table = measure(name, sd, judge, count=blends if name == "blends" else count, seeds=seeds, steps=steps)

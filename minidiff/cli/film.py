@@ -7,14 +7,15 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from minidiff.cli.advice import size_notes, syntax_notes, word_notes
+from minidiff.cli.advice import negative_notes, size_notes, syntax_notes, word_notes
 from minidiff.cli.endings import finish
 from minidiff.cli.flags import DTypes, File, Number, Several, Text, Whole
-from minidiff.cli.model import load, named, print_notes, weighted
+from minidiff.cli.generate import read_weights
+from minidiff.cli.model import load, named, print_notes, unused_words, weighted
 from minidiff.cli.names import check_writable, free_path, slug
 from minidiff.cli.picture_files import check_zoom, enlarge
 
@@ -32,6 +33,8 @@ def film(
     prompt: tyro.conf.Positional[str],
     /,
     model: str = "tiny",
+    prediction: Literal["eps", "v"] | None = None,
+    ignore: Text = None,
     steps: int = 30,
     sampler: str = "ddim",
     guidance_scale: Number = None,
@@ -56,6 +59,8 @@ def film(
     Args:
         prompt: what the picture shows, in quotes
         model: "tiny" (ships with minidiff), a .safetensors or .ckpt file, or a diffusers folder
+        prediction: what the model predicts, eps or v, where its file is wrong about it
+        ignore: a regular expression of unknown tensors in the model's file to leave out
         steps: how many steps the sampler takes; each is a frame
         sampler: its name; `minidiff list samplers` shows all of them
         guidance_scale: how strongly the picture follows the prompt; the model's own by default
@@ -82,10 +87,14 @@ def film(
         raise ValueError(f"--seconds {seconds:g} is outside 0..600; 4 is a good length")
     if zoom is not None:
         check_zoom(zoom)
-    print_notes(syntax_notes([prompt]))
-    sd = load(model, dtype, device, lora=weighted(lora), embeddings=named(embedding))
+    words = [prompt, negative_prompt or ""]
+    print_notes(syntax_notes(words))
+    sd = load(model, dtype, device, prediction=prediction, ignore=ignore, lora=weighted(lora), embeddings=named(embedding))
     if model in BUNDLED and not lora:
-        print_notes(word_notes([prompt], sd.tokenizer.added))
+        print_notes(word_notes(words, sd.tokenizer.added))
+    read_weights(sd, words)
+    print_notes(unused_words(sd.tokenizer, words))
+    print_notes(negative_notes(negative_prompt, sd.config.guidance_scale if guidance_scale is None else guidance_scale))
     print_notes(size_notes(sd.pixel_size(size), sd.config.image_size))
     trajectory = sd.denoise(
         prompt,
@@ -101,7 +110,8 @@ def film(
         enlarge(frame, zoom, "nearest") for frame in tqdm(frames_of(sd.decode, trajectory), total=steps, unit="step", file=sys.stderr)
     ]
     write_film(frames, out, seconds)
-    flags = {"--model": None if model == "tiny" else model, "--steps": steps, "--sampler": sampler, "--seed": seed, "--size": size}
+    flags = {"--model": None if model == "tiny" else model, "--prediction": prediction, "--ignore": ignore}
+    flags |= {"--steps": steps, "--sampler": sampler, "--seed": seed, "--size": size}
     flags |= {"--guidance-scale": guidance_scale, "--negative-prompt": negative_prompt}
     again = [text for flag, value in flags.items() if value is not None for text in (flag, str(value))]
     again += [text for flag, files in (("--lora", lora), ("--embedding", embedding)) for file in files for text in (flag, file)]

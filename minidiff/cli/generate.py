@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from minidiff import __version__
-from minidiff.cli.advice import size_notes, syntax_notes, word_notes
+from minidiff.cli.advice import negative_notes, size_notes, syntax_notes, word_notes
 from minidiff.cli.control import parse_controls, steer
 from minidiff.cli.edit import EditFlags, check_model, prepare_edit, read_edit
 from minidiff.cli.endings import finish
@@ -168,8 +168,7 @@ def generate(
         print_notes(word_notes([*prompts, negative_prompt or ""], sd.tokenizer.added))
     texts, each_seed = [prompt for prompt, _ in pairs], [one for _, one in pairs]
     guidance_scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
-    if negative_prompt and guidance_scale == 1:
-        print_notes(["--negative-prompt has no effect at --guidance-scale 1, which draws the prompt alone; give a larger scale"])
+    print_notes(negative_notes(negative_prompt, guidance_scale))
     if spacing and sampler in SAMPLERS and SAMPLERS[sampler].own_spacing:
         print_notes([f"--spacing has no effect on the sampler {sampler}, which has its own"])
     sampling, left = Sampling(steps, sampler, guidance_scale, negative, spacing, eta), steps

@@ -4,11 +4,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from minidiff import __version__
+from minidiff.cli.advice import negative_notes, syntax_notes
 from minidiff.cli.endings import finish
 from minidiff.cli.flags import Attentions, DTypes, File, Number, Several, Text, Whole
 from minidiff.cli.generate import parse_size
@@ -38,6 +39,8 @@ def edit(
     local_blend: TwoWords = None,
     image: File = None,
     model: str = "tiny",
+    prediction: Literal["eps", "v"] | None = None,
+    ignore: Text = None,
     negative_prompt: Text = None,
     steps: int = 30,
     sampler: str = "ddim",
@@ -68,6 +71,8 @@ def edit(
         local_blend: a word of the original and a word of the edit: elsewhere the picture stays
         image: a picture to edit, which the first prompt describes; it is inverted first, which takes some ten times as long
         model: "tiny" (ships with minidiff), a .safetensors or .ckpt file, or a diffusers folder
+        prediction: what the model predicts, eps or v, where its file is wrong about it
+        ignore: a regular expression of unknown tensors in the model's file to leave out
         negative_prompt: what neither picture should show
         steps: how many steps the sampler takes
         sampler: its name, as in generate; a picture needs ddim
@@ -100,16 +105,20 @@ def edit(
     if not seeds:
         raise ValueError(f"--batch {batch} makes no picture; give at least 1")
     files = pair_files(out, edited, seeds)
+    print_notes(syntax_notes([original, edited, negative_prompt or ""]))
     sd = load(
         model,
         dtype if image is None else "float32",
         device,
+        prediction=prediction,
+        ignore=ignore,
         lora=weighted(lora),
         embeddings=named(embedding),
         custom_diffusion=custom_diffusion,
     )
     print_notes(unused_words(sd.tokenizer, [original, edited, negative_prompt or ""]))
     scale = sd.config.guidance_scale if guidance_scale is None else guidance_scale
+    print_notes(negative_notes(negative_prompt, scale))
     sampling = Sampling(steps, sampler, scale, negative_prompt)
     with attention_backend(attention):
         prompt_to_prompt(sd, original, edited, wanted, seeds=seeds, sampling=sampling)  # refuses what it cannot do before the inversion
@@ -125,6 +134,8 @@ def edit(
         "Seed": seeds[0],
         "Size": f"{images[0].width}x{images[0].height}",
         "Model": model,
+        "Prediction": prediction,
+        "Ignore": ignore,
         "Cross-attention": f"{wanted.align or 'by words'} {wanted.cross:g}",
         "Self-attention": wanted.self_attention,
         "Until": until,

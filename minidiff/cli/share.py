@@ -76,7 +76,7 @@ def share(
     """
     from weights_loader.write import new_folder
 
-    settings, model = read_run(run)
+    settings, model, options = read_run(run)
     if pictures < 1:
         raise ValueError(f"--pictures {pictures}: a gallery needs at least 1")
     if folder.exists():
@@ -85,7 +85,7 @@ def share(
     results = {name: run / name for name in RESULTS if (run / name).exists()} | words_of(run, settings)
     if not results:
         raise ValueError(f"{run}: no result in it yet; let the training end first, with the same command")
-    sd = load(model, "float32", "cpu")
+    sd = load(model, "float32", "cpu", prediction=options.get("prediction"), ignore=options.get("ignore"))
     family, name = family_of(sd.config), slug(title or run.resolve().name)
     phrases = [phrase_of(concept) for concept in settings["concepts"]]
     prompts = list(prompt) or prompts_of(settings)
@@ -95,19 +95,24 @@ def share(
             RESULTS.get(result, share_embedding)(path, place, name, sd, shared)
         if len(shared.files) == 0:
             raise ValueError(f"{run}: {', '.join(results)} cannot be shared")
-        images = draw_gallery(place, shared, model, prompts, pictures, steps, device)
+        images = draw_gallery(place, shared, (model, options), prompts, pictures, steps, device)
         text = card(settings, shared, images, title or run.resolve().name, base_model, family, phrases, prompts[0])
         (place / "README.md").write_text(text, encoding="utf-8")
     if base_model is None and family in BASES:
         print_notes([f"base_model is {BASES[family][0]}, by the family of {model}; if it was another model, --base-model NAME says so"])
     flags = [text for flag, file in shared.flags for text in (flag, str(folder / file))]
-    base = [] if model == "tiny" or "--model" in flags else ["--model", model]
+    base = [] if model == "tiny" else ["--model", model]
+    base += [text for name, value in options.items() for text in (f"--{name}", value)]
+    base = [] if "--model" in flags else base
     use = shlex.join(["minidiff", "generate", prompts[0], *base, *flags])
     finish(folder, f"{', '.join(shared.files)}, README.md and {len(images)} in images/; upload it as it is", use=use)
 
 
-def read_run(run: Path) -> tuple[dict[str, Any], str]:
-    """Return the settings of a run and its model. Raises ValueError or FileNotFoundError for a folder that is no ended run."""
+def read_run(run: Path) -> tuple[dict[str, Any], str, dict[str, str]]:
+    """Return the settings of a run, its model, and how it is read: "prediction" and "ignore", if they were given.
+
+    Raises ValueError or FileNotFoundError for a folder that is no ended run.
+    """
     from minidiff.files import parse_json, read_text
 
     if not run.is_dir():
@@ -119,7 +124,8 @@ def read_run(run: Path) -> tuple[dict[str, Any], str]:
     asked = parse_json(read_text(run / "run.json"), str(run / "run.json"))
     if not isinstance(settings, dict) or not isinstance(settings.get("concepts"), list) or not isinstance(asked, dict):
         raise ValueError(f"{run}: settings.json and run.json are not as `minidiff train` writes them")
-    return settings, str(asked.get("model", settings.get("model", "tiny")))
+    options = {name: str(asked[name]) for name in ("prediction", "ignore") if asked.get(name)}
+    return settings, str(asked.get("model", settings.get("model", "tiny"))), options
 
 
 def words_of(run: Path, settings: Mapping[str, Any]) -> dict[str, Path]:
@@ -263,13 +269,15 @@ RESULTS: dict[str, Callable[[Path, Path, str, "StableDiffusion", Shared], None]]
 # --- gallery and card -------------------------------------------------------------------------------------------------
 
 
-def draw_gallery(place: Path, shared: Shared, model: str, prompts: list[str], count: int, steps: int, device: str) -> list[tuple[str, str]]:
+def draw_gallery(
+    place: Path, shared: Shared, base: tuple[str, Mapping[str, str]], prompts: list[str], count: int, steps: int, device: str
+) -> list[tuple[str, str]]:
     """Draw pictures with the files of the folder; return the name of each and its prompt.
 
     Args:
         place: the folder
         shared: what it holds
-        model: that the files are for
+        base: the model that the files are for, and how it is read
         prompts: `count` pictures each
         count: on seeds 0, 1, ...
         steps: of the sampler
@@ -282,6 +290,7 @@ def draw_gallery(place: Path, shared: Shared, model: str, prompts: list[str], co
     from minidiff.pipeline import to_images
     from minidiff.samplers import levels
 
+    model, options = base
     files = {flag: [str(place / file) for other, file in shared.flags if other == flag] for flag, _ in shared.flags}
     sd = load(
         *files.get("--model", [model]),
@@ -290,6 +299,8 @@ def draw_gallery(place: Path, shared: Shared, model: str, prompts: list[str], co
         lora=tuple(files.get("--lora", ())),
         embeddings=tuple(files.get("--embedding", ())),
         custom_diffusion=tuple(files.get("--custom-diffusion", ())),
+        prediction=options.get("prediction"),
+        ignore=options.get("ignore"),
     )
     (place / "images").mkdir()
     requests = [ControlRequest(net, Path(hint), ()) for hint, net in zip(files.get("--control", ()), files.get("--controlnet", ()))]

@@ -284,7 +284,8 @@ def prepare(job: Job, sd: "StableDiffusion", stack: ExitStack) -> "TrainingRun":
     if training.lora is not None:
         weights_loader.check_lora_names(training.lora, job.names)
     if rank() == 0:
-        claim(job.run.out, {"method": job.name, "model": job.run.model, "names": job.names}, result_names(training, job.names))
+        asked = {"method": job.name, "model": job.run.model, "names": job.names, "prediction": job.run.prediction, "ignore": job.run.ignore}
+        claim(job.run.out, asked, result_names(training, job.names))
         stack.enter_context(exclusive(job.run.out))
         fill_class_folders(job, sd)
     barrier()
@@ -301,7 +302,7 @@ def build(job: Job, sd: "StableDiffusion") -> "TrainingRun":
     return method.build(sd, job.concepts, job.options, Cache(job.run.out / "cache"), **more)
 
 
-def claim(out: Path, asked: dict[str, str], names: list[str]) -> None:
+def claim(out: Path, asked: dict[str, str | None], names: list[str]) -> None:
     """Claim the folder for the run. Raises ValueError if it holds another's, or files that are no run's; OSError if it cannot be written.
 
     Args:
@@ -315,7 +316,7 @@ def claim(out: Path, asked: dict[str, str], names: list[str]) -> None:
     if held and not (out / "run.json").exists():
         raise ValueError(f"--out {out}: holds {held[0]}, and no run; choose a new folder, or an empty one")
     try:
-        ensure_same_run(out / "run.json", asked)
+        ensure_same_run(out / "run.json", asked, defaults={name: asked.get(name) for name in ("prediction", "ignore")})
     except OSError as error:
         raise OSError(f"--out {out}: no folder to write to ({error.strerror}); choose another place") from error
     for name in names:

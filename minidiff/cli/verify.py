@@ -67,6 +67,7 @@ def verify(
     if out is not None:
         check_writable(out)
     sd = load(file, "float32", "cpu", ignore=ignore)
+    check_asked(sd, steps, seed, size)
     lines = [f"# {file}", "", versions(), "", "```", str(weights_loader.inspect(file, ignore=ignore)), "```", ""]
     agrees = True
     if importlib.util.find_spec("diffusers") is None:
@@ -84,6 +85,22 @@ def verify(
     print(out if out is not None else text)
     if not agrees:
         sys.exit(1)
+
+
+def check_asked(sd: "StableDiffusion", steps: int, seed: int, size: int | None) -> None:
+    """Raise ValueError for numbers that the model cannot be drawn with, or at which diffusers visits other timesteps.
+
+    Args:
+        sd: the model
+        steps, seed, size: of the picture
+    """
+    from minidiff.pipeline import noise_source
+
+    timesteps = sd.config.schedule.timesteps
+    if not 1 <= steps <= timesteps or timesteps % steps:
+        raise ValueError(f"--steps {steps}: give a divisor of {timesteps}, as 10 or 20; at others diffusers visits other timesteps")
+    sd.pixel_size(size)
+    noise_source([seed], (1, 1, 1), sd.device)
 
 
 def versions() -> str:
@@ -153,6 +170,7 @@ def page(sd: "StableDiffusion", pipe: Any, prompt: str, steps: int, seed: int, s
         "",
         f"## Trajectory and picture: {prompt!r}, ddim, {steps} steps, seed {seed}",
         "",
+        *(["All of the picture is masked for this inpainting model: it is drawn from the prompt alone.", ""] if is_inpainting(sd) else []),
         f"Largest difference of the latent after each step: {', '.join(f'{drift:.1e}' for drift in drifts)}.",
         f"Largest difference of the 8-bit picture: {levels} of 255.",
         "",
@@ -250,10 +268,13 @@ def compare_pictures(sd: "StableDiffusion", pipe: Any, prompt: str, steps: int, 
     import numpy as np
     import torch
 
+    from minidiff.editing.inpaint import with_hole
     from minidiff.pipeline import noise_source, to_images
 
     side = size or sd.config.image_size
-    ours = [step.x_t for step in sd.denoise([prompt], seeds=[seed], steps=steps, sampler="ddim", size=side)]
+    grey, everything = torch.zeros(1, 3, side, side), torch.ones(1, 1, side, side)
+    model = with_hole(sd, grey, everything) if is_inpainting(sd) else None
+    ours = [step.x_t for step in sd.denoise([prompt], seeds=[seed], steps=steps, sampler="ddim", size=side, model=model)]
     picture = to_images(sd.decode(ours[-1]))[0]
     theirs: list[torch.Tensor] = []
 
@@ -264,15 +285,48 @@ def compare_pictures(sd: "StableDiffusion", pipe: Any, prompt: str, steps: int, 
     cells = side // sd.config.vae.factor
     noise = noise_source([seed], (sd.config.vae.latent_channels, cells, cells), sd.device)()
     scale = sd.config.guidance_scale
-    other = pipe(
-        prompt,
-        height=side,
-        width=side,
-        num_inference_steps=steps,
-        guidance_scale=scale,
-        latents=noise,
-        callback_on_step_end=keep,
-    ).images[0]
+    with ExitStack() as stack:
+        if model is not None:
+            hook = pipe.unet.register_forward_pre_hook(partial(add_hole, their_hole(pipe, grey)))
+            stack.callback(hook.remove)
+        other = pipe(
+            prompt,
+            height=side,
+            width=side,
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            latents=noise,
+            callback_on_step_end=keep,
+        ).images[0]
     drifts = [(a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True)]
     levels = int(np.abs(np.asarray(picture).astype(int) - np.asarray(other).astype(int)).max())
     return drifts, levels
+
+
+def is_inpainting(sd: "StableDiffusion") -> bool:
+    """Return whether the U-Net is also told a mask and the picture outside it."""
+    return sd.config.unet.in_channels != sd.config.vae.latent_channels
+
+
+def their_hole(pipe: Any, pixels: "Tensor") -> "Tensor":
+    """Return the channels with which diffusers' pipeline for inpainting says that all is masked: the mask, and the latent of `pixels`.
+
+    pipe: diffusers' pipeline. pixels: mid-grey, of the picture's size.
+    """
+    import torch
+
+    with torch.no_grad():
+        latent = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+    return torch.cat([torch.ones_like(latent[:, :1]), latent], dim=1)
+
+
+def add_hole(hole: "Tensor", _unet: "nn.Module", args: "tuple[Tensor, ...]") -> "tuple[Tensor, ...]":
+    """Put the channels of the hole behind those of the latent, as a hook in front of diffusers' U-Net.
+
+    Args:
+        hole: one row of channels
+        args: of the U-Net; the first one is the latent
+    """
+    import torch
+
+    return torch.cat([args[0], hole.expand(len(args[0]), -1, -1, -1)], dim=1), *args[1:]

@@ -6,19 +6,21 @@ As in Custom Diffusion's user study (Kumari et al. 2023, section 4.3), people se
 """
 
 import csv
+import io
 import json
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageOps
 
 from minidiff.evaluation.folder import find_drawn_pictures
-from minidiff.files import write_text
+from minidiff.files import read_text, write_text
 from minidiff.pictures import load_picture, save_png
 
 ANSWERS = ("left", "right", "equal")
@@ -72,8 +74,9 @@ def make_sheet(first: Path, second: Path, out: Path, seed: int = 0, size: int = 
             picture = ImageOps.pad(load_picture(folder / name), (size, size), color="white")
             sheet.paste(picture, (LABEL + side * (size + GAP), i * (size + GAP)))
     save_png(sheet, out / "sheet.png")
-    with open(out / "form.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("row", f"better ({', '.join(ANSWERS)})"), *((i + 1, "") for i in range(len(names)))])
+    form = io.StringIO(newline="")
+    csv.writer(form, lineterminator="\n").writerows([("row", f"better ({', '.join(ANSWERS)})"), *((i + 1, "") for i in range(len(names)))])
+    write_text(out / "form.csv", form.getvalue())
     key = {"first": str(first), "second": str(second), "names": names, "left is second": swapped.tolist()}
     write_text(out / "key.json", json.dumps(key, indent=1))
     return len(names)
@@ -85,10 +88,7 @@ def tally(key: Path, forms: Sequence[Path]) -> Tally:
     Raises ValueError for a file that is no key, a form given twice, and a row that is missing, empty, filled with something else, given
     twice, or not on the sheet.
     """
-    try:
-        swapped = json.loads(key.read_text(encoding="utf-8"))["left is second"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{key}: not the key of a sheet; give the key.json that stands beside sheet.png") from error
+    swapped = read_key(key)["left is second"]
     if len({form.resolve() for form in forms}) < len(forms):
         raise ValueError(f"one of {', '.join(map(str, forms))} is given twice; give each person's form once")
     values = np.zeros((len(forms), len(swapped)))  # 1 the first folder's, -1 the second's, 0 neither
@@ -102,9 +102,22 @@ def tally(key: Path, forms: Sequence[Path]) -> Tally:
     return Tally(first, second, equal, first / chosen if chosen else math.nan, low, high)
 
 
+def read_key(path: Path) -> dict[str, Any]:
+    """Read the key of a sheet: "first" and "second", the two folders; "left is second", for each row. Raises ValueError for another file."""
+    try:
+        key = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        key = None
+    kinds = {"first": str, "second": str, "left is second": list}
+    whole = isinstance(key, dict) and all(isinstance(key.get(name), kind) for name, kind in kinds.items())
+    if not whole or not all(isinstance(swap, bool) for swap in key["left is second"]):
+        raise ValueError(f"{path}: not the key of a sheet; give the key.json that stands beside sheet.png")
+    return key
+
+
 def answers_of(form: Path, rows: int) -> dict[int, str]:
     """Read a form: what a person chose, by row from 0."""
-    text = form.read_text(encoding="utf-8-sig")
+    text = read_text(form).removeprefix("\ufeff")
     delimiter = ";" if text.partition("\n")[0].count(";") else ","  # spreadsheets of many countries write the former
     answers: dict[int, str] = {}
     for cells in list(csv.reader(text.splitlines(), delimiter=delimiter))[1:]:

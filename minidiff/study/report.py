@@ -433,7 +433,7 @@ def write_report(results: Results, judge: Encoder) -> str:
     """
     distances, claims = kid_by_method(results, judge), judge_claims(results)
     text = format_report(make_tables(results, distances), claims)
-    (results.folder / "study.md").write_text(text, encoding="utf-8")
+    write_text(results.folder / "study.md", text)
     head = {
         "commands": ["minidiff evaluate study OUT", "minidiff evaluate report OUT"],
         "machine": json.loads((results.folder / "made-by.json").read_text(encoding="utf-8"))["machine"],  # that began the runs
@@ -441,7 +441,7 @@ def write_report(results: Results, judge: Encoder) -> str:
         "kid": {name: asdict(one) for name, one in distances.items()},
     }
     rows = ",\n".join(json.dumps(row) for row in results.rows)  # a line each
-    (results.folder / "study.json").write_text(json.dumps(head, indent=1)[:-2] + f',\n "results": [\n{rows}\n]}}\n', encoding="utf-8")
+    write_text(results.folder / "study.json", json.dumps(head, indent=1)[:-2] + f',\n "results": [\n{rows}\n]}}\n')
     save_png(draw_intervals([gap for one in claims for gap in one.gaps]), results.folder / "findings.png")
     curve = [
         (f"{name}: {score}", results.difference(("compression", name), STANDARD, score))

@@ -13,6 +13,7 @@ from minidiff.cli.evaluate import kid_of
 from minidiff.cli.names import slug
 from minidiff.evaluation.weights import kind_of
 from minidiff.scenes.scenes import Item, compose
+from tests.checkpoints import with_unknown_tensor
 from tests.command import runner
 from weights_loader.contents import BUNDLED
 
@@ -154,6 +155,19 @@ def test_weights_that_did_not_move_are_told_from_those_that_did(run, tmp_path):
     moved = {line.split()[0]: float(line.split()[1]) for line in lines[:3]}
     assert moved["cross-attention"] > 0 == moved["self-attention"] == moved["other"]
     assert lines[3].split() == ["200.000", "%", "cross-attention", name]  # |3 W - W| / |W|
+
+
+def test_unknown_tensors_of_a_model_of_the_scenes_are_left_out_on_request(run, tmp_path):
+    (tmp_path / "tiny.safetensors").write_bytes(BUNDLED["tiny"].read_bytes())
+    file = with_unknown_tensor(tmp_path / "tiny.safetensors").name
+    for args in (
+        ("bundled", file, "--limit", "4", "--steps", "1"),
+        ("edits", file, "--part", "blends", "--blends", "1", "--steps", "2", "--seeds", "0"),
+    ):
+        code, out, err = run("evaluate", *args)
+        assert (code, out) == (2, "") and "zorp.weight" in err and "ignore=REGEX (--ignore)" in err
+        code, out, err = run("evaluate", *args, "--ignore", "^zorp")
+        assert code == 0 and out.startswith("|"), err
 
 
 def test_a_sheet_is_made_and_counted(run, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import weights_loader
+from minidiff.adapters.tokens import NewTokens
 from minidiff.cli.film import HOLD
 from minidiff.pipeline import to_images
 from tests.command import runner
@@ -65,6 +66,21 @@ def test_small_pictures_are_enlarged_and_the_film_is_named_after_its_prompt(run,
     assert (code, out) == (0, "a-cat-5.gif\n") and Image.open(tmp_path / "a-cat-5.gif").size == (512, 256)
     code, out, err = run("film", *MADE[:-2], "--size", "64")
     assert (code, out) == (0, "a-cat-5-2.gif\n") and "at 64 x 64 things tend to repeat; --zoom 2 enlarges" in err
+
+
+def test_weights_are_read_and_what_has_no_effect_is_said(run, tmp_path):
+    weights_loader.write_embedding(tmp_path / "word.safetensors", NewTokens({"<it>": torch.ones(1, 16)}))
+    told = ("--negative-prompt", "BREAK", "--guidance-scale", "1", "--embedding", "word.safetensors", "--zoom", "1", "--steps", "2")
+    code, _, err = run("film", "a (cat:1.7)", "--model", "model.safetensors", *told, "--out", "cat.webp")
+    assert code == 0, err
+    assert "--negative-prompt has no effect at --guidance-scale 1" in err and "BREAK is a word here" in err
+    assert "no prompt uses the learned word <it>" in err
+    (use,) = [line.partition("next: ")[2] for line in err.splitlines() if "next: " in line]
+    assert run(*shlex.split(use)[1:], "--out", "cat.png")[0] == 0
+    with Image.open(tmp_path / "cat.webp") as film:
+        film.seek(1)
+        last = np.asarray(film.convert("RGB"))[:, :32].astype(int)
+    assert np.abs(last - np.asarray(Image.open(tmp_path / "cat.png"))).max() <= 1  # of 255: two latents are decoded at once
 
 
 @pytest.mark.parametrize(

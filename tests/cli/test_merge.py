@@ -12,6 +12,7 @@ from minidiff.adapters.custom_diffusion import CustomDiffusion, compress
 from minidiff.adapters.lora import PATTERNS, merge_lora
 from minidiff.adapters.tokens import create_tokens
 from minidiff.cli import merge
+from tests.checkpoints import with_unknown_tensor
 from tests.command import runner
 from tests.small_files import random_delta, random_lora
 from tests.small_models import small_model
@@ -55,16 +56,8 @@ def test_loras_are_merged_into_a_checkpoint(run, tmp_path):
 
 
 def test_unknown_tensors_of_the_model_are_left_out_on_request_by_every_command(run, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        metadata = file.metadata()
-    strange = load_file(tmp_path / "model.safetensors") | {"zorp.weight": torch.zeros(3)}
-    save_file(strange, tmp_path / "strange.safetensors", metadata)
-    file, (code, _, err) = (
-        "strange.safetensors",
-        run("merge", "lora", "a.safetensors", "--model", "strange.safetensors", "--out", "x.safetensors"),
-    )
+    file = with_unknown_tensor(tmp_path / "model.safetensors").name
+    code, _, err = run("merge", "lora", "a.safetensors", "--model", file, "--out", "x.safetensors")
     assert code == 2 and "zorp.weight" in err
     for args in (
         ("merge", "lora", "a.safetensors", "--model", file, "--out", "x.safetensors"),
@@ -72,7 +65,13 @@ def test_unknown_tensors_of_the_model_are_left_out_on_request_by_every_command(r
         ("compress", "it.safetensors", "--model", file, "--out", "z.safetensors"),
         ("extract", file, "x.safetensors", "--rank", "2", "--out", "e.safetensors"),
         ("compare", file, file),
+        ("convert", file, "clean.safetensors"),
+        ("convert", "it.safetensors", "folder", "--model", file),
+        ("inspect", file),
         ("generate", "a cat", "--model", file, "--steps", "1", "--out", "a.png"),
+        ("film", "a cat", "--model", file, "--steps", "1", "--out", "a.gif"),
+        ("edit", "a cat", "a dog", "--model", file, "--steps", "1", "--out", "e.png"),
+        ("evaluate", "weights", file, file),
     ):
         code, _, err = run(*args, "--ignore", "^zorp")
         assert code == 0, (args, err)

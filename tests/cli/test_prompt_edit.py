@@ -73,6 +73,11 @@ def test_at_scale_1_nothing_is_learned_and_a_size_is_kept(run, tmp_path):
     assert code == 0 and "null text" not in err and Image.open(tmp_path / "out-edited-0.png").size == (24, 40)
 
 
+def test_what_has_no_effect_is_said(run):
+    code, _, err = run("edit", LION, "a crocodile on blue BREAK", "--negative-prompt", "red", "--guidance-scale", "1")
+    assert code == 0 and "--negative-prompt has no effect at --guidance-scale 1" in err and "BREAK is a word here" in err
+
+
 def test_a_lora_changes_both(run, tmp_path):
     sd = small_model()
     lora = random_lora(sd)

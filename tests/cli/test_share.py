@@ -12,6 +12,7 @@ import weights_loader
 from minidiff.cli import train
 from minidiff.cli.share import phrase_of, pipeline, prompts_of
 from minidiff.trainers.engine import memory
+from tests.checkpoints import with_unknown_tensor
 from tests.command import runner
 from tests.small_concepts import picture_folder
 from tests.small_models import small_model
@@ -99,6 +100,33 @@ def test_what_cannot_be_shared_is_told_and_nothing_is_made(run, tmp_path, prepar
     assert (code, out) == (2, "") and said in err and "Traceback" not in err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert run("share", "run", "mine", "--pictures", "0")[0] == 2
+
+
+def test_the_model_is_read_as_it_was_for_the_training(run, tmp_path):
+    with_unknown_tensor(tmp_path / "model.safetensors")
+    args = (
+        "lora",
+        "--prompt",
+        "a cat",
+        "--out",
+        "run",
+        *QUICK,
+        "--model",
+        "strange.safetensors",
+        "--ignore",
+        "^zorp",
+        "--prediction",
+        "eps",
+    )
+    code, _, err = run("train", *args)
+    assert code == 0, err
+    code, _, err = run("share", "run", "mine", "--pictures", "1", "--steps", "1")
+    assert code == 0 and "--model strange.safetensors --prediction eps --ignore '^zorp' --lora" in err, err
+    sd = weights_loader.load(tmp_path / "strange.safetensors", ignore="^zorp", prediction="eps", lora=tmp_path / "mine" / "run.safetensors")
+    drawn = np.asarray(Image.open(tmp_path / "mine" / "images" / "0.png")).astype(int)
+    assert np.abs(drawn - np.asarray(sd.generate("a cat", steps=1)[0])).max() <= 1  # of 255: rounding
+    code, _, err = run("train", *args[:-1], "v", "--steps", "2")
+    assert code == 2 and "prediction" in err
 
 
 def test_prompts_and_triggers_are_those_of_training():

@@ -37,6 +37,7 @@ from minidiff.trainers.methods.method import Method
 from minidiff.trainers.methods.options import Concept, DataOptions, LowRankOptions, PhaseOptions, Prior
 from minidiff.trainers.methods.override import documented, flat_fields, override
 from minidiff.trainers.methods.table import METHODS
+from tests.checkpoints import with_unknown_tensor
 from tests.command import runner
 from tests.small_concepts import picture_folder
 from tests.small_models import small_model, training_config
@@ -128,6 +129,20 @@ def test_the_command_that_is_printed_draws_what_was_learnt(run, tmp_path, case):
         if name.endswith(".safetensors") and name != "model.safetensors":
             with safe_open(tmp_path / "run" / name, "pt") as file:
                 assert json.loads(file.metadata()["minidiff.settings"]) == settings
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_last_sheet_shows_what_is_written_of_every_method(run, tmp_path, case):
+    """At a rate and a decay at which the averages that are written are far from the last weights."""
+    args, _ = CASES[case]
+    rate = "1" if args[0] == "textual-inversion" else "0.03"  # its words have vectors of length 1 or so, and nothing else learns
+    code, out, err = run("train", *args, "--images", "cat", "--out", "run", *QUICK, "--ema-decay", "0.9", "--learning-rate", rate)
+    assert code == 0, err
+    assert run(*shlex.split(out)[1:], "--steps", "1", "--out", "picture.png")[0] == 0
+    (sheet,) = (tmp_path / "run").glob("*-000003.png")
+    shown, drawn = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (sheet, tmp_path / "picture.png"))
+    tiles = (shown[y : y + 32, x : x + 32] for y in range(0, shown.shape[0], 32) for x in range(0, shown.shape[1], 32))
+    assert min(np.abs(tile - drawn).max() for tile in tiles) <= 1  # of 255: rounding
 
 
 def test_a_run_leaves_its_losses_a_curve_and_sheets_of_pictures(run, tmp_path, monkeypatch):
@@ -385,11 +400,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_read(run, 
 
 
 def test_unknown_tensors_of_the_model_are_left_out_on_request_and_the_printed_command_says_so(run, tmp_path):
-    from safetensors.torch import save_file
-
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        metadata = file.metadata()
-    save_file(load_file(tmp_path / "model.safetensors") | {"zorp.weight": torch.zeros(3)}, tmp_path / "strange.safetensors", metadata)
+    with_unknown_tensor(tmp_path / "model.safetensors")
     quick = ("--images", "cat", "--out", "run", *QUICK, "--model", "strange.safetensors")
     code, _, err = run("train", *LORA, *quick)
     assert code == 2 and "zorp.weight" in err

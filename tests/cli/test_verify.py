@@ -7,7 +7,7 @@ import torch
 
 import weights_loader
 from minidiff.cli import verify as verify_command
-from tests.checkpoints import family_model
+from tests.checkpoints import family_model, with_unknown_tensor
 from tests.command import runner
 
 # diffusers with NumPy 2
@@ -19,8 +19,13 @@ def run(monkeypatch, tmp_path, capsys):
     return runner(monkeypatch, tmp_path, capsys)
 
 
-@pytest.mark.parametrize("name", ["SD 1", "SD 2", "SDXL"])
-@pytest.mark.parametrize("layout", ["ldm", "diffusers"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *((name, layout) for name in ("SD 1", "SD 2", "SDXL") for layout in ("ldm", "diffusers")),
+        *((f"{name} inpainting", "ldm") for name in ("SD 1", "SD 2", "SDXL")),
+    ],
+)
 def test_a_checkpoint_is_the_same_in_diffusers(run, tmp_path, name, layout):
     sd = family_model(name)
     file = "model.safetensors" if layout == "ldm" else "model"
@@ -29,6 +34,7 @@ def test_a_checkpoint_is_the_same_in_diffusers(run, tmp_path, name, layout):
     assert code == 0 and out.rstrip().splitlines()[-1].startswith("Verdict: the same"), out + err
     assert f"# {file}" in out and f"torch {torch.__version__.split('+')[0]}" in out and "diffusers 0." in out
     assert "family" in out and "predicts" in out and "Largest difference of the latent after each step: " in out
+    assert ("All of the picture is masked for this inpainting model" in out) == ("inpainting" in name)
     weighted = [one for part in sd.parts.values() for one in part.modules() if any(True for _ in one.parameters(recurse=False))]
     counted = int(out.split("## ")[1].split(" ")[0])
     assert counted >= 0.95 * len(weighted) - 2  # but for layers that the encoder's last, unused block or the VAE's other half has
@@ -62,6 +68,30 @@ def test_without_diffusers_there_is_the_account_of_the_file(run, monkeypatch):
     code, out, _ = run("verify", "tiny")
     assert code == 0 and "diffusers is not installed, so nothing was compared: pip install diffusers" in out
     assert "family" in out and "predicts" in out and "Verdict" not in out
+
+
+def test_what_nobody_knows_is_left_out_only_when_asked(run, tmp_path):
+    weights_loader.save(family_model("SD 1"), tmp_path / "model.safetensors")
+    file = with_unknown_tensor(tmp_path / "model.safetensors").name
+    code, out, err = run("verify", file)
+    assert (code, out) == (2, "") and "zorp.weight" in err
+    code, out, err = run("verify", file, "--ignore", "^zorp", "--steps", "2", "--size", "64")
+    assert code == 0 and "Verdict: the same" in out, out + err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--steps", "30"), "--steps 30: give a divisor of 1000, as 10 or 20; at others diffusers visits other timesteps"),
+        (("--steps", "0"), "--steps 0: give a divisor of 1000"),
+        (("--size", "65"), "size 65 x 65: width and height must be multiples of"),
+        (("--seed", "-1"), "seed -1 is outside 0..2^64-1"),
+    ],
+)
+def test_numbers_that_cannot_be_are_found_before_anything_is_compared(run, monkeypatch, args, said):
+    monkeypatch.setattr(verify_command, "their_pipeline", lambda *_: pytest.fail("diffusers was asked"))
+    code, out, err = run("verify", "tiny", *args)
+    assert (code, out) == (2, "") and said in err and len(err.splitlines()) == 1
 
 
 def test_what_is_no_checkpoint_ends_in_one_line(run, tmp_path):

@@ -111,8 +111,13 @@ def test_forms_of_other_spreadsheets_are_read_and_files_that_are_no_key_refused(
     assert found.first + found.second == 6
     with pytest.raises(ValueError, match="given twice"):
         tally(out / "key.json", [out / "a.csv", tmp_path / "sheet" / "." / "a.csv"])
-    with pytest.raises(ValueError, match="a.csv: not the key of a sheet"):
-        tally(out / "a.csv", [out / "a.csv"])
+    for text in ("row,better", "[]", "3", '{"left is second": 6, "first": "a", "second": "b"}', '{"left is second": [true]}', ""):
+        (out / "b.json").write_text(text)
+        with pytest.raises(ValueError, match="b.json: not the key of a sheet"):
+            tally(out / "b.json", [out / "a.csv"])
+    (out / "a.csv").write_bytes("row,größer\n1,left".encode("latin1"))
+    with pytest.raises(ValueError, match="a.csv: not UTF-8"):
+        tally(out / "key.json", [out / "a.csv"])
 
 
 def test_nothing_in_common_and_a_second_sheet_are_refused(tmp_path):

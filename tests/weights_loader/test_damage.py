@@ -12,6 +12,7 @@ import torch
 
 import weights_loader
 from minidiff.adapters.tokens import NewTokens
+from minidiff.controlnet import create_controlnet
 from tests.checkpoints import family_model, ldm_tensors, part_to_file
 from tests.small_files import random_delta, random_lora
 from weights_loader.adapters import lora as lora_files
@@ -41,6 +42,7 @@ WAYS = {
     "embedding": lambda path: weights_loader.read_embedding(path, sd),
     "custom": lambda path: weights_loader.read_custom_diffusion(path, sd),
     "vae": lambda path: weights_loader.load(sys.argv[3], vae=path),
+    "controlnet": lambda path: weights_loader.read_controlnet(path, sd),
 }
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -79,6 +81,10 @@ def originals(folder: Path) -> dict[str, tuple[str, Path]]:
         "authors.pt": "embedding",
         "delta.bin": "custom",
         "delta": "custom",
+        "xl.safetensors": "stated",
+        "xl": "stated",
+        "control.safetensors": "controlnet",
+        "control": "controlnet",
     }
     weights_loader.save(sd, folder / "model.safetensors")
     trained = {"state_dict": ldm_tensors(sd), "epoch": 3, "hyper_parameters": {"path": Path("/data"), "rate": 1e-4}}
@@ -97,6 +103,11 @@ def originals(folder: Path) -> dict[str, tuple[str, Path]]:
     torch.save({"string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.ones(1, 16))})}, folder / "authors.pt")
     write_custom_diffusion(folder / "delta.bin", random_delta(sd), sd)
     write_custom_diffusion(folder / "delta", random_delta(sd), sd)
+    for name in ("xl.safetensors", "xl"):
+        weights_loader.save(family_model("SDXL"), folder / name, layout="diffusers" if name == "xl" else "ldm")
+    net = create_controlnet(sd.config, sd.unet, torch.Generator().manual_seed(0))
+    weights_loader.write_controlnet(folder / "control.safetensors", net, sd)
+    weights_loader.write_controlnet(folder / "control", net, sd, "diffusers")
     (folder / "config.txt").write_text(config_to_json(sd.config))
     return {name: (how, folder / name) for name, how in files.items()}
 
@@ -187,6 +198,7 @@ def test_the_whole_files_that_are_damaged_can_be_read(tmp_path):
         "embedding": lambda path: weights_loader.read_embedding(path, sd),
         "custom": lambda path: weights_loader.read_custom_diffusion(path, sd),
         "vae": lambda path: weights_loader.load(tmp_path / "model.safetensors", vae=path),
+        "controlnet": lambda path: weights_loader.read_controlnet(path, sd),
     }
     for how, path in originals(tmp_path).values():
         ways[how](path)
