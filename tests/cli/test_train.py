@@ -247,12 +247,43 @@ def test_two_processes_learn_what_one_does_with_the_doubled_batch(run, tmp_path)
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert "find_unused_parameters" not in done.stderr  # DDP's warning, once a process
     assert done.stdout.count("minidiff generate") == 1 and done.stderr.count("numbers are trained on") == 1  # one process talks
     assert run(*args, "--batch", "4", "--out", "one")[0] == 0
     one, two = learned(tmp_path / "one"), learned(tmp_path / "two")
     for name in one:
         # AdamW's first steps have the size of the learning rate, 2e-3, whichever way a gradient near 0 is rounded
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_a_dead_process_ends_all_and_one_process_goes_on(run, tmp_path):
+    """Slow: three interpreters import PyTorch. That the one left says so in one line is tested with the engine: here torchrun may be faster."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os\n"
+        "from minidiff.cli.main import main\n"
+        "from minidiff.trainers.methods.finetune_task import FinetuneTask\n"
+        "loss = FinetuneTask.loss\n"
+        "def dying(task, step, sample_ids):\n"
+        "    if step == 4 and os.environ['RANK'] == '1':\n"
+        "        os._exit(7)\n"
+        "    return loss(task, step, sample_ids)\n"
+        "FinetuneTask.loss = dying\n"
+        "main()\n"
+    )
+    args = ["train", "lora", "--images", "cat", "--prompt", "a cat", "--model", "model.safetensors", "--steps", "6", "--save-every", "2"]
+    args += ["--num-samples", "1", "--sample-every", "0", "--threads", "1", "--device", "cpu", "--out", "run"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script]
+    died = subprocess.run(
+        [*torchrun, *args, "--batch", "2"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert died.returncode == 1 and "exitcode  : 7" in died.stderr, died.stderr
+    own, torchruns = died.stderr[: died.stderr.index("Traceback")], died.stderr.count("Traceback (most recent call last)")
+    assert torchruns == 1 and own.count("has lost another one, which has ended") <= 1 and "[rank" not in own
+    assert torch.load(tmp_path / "run" / "lora.state", weights_only=True)["i"] == 4
+    code, _, err = run(*args, "--batch", "4")
+    assert code == 0 and "| 4/6 [" in err, err  # where its bar begins
 
 
 def test_a_full_disk_ends_in_one_line(run, tmp_path, monkeypatch):

@@ -320,12 +320,11 @@ def test_checkpointing_and_compile_mean_the_tasks_networks(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.forks
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_networks_learn_the_same_in_two_processes(tmp_path, checkpointing):
+def test_compiled_networks_learn_the_same_in_two_processes(tmp_path):
     """Slow: a C++ compiler is at work."""
 
     def run():
-        training = finished(small_settings(batch=2, gradient_accumulation=2, compile=True, checkpointing=checkpointing))
+        training = finished(small_settings(batch=2, gradient_accumulation=2, compile=True))
         torch.save(weights(training), tmp_path / f"{loop.distributed.rank()}.pt")
 
     assert together(2, run) == [0, 0]
