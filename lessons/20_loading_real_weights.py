@@ -50,7 +50,7 @@ from lessons.common import BLUE, RED, picture_grid, start
 # %%
 from minidiff.blocks import FeedForward, SpatialTransformer
 from minidiff.compare import compare_models
-from minidiff.config import SD1, SD2
+from minidiff.config import SD1, SD2, SDXL
 from minidiff.text_encoder import quick_gelu
 from weights_loader.empty_parts import empty_parts
 from weights_loader.families import family_of_shapes, part_names
@@ -98,31 +98,54 @@ print(f"{'all':11} {len(shapes):4} names")
 print(f"by its shapes this is a {family_of_shapes(shapes).name}")
 
 # %%
-unet = empty_parts(SD1).unet
 ldm_names = part_names(SD1, "unet", "ldm")
-place = {ours: place.name for ours, place in name_table(unet, ldm_names).items()}
-levels, down, up = len(SD1.unet.widths), [], []
-for way, rows in (("down", down), ("up", up)):
-    for i in range(levels):
-        named = [place[n].split(".")[2:4] for n in place if n.startswith(f"{way}.{i}.")]
-        rows.append(sorted({int(number) for _, number in named}))
-for i in range(levels):
-    print(f"level {i}: input {down[i]}, output {up[levels - 1 - i]}")
+
+
+def ldm_steps(config):
+    """For each level the steps down, and those up."""
+    unet, down, up = empty_parts(config).unet, [], []
+    place = {ours: place.name for ours, place in name_table(unet, ldm_names).items()}
+    for way, rows in (("down", down), ("up", up)):
+        for i in range(len(config.unet.widths)):
+            named = [place[n].split(".")[2:4] for n in place if n.startswith(f"{way}.{i}.")]
+            rows.append(sorted({int(number) for _, number in named}))
+    return down, up[::-1]
+
+
+down, up = ldm_steps(SD1)
+for i in range(len(down)):
+    print(f"level {i}: input {down[i]}, output {up[i]}")
+
 
 # %%
-fig, axis = plt.subplots(figsize=(6, 3.6))
-for rows, side, color in ((down, "input", BLUE), (up[::-1], "output", RED)):
+def draw_arm(axis, rows, color, end):
+    """Draw an arm of the U, a row of numbered boxes for each level. end: its outer end."""
     for i, steps in enumerate(rows):
         for j, step in enumerate(steps):
-            x = j + i * 0.45 if side == "input" else 9.4 - i * 0.45 - (len(steps) - 1 - j)
+            x = j + i * 0.45 if end == 0 else end - i * 0.45 - (len(steps) - 1 - j)
             box = {"boxstyle": "square,pad=0.35", "color": color}
             style = {"color": "white", "fontsize": 13, "bbox": box}
             axis.text(x, -i, str(step), ha="center", va="center", **style)
-        axis.text(4.7, -i, f"level {i}", ha="center", va="center", fontsize=12)
-axis.text(0, 0.75, "input_blocks", color=BLUE)
-axis.text(9.7, 0.75, "output_blocks", color=RED, ha="right")
-axis.set(xlim=(-0.6, 10), ylim=(-levels + 0.4, 1.2))
-axis.axis("off")
+
+
+# %%
+def draw_steps(axis, config, middle="level {level}"):
+    """Draw the steps as a U, and between its arms a text for each level."""
+    down, up = ldm_steps(config)
+    draw_arm(axis, down, BLUE, end=0)
+    draw_arm(axis, up, RED, end=9.4)
+    for i, depth in enumerate(config.unet.attention):
+        text = middle.format(level=i, depth=int(depth))
+        axis.text(4.7, -i, text, ha="center", va="center", fontsize=12)
+    axis.text(0, 0.75, "input_blocks", color=BLUE)
+    axis.text(9.7, 0.75, "output_blocks", color=RED, ha="right")
+    axis.set(xlim=(-0.6, 10), ylim=(-len(down) + 0.4, 1.2))
+    axis.axis("off")
+
+
+# %%
+fig, axis = plt.subplots(figsize=(6, 3.6))
+draw_steps(axis, SD1)
 lesson.show(fig, "steps", "A U of numbered steps: down 1 to 11, up from the deepest level 0 to 11.")
 
 # %% [markdown]
@@ -333,13 +356,28 @@ lesson.show(fig, "bugs", "Wrong eps and other GELU cannot be told from right; th
 # of follows from its shapes alone, and those need no weights:
 
 # %%
-for config in (SD1, SD2):
+for config in (SD1, SD2, SDXL):
     shapes = {}
     for name, part in empty_parts(config).named().items():
         shapes |= file_shapes(part, part_names(config, name, "ldm"))
-    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    key = next(name for name in shapes if name.endswith("attn2.to_k.weight"))
     print(f"{family_of_shapes(shapes).name}: {len(shapes)} names, to_k {list(shapes[key])}")
-    assert shapes[key] == (config.unet.widths[0], config.unet.context_width)
+    assert shapes[key][1] == config.unet.context_width
+
+# %% [markdown]
+# The map of Stable Diffusion XL is drawn by the same rules from another row of numbers: three levels instead of four, no transformer in the first one, and
+# *deep* ones below, with several attentions and feed-forward layers one behind the other. So it has fewer steps, and far more names.
+
+# %%
+fig, axes = plt.subplots(2, 1, figsize=(6, 6.4), height_ratios=(4.8, 3.8))
+for axis, config, name in zip(axes, (SD1, SDXL), ("1", "XL"), strict=True):
+    draw_steps(axis, config, middle="{depth} deep")
+    axis.set_title(f"Stable Diffusion {name}")
+lesson.show(fig, "maps", "Two models by the same rules; in the middle how deep transformers are.")
+
+# %% [markdown]
+# What else it changes is in [minidiff/two_encoders.py](../minidiff/two_encoders.py): a second text encoder, whose vectors are put beside the first one's (2048 numbers a token),
+# and one vector of the whole prompt and six numbers of the picture's size, which are added to the time.
 
 # %% [markdown]
 # Whether it predicts the noise or the velocity (lesson 12) no shape can tell. minidiff asks the model: at the highest noise the answer of one that predicts noise looks

@@ -5,12 +5,13 @@ import pytest
 
 from minidiff.bench import pipelines
 from minidiff.bench.image import bench_image, prepare
-from tests.small_models import small_config
+from tests.small_models import small_config, xl_config
 
 
-def test_ours_and_theirs_are_the_same_picture(tmp_path):
+@pytest.mark.parametrize("config", [small_config(), xl_config()], ids=["SD", "SDXL"])
+def test_ours_and_theirs_are_the_same_picture(config, tmp_path):
     pictures = []
-    with pipelines.model_folder(small_config()) as folder:
+    with pipelines.model_folder(config) as folder:
         for library in ("diffusers", "minidiff"):
             job = {"folder": str(folder), "device": "cpu", "how": "eager", "dtype": "float32", "library": library}
             answer = prepare(job | {"size": 32, "steps": 2})

@@ -8,7 +8,7 @@ import torch
 
 from minidiff.bench import pipelines, step
 from minidiff.bench.step import WITH, bench_step, format_costs, inputs, prepare, write_random_controlnet
-from tests.small_models import small_config
+from tests.small_models import small_config, xl_config
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,17 @@ def test_ours_and_theirs_predict_the_same(folder, tmp_path):
     assert theirs.shape == (1, 4, 8, 8) and theirs.std() > 0.1
     ours = checked(folder, tmp_path, library="minidiff")
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)  # float32 parity of a small U-Net, times 7.5 of guidance
+
+
+def test_sdxl_is_told_the_same_by_both(tmp_path):
+    with pipelines.model_folder(xl_config()) as folder:
+        given = inputs(xl_config(), 32)
+        torch.save(given, folder / "inputs.pt")
+        theirs, ours = (checked(folder, tmp_path, library=one) for one in ("diffusers", "minidiff"))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)  # as above
+        torch.save(given | {"pooled": given["pooled"].flip(0)}, folder / "inputs.pt")
+        swapped = checked(folder, tmp_path, library="minidiff")
+    assert np.abs(swapped - ours).max() > 1e-2, "the pooled vectors count"
 
 
 def test_channels_last_and_bfloat16_are_near(folder, tmp_path):

@@ -31,7 +31,8 @@ STABLE_DIFFUSION = LoRAOptions(settings=Settings(steps=1500, batch=4, learning_r
 PRESETS: dict[Family, LoRAOptions] = {
     "sd1": STABLE_DIFFUSION,
     "sd2": STABLE_DIFFUSION,
-    # diffusers' examples/text_to_image/README_sdxl.md: constant, batches of 1, two epochs of its pictures
+    # diffusers' examples/text_to_image/README_sdxl.md: constant, batches of 1, two epochs of its pictures; kohya's
+    # docs/sdxl_train_network.md has the same rate, at rank 32 and alpha 16
     "sdxl": LoRAOptions(settings=Settings(steps=1500, batch=1, learning_rate=1e-4)),
     # tried on five held-out subjects in five pictures each, with 200 steps (minidiff evaluate study)
     "bundled": LoRAOptions(

@@ -17,6 +17,7 @@ from minidiff.config import SDXL
 from minidiff.trainers.data.augment import PAPER_SIZES, size_numbers
 from minidiff.trainers.data.cache import Cache, Pictures, cached_texts
 from minidiff.trainers.data.folder import read_folder
+from minidiff.trainers.engine.memory import estimate_memory
 from minidiff.trainers.methods.options import family_of
 from minidiff.trainers.methods.table import METHODS
 from tests.parity.check import largest_error
@@ -187,6 +188,20 @@ def test_every_method_has_numbers_for_it():
     for name, method in METHODS.items():
         assert ("sdxl" in method.presets) != (name == "controlnet"), name
         assert not method.low_rank_presets or "sdxl" in method.low_rank_presets, name
+
+
+@pytest.mark.parametrize(
+    "name, read", [("dreambooth with LoRA", ["unet"]), ("textual inversion", ["unet", "text_encoder", "text_encoder_2"])]
+)
+def test_the_memory_of_a_run_counts_the_encoders_that_its_steps_run(name, read, sd, tmp_path):
+    build, options, token = small_methods()[name]
+    run = build(sd, [small_concept(tmp_path, token=token)], options)
+    (task,) = run.phases
+    weights = sum(4 * p.numel() for part in read for p in sd.parts[part].parameters())
+    with task:
+        memory = estimate_memory(task, task.settings, CPU)
+        assert memory.trained == sum(4 * p.numel() for group in task.groups for p in group.params)
+    assert memory.frozen == weights and memory.activations > 0
 
 
 def test_layers_of_both_encoders_can_be_chosen(sd):

@@ -10,7 +10,7 @@ import weights_loader
 from minidiff.adapters.tokens import NewTokens, create_tokens
 from minidiff.pipeline import noise_source
 from tests.checkpoints import plug_in
-from tests.parity.check import largest_error
+from tests.parity.check import NotEqual, largest_error
 from tests.parity.models import SDXL, pipelines
 from tests.small_files import random_lora
 from tests.small_models import small_model, xl_config
@@ -224,6 +224,9 @@ def test_two_learned_words_draw_as_in_diffusers(pair):
         context, _, pooled, _ = theirs.encode_prompt(prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
         largest_error(encoded.context, context)
         largest_error(encoded.pooled, pooled)
+        tokens_2, second = ours.text.tokens("text_encoder_2", [prompt]), ours.text.encoders["text_encoder_2"]
+        with pytest.raises(NotEqual):  # as the original would
+            largest_error(second.pool(second(tokens_2), tokens_2.argmax(dim=1)), pooled)
         largest_error(*pictures(ours, theirs, prompt))
     finally:
         tokens.detach()
