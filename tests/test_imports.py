@@ -51,6 +51,8 @@ FILES = {
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_import_that_runs_late_finds_what_it_asks_for(file):
+    if file == "minidiff/cli/play.py":
+        pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e '.[play]'")
     package = ".".join(Path(file).parent.parts)
     assert [line for found in FILES[file] for line in missing(found, package)] == []
 

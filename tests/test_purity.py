@@ -50,6 +50,7 @@ from minidiff.bundled.train_judge import JudgeTask, judge_config
 from minidiff.cli import control as cli_control
 from minidiff.cli import edit as cli_edit
 from minidiff.cli import heat as cli_heat
+from minidiff.cli import studio as cli_studio
 from minidiff.cli import verify as cli_verify
 from minidiff.config import ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.editing import canvas, image_to_image, inpaint, inversion, masks, null_text, prompt_steps, prompt_to_prompt
@@ -299,6 +300,8 @@ def examples() -> list[partial]:
         partial(masks.grow_small_mask, hole, 4),
         partial(masks.feather, hole, 3),
         partial(masks.paste, picture, picture + 1, hole),
+        partial(cli_studio.Film([], [], [picture]).picture, 1),
+        partial(cli_studio.Film([], [], [picture], [picture[0, :1]]).attention, 0, 1),
         partial(cli_edit.prepare_edit, cli_edit.EditFlags(), (picture, hole), sd, None),
         partial(cli_edit.Edit(picture, None, 0.5).denoise, sd, ["a cat"], [0], few),
         partial(cli_edit.Edit.size.fget, cli_edit.Edit(picture, None, 0.5)),

@@ -28,6 +28,7 @@ from minidiff.cli.flags import collect, summary
 from minidiff.cli.from_scratch import ScratchFlags, from_scratch
 from minidiff.cli.generate import generate
 from minidiff.cli.help import HELP, HELP_ALL
+from minidiff.cli.play import play
 from minidiff.cli.prompt_edit import edit
 from minidiff.cli.share import share
 from minidiff.cli.train import describe, train
@@ -60,6 +61,7 @@ def groups() -> dict[str, dict[str, Entry | Mapping[str, Entry]]]:
             "generate": Command(summary(generate), partial(call_with_settings, generate, "generate")),
             "edit": edit,
             "film": film,
+            "play": play,
             "hint": hint.COMMANDS,
         },
         "Teach": {
@@ -153,7 +155,7 @@ def unknown(group: str, word: str, known: list[str]) -> str:
 
 def list_groups(known: Mapping[str, Command]) -> str:
     """Return the page of `minidiff --help`: examples, then a line for each command."""
-    lines = [f"minidiff {__version__}: Stable Diffusion to read, run and retrain", "", *(f"  {example}" for example in EXAMPLES), ""]
+    lines = [f"minidiff {__version__}: Stable Diffusion to read, run and retrain", *(f"  {example}" for example in EXAMPLES), ""]
     for title, group in groups().items():
         lines.append(title)
         for name in group:

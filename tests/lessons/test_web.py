@@ -11,7 +11,7 @@ import pytest
 from lessons import execute
 from lessons.catalogue import entries, find
 from lessons.web import build_pages, with_captions, with_contents, with_mathml
-from tests.lessons.browser import CHROMIUM, MOST_DOWNLOADS, visit
+from tests.browser import CHROMIUM, MOST_DOWNLOADS, visit
 
 LESSON = find("01")
 

@@ -1,4 +1,4 @@
-"""A page as a phone shows it: Chromium without a window, told what to do over its debugging protocol."""
+"""A page as a phone or a desk shows it: Chromium without a window, told what to do over its debugging protocol."""
 
 import asyncio
 import json
@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import time
 from base64 import b64decode
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -57,6 +58,13 @@ def visit(
 
 
 async def _visit(url: str, folder: Path, width: int, dark: bool, screenshot: Path | None, asked: Mapping[str, str]) -> Seen:
+    async with opened(url, folder, width, dark) as page:
+        return await _look(page, url, folder / "downloads", screenshot, asked)
+
+
+@asynccontextmanager
+async def opened(url: str, folder: Path, width: int = 1280, dark: bool = False) -> "AsyncIterator[Page]":
+    """A browser of its own with the page, loaded. folder: empty, for its files and downloads."""
     profile, downloads = folder / "profile", folder / "downloads"
     downloads.mkdir(parents=True)
     command = [
@@ -75,34 +83,29 @@ async def _visit(url: str, folder: Path, width: int, dark: bool, screenshot: Pat
         tabs = await AsyncHTTPClient().fetch(f"http://127.0.0.1:{ports.read_text().split()[0]}/json", request_timeout=SECONDS)
         address = next(tab["webSocketDebuggerUrl"] for tab in json.loads(tabs.body) if tab["type"] == "page")
         page = Page(await websocket_connect(address, max_message_size=2**28))
-        return await _look(page, url, downloads, width, dark, screenshot, asked)
+        for domain in ("Runtime", "Log", "Network"):
+            await page.do(f"{domain}.enable")
+        await page.do("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
+        await page.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        await page.do("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
+        await page.do("Page.navigate", url=url)
+        await page.until(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
+        yield page
     finally:
         browser.kill()
         browser.wait()
 
 
-async def _look(page: "Page", url: str, downloads: Path, width: int, dark: bool, screenshot: Path | None, asked: Mapping[str, str]) -> Seen:
-    for domain in ("Runtime", "Log", "Network"):
-        await page.do(f"{domain}.enable")
-    await page.do("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
-    await page.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
-    await page.do("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
-    await page.do("Page.navigate", url=url)
-    while await page.value("[location.href, document.readyState]") != [url, "complete"]:
-        await asyncio.sleep(0.05)
+async def _look(page: "Page", url: str, downloads: Path, screenshot: Path | None, asked: Mapping[str, str]) -> Seen:
     full = await page.value("document.documentElement.scrollWidth")
     missing, shown = await page.value(MISSING), await page.value(SHOWN)
     if screenshot:
-        shot = await page.do("Page.captureScreenshot", captureBeyondViewport=True, format="png")
-        screenshot.write_bytes(b64decode(shot["data"]))
+        await page.screenshot(screenshot)
     answers = {name: await page.value(expression) for name, expression in asked.items()}
     wanted = await page.value("[...document.querySelectorAll('a[download]')].map(link => link.href.split('/').pop())")
     await page.value("document.querySelectorAll('a[download]').forEach(link => link.click())")
     await _until(lambda: all((downloads / name).is_file() for name in wanted[:MOST_DOWNLOADS]))
-    host = urlsplit(url).netloc
-    requested = [event["params"]["request"]["url"] for event in page.events if event["method"] == "Network.requestWillBeSent"]
-    outside = [address for address in requested if urlsplit(address).netloc not in (host, "")]
-    return Seen(full, page.errors(), missing, outside, shown, sorted(path.name for path in downloads.iterdir()), answers)
+    return Seen(full, page.errors(), missing, page.outside(url), shown, sorted(path.name for path in downloads.iterdir()), answers)
 
 
 class Page:
@@ -125,6 +128,28 @@ class Page:
         result = await self.do("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
+
+    async def until(self, expression: str) -> None:
+        """Waits until an expression of JavaScript is true."""
+        end = time.monotonic() + SECONDS
+        while not await self.value(f"Boolean({expression})"):
+            assert time.monotonic() < end, f"waited in vain for {expression}"
+            await asyncio.sleep(0.05)
+
+    async def drop(self, selector: str, files: Sequence[Path]) -> None:
+        """Gives files to an element that takes some."""
+        root = await self.do("DOM.getDocument")
+        node = await self.do("DOM.querySelector", nodeId=root["root"]["nodeId"], selector=selector)
+        await self.do("DOM.setFileInputFiles", files=[str(file) for file in files], nodeId=node["nodeId"])
+
+    async def screenshot(self, file: Path) -> None:
+        shot = await self.do("Page.captureScreenshot", captureBeyondViewport=True, format="png")
+        file.write_bytes(b64decode(shot["data"]))
+
+    def outside(self, url: str) -> list[str]:
+        """Addresses of other hosts than that of the page."""
+        requested = [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return [address for address in requested if urlsplit(address).netloc not in (urlsplit(url).netloc, "")]
 
     def errors(self) -> list[str]:
         """A file that is downloaded breaks off the loading of its own page, which is none."""
