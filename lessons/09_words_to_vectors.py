@@ -108,7 +108,8 @@ for i, row in enumerate(rows):
         text = piece.removesuffix("</w>")
         colour = BLUE if len(text) > 1 else SKY
         axis.barh(i, len(text), left=left, color=colour, edgecolor="white", linewidth=2)
-        axis.text(left + len(text) / 2, i, text, color="white", fontsize=11, ha="center", va="center")
+        middle, centred = left + len(text) / 2, {"ha": "center", "va": "center"}
+        axis.text(middle, i, text, color="white", fontsize=11, **centred)
         left += len(text)
 axis.set(xticks=[], xlim=(0, left))
 axis.set_yticks([0, len(rows) - 1], ["letters", "pieces"])
@@ -326,7 +327,7 @@ for axis, matrix, title in zip(axes, (before, after), ("before", "after")):
     axis.imshow(matrix[:16, :16], vmin=-1, vmax=1)
     axis.set(title=title, xlabel="text", ylabel="picture", xticks=[], yticks=[])
     axis.grid(False)
-lesson.show(fig, "contrast", "Cosines of unseen pictures and texts: stripes before, a diagonal after.")
+lesson.show(fig, "contrast", "Cosines of unseen pictures and texts: after training, a diagonal.")
 
 # %% [markdown]
 # The diagonal appears for scenes that neither side has seen. What is left beside it are scenes with something in common, the background for
@@ -484,7 +485,8 @@ for name, family in (("SD 1.x", config.SD1), ("SD 2.x", config.SD2)):
     text, own = family.text_encoder, Tokenizer(family.tokenizer)
     print(f"{name}: {len(own.bpe.bpe_ranks)} merges, {own.vocab_size} tokens")
     in_file = text.layers + (name == "SD 2.x")
-    print(f"  {text.context_length} positions, {text.layers} of {in_file} blocks, width {text.width}")
+    blocks = f"{text.layers} of {in_file} blocks"
+    print(f"  {text.context_length} positions, {blocks}, width {text.width}")
     print("  a photo of a cat:", own(["a photo of a cat"])[0, :9].tolist(), "...")
     print("  mushroomburger:", own.decode(own.encode("mushroomburger")[:1]), "| ...")
     print("  &amp; is read as", own.decode(own.encode("&amp;")))
