@@ -146,8 +146,8 @@ for text, positions in tokenizer.words(prompt):
 # ## No word sees the words after it
 #
 # The text encoder looks each token up in a table of learned vectors and adds a second learned vector for its position in the row. Without
-# positions, "a cat above a dog" and "a dog above a cat" would be the same set of vectors. Then come blocks of attention (lesson 04) in which
-# the words look at each other.
+# positions, "a cat above a dog" and "a dog above a cat" would be the same set of vectors. Then come blocks of attention (lesson 04) in
+# which the words look at each other.
 #
 # One thing is new. In this attention, position $n$ may look at the positions up to $n$ and at none after it. It is called *causal*
 # attention. Language models need it, because they predict the next word and must not see it. CLIP, whose text encoder Stable Diffusion 1.x
@@ -234,8 +234,8 @@ lesson.show(fig, "causal", "A triangle: the rows left of a replaced word stay da
 
 # %% [markdown]
 # Below the diagonal everything is dark: rows before the new word did not change at all. The row of "cat" knows nothing of the blue
-# background, but the row of "background" knows of the cat. The end token and the padding come after all words, so each of their rows changes
-# with every word. They are not empty: they are summaries of the prompt.
+# background, but the row of "background" knows of the cat. The end token and the padding come after all words, so each of their rows
+# changes with every word. They are not empty: they are summaries of the prompt.
 
 # %% [markdown]
 # ## Where the meaning comes from: CLIP
@@ -257,8 +257,8 @@ lesson.show(fig, "causal", "A triangle: the rows left of a replaced word stay da
 #
 # Write the loss for `pictures` and `texts`, both of shape `[B, D]`. `F.normalize(x, dim=-1)` brings every vector to length one, and then a
 # matrix product with the transposed texts, `texts.T`, gives all cosines. `F.cross_entropy(scores, own)` takes the softmax of each row and
-# returns the mean of the rows' losses; `own` holds the number of the right column of each row, here 0, 1, 2, ... (`torch.arange(len(scores),
-# device=scores.device)`). The rows of `scores.T` are the columns. Return the mean of the two losses.
+# returns the mean of the rows' losses; `own` holds the number of the right column of each row, counting up from zero
+# (`torch.arange(len(scores), device=scores.device)`). The rows of `scores.T` are the columns. Return the mean of the two losses.
 #
 # A right loss reports what it makes of pairs that match and of pairs that do not.
 
@@ -330,8 +330,8 @@ for axis, matrix, title in zip(axes, (before, after), ("before", "after")):
 lesson.show(fig, "contrast", "Cosines of unseen pictures and texts: after training, a diagonal.")
 
 # %% [markdown]
-# The diagonal appears for scenes that neither side has seen. What is left beside it are scenes with something in common, the background for
-# example. CLIP was trained in the same way on hundreds of millions of pairs, with two large networks, both of them trained.
+# The diagonal appears for scenes that neither side has seen. Large values elsewhere belong to scenes that have something in common, such as
+# the background. CLIP was trained in the same way on hundreds of millions of pairs, with two large networks, both of them trained.
 
 # %% [markdown]
 # ## What the vectors have learned
@@ -541,8 +541,8 @@ for name, family in (("SD 1.x", config.SD1), ("SD 2.x", config.SD2)):
 # ## Now you
 #
 # Write three new captions for one scene: its own words in another order, the caption with one colour changed, and a caption of another
-# scene. Predict the order of their cosines with the picture, and then print `cosines` for them (encode the captions, take the row at the end
-# token, and use `text_side`). Does the order of words matter to your little CLIP? Where would it have learned it?
+# scene. Predict the order of their cosines with the picture, and then print `cosines` for them (encode the captions, take the row at the
+# end token, and use `text_side`). Does the order of words matter to your little CLIP? Where would it have learned it?
 
 # %% [markdown]
 # ## Read next

@@ -109,7 +109,7 @@ lesson.show(fig, "maps", "A frog and a rose develop; below, which cells look at 
 
 # %% [markdown]
 # The top row is `x0_hat`, the model's prediction of the clean picture (lesson 00). At the first step it is a blur, predicted from pure
-# noise. Do the maps know where the things will be by then? We measure it: for each map, where is its centre between the left edge, `0`, and
+# noise. Do the maps show by then where things will be? We measure it: for each map, where is its centre between the left edge, `0`, and
 # the right edge, `1`?
 
 
@@ -229,14 +229,15 @@ lesson.show(fig, "changed", "The later the words change, the more of the first s
 # ## Guidance: exaggerate the words
 #
 # Lesson 00 had a parameter called guidance. At each step the model predicts twice, once with the prompt, $\epsilon_\text{cond}$
-# ("conditional"), and once with an empty prompt, $\epsilon_\text{uncond}$ ("unconditional"). The difference between the two is the effect of
-# the words. *Classifier-free guidance* multiplies it by the *guidance scale* $g$ (Ho and Salimans 2022, eq. 6, whose $w$ is $g - 1$):
+# ("conditional"), and once with an empty prompt, $\epsilon_\text{uncond}$ ("unconditional"). The difference between the two is the effect
+# of the words. *Classifier-free guidance* multiplies it by the *guidance scale* $g$ (Ho and Salimans 2022, eq. 6, whose $w$ is $g - 1$):
 #
 # $$\hat\epsilon = \epsilon_\text{uncond} + g \; (\epsilon_\text{cond} - \epsilon_\text{uncond})$$
 #
-# With $g = 0$ the words have no effect, with $g = 1$ we get the plain model, and a larger $g$ exaggerates the words. The same line works for
-# models that predict v (lesson 01). The model must know what an empty prompt means, so during training one caption in ten was left empty.
-# The method is called classifier-free because an earlier one needed a second network, a classifier, to push the picture towards its class.
+# With $g = 0$ the words have no effect, with $g = 1$ we get the plain model, and a larger $g$ exaggerates the words. The same line works
+# for models that predict v (lesson 01). The model must know what an empty prompt means, so during training one caption in ten was left
+# empty. The method is called classifier-free because an earlier one needed a second network, a classifier, to push the picture towards its
+# class.
 
 # %% [markdown]
 # ## Your turn: guided_prediction
@@ -260,8 +261,8 @@ guided_prediction = lesson.check(guided_prediction)
 # ## Accuracy against variety
 #
 # How large should the scale be? We generate prompts with two subjects, each with two seeds, at several scales, and measure three things.
-# *Accuracy* is how many of the requested subjects are among the two that cover most of the picture, according to the judge. *Variety* is how
-# far apart the two pictures of a prompt are in their pixels, divided by the same distance without words. *Saturated* is how many pixel
+# *Accuracy* is how many of the requested subjects are among the two that cover most of the picture, according to the judge. *Variety* is
+# how far apart the two pictures of a prompt are in their pixels, divided by the same distance without words. *Saturated* is how many pixel
 # values are at the very ends of their range.
 
 # %%
@@ -323,8 +324,8 @@ lesson.show(fig, "scales", "Two subjects at rising scales: absent at 0, then cle
 #
 # Where do the harsh colours come from? A true noise or v has values of about size one, and so has a prediction at scale 1. Guidance
 # exaggerates: the larger $g$, the larger its values. Lin et al. (2023, eq. 15 and 16) therefore bring the guided prediction back to the
-# standard deviation of the conditional one, for each picture separately. Because that alone makes pictures a little dull, they take only the
-# share $\phi$ of it:
+# standard deviation of the conditional one, for each picture separately. Because that alone makes pictures a little dull, they take only
+# the share $\phi$ of it:
 #
 # $$\mathrm{full} = \mathrm{guided} \cdot \frac{\mathrm{std}(\mathrm{cond})}{\mathrm{std}(\mathrm{guided})} \qquad \mathrm{result} = \phi \; \mathrm{full} + (1 - \phi) \; \mathrm{guided}$$
 #
@@ -460,9 +461,9 @@ for name, predict in ways.items():
 # %% [markdown]
 # ## On real Stable Diffusion
 #
-# `python lessons/10_cross_attention_and_guidance.py --model v1-5-pruned-emaonly.safetensors` draws the maps and the scales with a checkpoint
-# of yours. (The judge only knows scenes of emoji; its verdict on photographs means little.) Such models are mostly used at a scale of 7.5.
-# How large are the values of guided predictions, compared to one?
+# `python lessons/10_cross_attention_and_guidance.py --model v1-5-pruned-emaonly.safetensors` draws the maps and the scales with a
+# checkpoint of yours. (The judge only knows scenes of emoji; its verdict on photographs means little.) Such models are mostly used at a
+# scale of 7.5. How large are the values of guided predictions, compared to one?
 
 # %%
 print(f"usual scale: {SD1.guidance_scale}; this model's: {sd.config.guidance_scale}")
@@ -484,8 +485,8 @@ for g in (1, 4, SD1.guidance_scale, 16):
 # python lessons/10_cross_attention_and_guidance.py --model v1-5-pruned-emaonly.safetensors --device cuda
 # ```
 #
-# Three minutes. Expect maps of 64 x 64 cells, and burnt colours at high scales. Look at the shares of the attention too: in such models most
-# of it goes to the start token at every step.
+# Three minutes. Expect maps of 64 x 64 cells, and burnt colours at high scales. Look at the shares of the attention too: in such models
+# most of it goes to the start token at every step.
 
 # %% [markdown]
 # ## What you now know
@@ -521,9 +522,9 @@ for g in (1, 4, SD1.guidance_scale, 16):
 # %% [markdown]
 # ## Now you
 #
-# Guide in some of the steps only (Kynkäänniemi et al. 2024). In `generate`, count the calls, and use a scale of 1 for the first third of the
-# steps; then for the middle third; then for the last. Predict which of the three costs the least accuracy and which gives the most variety
-# back. Then measure all three with `accuracy` and with the variety of two seeds.
+# Guide in some of the steps only (Kynkäänniemi et al. 2024). In `generate`, count the calls, and use a scale of 1 for the first third of
+# the steps; then for the middle third; then for the last. Predict which of the three costs the least accuracy and which gives the most
+# variety back. Then measure all three with `accuracy` and with the variety of two seeds.
 
 # %% [markdown]
 # ## Read next

@@ -32,9 +32,9 @@
 #
 # $$x = x_t / \sqrt{\bar\alpha} = x_0 + \sigma \, \epsilon \qquad \sigma = \sqrt{1 - \bar\alpha} \, / \sqrt{\bar\alpha}$$
 #
-# $\sigma$ (sigma) is the *noise level*: how many times as large the noise is as one unit of the latent. Every timestep has its own $\sigma$,
-# so the two say the same. Most programs write their samplers with $\sigma$. For the model's predictions the first equation reads $x_{now} =
-# \hat x_0 + \sigma_{now} \, \hat\epsilon$, and DDIM's two lines become one:
+# $\sigma$ (sigma) is the *noise level*, the standard deviation of the noise in $x$. Every timestep has its own $\sigma$, so $\sigma$ tells
+# as much as $t$. Most programs write their samplers with $\sigma$. For the model's predictions the first equation reads
+# $x_{now} = \hat x_0 + \sigma_{now} \, \hat\epsilon$, and DDIM's two lines become one:
 #
 # $$x_{then} = \hat x_0 + \sigma_{then} \, \hat\epsilon = x_{now} + (\sigma_{then} - \sigma_{now}) \, \hat\epsilon$$
 #
@@ -89,9 +89,9 @@ def slope(x, level):
 # ## Your turn: karras_sigmas
 #
 # Before a sampler steps, someone has to choose the noise levels it visits. Karras et al. (eq. 5) space them evenly in $\sigma^{1/7}$: far
-# apart where there is hardly anything but noise, and close together near the picture, where details form. Write it in two lines: the seventh
-# roots of both ends, then `torch.linspace(a, b, steps)` between them, raised to the power of seven. The levels fall from the largest to the
-# smallest.
+# apart where there is hardly anything but noise, and close together near the picture, where details form. Write it in two lines: the
+# seventh roots of both ends, then `torch.linspace(a, b, steps)` between them, raised to the power of seven. The levels fall from the
+# largest to the smallest.
 #
 # When it is right, you see the levels next to others that are evenly spaced in $\sigma$ itself.
 
@@ -176,8 +176,8 @@ lesson.show(fig, "curve", "Two curves, and Euler's straight pieces next to them.
 # %% [markdown]
 # ## Your turn: heun_step
 #
-# Heun's step begins like Euler's and then looks at the slope where it has arrived. If that slope differs from the first one, the curve bends
-# in between. So take the step again from the same start, with the mean of the two slopes (Karras et al. 2022, algorithm 1):
+# Heun's step begins like Euler's and then looks at the slope where it has arrived. If that slope differs from the first one, the curve
+# bends in between. So take the step again from the same start, with the mean of the two slopes (Karras et al. 2022, algorithm 1):
 #
 # $$d_{now} = \hat\epsilon(x, \sigma_{now}) \qquad d_{then} = \hat\epsilon\left( x + (\sigma_{then} - \sigma_{now}) \, d_{now}, \; \sigma_{then} \right)$$
 #
@@ -234,21 +234,21 @@ for step, label in ((euler_step, "Euler"), (heun_step, "Heun")):
 # $$x_{then} = \frac{\sigma_{then}}{\sigma_{now}} \, x_{now} + \left( 1 - \frac{\sigma_{then}}{\sigma_{now}} \right) \hat x_0$$
 #
 # If $\hat x_0$ were constant during the step, this would be exact, however long the step is. But the prediction changes on the way.
-# DPM-Solver++ (Lu et al. 2022, algorithm 2) therefore uses the prediction *at the middle of the step*, where the middle is meant in $\lambda
-# = -\log \sigma$. The sampler has not been there yet. It does know the predictions at the beginning of this step and of the step before, and
-# it extrapolates: it draws a straight line through both and reads it off at the middle.
+# DPM-Solver++ (Lu et al. 2022, algorithm 2) therefore uses the prediction *at the middle of the step*, where the middle is meant in
+# $\lambda = -\log \sigma$. The sampler has not been there yet. It does know the predictions at the beginning of this step and of the step
+# before, and it extrapolates: it draws a straight line through both and reads it off at the middle.
 #
 # $$\hat x_0^{middle} = \hat x_0 + \frac{1}{2r} \left( \hat x_0 - \hat x_0^{before} \right) \qquad r = \frac{\log(\sigma_{before} / \sigma_{now})}{\log(\sigma_{now} / \sigma_{then})}$$
 #
 # $r$ is the length of the last step in $\lambda$ divided by the length of this one. If both are equally long, the line continues by half a
-# step. The result is of second order and needs no second call. "2M" stands for second order, *multistep*, which means that earlier steps are
-# used.
+# step. The result is of second order and needs no second call. "2M" stands for second order, *multistep*, which means that earlier steps
+# are used.
 
 # %% [markdown]
 # ## Your turn: dpm_step
 #
-# Write the step in four lines: `r`, the extrapolated prediction, the fraction $\sigma_{then} / \sigma_{now}$, and the mixture above with the
-# extrapolated prediction in place of $\hat x_0$. `before`, `now` and `then` are levels; `math.log` takes the logarithm of a number.
+# Write the step in four lines: `r`, the extrapolated prediction, the fraction $\sigma_{then} / \sigma_{now}$, and the mixture above with
+# the extrapolated prediction in place of $\hat x_0$. `before`, `now` and `then` are levels; `math.log` takes the logarithm of a number.
 #
 # A right step reports how its error falls on data whose curve is known.
 
@@ -328,8 +328,8 @@ axis.legend()
 lesson.show(fig, "middle", "x0_hat along the trajectory; stairs, and points near their middles.")
 
 # %% [markdown]
-# Euler's stairs lag behind whenever the prediction changes. The triangles follow it, except where its direction changes: there they overshoot.
-# In the table, compare how both errors fall when the number of steps doubles.
+# Euler's stairs lag behind whenever the prediction changes. The triangles follow it, except where its direction changes: there they
+# overshoot. In the table, compare how both errors fall when the number of steps doubles.
 
 # %% [markdown]
 # ## Error against calls
@@ -370,10 +370,10 @@ lesson.show(fig, "calls", "A fox by three samplers with few calls, and the pictu
 
 # %% [markdown]
 # Start at the right end of the figure, with many calls: Euler's line is nearly parallel to the flatter dashed one, and the two methods of
-# second order fall at least as steeply as the steeper one. At the left end, with few calls, the order of the three is another. A
-# method's order is a promise about short steps only. While steps are too long for the bends of the curve, a clever step is misled by what it
-# has seen: DPM++ 2M overshoots, as the triangles did, and Heun asks for slopes at points far away from the curve. Note at which number of
-# calls each line crosses Euler's. (The lowest points are less reliable: the goal is itself the end of a finite number of steps.)
+# second order fall at least as steeply as the steeper one. At the left end, with few calls, the three rank differently. A method's order is
+# a promise about short steps only. While steps are too long for the bends of the curve, a clever step is misled by what it has seen: DPM++
+# 2M overshoots, as the triangles did, and Heun asks for slopes at points far away from the curve. Note at which number of calls each line
+# crosses Euler's. (The lowest points are less reliable: the goal is itself the end of a finite number of steps.)
 
 # %%
 dpm_as_far = np.interp(np.log(errors["DPM++ 2M"][2]), np.log(errors["Euler"][::-1]), counts[::-1])
@@ -382,8 +382,8 @@ print(f"Euler needs about {dpm_as_far:.0f} calls for the error of DPM++ 2M with 
 # %% [markdown]
 # ## Does the spacing matter?
 #
-# Most samplers of the library visit timesteps that are evenly spaced in `t`, as in lesson 03. Near the picture, $\sigma$ then falls by large
-# factors. Here is DPM++ 2M with the same numbers of calls over such levels:
+# Most samplers of the library visit timesteps that are evenly spaced in `t`, as in lesson 03. Near the picture, $\sigma$ then falls by
+# large factors. Here is DPM++ 2M with the same numbers of calls over such levels:
 
 
 # %%
@@ -422,14 +422,14 @@ for n in (4, 16, 64):
     print(f"{n:2} steps, the others: {min(fraction[1:]):.1f} to {max(fraction[1:]):.1f}")
 
 # %% [markdown]
-# The curve itself is almost straight at its beginning; only the coordinates are bad. Divide by $\sigma$, and everything is finite: pure noise
-# is at $1 / \sigma = 0$, and the slope is the prediction of the picture.
+# The curve itself is almost straight at its beginning; only the coordinates are bad. Divide by $\sigma$, and everything is finite: pure
+# noise is at $1 / \sigma = 0$, and the slope is the prediction of the picture.
 #
 # $$\frac{d(x / \sigma)}{d(1 / \sigma)} = \hat x_0$$
 #
-# In these coordinates Heun's fraction becomes $(1 - \sigma_{then} / \sigma_{now}) / 2$, which is never more than a half. The library's `heun`
-# takes its first step this way and all others in $\sigma$. Our trajectories above begin with Euler's step. How far from theirs do we end if
-# we begin in the other two ways?
+# In these coordinates Heun's fraction becomes $(1 - \sigma_{then} / \sigma_{now}) / 2$, which is never more than a half. The library's
+# `heun` takes its first step this way and all others in $\sigma$. Our trajectories above begin with Euler's step. How far from theirs do we
+# end if we begin in the other two ways?
 
 
 # %%
@@ -452,9 +452,9 @@ for label, first in (("your heun_step", heun_step), ("the library's heun", libra
 # %% [markdown]
 # ## Break it: leave the input unscaled
 #
-# A sampler written in $\sigma$ must scale $x$ by $1 / \sqrt{\sigma^2 + 1}$ before the U-Net sees it, because the U-Net was trained on $x_t$.
-# Forgetting this is the classic mistake when someone copies a sampler from a paper. Near the picture the factor is almost one, and nothing
-# crashes anywhere.
+# A sampler written in $\sigma$ must scale $x$ by $1 / \sqrt{\sigma^2 + 1}$ before the U-Net sees it, because the U-Net was trained on
+# $x_t$. Forgetting this is the classic mistake when someone copies a sampler from a paper. Near the picture the factor is almost one, and
+# nothing crashes anywhere.
 
 
 # %%
@@ -487,8 +487,8 @@ lesson.show(fig, "unscaled", "Two pictures, each next to what it becomes with un
 # %% [markdown]
 # ## On real Stable Diffusion
 #
-# `python lessons/11_samplers_as_ode_solvers.py --model v1-5-pruned-emaonly.safetensors` draws the same figures for a checkpoint of yours. Its
-# $\sigma$ begins at 14.6, so its first step needs no special care. A sampler with "Karras" in its name spaces *all* its steps evenly in
+# `python lessons/11_samplers_as_ode_solvers.py --model v1-5-pruned-emaonly.safetensors` draws the same figures for a checkpoint of yours.
+# Its $\sigma$ begins at 14.6, so its first step needs no special care. A sampler with "Karras" in its name spaces *all* its steps evenly in
 # $\sigma^{1/7}$, from the largest $\sigma$ on.
 
 # %%
@@ -509,8 +509,8 @@ for name, one in (("Stable Diffusion 1.x", NoiseSchedule(SD1.schedule)), ("this 
 # python lessons/11_samplers_as_ode_solvers.py --model v1-5-pruned-emaonly.safetensors --device cuda
 # ```
 #
-# Four minutes. Expect larger errors, because at a higher guidance scale the curve bends more. Then write 1 for the guidance scale in the call
-# of `guided`, and see how much straighter the curve becomes.
+# Four minutes. Expect larger errors, because at a higher guidance scale the curve bends more. Then write 1 for the guidance scale in the
+# call of `guided`, and see how much straighter the curve becomes.
 
 # %% [markdown]
 # ## What you now know
@@ -524,8 +524,8 @@ for name, one in (("Stable Diffusion 1.x", NoiseSchedule(SD1.schedule)), ("this 
 # %% [markdown]
 # ## Your guess
 #
-# For the bundled model it is DPM++ 2M, as the table shows: it has Euler's short steps and a better prediction in each. Heun has only half as
-# many steps. Its second order pays off later, where the lines cross.
+# For the bundled model it is DPM++ 2M, as the table shows: it has Euler's short steps and a better prediction in each. Heun has only half
+# as many steps. Its second order pays off later, where the lines cross.
 
 # %% [markdown]
 # ## Quiz
@@ -546,8 +546,8 @@ for name, one in (("Stable Diffusion 1.x", NoiseSchedule(SD1.schedule)), ("this 
 # ## Now you
 #
 # The seven in `karras_sigmas` is a choice. Predict what happens to the error with sixteen calls if you replace it by one, by three and by
-# twenty: which ends of the trajectory get more levels? Then run DPM++ 2M with each and compare. If you want more to beat: mix two methods, for
-# example DPM++ 2M at first and Heun at the end, and see whether any mixture with sixteen calls wins.
+# twenty: which ends of the trajectory get more levels? Then run DPM++ 2M with each and compare. If you want more to beat: mix two methods,
+# for example DPM++ 2M at first and Heun at the end, and see whether any mixture with sixteen calls wins.
 
 # %% [markdown]
 # ## Read next
