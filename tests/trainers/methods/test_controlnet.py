@@ -155,6 +155,7 @@ def test_the_memory_of_a_run_is_estimated_without_running_it():
     with task:
         memory = estimate_memory(task, OPTIONS.settings, CPU)
     assert memory.trained == sum(p.numel() * 4 for p in run.controlnet.net.parameters()) and memory.activations > 0
+    assert memory.frozen == sum(p.numel() * 4 for part in task.sd.parts.values() for p in part.parameters())  # also of the idle VAE
 
 
 @pytest.mark.parametrize(
