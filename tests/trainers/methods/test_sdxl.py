@@ -186,7 +186,7 @@ def test_the_full_size_has_seventy_cross_attentions():
 def test_every_method_has_numbers_for_it():
     assert family_of(SDXL) == "sdxl"
     for name, method in METHODS.items():
-        assert ("sdxl" in method.presets) != (name == "controlnet"), name
+        assert "sdxl" in method.presets, name
         assert not method.low_rank_presets or "sdxl" in method.low_rank_presets, name
 
 
