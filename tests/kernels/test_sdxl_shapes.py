@@ -84,7 +84,7 @@ def normalise(C, H, W):
 def cases():
     """{name: what launches the kernels of a shape, forward and backward}, for compile_kernels.py."""
     calls = {
-        "self-attention": lambda shape: test_compiled.trained(*shape, torch.bfloat16),
+        "self-attention": lambda shape: test_compiled.trained(*shape, dtype=torch.bfloat16),
         "cross-attention": lambda shape: partial(test_cross_attention.call, 2, *shape, torch.bfloat16),
         "U-Net's GroupNorm": lambda shape: partial(test_group_norm_silu.both_ways, *shape),
         "VAE's GroupNorm": lambda shape: partial(normalise, *shape),
