@@ -1,24 +1,43 @@
-"""What the README says is done here, as it says it."""
+"""The READMEs: their commands, their Python, their links and the messages that they explain are those of the project."""
 
+import os
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from minidiff.cli.main import commands
+
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = (".github", "lessons", "minidiff", "tests", "weights_loader")
+PATHS = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *(path for one in FOLDERS for path in (ROOT / one).rglob("README.md"))]
+DOCUMENTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
+WITH_PYTHON = ["README.md", "weights_loader/README.md"]  # editing/README.md has a test of its own
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(text: str, languages: str) -> list[str]:
+    return re.findall(rf"^```(?:{languages})\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def marked_commands() -> list[str]:
     return re.findall(r"^<!-- run -->\n```bash\n(.*?)\n```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def typed_commands(text: str) -> list[list[str]]:
+    """The words of every command line in the blocks of a document; the parts of `a && b` apart, and without comments."""
+    lines = [line for block in blocks(text, "bash|sh") for line in block.splitlines()]
+    return [words for line in lines for part in line.split("&&") if (words := shlex.split(part, comments=True))]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def test_two_commands_do_everything_on_a_fresh_machine():
@@ -42,30 +61,46 @@ def test_the_first_command_makes_its_picture(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [command[command.index("--out") + 1]]
 
 
-def test_the_python_of_the_readme_runs(tmp_path):
-    for block in blocks("python"):
+@pytest.mark.parametrize("name", WITH_PYTHON[:1])
+def test_its_python_runs(name, tmp_path):
+    for block in blocks(DOCUMENTS[name], "python"):
         subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, capture_output=True, env=environment())
 
 
-def test_every_minidiff_command_of_the_readme_parses():
-    commands = [line for block in blocks("bash") for line in re.split("\n|&&", block) if "minidiff " in line and "pip" not in line]
-    assert len(commands) >= 6
-    for command in commands:
-        words = shlex.split(command)[1:]
-        options = [word for word in words if word.startswith("--")]
-        name = words[:2] if words[0] in ("train", "bench", "merge", "evaluate", "hint") else words[:1]
-        shown = subprocess.run(
-            [sys.executable, "-m", "minidiff", *name, "--help-all"], capture_output=True, text=True, check=True, env=environment()
-        ).stdout
-        for option in options:
-            assert option in shown, f"{command}: {option}"
+@cache
+def help_of(name: str) -> str:
+    import contextlib
+    import io
+
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+        commands()[name].run(["--help-all"])
+    return shown.getvalue()
 
 
-def test_every_file_the_readme_names_exists():
-    linked = [path for path in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in path]
-    assert linked
-    for path in linked:
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_is_there_and_has_the_options_that_are_typed(name):
+    known = commands()
+    for words in typed_commands(DOCUMENTS[name]):
+        if "-m" in words[:-1] and not words[words.index("-m") + 1].startswith(("venv", "pytest")):
+            assert find_spec(words[words.index("-m") + 1]), words
+        if Path(words[0]).name != "minidiff":
+            continue
+        command = " ".join(words[1:3]) if " ".join(words[1:3]) in known else words[1]
+        assert command in known, words
+        for option in [word for word in words if word.startswith("--")]:
+            assert re.search(rf"{re.escape(option)}\b", help_of(command)), f"{shlex.join(words)}: {option}"
+
+
+def test_the_readme_has_commands():
+    assert len([words for words in typed_commands(README) if Path(words[0]).name == "minidiff"]) >= 6
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_file_that_is_linked_exists(name):
+    linked = [path for path in re.findall(r"\]\(([^)#]+)|src=\"([^\"]+)\"", DOCUMENTS[name]) if "://" not in "".join(path)]
+    for path in map("".join, linked):
+        assert ((ROOT / name).parent / path.split("#")[0]).exists(), path
 
 
 def test_every_room_stands_in_the_reading_list():
@@ -76,8 +111,9 @@ def test_every_room_stands_in_the_reading_list():
     assert rooms - linked == {"__init__.py", "__main__.py"}
 
 
-def test_the_messages_of_the_troubleshooting_table_are_the_codes_own():
-    section = README.split("## When something goes wrong")[1].split("##")[0]
+@pytest.mark.parametrize("name", ["README.md"])
+def test_the_messages_of_the_troubleshooting_table_are_the_codes_own(name):
+    section = DOCUMENTS[name].split("## When something goes wrong")[1].split("##")[0]
     rows = [line for line in section.splitlines() if line.startswith("| `")]
     sources = "".join(path.read_text() for folder in ("minidiff", "weights_loader") for path in (ROOT / folder).rglob("*.py"))
     said = re.sub(r"\"\s*f?\"", "", sources)  # literals that stand side by side are one
@@ -87,12 +123,6 @@ def test_the_messages_of_the_troubleshooting_table_are_the_codes_own():
         assert message in said, f"no code says: {message}"
 
 
-def environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
-@pytest.mark.parametrize("word", ["TODO", "PARITY_ROWS", "LOAD_ROWS", "TROUBLE\n", "TRAIN_TIME"])
-def test_nothing_is_left_to_fill_in(word):
-    assert word not in README
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_nothing_is_left_to_fill_in(name):
+    assert not re.search("TODO|_ROWS|TROUBLE\n|TRAIN_TIME", DOCUMENTS[name])
