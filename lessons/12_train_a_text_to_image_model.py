@@ -1,35 +1,36 @@
 # %% [markdown]
 # # 12 Train a text-to-image model
 #
-# **What does it take to train such a model, and how does one see that it learns?**
+# **What does it take to train such a model, and how do we see that it learns?**
 #
 # - Explains: [minidiff/bundled/tasks.py](../minidiff/bundled/tasks.py), [minidiff/trainers/engine/optimizer.py](../minidiff/trainers/engine/optimizer.py)
-# - You change: `ema_update`, the running mean of all weights, which is what is kept
-# - Minutes: 35
+# - You change: `velocity`, `ema_update` and `rate_at`: the target, the average that is kept, and the learning rate
+# - Minutes: 50
 # - Picture: [figures/12-stations.png](figures/12-stations.png)
 #
 # ![The whole pipeline; this lesson is about the training loss](figures/pipeline-training.svg)
 #
-# All parts have been on the table: noise, loss, U-Net, latents, words. Here they are trained together, from nothing, for about half a
-# minute. That is far too short for pictures of things. It is long enough to see what comes first, and two models that were trained for
-# longer show what comes later.
+# Noise, loss, U-Net, latents, words: you have met all the parts. Now we train them together, from scratch, for about half a minute. That is
+# far too short for pictures of things. It is long enough to see what is learned first, and two models that were trained for longer show
+# what comes later.
 
 # %% [markdown]
 # ## Guess first
 #
-# A U-Net and a text encoder begin with random numbers and learn from a few hundred captioned scenes. In one run the learning rate stays as
-# it is. In another, with the same beginning, the same scenes and the same noise, it falls to zero over the last fifth of the steps.
+# A U-Net and a text encoder start with random weights and learn from a few hundred captioned scenes. We train them twice, with the same
+# start, the same scenes and the same noise. In one run the learning rate is constant. In the other it falls to zero over the last fifth of
+# the steps.
 #
-# 1. What is the first thing to be seen in the pictures: shapes, the things' colours, or the backgrounds?
+# 1. What appears first in the pictures: shapes, the colours of things, or backgrounds?
 # 2. At which timesteps does the loss fall first: at early ones, where little noise hides the picture, in the middle, or at late ones?
 # 3. Which run has the lower loss at its end?
 
 # %% [markdown]
 # ## A model that knows nothing
 #
-# What is trained is the U-Net, and together with it the text encoder; nobody tells the one what the other's vectors mean. The autoencoder
-# (lesson 08) is done before and stays as it is: here it is that of the bundled model. To be quick the U-Net is narrow, with attention at
-# its finest level only, and the text encoder has one layer.
+# We train the U-Net together with the text encoder; nobody tells either of them what the vectors between them should mean. The VAE (lesson
+# 08) was trained before and stays frozen; we use that of the bundled model. To be fast, our U-Net is narrow, with attention at its finest
+# level only, and the text encoder has a single layer.
 
 # %%
 import copy
@@ -43,34 +44,28 @@ from matplotlib import pyplot as plt
 
 from lessons.common import BLUE, ORANGE, picture_grid, start
 from minidiff.bundled.recipe import RECIPES
-from minidiff.bundled.tasks import DiffusionTask, Latents
 from minidiff.config import SD1
 from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
-from minidiff.scenes.scenes import sample_scene
 
-# %%
-from minidiff.text_encoder import TextEncoder
-from minidiff.trainers.engine.diffusion_loss import NoiseSample, squared_error
-from minidiff.trainers.engine.ema import EMA
-from minidiff.trainers.engine.loop import Training
-from minidiff.trainers.engine.settings import Settings
-from minidiff.unet import UNet
-
-# %%
 lesson = start("12_train_a_text_to_image_model")
-bundled = lesson.model == "tiny"
-done = lesson.load()
+
+# %%
+done, bundled = lesson.load(), lesson.model == "tiny"
 schedule, T, size = done.schedule, done.schedule.config.timesteps, done.config.image_size
 config = done.config
 if bundled:
-    unet = replace(config.unet, widths=(32, 32, 64), heads=(1, 1, 2))
-    unet = replace(unet, attention=(True, False, False))
+    n = len(config.unet.widths) - 1  # levels but the coarsest
+    unet = replace(config.unet, widths=(32,) * n + (64,), heads=(1,) * n + (2,))
+    unet = replace(unet, attention=(True,) + (False,) * n)
     config = replace(config, unet=unet, text_encoder=replace(config.text_encoder, layers=1))
     print(f"a U-Net of widths {config.unet.widths}; the bundled model's: {done.config.unet.widths}")
 
-
 # %%
+from minidiff.bundled.tasks import DiffusionTask, Latents
+from minidiff.scenes.scenes import sample_scene
+
+
 @torch.no_grad()
 def compose(count, seed):
     """Scenes: their pixels, their captions, and what the training needs of them."""
@@ -86,9 +81,13 @@ def compose(count, seed):
 
 
 # %%
+from minidiff.conditioning import TextSide
+
+
 def draw(text_encoder, unet, prompts):
     sd = copy.copy(done)
-    sd.text.encoders["text_encoder"], sd.unet = text_encoder, unet
+    sd.text = TextSide(done.text.tokenizers, {"text_encoder": text_encoder})
+    sd.unet = unet
     *_, last = sd.denoise(prompts, seeds=range(len(prompts)), steps=drawing_steps)
     pixels = sd.decode(last.x_t)
     assert pixels.shape == (len(prompts), 3, size, size)
@@ -107,20 +106,25 @@ for caption in shown:
     print(caption)
 
 # %% [markdown]
-# Scenes are composed anew for each training and never stored: an emoji or two on a plain colour, with a caption made of the labels. (A
-# *style* is one of three sets of emoji, each drawn by other hands.) The autoencoder encodes each scene once, before the training, so that a
-# step needs no pixels.
+# The scenes are composed anew for each training: one or two emoji on a plain colour, with a caption made from the labels. (A *style* is one
+# of three sets of emoji, each by different artists.) The VAE encodes every scene once, before the training, so that a step needs no pixels.
 #
-# `DiffusionTask` says what is trained and what its loss is, `Settings` says how, and `Training` is the loop. There are two optimizers, Muon
-# for the matrices and AdamW for everything else. AdamW is a relative of the Adam in lesson 02: in a step every number moves about equally
-# far. Muon treats a matrix as a whole, and makes its step equally large in all directions, so that rare ones are learned as fast as common
-# ones. Captions are left empty for one sample in ten, so that guidance (lesson 10) has an answer without words to compare with. Timesteps
-# are not all drawn equally often, as they were in lesson 02: there are more from the middle on, where the words decide, and few early ones.
-# The recipe of the bundled model lets cells with an object count more in the loss, by `object_weight`, because a plain background is soon
-# learned. For a run as short as this one, the background is enough, and all cells count the same.
+# `DiffusionTask` says what is trained and with which loss, `Settings` says how, and `Training` is the loop. Four choices differ from those of
+# lesson 02:
+#
+# - There are two optimizers, Muon for matrices and AdamW for everything else. AdamW is a relative of Adam: in a step, every number moves about
+#   equally far. Muon treats a matrix as a whole and makes its step equally large in all directions, so that rare directions are learned as
+#   fast as common ones.
+# - One caption in ten is left empty, so that guidance has an unconditional prediction (lesson 10).
+# - Timesteps are not drawn equally often. Most are drawn from the middle on, where the words decide (lesson 10).
+# - The recipe of the bundled model gives more weight to cells with an object (`object_weight`), because plain backgrounds are soon learned. Our
+#   run is too short to get beyond backgrounds, so all cells count the same.
 
 # %%
-# Few samples a step and a high rate: best for so little time, by trial.
+from minidiff.trainers.engine.loop import Training
+from minidiff.trainers.engine.settings import Settings
+
+# Few samples a step and a high rate: the best for so little time, found by trial.
 rate = 0.0125 if bundled else RECIPES["half"].learning_rate / 100  # more would ruin a large model
 recipe = replace(RECIPES["half"], object_weight=0.0)
 decay = recipe.ema_decay
@@ -128,10 +132,9 @@ decay = recipe.ema_decay
 
 def prepare(config, steps):
     settings = Settings(steps=steps, batch=batch, learning_rate=rate, ema_decay=decay)
-    settings = replace(settings, max_grad_norm=None)
-    init = None if bundled else done  # of your own checkpoint all is kept, and goes on learning
+    init = None if bundled else done  # a checkpoint of yours continues from its weights
     task = DiffusionTask(config, recipe, scenes, lesson.device, init)
-    return Training(task, settings, lesson.device)
+    return Training(task, replace(settings, max_grad_norm=None), lesson.device)
 
 
 # %%
@@ -146,25 +149,45 @@ fig = picture_grid(rows, labels=["scenes", begin.replace(" ", "\n")])
 lesson.show(fig, "nothing", "Scenes; below, coloured noise of one kind for every caption.")
 
 # %% [markdown]
-# Noise goes in, and noise comes out, alike for every caption.
+# Every caption gives the same kind of noise.
 
 # %% [markdown]
-# ## What the network is asked for: v
+# ## What the network predicts: v
 #
-# Lesson 02 asked for the noise $\epsilon$. The bundled models answer with the mixture that lesson 01 called v, the *velocity* (Salimans and
-# Ho 2022, section 4):
+# In lesson 02 the network predicted the noise $\epsilon$. The bundled models predict the mixture that lesson 01 called v, the *velocity*
+# (Salimans and Ho 2022, section 4):
 #
 # $$v = \sqrt{\bar\alpha_t} \; \epsilon - \sqrt{1 - \bar\alpha_t} \; x_0$$
 #
-# Why? Think of a network that does not look at the picture at all, and answers with the best multiple of $x_t$. Asked for $\epsilon$, it
-# takes $\sqrt{1 - \bar\alpha_t} \; x_t$ and is off by $\bar\alpha_t$: at late timesteps by next to nothing, since $x_t$ *is* the noise
-# there. Asked for v, the best multiple is zero, and it is off by one at every timestep. (Off in the mean square, for latents of variance
-# one.) So with v there is as much to learn at the last timestep as at the first.
+# Why? Imagine a network that does not look at the picture and just returns the best multiple of $x_t$. If it should predict $\epsilon$, the
+# best multiple is $\sqrt{1 - \bar\alpha_t} \; x_t$, with an error of $\bar\alpha_t$: next to nothing at late timesteps, because there $x_t$
+# *is* the noise. If it should predict v, the best multiple is zero, with an error of one at every timestep. (Errors are mean squares, for
+# latents of variance one.) With v there is as much to learn at the last timestep as at the first.
+
+# %% [markdown]
+# ## Your turn: velocity
 #
-# To see it one needs a model that has learned something. Beside the bundled model lies `half`, wider than yours and stopped on purpose
-# before it was done.
+# Write this target. `alpha_bar` is the table of lesson 01, and `t` has shape `[B]`, one timestep for each sample. `alpha_bar[t]` gives B
+# values; add three axes with `[:, None, None, None]` to multiply whole latents. Two lines.
+#
+# When it is right, you see what it makes of one picture and one noise at a few timesteps.
+
 
 # %%
+def velocity(alpha_bar, x_0, t, eps):
+    """sqrt(a) eps - sqrt(1 - a) x_0 with a = alpha_bar[t]; x_0 and eps [B, C, H, W], t [B]."""
+    # YOUR CODE, about 2 lines
+
+
+velocity = lesson.check(velocity)
+
+# %% [markdown]
+# To see the difference between the two targets, we need a model that has learned something. `half` comes with the bundled model. It is
+# wider than yours and was stopped on purpose before it was finished.
+
+# %%
+from minidiff.trainers.engine.diffusion_loss import NoiseSample, squared_error
+
 half = replace(lesson, model="half").load() if bundled else done
 *_, test = compose(4 if lesson.quick else 12, seed=1)
 x_0 = (test.mean * done.config.vae.scaling_factor).to(lesson.device)
@@ -195,7 +218,7 @@ losses = {"half": measure(half.text_encoder, half.unet)}
 assert losses["half"].shape == (2, len(test_draws), len(x_0))
 
 # %%
-alpha_bar = schedule.alpha_bar.float()
+alpha_bar = schedule.alpha_bar.float()  # on the CPU
 a = torch.stack([alpha_bar[draws.t.cpu()] for draws in test_draws])
 own = losses["half"][0]
 as_v = own if schedule.config.prediction == "v" else own / a
@@ -210,13 +233,13 @@ axis.legend(fontsize=11, ncols=2, loc="upper right", bbox_to_anchor=(1, 0.95))
 lesson.show(fig, "targets", "Loss of v stays below one line at 1; loss of eps falls to zero.")
 
 # %% [markdown]
-# Full lines are the half-trained model, which answers with v. From v follows
-# $\epsilon = \sqrt{\bar\alpha_t} \; v + \sqrt{1 - \bar\alpha_t} \; x_t$, where $x_t$ is known. So the same answers have, as $\epsilon$, the
-# loss times $\bar\alpha_t$. As $\epsilon$ the late ones look perfect, and so do those of a network that knows nothing. As v they are the
-# worst.
+# The full lines are the half-trained model, which predicts v. Its prediction of the noise follows from that, $\epsilon =
+# \sqrt{\bar\alpha_t} \; v + \sqrt{1 - \bar\alpha_t} \; x_t$, where $x_t$ is known, so the same predictions have, as $\epsilon$, the error
+# of v times $\bar\alpha_t$. Judged as $\epsilon$, late predictions look perfect, but so do those of a network that knows nothing. Judged as
+# v, they are the worst.
 #
-# The very last timestep shows it best. The schedule ends in pure noise (lesson 01), so $\sqrt{\bar\alpha_t}$ is zero there. Then
-# $x_t = \epsilon$ and $v = -x_0$: the words are all that there is to go by, and the target is the whole picture.
+# The very last timestep is the clearest case. The schedule ends in pure noise (lesson 01), so $\sqrt{\bar\alpha_t}$ is zero, $x_t =
+# \epsilon$ and $v = -x_0$. Only the words tell anything about the picture, and the target is the whole picture.
 
 # %%
 last = torch.full((len(x_0),), T - 1, device=lesson.device)
@@ -224,30 +247,30 @@ eps = test_draws[-1].eps
 x_t = schedule.q_sample(x_0, last, eps)
 print(f"left of the picture at t = {T - 1}: {alpha_bar[-1].sqrt():.3f}")
 print(f"x_t is off eps by {(x_t - eps).square().mean().sqrt():.3f}")
-v = schedule.velocity(x_0, last, eps)
+v = velocity(alpha_bar.to(lesson.device), x_0, last, eps)
 print(f"v is off -x_0 by {(v + x_0).square().mean().sqrt():.3f}")
 back = schedule.x0_from_eps(x_t, last, eps)
 print(f"x_0 from eps: {int(back.isfinite().sum())} of {back.numel()} numbers are finite")
 back = schedule.x0_from_v(x_t, last, v)
 print(f"x_0 from v: {int(back.isfinite().sum())} of {back.numel()}")
+assert torch.allclose(v, schedule.velocity(x_0, last, eps), atol=1e-5)
 
 # %% [markdown]
-# There even a perfect $\epsilon$ says nothing about the picture: the way back of lesson 01 divides zero by zero. A model that begins its
-# pictures at pure noise has to be asked for something else, and v is that.
+# There, even a perfect $\epsilon$ says nothing about the picture: the way back of lesson 01 divides zero by zero. A model that starts from
+# pure noise needs another target, and v is one.
 
 # %% [markdown]
 # ## Your turn: ema_update
 #
-# Each step of training follows the gradient of a few samples, and which samples they are is chance. So the weights shake. Two things tame
-# that. The first is a running mean of all weights, kept beside them and never trained itself. It is called EMA, *exponential moving
-# average*, and in the end it is what is saved to a file, in place of the weights, as for `half`. After every step, with $n$ the number of
-# steps before it,
+# Each training step follows the gradient of a few random samples, so the weights jitter. Two things reduce the jitter. The first is an
+# *exponential moving average* of all weights, EMA for short. It is kept next to the weights and never trained itself, and it is usually
+# what is saved in the end. After every step, with $n$ the number of steps before it,
 #
 # $$\bar w \leftarrow d \, \bar w + (1 - d) \, w \qquad d = \min \left( \mathrm{decay}, \; \frac{1 + n}{10 + n} \right)$$
 #
-# With a decay of 0.9995 it looks back over some 2,000 steps. But at the beginning the mean is only the weights that training began with, so
-# d starts low and rises with n: the mean looks back over the last tenth or so of the steps taken, until the decay is reached. In a run as
-# short as ours these are never twenty steps.
+# The closer $d$ is to one, the more steps the average covers, about $1 / (1 - d)$ of them. At the beginning it should forget the random
+# weights quickly, so $d$ starts low and rises with $n$ until it reaches the decay. Two lines. When it is right, you see the average follow
+# a weight that jitters.
 
 
 # %%
@@ -256,33 +279,39 @@ def ema_update(mean, weight, decay, n):
     # YOUR CODE, about 2 lines
 
 
-def of_the_library(mean, weight, decay, n):
-    module = torch.nn.ParameterDict({"w": mean.clone()})
-    average = EMA(module, decay)
-    average.steps = n
-    module["w"].data.copy_(weight)
-    average.update(module)
-    return average.mean["w"]
-
-
-ema_update = lesson.check(ema_update, instead=of_the_library)
+ema_update = lesson.check(ema_update)
 
 # %%
-print(f"decay {decay}: the mean of some {1 / (1 - decay):,.0f} steps")
+print(f"decay {decay}: it covers about {1 / (1 - decay):,.0f} steps")
 for n in (0, 10, 100, 1000, 100_000):
     d = min(decay, (1 + n) / (10 + n))
-    print(f"n = {n:6}: d = {d:.4f}, looks back {1 / (1 - d):,.0f}")
+    print(f"n = {n:6}: d = {d:.4f}, covers about {1 / (1 - d):,.0f}")
 
 # %% [markdown]
-# ## A rate that stays, a rate that falls
+# ## Your turn: rate_at
 #
-# The second thing that tames the shaking is the learning rate. At a constant rate the weights keep shaking, however long it goes on. A rate
-# that falls lets them come to rest. `constant` and `linear` are the library's names for the two. `linear` falls to zero in a straight line
-# after a *warm-up*, some first steps in which the rate rises. Here the steps already taken count as the warm-up, so that it falls at once.
+# The second thing is the learning rate. At a constant rate the weights keep jittering, however long the training lasts. If the rate falls,
+# they settle. Write a rate that is constant for the first `hold` steps and then falls in a straight line, so that it would reach zero at
+# `steps`:
 #
-# Now train. After four fifths of the steps a second run takes up the first where it stands, with its weights and the memory of its
-# optimizers; from there on both see the same samples, and only the rate is another. After every step the weights of the U-Net's last
-# convolution are written down, to follow one of them. The loss is measured after a third of the steps, and at both ends.
+# $$\mathrm{rate} \cdot \min \left( 1, \; \frac{\mathrm{steps} - \mathrm{step}}{\mathrm{steps} - \mathrm{hold}} \right)$$
+#
+# Two lines. When it is right, you see the curve.
+
+
+# %%
+def rate_at(step, steps, hold, rate):
+    """The learning rate of a step, counted from 0: constant for `hold` steps, then down to 0."""
+    # YOUR CODE, about 2 lines
+
+
+rate_at = lesson.check(rate_at)
+
+# %% [markdown]
+# Now train. After four fifths of the steps, a second run continues from the state of the first, with its weights and its optimizers'
+# memory. From there on both see the same samples, and only the learning rate differs. (The library calls the falling rate `linear`; for it,
+# the steps already taken count as the warm-up, after which it falls.) After every step we write down the weights of the U-Net's last
+# convolution, and we measure the loss after a third of the steps and at both ends.
 
 
 # %%
@@ -316,6 +345,8 @@ for step in runs["linear"].run():
     rates["linear"].append(step.lr)
 
 # %%
+hold = 4 * steps // 5
+assert np.allclose(rates["linear"], [rate_at(i, steps, hold, rate) for i in range(steps)])
 averages = {}
 for falls, weights in seen.items():
     mean, averages[falls] = weights[0], [weights[0]]
@@ -356,20 +387,19 @@ if bundled and not lesson.quick:
     assert ends["constant"] < 0.8 * ends["nothing"]
 
 # %% [markdown]
-# It learns: both losses end well below the beginning. And the third guess: the falling rate ends lower than the constant one. Nothing was
-# learned that the other run had not seen; the weights have come to rest, and lost what a few samples had shaken into them. The mean does
-# nearly the same for the constant run, though it looks back over a few steps only. Where the rate falls, the weights hardly move any more,
-# and there is nothing left for the mean to do. In the picture each mean follows its weight smoothly and late, which is its price: while
-# the weights still have a way to go, it is behind them.
+# It learns: both losses end well below the start. The falling rate ends lower than the constant one, although it has seen the same samples.
+# Its weights have settled, and what the last few samples had added by chance is gone. The average does nearly the same for the constant
+# run. Where the rate falls, the weights hardly move in the end, so the average has nothing left to smooth. The figure also shows the price
+# of an average: it lags behind a weight that is still on its way.
 #
-# One run as short as this shows the shaking and what tames it, and not how much either is worth in a long one. `half`, whose rate never
-# fell, is kept as its mean; the bundled model had both.
+# One run as short as this shows the jitter and what reduces it, not how much either is worth in a long training. The models that come with
+# minidiff are averages of this kind.
 
 # %% [markdown]
 # ## Where the loss has fallen
 #
-# One number hides where the loss is (lesson 02). So look at it bin by bin: before the first step, after a third of your run, at the
-# end of its falling rate, and beside it two models that were trained for longer.
+# A single number hides where the loss is (lesson 02). Here it is in bins of timesteps: before the first step, after a third of your run, at
+# the end of your run with the falling rate, and for two models that were trained for longer.
 
 # %%
 if bundled:
@@ -380,38 +410,38 @@ if bundled:
         print(f"{name:14}{many:8,} samples")
 
 # %%
-curves = {"nothing": begin, f"after {steps // 3}": "a third", "linear": "your run"}
-curves |= {"half": "half", "bundled": "bundled model"} if bundled else {}
-curves = {label: losses[name].mean(dim=-1) for name, label in curves.items()}
+by_stage = {"nothing": begin, f"after {steps // 3}": "a third", "linear": "your run"}
+by_stage |= {"half": "half", "bundled": "bundled model"} if bundled else {}
+by_stage = {label: losses[name].mean(dim=-1) for name, label in by_stage.items()}
 fig, axis = plt.subplots(figsize=(6, 4.2))
-for (label, (own, _)), marker in zip(curves.items(), "xsov^"):
+for (label, (own, _)), marker in zip(by_stage.items(), "xsov^"):
     axis.plot(middles, own, marker=marker, label=label)
 axis.set(xlabel="timestep t", ylabel="loss", ylim=(0, None))
 axis.legend(fontsize=11, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.2))
 lesson.show(fig, "bins", "Loss above one at nothing; falls first in the middle, later everywhere.")
 
 # %%
-for label, (own, _) in curves.items():
+for label, (own, _) in by_stage.items():
     print(f"{label:14} first {own[0]:.2f}, lowest {own.min():.2f}, last {own[-1]:.2f}")
 
 # %% [markdown]
-# The second guess: the loss falls first in the middle. There $x_t$ shows enough of the picture to go on with, and enough noise to be told
-# from it. At early timesteps v is nearly the noise, and of that a part cannot be told (lesson 02); they are also the ones that training
-# draws least. At late ones v is nearly the picture, but for its sign, and only the words speak of that; there the loss stays highest. The
-# longer trainings have the same shape, lower down.
+# The loss falls first in the middle. There $x_t$ shows enough of the picture to work with, and enough noise to tell from it. At early
+# timesteps v is nearly the noise, part of which cannot be predicted (lesson 02), and training draws few of them. At late ones v is nearly
+# the picture (with a minus sign), and only the words say what is in it, so the loss stays high there. The longer trainings have curves of
+# the same kind, further down.
 #
-# A network that always answers zero would have a loss of one. Before its first step the model is above that: its answers are not zero, and
-# have nothing to do with the question.
+# A network that always returns zero would have a loss of one. Before its first step, our model is above that: its predictions are not zero
+# and have nothing to do with the target.
 
 # %% [markdown]
 # ## Does the model read?
 #
-# Loss alone does not tell whether the words are heard. So measure it twice: with each picture's own caption, and with its neighbour's. A
-# model that does not read has the same loss both times; what the wrong words cost is what the right ones are worth.
+# The loss alone does not tell whether the model uses the words. So we measure it twice: with each picture's own caption, and with its
+# neighbour's. If the model does not read, both are equal. What a wrong caption adds to the loss is what the right one is worth.
 
 # %%
 fig, axis = plt.subplots()
-for (label, (own, other)), marker in zip(curves.items(), "xsov^"):
+for (label, (own, other)), marker in zip(by_stage.items(), "xsov^"):
     axis.plot(middles, other - own, marker=marker, label=label)
     added = other.mean() / own.mean() - 1
     print(f"{label}: loss {own.mean():.3f}, with another's caption {added:.0%} more")
@@ -420,15 +450,14 @@ axis.legend(fontsize=11)
 lesson.show(fig, "reads", "A wrong caption costs nothing at first, more and more later on.")
 
 # %% [markdown]
-# Look at the numbers. After a third of your run wrong words cost nothing: the model has learned about pictures, and does not read. By its
-# end it has begun to, at late timesteps, where the words are most of what there is. Reading comes late, and goes on for long: for `half`
-# wrong words add roughly half of its loss again, and for the bundled model more than its whole loss. A loss that hardly falls any more can
-# hide that; this number does not.
+# Read the lines in their order. After a third of your run, a wrong caption costs almost nothing: the model has learned about pictures and
+# does not read yet. Reading comes later, first at late timesteps, where the words are most of what there is, and it improves for a long
+# time, long after the loss has become flat. This number shows progress that the loss hides.
 
 # %% [markdown]
 # ## Four stations of one training
 #
-# They are three models of different width, so not one training in truth; but what comes after what is the same in all.
+# These are three models of different widths, so it is not truly one training, but the order of events is the same in all of them.
 
 # %%
 stations = {"scenes": to_images(pixels[: len(shown)]), begin.replace(" ", "\n"): nothing}
@@ -437,19 +466,18 @@ if bundled:
     stations["half"] = draw(half.text_encoder, half.unet, shown)
     stations["bundled\nmodel"] = draw(done.text_encoder, done.unet, shown)
 fig = picture_grid(list(stations.values()), labels=list(stations))
-lesson.show(fig, "stations", "Scenes; noise; backgrounds; patches on backgrounds; things.")
+lesson.show(fig, "stations", "Scenes, and what four stages of training make of their captions.")
 
 # %% [markdown]
-# The first guess: backgrounds come first. With nothing learned all pictures are alike. After your run white backgrounds are white and black
-# ones black. Red shows at the edges, where hardly any scene has a thing; the yellow background has become red too. Nowhere is there a
-# thing, and much of the noise is left. After forty times as many samples `half` has the backgrounds, the colours of things, and patches in
-# place of the things. The bundled model, with ten times as many again, draws things, most of which can be named.
+# Backgrounds come first. With nothing learned, all pictures are alike. After your run, light and dark backgrounds can be told apart, and
+# there is much noise left and no thing. `half`, after many times as many samples, has the backgrounds, the colours of things, and patches
+# in place of the things. The bundled model draws things.
 
 # %% [markdown]
-# ## Break it: exchange the target
+# ## Break it: swap the target
 #
-# The classic slip is one line: the model answers with v, and is trained to answer with $\epsilon$, because that is what the first papers
-# and most code examples do. Shapes fit, nothing complains.
+# The classic mistake is one line: a model that should predict v is trained to predict $\epsilon$, because the first papers and most
+# examples do that. The shapes fit, and there is no error message.
 
 # %%
 other = "eps" if schedule.config.prediction == "v" else "v"
@@ -459,7 +487,7 @@ for _ in mistaken.run():
     pass
 looks = measure(**mistaken.task.modules, asked=mistaken.task.schedule)[0].mean(dim=-1)
 is_so = measure(**mistaken.task.modules)[0].mean(dim=-1)
-print(f"{mistaken.done} steps, asked for {other}")
+print(f"{mistaken.done} steps, trained to predict {other}")
 print(f"by that target: loss {looks.mean():.2f}, in the last bin {looks[-1]:.2f}")
 print(f"by the right one: loss {is_so.mean():.2f}, in the last bin {is_so[-1]:.2f}")
 if bundled and not lesson.quick:
@@ -467,28 +495,31 @@ if bundled and not lesson.quick:
 
 # %%
 rows = [stations["your run"], draw(**mistaken.task.modules, prompts=shown)]
-fig = picture_grid(rows, labels=["your run", "target\nexchanged"])
-lesson.show(fig, "exchanged", "Backgrounds above; nearly plain grey with the target exchanged.")
+fig = picture_grid(rows, labels=["your run", "target\nswapped"])
+lesson.show(fig, "exchanged", "Your run; below, a run whose target was swapped.")
 
 # %% [markdown]
-# After these few steps the loss is far below that of your whole run, and looks well. It is cheaply earned: at late timesteps $x_t$ is the
-# noise. The sampler still takes the answer for v, and every caption gives nearly the same grey. By the right target the model is now worse
-# than one that always answers zero, whose loss is one. No loss says anything alone: hold it against that of an answer that knows nothing,
-# as above, and look at pictures early.
+# After these few steps the loss is already far below that of your whole run. It is a cheap success: at late timesteps $x_t$ is the noise,
+# so predicting noise is easy. But the sampler still takes the prediction for v, and the pictures are nearly the same for every caption.
+# Judged by the right target, the model is worse than one that always returns zero. No loss means anything alone. Compare it with the loss
+# of a prediction that knows nothing, and look at pictures early.
 
 # %% [markdown]
 # ## On real Stable Diffusion
 #
 # `python lessons/12_train_a_text_to_image_model.py --model v1-5-pruned-emaonly.safetensors --device cuda` does the same with a checkpoint
-# of yours, on the same scenes, enlarged. It does not begin from nothing: the checkpoint goes on learning, at a rate 100 times lower than
-# the bundled model's, because it has seen far more than emoji, and a larger rate would take that from it. `emaonly` in its name says that
-# the file holds the averages alone, as those of the bundled models do. It answers with $\epsilon$, as all of Stable Diffusion 1.x does. Of
-# Stable Diffusion 2.x the version for larger pictures answers with v.
+# of yours, on the same scenes, enlarged. It continues from the checkpoint's weights, at a learning rate 100 times lower than the bundled
+# model's: the checkpoint has seen far more than emoji, and a large rate would destroy that. `emaonly` in its name says that the file only
+# holds the averages. It predicts $\epsilon$, as all of Stable Diffusion 1.x does; of Stable Diffusion 2.x, the version for larger pictures
+# predicts v.
 #
-# What stands in memory while all of it is trained, without any activations? Each number four times in float32: the weight, its gradient,
-# Muon's memory of earlier gradients, and the average.
+# How much memory does it take to train all of it, activations not counted? There are four numbers for each weight, in float32: the weight,
+# its gradient, the optimizer's memory of earlier gradients, and the average.
 
 # %%
+from minidiff.text_encoder import TextEncoder
+from minidiff.unet import UNet
+
 with torch.device("meta"):  # shapes alone
     large = [UNet(SD1.unet), TextEncoder(SD1.text_encoder)]
 total = sum(p.numel() for part in large for p in part.parameters())
@@ -499,29 +530,68 @@ RATE = RECIPES["bundled"].learning_rate
 print(f"learning rates: {RATE:g} and {RATE / 100:g}, 100 times lower")
 
 # %% [markdown]
-# And this lesson keeps three such trainings. So one seldom trains all of a large model; lessons 14 to 17 show what is done instead.
+# And this lesson keeps three such trainings. That is why large models are seldom trained as a whole; lessons 14 to 17 show what is done
+# instead.
 
 # %% [markdown]
 # ## On a GPU
 #
-# The whole training, from nothing, of the model that ships and of the judge of its pictures, on all 40,000 scenes:
+# The whole training from scratch of the model that ships, and of the judge of its pictures, on all of the recipe's scenes:
 #
 # ```bash
 # minidiff train from-scratch runs/mine --recipe bundled
 # ```
 #
-# Before it begins it measures a few steps and says how many minutes it will take on your machine: hours on a laptop. Stopped and started
-# again it goes on where it was. Expect backgrounds first, then colours, then shapes, in `samples-*.png`, and in the folder at the end a
-# model, and a card that says how many of its pictures the judge could name. `--recipe half --vae tiny` makes the model that stands between
+# Before it starts, it measures a few steps and tells you how many minutes it will take on your machine: hours on a laptop. If you stop it
+# and start it again, it resumes. In `samples-*.png`, expect backgrounds first, then colours, then shapes. At the end the folder holds a
+# model, and a card that says how many of its pictures the judge could name. `--recipe half --vae tiny` makes the model that is between
 # yours and it.
+
+# %% [markdown]
+# ## What you now know
+#
+# - The U-Net and the text encoder are trained together on noisy latents; the VAE is trained before and stays frozen.
+# - Predicting v leaves something to learn at every timestep, also where $x_t$ is pure noise.
+# - An average of the weights, or a falling learning rate, removes the jitter of the last steps.
+# - Backgrounds are learned first, then colours, then shapes; reading comes late and improves for long.
+# - A loss means little alone: compare it by timestep, with wrong captions, and with a prediction that knows nothing.
+
+# %% [markdown]
+# ## Your guess
+#
+# Backgrounds come first, because most cells are background and one colour fills them all. The loss falls first in the middle, where picture
+# and noise can be told apart. The run with the falling rate ends lower, as the list of losses shows: its weights settle.
+
+# %% [markdown]
+# ## Quiz
+#
+# 1. Your loss of v is one at every timestep. What may the network be doing?
+# 2. You evaluate the average with the decay of a long training, but without the rise of $d$, after a short run. What do you see?
+# 3. With a wrong caption the loss is the same as with the right one. Where would you look?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Returning zero everywhere, or as good as that: it has learned nothing that the target does not have by itself.
+# 2. Pictures of the random start: the average still consists mostly of the first weights.
+# 3. At the words on their way: are the captions of the batch those of its pictures, does the context reach the U-Net, and has the training been
+#    long enough?
+#
+# </details>
+
+# %% [markdown]
+# ## Now you
+#
+# Change one choice of the recipe: no empty captions (`caption_dropout`), half the learning rate with twice the steps, or a U-Net with
+# attention at all levels. Before you run it, write down what happens to three numbers: the loss at the end, what a wrong caption adds, and
+# the seconds a step takes. Then run it and compare with the lesson's.
 
 # %% [markdown]
 # ## Read next
 #
 # - `minidiff/bundled/tasks.py`: `DiffusionTask`, what you have trained, and before it `AutoencoderTask`, which comes first.
-# - `minidiff/trainers/engine/loop.py`: `Training.run` is the loop, `minidiff/trainers/engine/optimizer.py` has `EMA`, your two lines, and
-#   Muon.
+# - `minidiff/trainers/engine/loop.py`: `Training.run` is the loop. `minidiff/trainers/engine/ema.py` has your `ema_update`, and
+#   `minidiff/trainers/engine/optimizer.py` your `rate_at`, with other schedules, and Muon.
 # - Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models", eq. 3; Salimans and Ho 2022, "Progressive
 #   distillation for fast sampling of diffusion models", section 4, on v; Lin et al. 2023, "Common diffusion noise schedules and sample
 #   steps are flawed", on the last timestep.
-# - Lesson 14: to teach a finished model one thing more.
+# - Lesson 14: teach a finished model one thing more.
