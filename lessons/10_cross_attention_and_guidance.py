@@ -322,7 +322,7 @@ lesson.show(fig, "scales", "Two subjects at rising scales: absent at 0, then cle
 # %% [markdown]
 # ## Your turn: rescale
 #
-# Where do the harsh colours come from? A true noise or v has values of about size one, and so has a prediction at scale 1. Guidance
+# Where do the harsh colours come from? A true noise or v has values of about size one, and so has an unguided prediction. Guidance
 # exaggerates: the larger $g$, the larger its values. Lin et al. (2023, eq. 15 and 16) therefore bring the guided prediction back to the
 # standard deviation of the conditional one, for each picture separately. Because that alone makes pictures a little dull, they take only
 # the share $\phi$ of it:
