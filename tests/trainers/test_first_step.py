@@ -5,19 +5,21 @@ weight is given a gradient of zeros.
 """
 
 import dataclasses
+import traceback
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents
 from minidiff.bundled.train_judge import JudgeTask
 from minidiff.kernels import dispatch, tiles
 from minidiff.trainers.engine import loop, memory
-from minidiff.trainers.engine.loop import Training, to_device, trainable_weights
+from minidiff.trainers.engine.loop import Training, trainable_weights
 from minidiff.trainers.engine.memory import estimate_memory
 from tests.bundled.test_train_judge import SMALL as SMALL_JUDGE
 from tests.small_concepts import small_concept, small_methods
@@ -51,12 +53,40 @@ def gpu(monkeypatch):
     card = tiles.Card("NVIDIA H200", (9, 0), 227 * 1024)
     monkeypatch.setattr(tiles, "_cards", {torch.device("cuda"): card, torch.device("cuda", 0): card})
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)  # or autocast takes itself back
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     return mode
 
 
+class Waits(TorchDispatchMode):
+    """Notes where the CPU would wait for the GPU: copies between them that are not asynchronous, indices on the CPU, values that are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result, aten = func(*args, **kwargs), torch.ops.aten
+        if func is aten._to_copy.default:
+            waits = args[0].device != result.device and not kwargs.get("non_blocking")
+        elif func is aten.copy_.default:
+            waits = args[0].device != args[1].device and not (args[2:] or (kwargs.get("non_blocking"),))[0]
+        elif func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            waits = any(i is not None and i.device != args[0].device for i in args[1])
+        else:
+            waits = func is aten._local_scalar_dense.default and args[0].device.type == "cuda"
+        if waits:
+            self.found.append(f"{func} of {tuple(args[0].shape)} at " + "".join(traceback.format_list(ours(traceback.extract_stack()))))
+        return result
+
+
+def ours(stack):
+    """The last places in a stack that are in minidiff."""
+    return [frame for frame in stack if "/minidiff/" in frame.filename][-3:]
+
+
 def walk_first_step(task, settings, monkeypatch):
-    """Its memory is estimated and its first step taken, with zeros for gradients."""
+    """Its memory is estimated and its first step taken, with zeros for gradients. The CPU never waits for the GPU."""
     weights, shapes = trainable_weights(task.modules).values(), []
 
     def backward(loss):
@@ -67,7 +97,10 @@ def walk_first_step(task, settings, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     with torch.no_grad():
         estimate = estimate_memory(task, settings, CUDA)
-        step = next(Training(task, settings, CUDA).run())
+        training = Training(task, settings, CUDA)
+        with Waits() as waits:
+            step = next(training.run())
+    assert not waits.found, "\n".join(waits.found)
     assert estimate.trained == estimate.gradients == sum(4 * p.numel() for p in weights) and estimate.activations > 0
     assert shapes == [(FakeTensor, "cuda", ())] * 2 and step.done == 1 and step.loss.device.type == "cuda"
 
@@ -117,14 +150,3 @@ def test_training_from_nothing_takes_its_first_step_on_cuda(gpu, monkeypatch, ma
                 setattr(task, name, value.to(CUDA))
         task.device = CUDA
         walk_first_step(task, small_settings(batch=2, precision="bfloat16"), monkeypatch)
-
-
-def test_what_has_no_contents_is_not_pinned_and_what_has_is(monkeypatch):
-    pinned, real = [], torch.ones(2)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: tensor)  # there may be no GPU
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        to_device(CUDA, torch.ones(2)), to_device(CUDA, real)
-    to_device(CPU, real)
-    assert not pinned
-    assert to_device(CUDA, real) is real and len(pinned) == 1
