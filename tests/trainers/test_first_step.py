@@ -6,6 +6,7 @@ weight is given a gradient of zeros.
 
 import dataclasses
 import traceback
+from collections import Counter
 from unittest import mock
 
 import pytest
@@ -57,16 +58,20 @@ def gpu(monkeypatch):
     return mode
 
 
-class Waits(TorchDispatchMode):
-    """Notes where the CPU would wait for the GPU: copies between them that are not asynchronous, indices on the CPU, values that are read."""
+class Watch(TorchDispatchMode):
+    """Counts operations, and notes where the CPU would wait for the GPU.
+
+    It waits for copies between the two that are not asynchronous, for indices on the CPU, and for values that are read.
+    """
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.calls, self.waits = Counter(), []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result, aten = func(*args, **kwargs), torch.ops.aten
+        self.calls[str(func)] += 1
         if func is aten._to_copy.default:
             waits = args[0].device != result.device and not kwargs.get("non_blocking")
         elif func is aten.copy_.default:
@@ -76,7 +81,7 @@ class Waits(TorchDispatchMode):
         else:
             waits = func is aten._local_scalar_dense.default and args[0].device.type == "cuda"
         if waits:
-            self.found.append(f"{func} of {tuple(args[0].shape)} at " + "".join(traceback.format_list(ours(traceback.extract_stack()))))
+            self.waits.append(f"{func} of {tuple(args[0].shape)} at " + "".join(traceback.format_list(ours(traceback.extract_stack()))))
         return result
 
 
@@ -86,7 +91,7 @@ def ours(stack):
 
 
 def walk_first_step(task, settings, monkeypatch):
-    """Its memory is estimated and its first step taken, with zeros for gradients. The CPU never waits for the GPU."""
+    """Its memory is estimated and its first step taken, with zeros for gradients. The CPU never waits for the GPU. Returns what was called."""
     weights, shapes = trainable_weights(task.modules).values(), []
 
     def backward(loss):
@@ -97,12 +102,21 @@ def walk_first_step(task, settings, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     with torch.no_grad():
         estimate = estimate_memory(task, settings, CUDA)
+        monkeypatch.setattr(nn.Module, "to", laid_out)
         training = Training(task, settings, CUDA)
-        with Waits() as waits:
+        with Watch() as watch:
             step = next(training.run())
-    assert not waits.found, "\n".join(waits.found)
+    assert not watch.waits, "\n".join(watch.waits)
     assert estimate.trained == estimate.gradients == sum(4 * p.numel() for p in weights) and estimate.activations > 0
     assert shapes == [(FakeTensor, "cuda", ())] * 2 and step.done == 1 and step.loss.device.type == "cuda"
+    return watch.calls
+
+
+def laid_out(module, *, memory_format):
+    """What Module.to does to a module of tensors without contents, which PyTorch cannot replace."""
+    for p in module.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=memory_format)
 
 
 def moved_to_cuda(phase):
