@@ -15,12 +15,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minidiff.blocks import ResBlock
 from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents
 from minidiff.bundled.train_judge import JudgeTask
 from minidiff.kernels import dispatch, tiles
+from minidiff.kernels.dispatch import attention_backend
 from minidiff.trainers.engine import loop, memory
-from minidiff.trainers.engine.loop import Training, trainable_weights
+from minidiff.trainers.engine.loop import Training, compute_loss, trainable_weights
 from minidiff.trainers.engine.memory import estimate_memory
 from tests.bundled.test_train_judge import SMALL as SMALL_JUDGE
 from tests.small_concepts import small_concept, small_methods
@@ -164,3 +166,21 @@ def test_training_from_nothing_takes_its_first_step_on_cuda(gpu, monkeypatch, ma
                 setattr(task, name, value.to(CUDA))
         task.device = CUDA
         walk_first_step(task, small_settings(batch=2, precision="bfloat16"), monkeypatch)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_in_16_bits_a_gpu_trains_channels_last_so_that_our_kernel_takes_all_norms_before_convolutions(gpu, tmp_path, monkeypatch, precision):
+    function, options, token = small_methods()["lora"]
+    (phase,) = function(small_model(), [small_concept(tmp_path, token=token)], options).phases
+    with phase, gpu, attention_backend("triton"):
+        task = moved_to_cuda(phase)
+        monkeypatch.setattr(nn.Module, "to", laid_out)
+        Training(task, dataclasses.replace(task.settings, precision=precision), CUDA)
+        # float16 for both: without a GPU PyTorch takes its slow convolution for bfloat16, which answers in rows
+        with Watch() as watch:
+            compute_loss(task, 0, range(2), dataclasses.replace(task.settings, precision="float16"), CUDA)
+        convolutions = [part.weight for part in task.sd.unet.modules() if isinstance(part, nn.Conv2d) and part.kernel_size == (3, 3)]
+        norms = sum(isinstance(part, ResBlock) for part in task.sd.unet.modules()) * 2 + 1
+    half = precision == "bfloat16"
+    assert [weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions] == [half] * len(convolutions)
+    assert watch.calls["minidiff.group_norm_silu.default"] == (norms if half else 0)
