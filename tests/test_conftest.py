@@ -63,6 +63,10 @@ def test_one_thread_a_process_and_no_network():
     assert os.environ["OMP_NUM_THREADS"] == os.environ["HF_HUB_OFFLINE"] == "1"
 
 
+def test_float32_is_not_rounded_to_tf32():
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_a_skipped_test_fails_in_continuous_integration_unless_marked_gpu_or_slow(in_ci):
     # A test that skips itself fails, one that its mark or its file skips is an error of its preparation.
     assert "1 failed, 1 passed, 2 skipped, 1 xfailed, 2 errors" in in_ci

@@ -84,6 +84,23 @@ def test_views_of_a_fused_projection_give_the_same_bits():
     assert all(map(torch.equal, contiguous, strided))
 
 
+def test_queries_that_are_one_row_in_memory_give_the_bits_of_copies():
+    q, k, v, dout = inputs(1, 20, 16, 32, HALF)
+    q = q[:, :1].expand_as(q)
+    assert q.stride(1) == 0
+    expanded, copied = (answer_and_gradients(fused_cross_attention, x, k, v, dout, 2) for x in (q, q.contiguous()))
+    assert all(map(torch.equal, expanded, copied))
+
+
+def test_keys_whose_gradients_32_bits_do_not_count_are_refused(monkeypatch):
+    monkeypatch.setattr(tiles, "DEVICE", "meta")  # where they take no memory
+    rows = 2**31 // (77 * 1280)
+    for B, refused in ((rows, False), (rows + 1, True)):
+        q, k = (torch.empty(B, n, 1280, dtype=HALF, device="meta") for n in (1, 77))
+        reason = unsupported(q, k, k, 8)
+        assert (reason is not None) == refused and (not refused or "2^31 keys' elements or more" in reason)
+
+
 def test_the_gradient_of_a_sum_has_no_memory_of_its_own_and_works():
     q, k, v, dout = inputs(1, 20, 16, 32, FLOAT)
     ones = torch.ones_like(dout)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minidiff.blocks import geglu
+from minidiff.kernels import tiles
 from minidiff.kernels.geglu import fused_geglu, unsupported
 from tests.kernels.compile_kernels import built
 
@@ -83,6 +84,12 @@ def test_what_it_does_not_take_is_refused_with_the_reason(x, reason):
     if x.device.type != "meta":
         with pytest.raises(ValueError, match=f"fused GEGLU: .*{reason}"):
             fused_geglu(x)
+
+
+def test_more_elements_than_32_bits_count_are_refused(monkeypatch):
+    monkeypatch.setattr(tiles, "DEVICE", "meta")  # where they take no memory
+    assert unsupported(torch.empty(2**30 - 1, 2, device="meta")) is None
+    assert "2^31 elements or more" in unsupported(torch.empty(2**30, 2, device="meta"))
 
 
 def both_ways(tokens, F, dtype=torch.bfloat16, B=2):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minidiff.kernels import group_norm_silu
+from minidiff.kernels import group_norm_silu, tiles
 from minidiff.kernels.group_norm_silu import fused_group_norm_silu, unsupported
 from tests.kernels.compile_kernels import built
 
@@ -191,6 +191,15 @@ def test_what_it_does_not_take_is_refused_with_the_reason(change, reason):
     with pytest.raises(ValueError, match=f"fused GroupNorm and SiLU: .*{reason}"):
         inspect.unwrap(fused_group_norm_silu)(**arguments, eps=EPS)
     assert unsupported(x, 8, None, bias) is not None  # a norm without weights
+
+
+def test_pictures_of_more_elements_than_32_bits_count_are_refused_and_batches_are_not(monkeypatch):
+    monkeypatch.setattr(tiles, "DEVICE", "meta")  # where they take no memory
+    weight = torch.empty(32, device="meta")
+    for shape, refused in (((3, 32, 2**13, 2**12), False), ((1, 32, 2**13, 2**13), True)):
+        x = torch.empty(shape, device="meta", memory_format=torch.channels_last)
+        reason = unsupported(x, 8, weight, weight)
+        assert (reason is not None) == refused and (not refused or "2^31 elements in a picture" in reason)
 
 
 def both_ways(C, H, W, dtype=torch.bfloat16, groups=32, silu=True, B=2):

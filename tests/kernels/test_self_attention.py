@@ -102,6 +102,14 @@ def test_views_of_a_fused_projection_give_the_same_bits():
     assert all(map(torch.equal, contiguous, strided))
 
 
+def test_queries_that_are_one_row_in_memory_give_the_bits_of_copies():
+    q, k, v, dout = inputs(1, 20, 20, 32, HALF)
+    q = q[:, :1].expand_as(q)
+    assert q.stride(1) == 0
+    expanded, copied = (answer_and_gradients(fused_self_attention, x, k, v, dout, 2) for x in (q, q.contiguous()))
+    assert all(map(torch.equal, expanded, copied))
+
+
 def test_the_gradient_of_a_sum_has_no_memory_of_its_own_and_works():
     q, k, v, dout = inputs(1, 20, 20, 32, FLOAT)
     summed = answer_and_gradients(fused_self_attention, q, k, v, torch.ones((), device=q.device).expand_as(dout), 2)
