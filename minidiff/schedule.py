@@ -106,7 +106,7 @@ class NoiseSchedule:
     def _scales(self, t: Int[Tensor, "B"], like: Float[Tensor, "B *dims"]) -> tuple[Tensor, Tensor]:
         """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), broadcastable to `like`, in its dtype and on its device."""
         shape = "B -> B" + " 1" * (like.ndim - 1)
-        tables = (table.sqrt().to(like.dtype) for table in (self.alpha_bar, 1 - self.alpha_bar))  # before the move: Apple's GPU has no float64
+        tables = (table.sqrt().to(like.dtype) for table in (self.alpha_bar, 1 - self.alpha_bar))  # Apple's GPU has no float64
         signal, noise = (rearrange(to_device(t.device, table)[t], shape) for table in tables)
         return signal, noise
 

@@ -153,7 +153,7 @@ def test_any_number_of_keys_stands_in_the_least_tiles():
 def test_a_kernel_has_at_most_eight_divisions():
     sizes = [(L, d, dtype) for L in (16, 32, 77, 256) for d in range(8, 168, 8) for dtype in (HALF, BFLOAT, FLOAT)]
     assert len({forward_blocks(d, dtype) for _, d, dtype in sizes}) <= 8
-    assert len({backward_blocks(*size) for size in sizes}) <= 8
+    assert len({backward_blocks(*size, capability) for size in sizes for capability in ((8, 0), (9, 0), (12, 0))}) <= 8
 
 
 @pytest.mark.parametrize(
@@ -235,9 +235,9 @@ CASES = {name: partial(call, 2, *shape, HALF) for name, shape in SHAPES.items()}
 CASES |= {f"float32, {d} wide": partial(call, 2, 1024, 77, d, 8, FLOAT) for d in (40, 64, 80)}
 
 
-# Left out: 12.0, where Triton 3.8 spills 56 bytes at heads 80 wide; float32 for 8.6 and 8.9, where Triton 3.6 spills (400 bytes at heads 64 wide) and 3.8 does not.
+# Left out: float32 for 8.6 and 8.9, where Triton 3.6 spills (400 bytes at heads 64 wide) and 3.8 does not.
 QUICK = list(product(("at 512", "bundled"), (80, 90)))
-SLOW = [*product(("at 768", "at 1024", "float32"), (80, 90)), *product(("at 512", "bundled", "at 768", "at 1024"), (86, 89, 100))]
+SLOW = [*product(("at 768", "at 1024", "float32"), (80, 90)), *product(("at 512", "bundled", "at 768", "at 1024"), (86, 89, 100, 120))]
 
 
 @pytest.mark.parametrize(("part", "capability"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])

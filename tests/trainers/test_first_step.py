@@ -169,7 +169,9 @@ def test_training_from_nothing_takes_its_first_step_on_cuda(gpu, monkeypatch, ma
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-def test_in_16_bits_a_gpu_trains_channels_last_so_that_our_kernel_takes_all_norms_before_convolutions(gpu, tmp_path, monkeypatch, precision):
+def test_in_16_bits_a_gpu_trains_channels_last_so_that_our_kernel_takes_all_norms_before_convolutions(
+    gpu, tmp_path, monkeypatch, precision
+):
     function, options, token = small_methods()["lora"]
     (phase,) = function(small_model(), [small_concept(tmp_path, token=token)], options).phases
     with phase, gpu, attention_backend("triton"):

@@ -330,8 +330,8 @@ def uninterrupted() -> Iterator[None]:
 def with_compile(networks: Sequence[nn.Module], device: torch.device, settings: Settings) -> Iterator[None]:
     """Run the networks through torch.compile within the block, if settings ask for it; names and weights are unchanged.
 
-    On a GPU its kernels are launched as CUDA graphs, unless gradients accumulate: a gradient may lie in a graph's own memory, which the next
-    micro-batch overwrites. PyTorch then stops with an error or adds up wrong numbers.
+    On a GPU its kernels are launched as CUDA graphs, unless gradients accumulate: a gradient may lie in the memory of a graph, which the
+    next micro-batch overwrites. PyTorch then stops with an error or adds up wrong numbers.
     """
     graphs = device.type == "cuda" and settings.gradient_accumulation == 1
     for network in networks if settings.compile else ():

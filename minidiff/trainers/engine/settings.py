@@ -25,7 +25,7 @@ class Settings:
         ema_decay: decay of a running mean of the weights, which is then the result, as 0.99; none by default
         precision: of products and convolutions; auto is bfloat16 on a GPU, float32 elsewhere; what is trained stays in float32
         checkpointing: compute what is inside a block twice: less memory, a third slower
-        compile: run the networks through torch.compile (on a GPU with CUDA graphs, unless gradients accumulate); it takes a minute before the
+        compile: run the networks through torch.compile (CUDA graphs on a GPU, unless gradients accumulate); it takes a minute before the
             first step
         seed: of everything that is random
         save_every: steps between two saves of the state
