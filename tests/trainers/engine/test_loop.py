@@ -311,7 +311,7 @@ def test_the_global_generators_are_left_as_they_were():
 
 
 def test_of_several_gpus_a_step_keeps_the_random_state_of_its_own_alone(monkeypatch):
-    kept, restored, gpu = [], [], torch.device("cuda", 1)
+    kept, restored, gpu, task = [], [], torch.device("cuda", 1), SmallTask(dropout=0.5)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: kept.append(device) or device)
@@ -319,7 +319,7 @@ def test_of_several_gpus_a_step_keeps_the_random_state_of_its_own_alone(monkeypa
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PyTorch's, where it copies the states of several
-        compute_loss(SmallTask(dropout=0.5), 0, range(2), small_settings(precision="float32"), gpu)
+        compute_loss(task, 0, range(2), small_settings(precision="float32"), gpu)
         assert kept == [gpu] and restored == [(gpu, gpu)]
         with loop.with_seed(0):
             pass
