@@ -14,8 +14,10 @@ ROOT = Path(__file__).parent.parent
 
 SAMPLE = """
 import pytest
+import torch
 
 def test_passes(record_property):
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32  # or float32 is not float32 on a GPU
     record_property("parity", ("U-Net", "diffusers", "float32", 1.5e-6))
 
 @pytest.mark.skip(reason="because")
@@ -61,10 +63,6 @@ def elsewhere(tmp_path_factory) -> str:
 def test_one_thread_a_process_and_no_network():
     assert torch.get_num_threads() == 1
     assert os.environ["OMP_NUM_THREADS"] == os.environ["HF_HUB_OFFLINE"] == "1"
-
-
-def test_float32_is_not_rounded_to_tf32():
-    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_a_skipped_test_fails_in_continuous_integration_unless_marked_gpu_or_slow(in_ci):

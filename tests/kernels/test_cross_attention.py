@@ -154,6 +154,7 @@ def test_a_kernel_has_at_most_eight_divisions():
     sizes = [(L, d, dtype) for L in (16, 32, 77, 256) for d in range(8, 168, 8) for dtype in (HALF, BFLOAT, FLOAT)]
     assert len({forward_blocks(d, dtype) for _, d, dtype in sizes}) <= 8
     assert len({backward_blocks(*size, capability) for size in sizes for capability in ((8, 0), (9, 0), (12, 0))}) <= 8
+    assert [backward_blocks(77, 80, HALF, card).one_pass for card in ((9, 0), (12, 0))] == [True, False]  # see what it compiles to
 
 
 @pytest.mark.parametrize(

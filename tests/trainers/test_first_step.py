@@ -24,9 +24,13 @@ from minidiff.kernels.dispatch import attention_backend
 from minidiff.trainers.engine import loop, memory
 from minidiff.trainers.engine.loop import Training, compute_loss, trainable_weights
 from minidiff.trainers.engine.memory import estimate_memory
+from minidiff.trainers.methods import controlnet
+from minidiff.trainers.methods.controlnet import ControlNetOptions
+from minidiff.trainers.methods.controlnet_task import ControlNetTask
+from minidiff.trainers.methods.options import Concept
 from tests.bundled.test_train_judge import SMALL as SMALL_JUDGE
-from tests.small_concepts import small_concept, small_methods
-from tests.small_models import small_model, training_config
+from tests.small_concepts import picture_folder, quick, small_concept, small_methods
+from tests.small_models import small_model, training_config, xl_config
 from tests.small_task import CPU, small_settings
 
 CUDA = torch.device("cuda", 0)
@@ -123,18 +127,20 @@ def laid_out(module, *, memory_format):
 
 def moved_to_cuda(phase):
     """The phase, begun on the CPU, with its model on the GPU. A module gets new parameters there, which adapters and groups must learn of."""
-    modules = (*phase.sd.parts.values(), *phase.adapters)
+    adapters = getattr(phase, "adapters", ())
+    modules = (*phase.sd.parts.values(), *adapters, *([phase.net] if isinstance(phase, ControlNetTask) else []))
     before = [p for module in modules for p in module.parameters()]
-    for adapter in reversed(phase.adapters):
+    for adapter in reversed(adapters):
         adapter.detach()
     for module in modules:
         module.to(CUDA)
     with mock.patch.object(nn.Module, "to", lambda module, *_: module):  # they are there, and a second time PyTorch cannot move them
-        for adapter in phase.adapters:
+        for adapter in adapters:
             adapter.attach(phase.sd)
     now = dict(zip(before, (p for module in modules for p in module.parameters()), strict=True))
     phase.groups = [dataclasses.replace(group, params=tuple(now[p] for p in group.params)) for group in phase.groups]
-    phase.contexts = phase.contexts and {caption: context.to(CUDA, torch.float32) for caption, context in phase.contexts.items()}
+    if getattr(phase, "contexts", None):
+        phase.contexts = {caption: context.to(CUDA, torch.float32) for caption, context in phase.contexts.items()}
     return phase
 
 
@@ -143,6 +149,23 @@ def test_personalising_takes_its_first_step_on_cuda(gpu, tmp_path, monkeypatch, 
     function, options, token = small_methods()[name]
     phases = function(small_model(), [small_concept(tmp_path, token=token)], options).phases
     with phases[number] as phase, gpu:
+        walk_first_step(moved_to_cuda(phase), dataclasses.replace(phase.settings, precision="bfloat16"), monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["dreambooth", "dreambooth, text encoder"])  # contexts that are kept, and that two encoders make anew
+def test_sdxl_takes_its_first_step_on_cuda(gpu, tmp_path, monkeypatch, name):
+    function, options, token = small_methods()[name]
+    (phase,) = function(small_model(xl_config()), [small_concept(tmp_path, token=token)], options).phases
+    with phase, gpu:
+        walk_first_step(moved_to_cuda(phase), dataclasses.replace(phase.settings, precision="bfloat16"), monkeypatch)
+
+
+@pytest.mark.parametrize("of", ["scenes", "pictures"])
+def test_a_controlnet_takes_its_first_step_on_cuda(gpu, tmp_path, monkeypatch, of):
+    concepts = [Concept(images=picture_folder(tmp_path / "a"), prompt="a cat")] if of == "pictures" else []
+    options = ControlNetOptions(settings=quick(), hint="canny" if of == "pictures" else "outline", scenes=3)
+    (phase,) = controlnet.build(small_model(training_config()), concepts, options).phases
+    with phase, gpu:
         walk_first_step(moved_to_cuda(phase), dataclasses.replace(phase.settings, precision="bfloat16"), monkeypatch)
 
 
