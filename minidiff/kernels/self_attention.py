@@ -301,10 +301,11 @@ def blocks_of(kernel: str, N: int, d: int, dtype: torch.dtype, capability: tuple
         return Blocks(32, 32, 4, 1) if d < 64 else Blocks(32, 16, 8, 1) if kernel == "dq" else Blocks(16, 32, 8, 1)
     if kernel == "forward":
         return Blocks(64, 32, 4, 3) if d > 96 else Blocks(64, 64, 4, 3) if short else Blocks(128, 64, 8, 3)
-    if kernel == "dk_dv":  # two sums of d columns in registers, of which 12.0 needs more
-        wide = d > (64 if capability >= (12, 0) else 80)
-        return Blocks(16, 64, 8, 2) if d > 96 else Blocks(32, 64, 4, 2) if short or wide else Blocks(64, 64, 4, 2)
-    return Blocks(64, 32 if d > 96 else 64, 4, 2)
+    needs_more = capability >= (12, 0)  # registers
+    if kernel == "dk_dv":  # two sums of d columns in registers
+        width = d + 16 if needs_more else d
+        return Blocks(16, 64, 8, 2) if width > 96 else Blocks(32, 64, 4, 2) if short or width > 80 else Blocks(64, 64, 4, 2)
+    return Blocks(64, 32 if d > 96 or needs_more and d <= 32 else 64, 4, 2)
 
 
 def fused_self_attention(
