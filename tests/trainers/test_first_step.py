@@ -98,7 +98,7 @@ def ours(stack):
 
 
 def walk_first_step(task, settings, monkeypatch):
-    """Its memory is estimated and its first step taken, with zeros for gradients. The CPU never waits for the GPU. Returns what was called."""
+    """Its memory is estimated and its first step taken, with zeros for gradients. The CPU never waits for the GPU. Returns the estimate."""
     weights, shapes = trainable_weights(task.modules).values(), []
 
     def backward(loss):
@@ -116,7 +116,7 @@ def walk_first_step(task, settings, monkeypatch):
     assert not watch.waits, "\n".join(watch.waits)
     assert estimate.trained == estimate.gradients == sum(4 * p.numel() for p in weights) and estimate.activations > 0
     assert shapes == [(FakeTensor, "cuda", ())] * 2 and step.done == 1 and step.loss.device.type == "cuda"
-    return watch.calls
+    return estimate
 
 
 def laid_out(module, *, memory_format):
@@ -145,20 +145,18 @@ def moved_to_cuda(phase):
     return phase
 
 
+@pytest.mark.parametrize("config", [None, xl_config()], ids=["one encoder", "two encoders"])
 @pytest.mark.parametrize(("name", "number"), [*((name, 0) for name in small_methods()), ("pivotal", 1)])
-def test_personalising_takes_its_first_step_on_cuda(gpu, tmp_path, monkeypatch, name, number):
+def test_personalising_takes_its_first_step_on_cuda_and_the_estimate_counts_all_weights_there(
+    gpu, tmp_path, monkeypatch, name, number, config
+):
     function, options, token = small_methods()[name]
-    phases = function(small_model(), [small_concept(tmp_path, token=token)], options).phases
+    phases = function(small_model(config), [small_concept(tmp_path, token=token)], options).phases
     with phases[number] as phase, gpu:
-        walk_first_step(moved_to_cuda(phase), dataclasses.replace(phase.settings, precision="bfloat16"), monkeypatch)
-
-
-@pytest.mark.parametrize("name", ["dreambooth", "dreambooth, text encoder"])  # contexts that are kept, and that two encoders make anew
-def test_sdxl_takes_its_first_step_on_cuda(gpu, tmp_path, monkeypatch, name):
-    function, options, token = small_methods()[name]
-    (phase,) = function(small_model(xl_config()), [small_concept(tmp_path, token=token)], options).phases
-    with phase, gpu:
-        walk_first_step(moved_to_cuda(phase), dataclasses.replace(phase.settings, precision="bfloat16"), monkeypatch)
+        settings = dataclasses.replace(phase.settings, precision="bfloat16")
+        estimate = walk_first_step(moved_to_cuda(phase), settings, monkeypatch)
+        there = {p for module in (*phase.sd.parts.values(), *phase.adapters) for p in module.parameters()}
+    assert {p.device.type for p in there} == {"cuda"} and estimate.frozen + estimate.trained == sum(4 * p.numel() for p in there)
 
 
 @pytest.mark.parametrize("of", ["scenes", "pictures"])
