@@ -139,7 +139,7 @@ def moved_to_cuda(phase):
         for adapter in adapters:
             adapter.attach(phase.sd)
     now = dict(zip(before, (p for module in modules for p in module.parameters()), strict=True))
-    phase.groups = [dataclasses.replace(group, params=tuple(now[p] for p in group.params)) for group in phase.groups]
+    phase.groups = type(phase.groups)(dataclasses.replace(group, params=tuple(now[p] for p in group.params)) for group in phase.groups)
     if isinstance(phase, FinetuneTask) and phase.contexts:
         phase.contexts = {caption: context.to(CUDA, torch.float32) for caption, context in phase.contexts.items()}
     return phase
