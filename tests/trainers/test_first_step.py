@@ -26,8 +26,6 @@ from minidiff.trainers.engine.loop import Training, compute_loss, trainable_weig
 from minidiff.trainers.engine.memory import estimate_memory
 from minidiff.trainers.methods import controlnet
 from minidiff.trainers.methods.controlnet import ControlNetOptions
-from minidiff.trainers.methods.controlnet_task import ControlNetTask
-from minidiff.trainers.methods.finetune_task import FinetuneTask
 from minidiff.trainers.methods.options import Concept
 from tests.bundled.test_train_judge import SMALL as SMALL_JUDGE
 from tests.small_concepts import picture_folder, quick, small_concept, small_methods
@@ -128,8 +126,8 @@ def laid_out(module, *, memory_format):
 
 def moved_to_cuda(phase):
     """The phase, begun on the CPU, with its model on the GPU. A module gets new parameters there, which adapters and groups must learn of."""
-    adapters = phase.adapters if isinstance(phase, FinetuneTask) else ()
-    modules = (*phase.sd.parts.values(), *adapters, *([phase.net] if isinstance(phase, ControlNetTask) else []))
+    adapters, net = getattr(phase, "adapters", ()), getattr(phase, "net", None)  # a ControlNet's training has no adapters
+    modules = (*phase.sd.parts.values(), *adapters, *([net] if net else []))
     before = [p for module in modules for p in module.parameters()]
     for adapter in reversed(adapters):
         adapter.detach()
@@ -139,8 +137,8 @@ def moved_to_cuda(phase):
         for adapter in adapters:
             adapter.attach(phase.sd)
     now = dict(zip(before, (p for module in modules for p in module.parameters()), strict=True))
-    phase.groups = type(phase.groups)(dataclasses.replace(group, params=tuple(now[p] for p in group.params)) for group in phase.groups)
-    if isinstance(phase, FinetuneTask) and phase.contexts:
+    phase.groups = [dataclasses.replace(group, params=tuple(now[p] for p in group.params)) for group in phase.groups]
+    if getattr(phase, "contexts", None):
         phase.contexts = {caption: context.to(CUDA, torch.float32) for caption, context in phase.contexts.items()}
     return phase
 
