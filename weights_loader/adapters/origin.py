@@ -4,7 +4,8 @@
     ss_          kohya's scripts, by which the web interfaces sort: ss_output_name, ss_sd_model_name, ss_resolution, ss_steps, ...
     minidiff.base    two hashes of the model, so that a file attached to another one is noticed
 
-weights_loader/write.py adds modelspec.hash_sha256. Left out: modelspec.date, for the same training gives the same bytes; ss_sd_model_hash, a hash of a file that a conversion changes.
+weights_loader/write.py adds modelspec.hash_sha256. Left out: modelspec.date, for the same training gives the same bytes; ss_sd_model_hash,
+a hash of a file that a conversion changes.
 """
 
 from collections.abc import Mapping
