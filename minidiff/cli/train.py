@@ -23,7 +23,7 @@ import tyro
 
 from minidiff.cli.effects import without_effect
 from minidiff.cli.endings import readers, size_of
-from minidiff.cli.flags import Attentions, DTypes, File, Several, Text, Whole, command_class, flag_groups, given, parse_flags
+from minidiff.cli.flags import Attentions, DTypes, File, Several, Text, Whole, check_least, command_class, flag_groups, given, parse_flags
 from minidiff.cli.model import load, print_notes, training_on
 from minidiff.cli.names import check_folder, check_writable
 from minidiff.cli.reference import Reference, draw_reference
@@ -77,10 +77,8 @@ class RunFlags:
 
     def check(self) -> None:
         """Raise ValueError for a number out of range."""
-        for name, smallest in (("sample_every", 0), ("num_samples", 1), ("threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: at least {smallest}")
+        check_least(0, sample_every=self.sample_every)
+        check_least(1, num_samples=self.num_samples, threads=self.threads)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ def test_a_learning_rate_of_nothing_is_refused():
     [
         (DataOptions, {"caption_dropout": 1.5}, "caption_dropout 1.5 is outside 0..1"),
         (DataOptions, {"offset_noise": -1}, "offset_noise -1"),
+        (DataOptions, {"size": 0}, "size 0: expected pixels, at least 1"),
+        (DataOptions, {"buckets": -64}, "buckets -64: expected pixels"),
         (DataOptions, {"min_snr": 0}, "min_snr 0: gamma must be above 0"),
         (Prior, {"weight": 0}, "prior weight 0: it must be above 0"),
         (Prior, {"count": 0}, "prior count 0"),
