@@ -43,7 +43,7 @@ def usual_size(width: int, height: int, model_size: int, factor: int) -> tuple[i
     return round(width * scale) * factor, round(height * scale) * factor
 
 
-def check_size(width: int, height: int) -> None:
+def _check_size(width: int, height: int) -> None:
     """Raise ValueError for a size without pixels."""
     if min(width, height) < 1:
         raise ValueError(f"size {width} x {height} has no pixels; give at least 1 a side, in multiples of the VAE's")
@@ -67,7 +67,7 @@ def fit(pixels: Float[Tensor, "B C H W"], width: int, height: int, how: str) -> 
     Raises ValueError for another, and for a size without pixels.
     """
     check_choice("fit", how, FITS)
-    check_size(width, height)
+    _check_size(width, height)
     H, W = pixels.shape[2:]
     if how == "crop":
         scale = min(W / width, H / height)
@@ -196,11 +196,12 @@ def make_canvas(
         size: (width, height) in pixels to work on the part around the mask at; None works on the whole picture at its own size.
         feather_width: in the picture's pixels, 0 or more; None is a latent cell.
 
-    Raises ValueError for a mask of one value and a feather below 0.
+    Raises ValueError for a mask of one value, a size without pixels, and a feather below 0.
     """
     check_mask(mask)
     H, W = original.shape[2:]
     width, height = size or (W, H)
+    _check_size(width, height)
     crop = crop_around(mask, width, height) if size else Crop(0, 0, W, H)
     if feather_width is None:
         feather_width = max(1, round(factor * crop.width / width))
