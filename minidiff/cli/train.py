@@ -459,7 +459,7 @@ def save_sheet(phase: "Phase", prompts: list[str], run: RunFlags, done: int, ref
     save_png(reference.beside(sheet.image) if reference else sheet.image, run.out / f"{phase.name}-{done:06d}.png")
     if sheet.numbers:
         path = run.out / f"{phase.name}-sheets.csv"
-        lines = path.read_text().splitlines() if path.exists() else [",".join(["step", *sheet.numbers])]
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else [",".join(["step", *sheet.numbers])]
         lines.append(",".join([str(done), *(f"{value:.4f}" for value in sheet.numbers.values())]))
         write_text(path, "\n".join(lines) + "\n")
     return ", ".join(f"{name} {value:.2f}" for name, value in sheet.numbers.items())
