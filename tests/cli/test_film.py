@@ -60,7 +60,9 @@ def test_the_command_that_it_ends_with_draws_its_last_picture(run, tmp_path, dty
     with Image.open(tmp_path / "cat.webp") as film:
         film.seek(2)
         last = np.asarray(film.convert("RGB"))[::2, :64:2].astype(int)
-    assert np.abs(last - np.asarray(Image.open(tmp_path / "cat.png"))).max() <= (8 if dtype else 1)  # of 255: two latents are decoded at once, rounded to 2^-8
+    assert np.abs(last - np.asarray(Image.open(tmp_path / "cat.png"))).max() <= (
+        8 if dtype else 1
+    )  # of 255: two latents are decoded at once, rounded to 2^-8
 
 
 def test_small_pictures_are_enlarged_and_the_film_is_named_after_its_prompt(run, tmp_path):
@@ -83,7 +85,9 @@ def test_weights_are_read_and_what_has_no_effect_is_said(run, tmp_path):
     with Image.open(tmp_path / "cat.webp") as film:
         film.seek(1)
         last = np.asarray(film.convert("RGB"))[:, :32].astype(int)
-    assert np.abs(last - np.asarray(Image.open(tmp_path / "cat.png"))).max() <= (8 if dtype else 1)  # of 255: two latents are decoded at once, rounded to 2^-8
+    assert np.abs(last - np.asarray(Image.open(tmp_path / "cat.png"))).max() <= (
+        8 if dtype else 1
+    )  # of 255: two latents are decoded at once, rounded to 2^-8
 
 
 @pytest.mark.parametrize(
