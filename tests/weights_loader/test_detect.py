@@ -41,8 +41,8 @@ def test_a_hypernetwork_is_named_as_whatever_it_is_given(tmp_path):
     torch.save(web | {"is_layer_norm": False, "sd_checkpoint": "81761151", "sd_checkpoint_name": None}, tmp_path / "style.pt")
     with pytest.raises(ValueError, match="style.pt: a hypernetwork of the web interfaces, which is not supported"):
         weights_loader.load(tmp_path / "style.pt")
-    for kind, reader in (("a LoRA", weights_loader.read_lora), ("an embedding", weights_loader.read_embedding)):
-        with pytest.raises(ValueError, match=f"style.pt: given as {kind}, but it is a hypernetwork of the web interfaces"):
+    for given, reader in (("a LoRA", weights_loader.read_lora), ("an embedding", weights_loader.read_embedding)):
+        with pytest.raises(ValueError, match=f"style.pt: given as {given}, but it is a hypernetwork of the web interfaces"):
             reader(tmp_path / "style.pt", small_model())
 
 

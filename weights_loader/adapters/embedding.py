@@ -19,6 +19,7 @@ from minidiff.adapters.tokens import NewTokens, words_width
 from minidiff.config import check_choice
 from minidiff.pipeline import StableDiffusion
 from weights_loader.adapters.origin import describe_origin
+from weights_loader.brief import brief
 from weights_loader.detect import FEW, describe, kind
 from weights_loader.families import family_of_config
 from weights_loader.metadata import FORMAT, settings_to_metadata
@@ -115,7 +116,7 @@ def check_width(rows: Mapping[str, Tensor], sd: StableDiffusion) -> None:
         if vectors.shape[1] != width:
             made_for = WIDTHS.get(vectors.shape[1], "another model")
             raise ValueError(
-                f"not an embedding for this model: the vectors of {word!r} are {vectors.shape[1]} wide, made for {made_for}; those "
+                f"not an embedding for this model: the vectors of {brief(word)} are {vectors.shape[1]} wide, made for {made_for}; those "
                 f"of this one, {family_of_config(sd.config).name_of(sd.config)}, are {width}"
             )
 

@@ -16,6 +16,7 @@ import torch
 
 from minidiff.files import digest, tensor_bytes
 from minidiff.pipeline import StableDiffusion
+from weights_loader.brief import MOST
 from weights_loader.write import MODEL_SPEC
 
 BASE_KEY = "minidiff.base"
@@ -77,5 +78,5 @@ def base_note(path: str | Path, metadata: Mapping[str, str], sd: StableDiffusion
     learned = metadata.get(BASE_KEY, "").split()
     if not learned or set(learned) & set(base_hashes(sd)):
         return None
-    name = f" ({metadata[BASE_NAME]})" if metadata.get(BASE_NAME) else ""
+    name = f" ({metadata[BASE_NAME][:MOST]})" if metadata.get(BASE_NAME) else ""
     return f"{path} was learned on another model{name} than this one: expect a weaker or a different effect"
