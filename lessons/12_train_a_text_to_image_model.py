@@ -28,9 +28,9 @@
 # %% [markdown]
 # ## A model that knows nothing
 #
-# We train the U-Net together with the text encoder; nobody tells either of them what the vectors between them should mean. The VAE (lesson
-# 08) was trained before and stays frozen; we use that of the bundled model. To be fast, our U-Net is narrow, with attention at its finest
-# level only, and the text encoder has a single layer.
+# We train the U-Net together with the text encoder; nobody tells either of them what the vectors between them should mean. The VAE was
+# trained before (lesson 08) and stays frozen; we use that of the bundled model. To be fast, our U-Net is narrow, with attention at its
+# finest level only, and the text encoder has a single layer.
 
 # %%
 import copy
@@ -233,10 +233,10 @@ axis.legend(fontsize=11, ncols=2, loc="upper right", bbox_to_anchor=(1, 0.95))
 lesson.show(fig, "targets", "Loss of v stays below one line at 1; loss of eps falls to zero.")
 
 # %% [markdown]
-# The full lines are the half-trained model, which predicts v. Its prediction of the noise follows from that, $\epsilon =
-# \sqrt{\bar\alpha_t} \; v + \sqrt{1 - \bar\alpha_t} \; x_t$, where $x_t$ is known, so the same predictions have, as $\epsilon$, the error
-# of v times $\bar\alpha_t$. Judged as $\epsilon$, late predictions look perfect, but so do those of a network that knows nothing. Judged as
-# v, they are the worst.
+# The full lines are the half-trained model, which predicts v. Its prediction of the noise follows from that,
+# $\epsilon = \sqrt{\bar\alpha_t} \; v + \sqrt{1 - \bar\alpha_t} \; x_t$, where $x_t$ is known, so the same predictions have, as
+# $\epsilon$, the error of v times $\bar\alpha_t$. Judged as $\epsilon$, late predictions look perfect, but so do those of a network that
+# knows nothing. Judged as v, they are the worst.
 #
 # The very last timestep is the clearest case. The schedule ends in pure noise (lesson 01), so $\sqrt{\bar\alpha_t}$ is zero, $x_t =
 # \epsilon$ and $v = -x_0$. Only the words tell anything about the picture, and the target is the whole picture.
