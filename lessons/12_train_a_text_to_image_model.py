@@ -238,8 +238,8 @@ lesson.show(fig, "targets", "Loss of v stays below one line at 1; loss of eps fa
 # $\epsilon$, the error of v times $\bar\alpha_t$. Judged as $\epsilon$, late predictions look perfect, but so do those of a network that
 # knows nothing. Judged as v, they are the worst.
 #
-# The very last timestep is the clearest case. The schedule ends in pure noise (lesson 01), so $\sqrt{\bar\alpha_t}$ is zero, $x_t =
-# \epsilon$ and $v = -x_0$. Only the words tell anything about the picture, and the target is the whole picture.
+# The very last timestep is the clearest case. The schedule ends in pure noise (lesson 01), so $\sqrt{\bar\alpha_t}$ is zero,
+# $x_t = \epsilon$ and $v = -x_0$. Only the words tell anything about the picture, and the target is the whole picture.
 
 # %%
 last = torch.full((len(x_0),), T - 1, device=lesson.device)
