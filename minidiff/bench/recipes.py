@@ -8,7 +8,7 @@ No GPU has run any of them. Each runs in miniature in tests/bench/test_recipes.p
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -195,27 +195,29 @@ RECIPES = (
 )
 
 
-def format_recipes(recipes: tuple[CardRecipe, ...], memory: Mapping[CardRecipe, int]) -> str:
-    """Format the section of README.md: for each card its commands, then a table of what they take."""
-    return "\n".join(line for card in dict.fromkeys(one.card for one in recipes) for line in _format_card(card, recipes, memory))
+def format_recipes(memory: Sequence[int]) -> str:
+    """Format the section of README.md: for each card its commands, then a table of what they take. memory: bytes of each recipe."""
+    cards = dict.fromkeys(recipe.card for recipe in RECIPES)
+    return "\n\n".join(_format_card(card, [pair for pair in zip(RECIPES, memory, strict=True) if pair[0].card == card]) for card in cards)
 
 
-def _format_card(card: int, recipes: tuple[CardRecipe, ...], memory: Mapping[CardRecipe, int]) -> Iterator[str]:
-    own = [one for one in recipes if one.card == card]
-    yield f"### {card} GB\n\n```bash"
-    for one in own:
-        yield f"# {one.title}\n{shlex.join(one.words())}"
-    yield "```\n"
-    rows = [(one.title, format_bytes(memory[one]), one.expect) for one in own]
-    yield markdown_table(("", "memory, computed", "what to expect"), rows) + "\n"
+def _format_card(card: int, pairs: Sequence[tuple[CardRecipe, int]]) -> str:
+    commands = [f"# {recipe.title}\n{shlex.join(recipe.words())}" for recipe, _ in pairs]
+    rows = [(recipe.title, format_bytes(count), recipe.expect) for recipe, count in pairs]
+    table = markdown_table(("", "memory, computed", "what to expect"), rows)
+    return "\n".join([f"### {card} GB\n\n```bash", *commands, f"```\n\n{table}"])
+
+
+def compute_memory() -> Iterator[int]:
+    """Yield the bytes of each recipe, and print each as it is known: all of them take minutes."""
+    for recipe in RECIPES:
+        count = recipe.memory()
+        print(f"{recipe.card} GB, {recipe.title}: {format_bytes(count)}", file=sys.stderr, flush=True)
+        yield count
 
 
 if __name__ == "__main__":
-    computed = {}
-    for recipe in RECIPES:
-        computed[recipe] = recipe.memory()
-        print(f"{recipe.card} GB, {recipe.title}: {format_bytes(computed[recipe])}", file=sys.stderr, flush=True)
-    section = format_recipes(RECIPES, computed)
+    section = format_recipes(list(compute_memory()))
     if sys.argv[1:]:
         readme = Path(sys.argv[1])
         write_text(readme, renew_tables(readme.read_text(encoding="utf-8"), {"recipes": section}))
