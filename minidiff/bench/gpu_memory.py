@@ -34,13 +34,14 @@ from minidiff.conditioning import concatenate
 from minidiff.kernels.dispatch import attention_backend
 from minidiff.pipeline import StableDiffusion
 from minidiff.tiled_decode import ON_A_GPU, decode_tiled, should_tile
-from minidiff.trainers.data.cache import Cache
+from minidiff.trainers.data.cache import Cache, Make
 from minidiff.trainers.engine.loop import Task, networks_of
 from minidiff.trainers.engine.memory import LiveBytes, Memory, bytes_of, estimate_memory
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.method import Method
 from minidiff.trainers.methods.options import Concept
 
+PIXELS_AT_ONCE = 2**18  # of StableDiffusion.decode
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 IN_FLOAT32 = (F.group_norm, F.layer_norm, Tensor.softmax)  # of what the models call
 Made = TypeVar("Made")
@@ -56,6 +57,9 @@ class AsOnGPU(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is Tensor.__bool__:  # as `if not x.isfinite().all()`
             return True
+        if func is Tensor.backward:  # checkpointing computes parts of the forward pass again meanwhile
+            with self:
+                return torch.autograd.backward(*args)
         if func in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
         return func(*args, **(kwargs or {}))
@@ -101,15 +105,15 @@ def count_drawing(sd: StableDiffusion, batch: int, size: int | None = None) -> D
     text, told = peak_of(lambda: concatenate(*sd.text.guided(["a cat"] * batch, None, (side, side))))
     told = told.with_tensors([torch.zeros(x.shape, dtype=x.dtype) for x in told.tensors()])
     unet, _ = peak_of(lambda: sd.unet(x_t, t, told))
-    return Drawing(sum(parts), max(parts), text, unet, count_decoder(sd, side))
+    return Drawing(sum(parts), max(parts), text, unet, count_decoder(sd, batch, side))
 
 
-def count_decoder(sd: StableDiffusion, side: int) -> int:
-    """Count the activations of decoding one square of that many pixels a side: whole, or in strips where a GPU would take them."""
-    cells = side // sd.config.vae.factor
-    z = torch.zeros(1, sd.config.vae.latent_channels, cells, cells, dtype=sd.dtype)
+def count_decoder(sd: StableDiffusion, batch: int, side: int) -> int:
+    """Count the activations of decoding squares of that many pixels a side: whole, or in strips where a GPU would take them."""
+    cells, together = side // sd.config.vae.factor, min(batch, max(1, PIXELS_AT_ONCE // side**2))
+    z = torch.zeros(together, sd.config.vae.latent_channels, cells, cells, dtype=sd.dtype)
     if should_tile(sd.config.vae, z.to("meta")):  # a device that has no numbers of its own there, like a GPU
-        return peak_of(lambda: decode_tiled(sd.vae, z, max(1, ON_A_GPU["cells"] // side)).float().clamp(-1, 1))[0]
+        return peak_of(lambda: decode_tiled(sd.vae, z, max(1, ON_A_GPU["cells"] // (together * side))).float().clamp(-1, 1))[0]
     return peak_of(lambda: sd.vae.decode(z).float().clamp(-1, 1))[0]
 
 
@@ -121,7 +125,7 @@ class Shapes(Cache):
 
     peak = 0
 
-    def get(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+    def get(self, key: str, make: Make) -> Tensor:
         if key not in self._kept:
             peak, made = peak_of(make)
             self.peak, self._kept[key] = max(self.peak, peak), torch.zeros(made.shape)

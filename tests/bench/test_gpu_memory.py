@@ -41,8 +41,7 @@ def test_drawing_is_counted_as_real_tensors_are(sd):
     text, told = really_held(lambda: concatenate(*sd.text.guided(["a cat"] * 3, None, (32, 32))))
     x_t, t = torch.zeros(3, 4, 8, 8), torch.zeros(3, dtype=torch.int64)
     unet, _ = really_held(lambda: sd.unet(x_t, t, told))
-    z = torch.zeros(1, 4, 8, 8)
-    decoder, _ = really_held(lambda: sd.vae.decode(z).float().clamp(-1, 1))
+    decoder, _ = really_held(lambda: sd.vae.decode(x_t).float().clamp(-1, 1))
     sizes = [4 * sum(p.numel() for p in part.parameters()) for part in sd.parts.values()]
     counted = count_drawing(sd, batch=3, size=32)
     assert counted == Drawing(sum(sizes), max(sizes), text, unet, decoder)
@@ -52,12 +51,12 @@ def test_drawing_is_counted_as_real_tensors_are(sd):
 
 def test_the_decoder_works_in_strips_where_a_gpu_would(monkeypatch):
     sd = small_model()
-    whole = count_decoder(sd, 128)
+    whole = count_decoder(sd, 1, 128)
     monkeypatch.setattr(gpu_memory, "should_tile", lambda config, z: z.device.type == "meta")
     monkeypatch.setattr(gpu_memory, "ON_A_GPU", {"cells": 1024})
     z = torch.zeros(1, 4, 32, 32)
     strips, _ = really_held(lambda: decode_tiled(sd.vae, z, rows=8).float().clamp(-1, 1))
-    assert count_decoder(sd, 128) == strips < 0.8 * whole
+    assert count_decoder(sd, 1, 128) == strips < 0.8 * whole
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
