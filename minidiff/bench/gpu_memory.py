@@ -7,15 +7,17 @@
                         + the larger of a step's activations and the decoder's
 
 Activations are tensors without contents (trainers/engine/memory.py), and the model may be one of windows onto a small pool of numbers
-(common.random_model). Both are on the CPU, because without a driver PyTorch cannot run the backward pass of a GPU's tensors; `AsOnGPU`
-says where a GPU keeps something else.
+(common.random_model). Both are on the CPU, because without a driver PyTorch cannot run the backward pass of a GPU's tensors; `cuda_norms`
+makes them keep what a GPU's keep.
 
 Left out: CUDA's own context, the workspaces of its libraries, holes between tensors, and what torch.compile takes.
 """
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +28,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents, bundled_config
@@ -43,31 +44,46 @@ from minidiff.trainers.methods.options import Concept
 
 PIXELS_AT_ONCE = 2**18  # of StableDiffusion.decode
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-IN_FLOAT32 = (F.group_norm, F.layer_norm, Tensor.softmax)  # of what the models call
 Made = TypeVar("Made")
 
 
-class AsOnGPU(TorchFunctionMode):
-    """Let autocast on the CPU keep what CUDA's keeps, and let tensors without contents pass tests of their contents.
+@contextmanager
+def cuda_norms(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Let the networks' norms keep within the block, in the CPU's autocast, what they keep in CUDA's.
 
-    CUDA's autocast normalises in float32 (PyTorch, "Automatic mixed precision package", list of CUDA's operations), the CPU's in the type
-    that it is given; matrix products and convolutions are in 16 bits with both.
+    That one computes them in float32 (PyTorch, "Automatic mixed precision package", list of CUDA's operations), the CPU's in the type that
+    they are given; matrix products and convolutions are in 16 bits with both.
     """
+    norms = {part: None for network in networks for part in network.modules() if isinstance(part, nn.GroupNorm | nn.LayerNorm)}  # each once
+    for norm in norms:
+        norm.forward = partial(norm_in_float32, norm)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def norm_in_float32(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
+    """Apply a norm, where autocast is on in float32."""
+    weight, bias = norm.weight, norm.bias
+    if torch.is_autocast_enabled("cpu"):
+        x, weight, bias = x.float(), weight.float(), bias.float()
+    if isinstance(norm, nn.GroupNorm):
+        return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+    return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+
+class Finite(TorchFunctionMode):
+    """Let tensors without contents pass tests of their contents, as `if not x.isfinite().all()`."""
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is Tensor.__bool__:  # as `if not x.isfinite().all()`
-            return True
-        if func is Tensor.backward:  # checkpointing computes parts of the forward pass again meanwhile
-            with self:
-                return torch.autograd.backward(*args)
-        if func in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
-        return func(*args, **(kwargs or {}))
+        return True if func is Tensor.__bool__ else func(*args, **(kwargs or {}))
 
 
 def peak_of(run: Callable[[], Made]) -> tuple[int, Made]:
     """Run a function on tensors without contents and without gradients; return the bytes it held at most, and its result."""
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, AsOnGPU(), torch.no_grad(), attention_backend("pytorch"):
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, Finite(), torch.no_grad(), attention_backend("pytorch"):
         made = run()
     return live.peak, made
 
@@ -156,7 +172,7 @@ class InHalf:
 
 def count_steps(task: Task, settings: Settings) -> Memory:
     """Estimate the memory of a task as `estimate_memory` does on a GPU, in bfloat16."""
-    with AsOnGPU(), attention_backend("pytorch"):
+    with cuda_norms(networks_of(task)), attention_backend("pytorch"):
         # float32 where the estimate would turn autocast on for CUDA, which is not there
         return estimate_memory(InHalf(task), replace(settings, precision="float32"), CUDA)
 

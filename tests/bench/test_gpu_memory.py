@@ -1,13 +1,15 @@
 """The memory of commands on a GPU, counted without one: against tensors that are really made, CUDA's autocast, and sums by hand."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minidiff.bench import gpu_memory
-from minidiff.bench.gpu_memory import AsOnGPU, Drawing, Shapes, count_decoder, count_drawing, count_from_scratch, count_training
+from minidiff.bench.gpu_memory import Drawing, Shapes, count_decoder, count_drawing, count_from_scratch, count_training, cuda_norms
 from minidiff.bundled.recipe import Recipe
 from minidiff.conditioning import concatenate
 from minidiff.kernels.dispatch import attention_backend
@@ -62,29 +64,25 @@ def test_the_decoder_works_in_strips_where_a_gpu_would(monkeypatch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_forward_pass_keeps_is_what_it_keeps_in_cudas_autocast(dtype, checkpointing, monkeypatch):
-    """On tensors of CUDA without contents, with the plain attention: which fused one would run depends on the GPU."""
+    """On tensors of CUDA without contents, with PyTorch's plain attention: which fused one would run depends on the GPU."""
     if not can_be_walked():
         pytest.skip("this version of PyTorch needs a GPU for CUDA tensors without contents")
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)  # or autocast takes itself back
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
 
-    def kept(device):
+    def kept(device, prepare):
         unet = small_model().unet.to(dtype).requires_grad_(False)
-        with FakeTensorMode(allow_non_fake_inputs=True), attention_backend("naive"):
+        with FakeTensorMode(allow_non_fake_inputs=True), attention_backend("pytorch"), sdpa_kernel(SDPBackend.MATH), prepare([unet]):
             unet.to(device)
-            x_t, context = (
-                torch.zeros(2, *shape, device=device, dtype=dtype, requires_grad=True)
-                for shape in ((4, 8, 8), (32, unet.config.context_width))
-            )
+            x_t, context = (torch.zeros(2, *shape, device=device, dtype=dtype, requires_grad=True) for shape in ((4, 8, 8), (32, 16)))
             t = torch.zeros(2, dtype=torch.int64, device=device)
             with LiveBytes() as live, with_checkpointing([unet], checkpointing), torch.autocast(device, torch.bfloat16):
                 output = unet(x_t, t, context)
                 return live.live, output.dtype
 
-    on_cuda, plain = kept("cuda"), kept("cpu")
-    with AsOnGPU():
-        assert kept("cpu") == on_cuda
-    assert plain[0] < on_cuda[0]  # without it too little would be counted
+    on_cuda = kept("cuda", lambda networks: nullcontext())
+    assert kept("cpu", cuda_norms) == on_cuda
+    assert kept("cpu", lambda networks: nullcontext())[0] < on_cuda[0]  # without it too little would be counted
 
 
 def test_the_peak_of_training_is_the_sum_of_what_is_there_at_once(sd, tmp_path, monkeypatch):
