@@ -56,7 +56,7 @@ def cuda_norms(networks: Iterable[nn.Module]) -> Iterator[None]:
     """
     norms = {part: None for network in networks for part in network.modules() if isinstance(part, nn.GroupNorm | nn.LayerNorm)}  # each once
     for norm in norms:
-        norm.forward = partial(norm_in_float32, norm)
+        norm.forward = partial(_norm_in_float32, norm)
     try:
         yield
     finally:
@@ -64,7 +64,7 @@ def cuda_norms(networks: Iterable[nn.Module]) -> Iterator[None]:
             del norm.forward
 
 
-def norm_in_float32(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
+def _norm_in_float32(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
     """Apply a norm, where autocast is on in float32."""
     weight, bias = norm.weight, norm.bias
     if torch.is_autocast_enabled("cpu"):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,8 +83,11 @@ class CardRecipe:
             batch = self.flags.get("batch", 1)
             assert isinstance(batch, int)
             return count_drawing(sd, batch).total(offload="offload" in self.flags)
-        name = self.command.split()[1]
-        return count_training(sd, METHODS[name], override(preset(name, family_of(sd.config)), self.flags))
+        return count_training(sd, METHODS[self.command.split()[1]], self.options())
+
+    def options(self) -> Any:
+        """Return the options of the training method, a preset with the flags over it; their class depends on the method."""
+        return override(preset(self.command.split()[1], family_of(model_config(self.model))), self.flags)
 
 
 def _as_flag(name: str, value: object) -> list[str]:
@@ -188,7 +192,7 @@ RECIPES = (
         "sdxl",
         "train custom-diffusion",
         "runs/cat-custom-xl",
-        "250 steps of 8 samples on keys and values of cross-attention: 341 million numbers, the most of SDXL that fits",
+        "250 steps of 8 samples on keys and values of cross-attention: 341 million numbers",
         (*CAT, "<cat>", "--class-images", "class-pictures"),
         {"prior": "folder", "batch": 1, "gradient_accumulation": 8, "checkpointing": True},
     ),

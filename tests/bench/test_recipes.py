@@ -110,6 +110,14 @@ def test_every_recipe_fits_its_card_with_room_to_spare():
     assert f"at most {USABLE:.0%}".replace("%", " %") in README
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
+def test_what_to_expect_has_the_steps_of_the_preset(recipe):
+    if recipe.aim != "draw" and recipe.model in FILES:
+        settings = recipe.options().settings
+        (steps, samples), *_ = re.findall(r"([\d,]+) steps of (\d+) sample", recipe.expect)
+        assert (int(steps.replace(",", "")), int(samples)) == (settings.steps, settings.batch * settings.gradient_accumulation)
+
+
 def test_each_card_draws_teaches_and_trains_with_both_models_somewhere():
     assert {(recipe.card, recipe.aim) for recipe in RECIPES} == {(card, aim) for card in (8, 12, 24) for aim in ("draw", "teach", "train")}
     assert {(recipe.aim, recipe.model) for recipe in RECIPES} >= {(aim, model) for aim in ("draw", "teach", "train") for model in FILES}
