@@ -162,6 +162,10 @@ class InHalf:
     def networks(self) -> tuple[nn.Module, ...]:
         return networks_of(self.task)
 
+    @property
+    def resident(self) -> tuple[nn.Module, ...]:
+        return getattr(self.task, "resident", ())
+
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
         return self.task.optimizers(settings)
 
@@ -193,9 +197,8 @@ def count_training(sd: StableDiffusion, method: Method[Any], options: Any) -> in
         for phase in method.build(sd, [concept], options, cache).phases:
             with phase:
                 step = count_steps(phase, phase.settings)
-            kept = bytes_of(weights_of(*sd.parts.values(), *phase.modules.values()))
-            lasting = step.above - step.activations + sheet.unet
-            peaks += [kept + cache.peak, kept + lasting + max(step.activations, sheet.decoder)]
+            # Latents are made before anything else is there; a sheet is decoded between two steps.
+            peaks += [step.frozen + step.trained + cache.peak, step.total + sheet.unet + max(0, sheet.decoder - step.activations)]
     return max(peaks)
 
 
@@ -209,11 +212,6 @@ def count_from_scratch(recipe: Recipe) -> int:
     second = DiffusionTask(config, recipe, latents, CPU)
     scenes, encoded = recipe.scenes * bytes_of([first.images]), recipe.scenes * bytes_of([second.x_0, second.tokens, second.weight])
     return max(count_steps(first, recipe.autoencoder()).total + scenes, count_steps(second, recipe.diffusion()).total + encoded)
-
-
-def weights_of(*modules: nn.Module) -> Iterable[Tensor]:
-    """Return the weights of modules, each once."""
-    return {p for module in modules for p in module.parameters()}
 
 
 def picture_folder(folder: Path, size: int) -> Path:

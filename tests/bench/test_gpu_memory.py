@@ -85,23 +85,13 @@ def test_what_a_forward_pass_keeps_is_what_it_keeps_in_cudas_autocast(dtype, che
     assert kept("cpu", lambda networks: nullcontext())[0] < on_cuda[0]  # without it too little would be counted
 
 
-def test_the_peak_of_training_is_the_sum_of_what_is_there_at_once(sd, tmp_path, monkeypatch):
+def test_the_peak_of_training_is_the_sum_of_what_is_there_at_once(sd, monkeypatch):
     step = Memory(frozen=1, trained=2, gradients=30, optimizer=500, ema=7000, activations=10**7)
     monkeypatch.setattr(gpu_memory, "count_steps", lambda *_: step)
-    monkeypatch.setattr(Shapes, "peak", 0)
-    options = replace(METHODS["lora"].presets["sd1"], settings=quick(), low_rank=LowRankOptions(rank=2))
-    weights = 4 * sum(p.numel() for part in sd.parts.values() for p in part.parameters())
-    lora = 4 * sum(p.numel() for p in METHODS["lora"].build(sd, [concept(tmp_path)], options).lora.parameters())
-    sheet = count_drawing(sd, batch=1)
-    assert count_training(sd, METHODS["lora"], options) == weights + lora + step.above + sheet.unet
+    options, sheet = replace(METHODS["lora"].presets["sd1"], settings=quick()), count_drawing(sd, batch=1)
+    assert count_training(sd, METHODS["lora"], options) == step.total + sheet.unet
     step = replace(step, activations=1)  # then the sheet's decoder takes more than a step
-    assert count_training(sd, METHODS["lora"], options) == weights + lora + 7530 + sheet.unet + sheet.decoder
-
-
-def concept(folder):
-    from minidiff.trainers.methods.options import Concept
-
-    return Concept(images=picture_folder(folder / "cat"), token="sks", class_word="cat")
+    assert count_training(sd, METHODS["lora"], options) == 7533 + sheet.unet + sheet.decoder
 
 
 def test_a_step_of_training_is_counted_and_nothing_learns(sd):
@@ -109,7 +99,7 @@ def test_a_step_of_training_is_counted_and_nothing_learns(sd):
     options = replace(METHODS["lora"].presets["sd1"], low_rank=LowRankOptions(rank=2))
     few, many = (count_training(sd, METHODS["lora"], replace(options, settings=quick(batch=batch))) for batch in (8, 16))
     thrifty = count_training(sd, METHODS["lora"], replace(options, settings=quick(batch=16, checkpointing=True)))
-    fixed = 4 * sum(p.numel() for part in sd.parts.values() for p in part.parameters())
+    fixed = 4 * sum(p.numel() for part in sd.parts.values() for p in part.parameters())  # also of what a step does not run
     assert 1.5 < (many - fixed) / (few - fixed) < 2 and thrifty - fixed < 0.6 * (many - fixed)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in sd.unet.named_parameters())
 
