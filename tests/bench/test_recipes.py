@@ -94,7 +94,8 @@ def test_the_command_runs_in_miniature(recipe, run, tmp_path, monkeypatch):
     assert written.is_file() and written.stat().st_size > 0
     assert len(taking_turns) == ("--offload" in words)
     if recipe.aim != "draw":
-        code, _, err = run(*shlex.split(out.splitlines()[-1])[1:], "--steps", "1", "--out", "drawn.png")
+        use = re.findall("minidiff (generate .*)", err + out)[-1]  # what is printed to be done next
+        code, _, err = run(*shlex.split(use), "--steps", "1", "--out", "drawn.png")
         assert code == 0 and (tmp_path / "drawn.png").is_file(), err
 
 
