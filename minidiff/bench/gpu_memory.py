@@ -64,14 +64,14 @@ def cuda_norms(networks: Iterable[nn.Module]) -> Iterator[None]:
             del norm.forward
 
 
-def _norm_in_float32(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
+def _norm_in_float32(norm: nn.GroupNorm | nn.LayerNorm, input: Tensor) -> Tensor:
     """Apply a norm, where autocast is on in float32."""
     weight, bias = norm.weight, norm.bias
     if torch.is_autocast_enabled("cpu"):
-        x, weight, bias = x.float(), weight.float(), bias.float()
+        input, weight, bias = input.float(), weight.float(), bias.float()
     if isinstance(norm, nn.GroupNorm):
-        return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
-    return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+        return F.group_norm(input, norm.num_groups, weight, bias, norm.eps)
+    return F.layer_norm(input, norm.normalized_shape, weight, bias, norm.eps)
 
 
 class Finite(TorchFunctionMode):
@@ -148,23 +148,12 @@ class Shapes(Cache):
         return self._kept[key]
 
 
-@dataclass(frozen=True, eq=False)
 class InHalf:
     """A task whose loss runs in bfloat16's autocast, as on a GPU."""
 
-    task: Task
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        return self.task.modules
-
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        return networks_of(self.task)
-
-    @property
-    def resident(self) -> tuple[nn.Module, ...]:
-        return getattr(self.task, "resident", ())
+    def __init__(self, task: Task):
+        self.task, self.modules = task, task.modules
+        self.networks, self.resident = networks_of(task), getattr(task, "resident", ())
 
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
         return self.task.optimizers(settings)
