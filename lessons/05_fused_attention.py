@@ -96,7 +96,7 @@ above.set(ylabel="logit")
 above.legend(loc="lower right", ncols=2, fontsize=11)
 below.step(range(48), [l for _, l in path], where="post", color=ORANGE)
 below.set(ylabel="sum $l$", xlabel="keys seen", ylim=(0, None))
-lesson.show(fig, "running", "The sum grows with each key. A large jump of the maximum makes it fall.")
+lesson.show(fig, "running", "The sum grows key by key; it falls where the maximum jumps far.")
 
 # %% [markdown]
 # Where the blue line makes a large jump, the sum falls: compared with the new largest logit, everything before it has become small. Where

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 
-from lessons.common import BLUE, GREEN, ORANGE, curves, picture_grid, scene_latents, start, x0_converter
+from lessons.common import curves, picture_grid, scene_latents, start, x0_converter
 from minidiff.blocks import ResBlock, TransformerBlock
 from minidiff.config import SD1
 from minidiff.scenes.scenes import sample_scene
@@ -98,14 +98,14 @@ for name, channels, across in table:
 fig, axis = plt.subplots()
 at, widest = 0.0, max(channels for _, channels, _ in table)
 for name, channels, across in table:
-    colour = {"d": BLUE, "m": GREEN, "u": ORANGE}.get(name[0], "gray")
+    colour = {"d": "C0", "m": "C2", "u": "C1"}.get(name[0], "gray")
     wide = 0.3 + channels / widest
     axis.add_patch(plt.Rectangle((at, -across / 2), wide, across, facecolor=colour))
     at += wide + 0.25
 axis.set(xlim=(-0.3, at), ylim=(-side * 0.55, side * 0.55), xticks=[], yticks=[])
 axis.set(ylabel="cells per side", xlabel="down (blue), middle (green), up (orange)")
 axis.grid(False)
-lesson.show(fig, "hourglass", "Tall narrow bars, then short wide ones, then tall narrow ones again.")
+lesson.show(fig, "hourglass", "Tall narrow bars, then short wide ones, then tall ones again.")
 
 # %% [markdown]
 # Each bar is one tensor. Its height is the number of cells per side, its width the number of channels. The picture gets smaller towards the

@@ -131,7 +131,7 @@ for name, region in regions.items():
 fig, axis = plt.subplots()
 axis.bar(list(errors), list(errors.values()), width=0.6)
 axis.set(ylabel="mean squared error")
-lesson.show(fig, "regions", "The error of a pixel in the background, inside things, and at borders.")
+lesson.show(fig, "regions", "A pixel's error in the background, inside things, and at borders.")
 
 # %% [markdown]
 # A plain background is a single colour, which a few numbers can hold. Nearly all of the error is where things are, and the inside of these
@@ -198,9 +198,10 @@ shares = [0.02, 0.05, 0.1, 0.2, 0.4, 0.8]
 quality = [float(psnr(few, decoded(mean[:n] + share * mean.std() * eps))) for share in shares]
 own = float(std.mean() / mean.std())
 axes = {"xlabel": "noise, as a share of the latents' size", "ylabel": "PSNR in dB"}
-lines = {"noise added": (shares, quality), "size of a cloud": ([own, own], [min(quality), max(quality)])}
+lines = {"noise added": (shares, quality)}
+lines["size of a cloud"] = [own, own], [min(quality), max(quality)]
 fig = curves(lines, **axes, log="x", xticks=shares, dashed=["size of a cloud"])
-lesson.show(fig, "noise", "PSNR against the noise in the latent; the dashed line is a cloud's size.")
+lesson.show(fig, "noise", "PSNR against the noise in the latent; dashed, the size of a cloud.")
 
 # %% [markdown]
 # Left of the dashed line the noise does little harm, because the decoder was trained with as much. To the right, the picture gets worse and
