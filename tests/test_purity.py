@@ -148,6 +148,8 @@ def examples() -> list[partial]:
         torch.device("cpu"),
     )
     public_clip.mean = public_clip.std = torch.ones(3, 1, 1)
+    posterior = SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: pixels[..., ::8, ::8]))
+    pipe = SimpleNamespace(vae=SimpleNamespace(encode=lambda x: posterior, config=SimpleNamespace(scaling_factor=0.5)))
     return [
         partial(parallel.BottleneckAdapter(8, 2, torch.Generator(), behind=True).forward, q),
         partial(parallel.BottleneckAdapter(8, 2, torch.Generator()).forward, q),
@@ -307,6 +309,8 @@ def examples() -> list[partial]:
         partial(cli_edit.Edit.size.fget, cli_edit.Edit(picture, None, 0.5)),
         partial(cli_control.Frame((32, 32), lambda x: x).follow_hint, picture[0]),
         partial(cli_verify.run_text, sd, "text_encoder", sd.tokenizer(["a cat"])),
+        partial(cli_verify.add_hole, x_0[:1], sd.unet, (x_0,)),
+        partial(cli_verify.their_hole, pipe, pixels),
         partial(cli_edit.Edit(picture, canvas.make_canvas(picture, hole, 4), 0.5).finish, picture + 1),
         partial(edits.known_latents, "fresh", x_0, [0], few.levels(sd.schedule)),
         partial(attention_edits.outside, judge, pixels),

@@ -103,7 +103,10 @@ def tally(key: Path, forms: Sequence[Path]) -> Tally:
 
 
 def read_key(path: Path) -> dict[str, Any]:
-    """Read the key of a sheet: "first" and "second", the two folders; "left is second", for each row. Raises ValueError for another file."""
+    """Read the key of a sheet: "first" and "second", the two folders; "left is second", for each row.
+
+    Raises ValueError for another file.
+    """
     try:
         key = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from minidiff.evaluation.alignment import Encoder
 from minidiff.evaluation.kid import KID, kid
 from minidiff.evaluation.weights import KINDS
+from minidiff.files import write_text
 from minidiff.markdown import format_bytes, format_fixed, markdown_table
 from minidiff.pictures import grid, save_png
 from minidiff.study.learn import draw_training_pictures
