@@ -449,8 +449,8 @@ for width, heads, has in zip(unet.widths, unet.heads, unet.attention):
 # %% [markdown]
 # ## Your guess
 #
-# The second answer is right: the answer so far, unnormalized, and the two numbers $m$ and $l$. The third would be right for a kernel that
-# does not rescale, as in "Break it".
+# The second answer is right: the answer so far, before it is divided, and the two numbers $m$ and $l$. The third describes what you get if
+# you forget to rescale, as in "Break it".
 
 # %% [markdown]
 # ## Quiz
@@ -473,8 +473,8 @@ for width, heads, has in zip(unet.widths, unet.heads, unet.attention):
 #
 # Write a step that subtracts no maximum: let its $m'$ be zero every time, so that nothing has to be rescaled. Predict how large the logits
 # must become before the answer stops being a number. Then pass the step to `attend_in_blocks`, make the queries of "Break it" longer and
-# longer, and find the first length at which the answer is not finite. Compare the largest logit at that length with the first cell's
-# output.
+# longer, and find the first length at which the answer is not finite. Compare the largest logit at that length with the overflow at
+# the beginning of this lesson.
 
 # %% [markdown]
 # ## Read next

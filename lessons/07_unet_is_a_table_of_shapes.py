@@ -268,8 +268,8 @@ for i, width in enumerate(SD1.unet.widths):
 # Now count both for the whole U-Net of Stable Diffusion 1.x. This needs no weights: on PyTorch's device `meta`, tensors have shapes and no
 # numbers, and cost neither memory nor time. (The products of queries and keys have no parameters and are left out.)
 #
-# First by kind of layer. A *feed-forward* network follows each pair of self-attention and cross-attention: Linear layers that work on each
-# cell by itself.
+# We begin with the kinds of layers. A *feed-forward* network follows each pair of self-attention and cross-attention: Linear layers that work
+# on each cell by itself.
 
 # %%
 KINDS = ("self_attention", "cross_attention", "feed_forward")
@@ -298,8 +298,8 @@ for label, network in (("Stable Diffusion 1.x", real), ("this model", unet)):
         print(f"    {kind:15} {count / sum(found.values()):5.1%}")
 
 # %% [markdown]
-# Most parameters are in ResBlocks, that is, in convolutions. Cross-attention, through which all of the text enters, has few. Now by level,
-# the way down and the way up together:
+# Most parameters are in ResBlocks, that is, in convolutions. Cross-attention, through which all of the text enters, has few. Next we
+# count by level, the way down and the way up together.
 
 
 # %%
@@ -500,7 +500,7 @@ print(f"{total:,} parameters, {total * 2 / 1e9:.2f} GB in float16")
 # %% [markdown]
 # ## Now you
 #
-# Do not cut a skip, turn it down: multiply the skip's channels by a half in place of zero, and then by two. (FreeU, Si et al. 2023,
+# Instead of cutting a skip, turn it down or up: multiply its channels by a half, and then by two. (FreeU, Si et al. 2023,
 # improves pictures of finished models with factors of this kind.) Predict which factor harms more, and whether the largest skip or one from
 # the middle of the list is more sensitive. Change `zeros` in `cut`, print the errors, and look at the pictures.
 

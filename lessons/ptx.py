@@ -45,7 +45,7 @@ def compiled() -> Iterator[str]:
 
     from minidiff.kernels.self_attention import forward_kernel as kernel
 
-    at = {name: i for i, name in enumerate(kernel.arg_names)}
+    at = {name: i for i, name in enumerate(kernel.arg_names)}  # pyright: ignore[reportFunctionMemberAccess]
     types = dict.fromkeys(("q", "k", "v", "out"), "*fp16") | {"lse": "*fp32"}
     for D_1, D_2, d_known in WAYS:
         known = {"scale": math.log2(math.e) / math.sqrt(40), "D_1": D_1, "D_2": D_2, "CAUSAL": False, "EVEN": True}
