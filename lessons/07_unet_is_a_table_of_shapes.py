@@ -431,10 +431,11 @@ fig = picture_grid(rows, columns, ["rocket", "house", "camera"])
 lesson.show(fig, "cut", "Three pictures from the whole U-Net and from each of the others.")
 
 # %% [markdown]
-# Compare the second column with the third. What the smallest skip holds also arrives from the middle, which got it as input. The largest
-# skip carries the latent itself, nearly as it came in, with the noise of every single cell. Without it, the U-Net has to guess from coarser
-# tensors where the noise was, and leaves much of it in the picture. So a skip is not there to remember *what* the picture shows, but
-# *where*. At the last timestep the difference is smaller: there is little besides noise, and the words decide more.
+# Compare the second column with the third. The smallest skip is the very tensor that went into the middle, so what it holds arrives from
+# there as well. The largest skip carries the latent itself, nearly as it came in, with the noise of every single cell. Without it, the
+# U-Net has to guess from coarser tensors where the noise was, and leaves much of it in the picture. So a skip is not there to remember
+# *what* the picture shows, but *where*. At the last timestep the difference is smaller: there is little besides noise, and the words decide
+# more.
 #
 # The exchanged skips do great harm as well, and there is no error message. That is why the tests of minidiff compare whole U-Nets with the
 # numbers of the original.

@@ -279,8 +279,8 @@ fig = picture_grid(list(generated.values()), labels=list(generated))
 lesson.show(fig, "wrong", "Four pictures; below, the same latents divided by the wrong number.")
 
 # %% [markdown]
-# Next the U-Net. We multiply the latents of scenes by several numbers, with the right size as one, add noise, and ask for $x_0$. Afterwards
-# we divide by the same number, so that all errors are measured at the right size.
+# Next the U-Net. We multiply the latents of scenes by several numbers, where one is the right size, add noise, and ask for $x_0$.
+# Afterwards we divide by the same number, so that all errors are measured at the right size.
 
 # %%
 z = mean[:8] * right
@@ -321,7 +321,8 @@ lesson.show(fig, "guessed", "Scenes predicted from noise; below, from latents of
 # earlier than the timestep says, so the network makes up more of the picture than it should have to. Latents that are too large do less
 # harm, because the noise covers less of them.
 #
-# In minidiff the number is part of the checkpoint (`VAEConfig`). The VAE itself never multiplies. The pipeline does, in a single place.
+# In minidiff the number is part of the checkpoint (`VAEConfig`). The VAE itself works on unscaled latents. Code that adds noise multiplies by
+# the model's own number, and `StableDiffusion.decode` divides by it.
 
 # %% [markdown]
 # ## On real Stable Diffusion
