@@ -26,7 +26,7 @@ from weights_loader.contents import unwrap
 from weights_loader.detect import describe
 from weights_loader.dialects import unet_convolutions, unet_diffusers, unet_ldm
 from weights_loader.empty_parts import NoInit
-from weights_loader.families import family_of_config
+from weights_loader.families import family_of_config, made_for_another
 from weights_loader.folder.settings import read_json
 from weights_loader.folder.writing import added_json, write_json
 from weights_loader.metadata import FORMAT, settings_to_metadata
@@ -37,8 +37,6 @@ from weights_loader.write import new_folder, write_safetensors
 
 KEY = "minidiff.controlnet"  # in the metadata: what tensors cannot tell
 PREFIX = "control_model."
-FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}  # by the width of the text
-XL = r"(^|\.)(label_emb\.0\.|add_embedding\.linear_)"
 # What every ControlNet has, in either naming.
 MARKS = r"(^|\.)(input_hint_block\.0\.|controlnet_cond_embedding\.conv_in\.)"
 # Tensors that say of a file that it is added to the base.
@@ -198,15 +196,9 @@ def _stated_by_diffusers(values: Mapping[str, Any], sd: StableDiffusion) -> dict
 
 def _check_family(tensors: Mapping[str, Tensor], sd: StableDiffusion) -> None:
     """Raise ValueError, naming both families, for a ControlNet of another family than the model's."""
-    is_xl, model_is_xl = any(re.search(XL, name) for name in tensors), sd.config.unet.pooled_width is not None
     found = next((tensor.shape[1] for name, tensor in tensors.items() if re.search(r"attn2\.to_k\.(weight|down)$", name)), None)
-    theirs = "Stable Diffusion XL" if is_xl else FAMILIES.get(found or 0, f"a model whose text is {found} wide")
-    if is_xl != model_is_xl or found not in (None, sd.config.unet.context_width):
-        ours = family_of_config(sd.config).name_of(sd.config)
-        raise ValueError(
-            f"a ControlNet for {theirs}; the model in use is {ours}, whose text is {sd.config.unet.context_width} wide; "
-            "give a ControlNet of the model's family, or another --model"
-        )
+    if another := made_for_another(sd.config, found, tensors):
+        raise ValueError(f"a ControlNet {another}; give a ControlNet of the model's family, or another --model")
     depth = sd.config.unet.blocks_per_level * sum(sd.config.unet.attention) + max(1, sd.config.unet.attention[-1])
     found = {match[0] for name in tensors if (match := re.match(r".*\.transformer_blocks\.\d+\.", name))}
     if not any(name in tensors for name in ADDED) and len(found) < depth:
@@ -306,7 +298,7 @@ def _diffusers_json(config: ControlNetConfig) -> dict[str, Any]:
         "use_linear_projection": unet.linear_projection,
         "norm_num_groups": unet.groups,
         "conditioning_embedding_out_channels": config.hint_widths,
-        **({} if unet.pooled_width is None else added_json(unet)),
+        **added_json(unet),
         "controlnet_conditioning_channel_order": config.channel_order,
         "global_pool_conditions": config.pooled,
     }

@@ -326,18 +326,19 @@ def study(
             bar.update()
 
 
-def report(out: tyro.conf.Positional[Path], /) -> None:
+def report(out: tyro.conf.Positional[Path], /, readme: File = None) -> None:
     """Write tables, findings and sheets of a study's runs: OUT/study.md, study.json, PART-SUBJECTS.png.
 
         minidiff evaluate report runs/study
 
     Args:
         out: folder of the study
+        readme: a Markdown file whose tables are made anew, between marks as <!-- methods --> and <!-- end of methods -->
     """
     import weights_loader
     from minidiff.study.report import read_results, write_report
 
-    print(write_report(read_results(out), weights_loader.load_judge()))
+    print(write_report(read_results(out), weights_loader.load_judge(), readme))
 
 
 COMMANDS = {

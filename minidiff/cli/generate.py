@@ -5,7 +5,7 @@ import sys
 from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -155,7 +155,7 @@ def generate(
         custom_diffusion=custom_diffusion,
     )
     check_model(edit, sd)
-    negative = resolve_negative(negative_prompt, empty_negative, len(sd.text.encoders))
+    negative = resolve_negative(negative_prompt, empty_negative)
     read_weights(sd, [*prompts, *([prompt_2] if prompt_2 else []), negative or ""])
     sizes = SizeNumbers(
         original=parse_pair("original-size", original_size),
@@ -252,7 +252,7 @@ def read_weights(sd: "StableDiffusion", prompts: "Sequence[str]") -> None:
 
 
 def tell(text: "TextSide", prompt_2: str | None, sizes: "SizeNumbers", zeros: bool) -> "TextSide":
-    """Return a text side with what only one of two encoders takes. Raises ValueError, naming it, for another.
+    """Return a text side that is told what was asked for. Raises ValueError, naming the flags, for one that has no field for it.
 
     Args:
         text: of the model
@@ -260,22 +260,16 @@ def tell(text: "TextSide", prompt_2: str | None, sizes: "SizeNumbers", zeros: bo
         sizes: what the U-Net is told
         zeros: no negative prompt means zeros, whatever the model's own is
     """
-    from minidiff.two_encoders import SizeNumbers, TwoEncoders
+    told: dict[str, Any] = {"prompt_2": prompt_2, "sizes": None if sizes == type(sizes)() else sizes, "zero_negative": zeros or None}
+    told = {name: value for name, value in told.items() if value is not None}
+    flags = {"prompt_2": f"--prompt-2 {prompt_2!r}", "sizes": f"{sizes}", "zero_negative": "--empty-negative zeros"}
+    if unknown := [flags[name] for name in told if not hasattr(text, name)]:
+        raise ValueError(f"{', '.join(unknown)}: this model has one text encoder and is told no sizes; leave it out")
+    return replace(text, **told)
 
-    if isinstance(text, TwoEncoders):
-        return replace(text, prompt_2=prompt_2, sizes=sizes, zero_negative=zeros or text.zero_negative)
-    if prompt_2 is not None or sizes != SizeNumbers():
-        raise ValueError(f"second prompt {prompt_2!r}, {sizes}: this model has one text encoder and is told no sizes; leave both out")
-    return text
 
-
-def resolve_negative(prompt: str | None, empty: str | None, encoders: int) -> str | None:
-    """Return the negative prompt, where None means zeros for a model with two text encoders, and "" is encoded.
-
-    Raises ValueError for zeros that a model with one encoder does not know.
-    """
-    if encoders == 1 and empty == "zeros":
-        raise ValueError("--empty-negative zeros: this model has one text encoder, and was trained with the empty prompt; leave it out")
+def resolve_negative(prompt: str | None, empty: str | None) -> str | None:
+    """Return the negative prompt, where None means zeros for a model that was trained with them, and "" is encoded."""
     if prompt:
         return prompt
     return {None: prompt, "encoded": "", "zeros": None}[empty]

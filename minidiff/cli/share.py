@@ -26,6 +26,7 @@ from minidiff.cli.names import check_writable, slug
 from minidiff.trainers.methods.options import family_of
 
 if TYPE_CHECKING:
+    from minidiff.config import ModelConfig
     from minidiff.pipeline import StableDiffusion
 
 # The hub's names of the models that families began with, and their licences; of the bundled model there is none.
@@ -96,7 +97,7 @@ def share(
         if len(shared.files) == 0:
             raise ValueError(f"{run}: {', '.join(results)} cannot be shared")
         images = draw_gallery(place, shared, (model, options), prompts, pictures, steps, device)
-        text = card(settings, shared, images, title or run.resolve().name, base_model, family, phrases, prompts[0])
+        text = card(settings, shared, images, title or run.resolve().name, base_model, sd.config, phrases, prompts[0])
         (place / "README.md").write_text(text, encoding="utf-8")
     if base_model is None and family in BASES:
         print_notes([f"base_model is {BASES[family][0]}, by the family of {model}; if it was another model, --base-model NAME says so"])
@@ -321,7 +322,7 @@ def card(
     images: list[tuple[str, str]],
     title: str,
     base_model: str | None,
-    family: str,
+    config: "ModelConfig",
     phrases: list[str],
     prompt: str,
 ) -> str:
@@ -333,10 +334,13 @@ def card(
         images: name and prompt of each picture
         title: its heading
         base_model: name of the model on the hub; None takes that of the family
-        family: of the model
+        config: of the model
         phrases: trigger words
         prompt: of the example
     """
+    from weights_loader.families import family_of_config
+
+    family, pipeline = family_of(config), family_of_config(config).pipelines[0]
     base, licence = BASES.get(family, (None, None))
     base = base_model or base
     front = ["---", *([f"base_model: {json.dumps(base)}"] if base else []), *([f"license: {licence}"] if licence else [])]
@@ -354,15 +358,16 @@ def card(
     whole = "model_index.json" in shared.files
     source = "folder" if whole else json.dumps(base or "the folder that `minidiff convert tiny FOLDER` makes")
     needs_net = any("ControlNetModel" in line for line in shared.code)
+    pipeline = pipeline.replace("Pipeline", "ControlNet" * needs_net + "Pipeline")
     code = [
-        f"from diffusers import {'ControlNetModel, ' * needs_net}{pipeline(family, needs_net)}",
+        f"from diffusers import {'ControlNetModel, ' * needs_net}{pipeline}",
         "",
         'folder = "."  # this folder, or the name of its repository',
     ]
     made = [line for line in shared.code if line and "ControlNetModel" not in line]
     if needs_net:
         code.append("controlnet = ControlNetModel.from_pretrained(folder)")
-    code.append(f"pipe = {pipeline(family, needs_net)}.from_pretrained({source}{', controlnet=controlnet' * needs_net})")
+    code.append(f"pipe = {pipeline}.from_pretrained({source}{', controlnet=controlnet' * needs_net})")
     code += made
     picture = ', image=load_image("hint.png")' * needs_net
     code.append(f'pipe({json.dumps(prompt, ensure_ascii=False)}{picture}).images[0].save("picture.png")')
@@ -396,8 +401,3 @@ def card(
             "",
         ]
     )
-
-
-def pipeline(family: str, controlled: bool) -> str:
-    """Return diffusers' class for a family."""
-    return f"StableDiffusion{'XL' * (family == 'sdxl')}{'ControlNet' * controlled}Pipeline"

@@ -97,9 +97,7 @@ Chunk = list[tuple[int, float]]  # tokens, each with its weight
 
 def weighted_side(text: TextSide) -> "WeightedText | WeightedTwoEncoders":
     """Return a text side that reads weights and prompts of any length, in place of a model's own: `sd.text = weighted_side(sd.text)`."""
-    if isinstance(text, TwoEncoders):
-        return WeightedTwoEncoders(text.tokenizers, text.encoders, text.prompt_2, text.sizes, text.zero_negative)
-    return WeightedText(text.tokenizers, text.encoders)
+    return WEIGHTED.get(type(text), type(text))(**vars(text))  # one that reads them already stays as it is
 
 
 class WeightedText(TextSide):
@@ -128,6 +126,9 @@ class WeightedTwoEncoders(TwoEncoders):
         chunks = pad_chunks([[split_chunks(self.tokenizers[name], one) for one in own] for name, own in parts.items()])
         first, second = (encode_chunks(self, name, own) for name, own in zip(parts, chunks))
         return torch.cat([first.context, second.context], dim=-1), self.encoders[SECOND].pool(second.first, second.ends)
+
+
+WEIGHTED = {TextSide: WeightedText, TwoEncoders: WeightedTwoEncoders}
 
 
 def plain(parts: Sequence[Weighted]) -> str:

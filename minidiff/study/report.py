@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from minidiff.bundled.edits import renew_tables
 from minidiff.evaluation.alignment import Encoder
 from minidiff.evaluation.kid import KID, kid
 from minidiff.evaluation.weights import KINDS
@@ -422,19 +423,40 @@ out the drawing of class pictures. "all weights" are trained as DreamBooth does,
 def format_report(made: Mapping[str, str], claims: Sequence[Finding]) -> str:
     """Format all tables and findings as Markdown."""
     text = "\n\n".join(f"### {title}\n\n{table}" for title, table in made.items())
-    told = "\n".join(f"- {one.claim} This **{one.holds}** here: {one.figures}." for one in claims)
-    return f"{LEGEND}\n\n{text}\n\n### Findings\n\n{told}\n"
+    return f"{LEGEND}\n\n{text}\n\n### Findings\n\n{format_findings(claims)}\n"
 
 
-def write_report(results: Results, judge: Encoder) -> str:
+def format_findings(claims: Sequence[Finding]) -> str:
+    """Format each finding as an item of a Markdown list."""
+    return "\n".join(f"- {one.claim} This **{one.holds}** here: {one.figures}." for one in claims)
+
+
+README_TABLES = {"methods": "Methods", "costs": "What they cost", "before": "Before and after", "pairs": "Two subjects"}
+
+
+def select_for_readme(made: Mapping[str, str], claims: Sequence[Finding]) -> dict[str, str]:
+    """Return what README.md shows of the report, by the names of its marks: the tables of README_TABLES, and "findings".
+
+    made, claims: from `make_tables` and `judge_claims`. A table that the results do not have is left as it is.
+    """
+    return {mark: made[title] for mark, title in README_TABLES.items() if title in made} | {"findings": format_findings(claims)}
+
+
+def write_report(results: Results, judge: Encoder, readme: Path | None = None) -> str:
     """Write the report into the results' folder, and return the text of study.md.
 
     study.md has tables and findings, study.json all numbers; findings.png and compression.png draw intervals, PART-SUBJECTS.png the
-    pictures of the first seed.
+    pictures of the first seed. In `readme` the tables of `select_for_readme` are renewed between their marks; raises ValueError, before
+    anything is computed or written, if it lacks one.
     """
+    if readme is not None:
+        renew_tables(readme.read_text(encoding="utf-8"), dict.fromkeys((*README_TABLES, "findings"), ""))
     distances, claims = kid_by_method(results, judge), judge_claims(results)
-    text = format_report(make_tables(results, distances), claims)
+    made = make_tables(results, distances)
+    text = format_report(made, claims)
     write_text(results.folder / "study.md", text)
+    if readme is not None:
+        write_text(readme, renew_tables(readme.read_text(encoding="utf-8"), select_for_readme(made, claims)))
     head = {
         "commands": ["minidiff evaluate study OUT", "minidiff evaluate report OUT"],
         "machine": json.loads((results.folder / "made-by.json").read_text(encoding="utf-8"))["machine"],  # that began the runs

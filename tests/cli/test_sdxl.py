@@ -59,7 +59,7 @@ def test_each_flag_draws_what_the_library_draws_with_it(run, tmp_path, xl, flags
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--prompt-2", "a dog"), "second prompt 'a dog'"),
+        (("--prompt-2", "a dog"), "--prompt-2 'a dog': this model has one text encoder"),
         (("--crop", "3x5"), "crop=(3, 5)"),
         (("--empty-negative", "zeros"), "--empty-negative zeros: this model has one text encoder"),
         (("--crop", "3"), "--crop 3: give two numbers of pixels"),
@@ -79,9 +79,9 @@ def test_a_size_of_another_area_than_the_model_has_learned_is_said(xl):
 
 
 def test_what_an_empty_negative_means():
-    assert resolve_negative("blurry", "zeros", 2) == "blurry"
-    assert resolve_negative(None, None, 2) is None and resolve_negative("", None, 2) == ""
-    assert resolve_negative(None, "encoded", 1) == "" and resolve_negative("", "zeros", 2) is None
+    assert resolve_negative("blurry", "zeros") == "blurry"
+    assert resolve_negative(None, None) is None and resolve_negative("", None) == ""
+    assert resolve_negative(None, "encoded") == "" and resolve_negative("", "zeros") is None
     assert parse_pair("crop", None) is None and parse_pair("crop", "3X5") == (3, 5)
 
 

@@ -10,12 +10,13 @@ from PIL import Image
 
 import weights_loader
 from minidiff.cli import train
-from minidiff.cli.share import phrase_of, pipeline, prompts_of
+from minidiff.cli.share import Shared, card, phrase_of, prompts_of
+from minidiff.config import SD1, SD2, SDXL
 from minidiff.trainers.engine import memory
 from tests.checkpoints import with_unknown_tensor
 from tests.command import runner
 from tests.small_concepts import picture_folder
-from tests.small_models import small_model
+from tests.small_models import small_config, small_model, xl_config
 
 QUICK = ("--model", "model.safetensors", "--steps", "1", "--batch", "1", "--num-samples", "1", "--sample-every", "0", "--images", "cat")
 RUNS = {
@@ -137,9 +138,16 @@ def test_prompts_and_triggers_are_those_of_training():
     assert json.loads(json.dumps(prompts_of({"concepts": []}))) == ["a photo"]
 
 
-def test_pipelines_are_diffusers_own():
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [(SD1, ""), (SD2, ""), (SDXL, "XL"), (small_config(), ""), (xl_config(), "XL")],
+    ids=["SD 1", "SD 2", "SDXL", "bundled", "small SDXL"],
+)
+def test_the_card_loads_its_files_into_diffusers_pipeline_of_the_family(config, kind):
     import diffusers
 
-    for family in ("sd1", "sd2", "sdxl", "bundled"):
-        for controlled in (False, True):
-            assert hasattr(diffusers, pipeline(family, controlled))
+    for line, name in (("pipe.load_lora_weights(folder)", kind), ("pipe.controlnet = ControlNetModel", f"{kind}ControlNet")):
+        shared = Shared(files={"x": "a file"}, code=[line])
+        text = card({}, shared, [], "a cat", None, config, ["sks cat"], "a sks cat")
+        assert f"StableDiffusion{name}Pipeline" in text and hasattr(diffusers, f"StableDiffusion{name}Pipeline")
+        assert f"pipe = StableDiffusion{name}Pipeline.from_pretrained(" in text

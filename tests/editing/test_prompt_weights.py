@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minidiff.editing.prompt_weights import MOST, Weighted, WeightedText, parse_weights, split_chunks, weighted_side
+from minidiff.editing.prompt_weights import MOST, Weighted, WeightedText, WeightedTwoEncoders, parse_weights, split_chunks, weighted_side
 from minidiff.pipeline import StableDiffusion
 from minidiff.two_encoders import FIRST, SECOND, SizeNumbers, TwoEncoders
 from tests.small_models import CONTEXT_LENGTH, small_model, xl_config
@@ -199,6 +199,8 @@ def test_what_a_text_side_was_told_before_stays(xl):
     after = weighted_side(before)
     assert isinstance(after, TwoEncoders) and (after.prompt_2, after.sizes.crop, after.zero_negative) == ("a dog", (3, 5), False)
     assert after.tokenizers is xl.text.tokenizers and set(after.encoders) == {FIRST, SECOND}
+    again = weighted_side(after)
+    assert type(again) is type(after) is WeightedTwoEncoders and (again.prompt_2, again.sizes) == ("a dog", SizeNumbers(crop=(3, 5)))
 
 
 def test_a_picture_of_two_encoders_depends_on_the_weight(xl):

@@ -1,4 +1,4 @@
-"""The parity check itself: our output against a reference's, and the table of the largest errors for the README."""
+"""The parity check itself: our output against a reference's, and the table of the largest errors for README.md beside it."""
 
 import torch
 from torch import Tensor

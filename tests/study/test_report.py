@@ -227,6 +227,25 @@ def test_the_report_writes_its_files(made_up):
         assert picture.size == (150 + 5 * 64, 64 * (1 + len(LIKENESS)))
 
 
+def test_the_report_renews_a_readme_and_nothing_else_of_it(made_up, tmp_path):
+    readme = tmp_path / "README.md"
+    marks = "".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\nkept\n" for name in ("methods", "costs", "before", "pairs", "findings"))
+    readme.write_text(f"# Title\n{marks}")
+    report.write_report(read_results(made_up), FakeJudge(), readme)
+    text, whole = readme.read_text(), (made_up / "study.md").read_text()
+    assert text.startswith("# Title\n<!-- methods -->\n| method | likeness |") and text.count("\nkept\n") == 5
+    for name in ("methods", "costs", "findings"):
+        assert text.split(f"<!-- {name} -->\n")[1].split(f"<!-- end of {name} -->")[0] in whole
+    assert "<!-- before -->\nold\n" in text  # these results have no such runs
+
+
+def test_a_readme_without_a_mark_is_refused_before_anything_is_written(made_up, tmp_path):
+    (tmp_path / "README.md").write_text("<!-- methods -->\n<!-- end of methods -->\n")
+    with pytest.raises(ValueError, match="no place for the table 'costs'"):
+        report.write_report(read_results(made_up), FakeJudge(), tmp_path / "README.md")
+    assert not (made_up / "study.md").exists()
+
+
 def test_intervals_are_drawn_where_they_are():
     rows = [("a", Interval(0.1, -0.1, 0.3)), ("of one subject", Interval(0.1, -np.inf, np.inf)), ("b", Interval(-0.2, -0.25, -0.15))]
     picture = np.asarray(report.draw_intervals(rows))

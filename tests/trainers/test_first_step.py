@@ -21,7 +21,7 @@ from minidiff.trainers.engine.loop import Training, to_device, trainable_weights
 from minidiff.trainers.engine.memory import estimate_memory
 from tests.bundled.test_train_judge import SMALL as SMALL_JUDGE
 from tests.small_concepts import small_concept, small_methods
-from tests.small_models import small_model, training_config
+from tests.small_models import small_model, training_config, xl_config
 from tests.small_task import CPU, small_settings
 
 CUDA = torch.device("cuda", 0)
@@ -70,6 +70,7 @@ def walk_first_step(task, settings, monkeypatch):
         step = next(Training(task, settings, CUDA).run())
     assert estimate.trained == estimate.gradients == sum(4 * p.numel() for p in weights) and estimate.activations > 0
     assert shapes == [(FakeTensor, "cuda", ())] * 2 and step.done == 1 and step.loss.device.type == "cuda"
+    return estimate
 
 
 def moved_to_cuda(phase):
@@ -89,12 +90,18 @@ def moved_to_cuda(phase):
     return phase
 
 
+@pytest.mark.parametrize("config", [None, xl_config()], ids=["one encoder", "two encoders"])
 @pytest.mark.parametrize(("name", "number"), [*((name, 0) for name in small_methods()), ("pivotal", 1)])
-def test_personalising_takes_its_first_step_on_cuda(gpu, tmp_path, monkeypatch, name, number):
+def test_personalising_takes_its_first_step_on_cuda_and_the_estimate_counts_all_weights_there(
+    gpu, tmp_path, monkeypatch, name, number, config
+):
     function, options, token = small_methods()[name]
-    phases = function(small_model(), [small_concept(tmp_path, token=token)], options).phases
+    phases = function(small_model(config), [small_concept(tmp_path, token=token)], options).phases
     with phases[number] as phase, gpu:
-        walk_first_step(moved_to_cuda(phase), dataclasses.replace(phase.settings, precision="bfloat16"), monkeypatch)
+        settings = dataclasses.replace(phase.settings, precision="bfloat16")
+        estimate = walk_first_step(moved_to_cuda(phase), settings, monkeypatch)
+        there = {p for module in (*phase.sd.parts.values(), *phase.adapters) for p in module.parameters()}
+    assert {p.device.type for p in there} == {"cuda"} and estimate.frozen + estimate.trained == sum(4 * p.numel() for p in there)
 
 
 def autoencoder():

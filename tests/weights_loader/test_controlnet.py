@@ -167,9 +167,13 @@ def test_a_controlnet_of_sdxl_steers_its_pictures(xl, xl_net):
 def test_a_controlnet_of_the_other_family_and_a_small_one_are_one_line(sd, net, xl, xl_net, tmp_path):
     write_controlnet(tmp_path / "sd.safetensors", net, sd)
     write_controlnet(tmp_path / "xl.safetensors", xl_net, xl)
-    with pytest.raises(ValueError, match="a ControlNet for a model whose text is 16 wide; the model in use is"):
+    with pytest.raises(
+        ValueError, match="a ControlNet made for another model .context of width 16., and this model is a Stable .* .of width 40.; give"
+    ):
         read_controlnet(tmp_path / "sd.safetensors", xl)
-    with pytest.raises(ValueError, match="a ControlNet for Stable Diffusion XL; the model in use is"):
+    with pytest.raises(
+        ValueError, match="a ControlNet made for another model .context of width 40., and this model is a Stable .* .of width 16.; give"
+    ):
         read_controlnet(tmp_path / "xl.safetensors", sd)
     small = {name: tensor for name, tensor in to_file(xl_net, NAMES["diffusers"]).items() if ".transformer_blocks.1." not in name}
     write_safetensors(tmp_path / "small.safetensors", small)
@@ -272,13 +276,13 @@ def test_relatives_are_refused_by_name(name, what, sd, tmp_path):
 def test_another_family_is_named(sd, net, tmp_path):
     write_safetensors(tmp_path / "net.safetensors", original(net))
     message = (
-        "a ControlNet for a model whose text is 16 wide; the model in use is a Stable Diffusion of its own size, whose text is 24 wide"
+        "a ControlNet made for another model .context of width 16., and this model is a Stable Diffusion of its own size .of width 24.; "
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message + "give a ControlNet of the model's family, or another --model"):
         read_controlnet(tmp_path / "net.safetensors", small_model(wider_config()))
-    xl = original(net) | {PREFIX + "label_emb.0.0.weight": torch.zeros(2)}
-    write_safetensors(tmp_path / "xl.safetensors", xl)
-    with pytest.raises(ValueError, match="a ControlNet for Stable Diffusion XL; the model in use is"):
+    tensors = {name: tensor for name, tensor in original(net).items() if "attn2" not in name}  # as in diffusers' small ones
+    write_safetensors(tmp_path / "xl.safetensors", tensors | {PREFIX + "label_emb.0.0.weight": torch.zeros(2)})
+    with pytest.raises(ValueError, match="a ControlNet made for Stable Diffusion XL, and this model is a Stable Diffusion of its own size"):
         read_controlnet(tmp_path / "xl.safetensors", sd)
 
 
@@ -289,7 +293,9 @@ def test_a_controlnet_of_stable_diffusion_1_is_named_on_a_2(tmp_path):
     key = "control_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     hint = {f"control_model.input_hint_block.{2 * k}.weight": torch.zeros(c, 1) for k, c in enumerate((16, 16, 32, 32, 96, 320))}
     write_safetensors(tmp_path / "net.safetensors", hint | {key: torch.zeros(320, 768)})
-    with pytest.raises(ValueError, match="a ControlNet for Stable Diffusion 1.x; the model in use is"):
+    with pytest.raises(
+        ValueError, match="a ControlNet made for Stable Diffusion 1.x .context of width 768., and this model is .* .of width 1024."
+    ):
         read_controlnet(tmp_path / "net.safetensors", model)
 
 

@@ -20,13 +20,12 @@ from minidiff.config import check_choice
 from minidiff.pipeline import StableDiffusion
 from weights_loader.adapters.origin import describe_origin
 from weights_loader.detect import FEW, describe, kind
-from weights_loader.families import family_of_config
+from weights_loader.families import made_for_another
 from weights_loader.metadata import FORMAT, settings_to_metadata
 from weights_loader.read import Checkpoint, read
 from weights_loader.write import write_safetensors, write_torch
 
 NAME_KEY = "name"  # of the word, in a1111's .pt and in the metadata of its .safetensors; without it the word is the file's name
-WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 PAIR: tuple[str, str] = ("clip_l", "clip_g")  # of the first and the second text encoder
 LEFT = r"^string_to_token\."  # the number of the word that was split open in training
 A1111_START = 265  # the id of "*", the word that the web interfaces split open
@@ -110,14 +109,9 @@ def parse_named(text: str) -> tuple[str, str | None]:
 
 def check_width(rows: Mapping[str, Tensor], sd: StableDiffusion) -> None:
     """Raise ValueError unless the rows are as wide as the model's words."""
-    width = words_width(sd)
     for word, vectors in rows.items():
-        if vectors.shape[1] != width:
-            made_for = WIDTHS.get(vectors.shape[1], "another model")
-            raise ValueError(
-                f"not an embedding for this model: the vectors of {word!r} are {vectors.shape[1]} wide, made for {made_for}; those "
-                f"of this one, {family_of_config(sd.config).name_of(sd.config)}, are {width}"
-            )
+        if vectors.shape[1] != words_width(sd):
+            raise ValueError(f"not an embedding for this model: {word!r} is {made_for_another(sd.config, vectors.shape[1])}")
 
 
 def write_embedding(

@@ -29,7 +29,7 @@ from weights_loader.adapters.lora_file import Dialect, Factors, StoredChange
 from weights_loader.adapters.origin import describe_origin
 from weights_loader.adapters.peft import PEFT
 from weights_loader.detect import describe
-from weights_loader.families import family_of_config, part_names
+from weights_loader.families import family_of_config, made_for_another, part_names
 from weights_loader.metadata import FORMAT, settings_to_metadata
 from weights_loader.name_table import TensorLocation, name_table
 from weights_loader.read import Checkpoint, read
@@ -38,8 +38,6 @@ from weights_loader.write import write_safetensors
 DIALECTS: tuple[Dialect, ...] = (KOHYA, PEFT)  # the first that matches a file reads it
 # In a folder that diffusers' save_lora_weights or peft's save_pretrained made.
 FOLDER = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin")
-ONLY_XL = r"^lora_te2_|^text_encoder_2\.|transformer_blocks[._][1-9]"  # layers that only Stable Diffusion XL has
-CONTEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -135,15 +133,8 @@ def fit(changes: Mapping[str, StoredChange], sd: StableDiffusion) -> dict[str, L
 def _likely_cause(changes: Mapping[str, StoredChange], sd: StableDiffusion) -> str:
     factors = {name: one for name, one in changes.items() if isinstance(one, Factors) and one.down.dim() > 1}
     widths = Counter(one.down.shape[1] for name, one in factors.items() if re.search(r"attn2[._]to_[kv]$", name))
-    ours = sd.config.unet.context_width
-    this = family_of_config(sd.config).name_of(sd.config)
-    if widths and widths.most_common(1)[0][0] != ours:
-        width = widths.most_common(1)[0][0]
-        made_for = CONTEXT_WIDTHS.get(width, "another model")
-        return f"\n  likely cause: made for {made_for} (context of width {width}), and this model is {this} (of width {ours})"
-    if "text_encoder_2" not in sd.parts and any(re.search(ONLY_XL, name) for name in changes):
-        return f"\n  likely cause: made for Stable Diffusion XL, and this model is {this}"
-    return ""
+    another = made_for_another(sd.config, widths.most_common(1)[0][0] if widths else None, changes)
+    return f"\n  likely cause: {another}" if another else ""
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

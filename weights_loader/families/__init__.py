@@ -8,6 +8,7 @@
 To add a family, write its file and put its object in the table.
 """
 
+import re
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -43,6 +44,7 @@ __all__ = [
     "family_of_names",
     "family_of_pipeline",
     "family_of_shapes",
+    "made_for_another",
     "part_names",
 ]
 
@@ -69,6 +71,26 @@ def family_of_pipeline(name: str | None) -> Family:
         known = dict.fromkeys(pipeline for family in FAMILIES for pipeline in family.pipelines)
         raise ValueError(f"a {name}, not supported; supported are {', '.join(known)}")
     return family
+
+
+def made_for_another(config: ModelConfig, width: int | None, names: Collection[str] = ()) -> str | None:
+    """Say of a small file, naming both families, that it was made for another one than the model's; return None if nothing says so.
+
+    Args:
+        config: of the model.
+        width: of the text that the file's layers take, or of its words, which decides; None if it shows none.
+        names: of its layers or tensors.
+    """
+    ours, own = family_of_config(config), config.unet.context_width
+    if width == own:
+        return None
+    if width is None:
+        others = (family for family in FAMILIES if family.only and family.only != ours.only)
+        theirs = next((family.name for family in others if any(re.search(family.only or "", name) for name in names)), None)
+    else:
+        public = {family.config.unet.context_width: family.name for family in FAMILIES if not family.any_size}
+        theirs = f"{public.get(width, 'another model')} (context of width {width})"
+    return theirs and f"made for {theirs}, and this model is {ours.name_of(config)} (of width {own})"
 
 
 def family_config(shapes: Shapes) -> ModelConfig:

@@ -38,6 +38,7 @@ class Family:
         settings: {part: {setting of its config.json in a diffusers folder: the only value that is supported}}.
         kohya_layout: in whose names kohya's scripts write the U-Net's layers into a LoRA.
         distilled: what models are called whose transformers have fewer blocks; they are refused.
+        only: a pattern of layers and tensors that small files (LoRAs, ControlNets) have for this family alone.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Family:
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict, repr=False)
     kohya_layout: str = "diffusers"
     distilled: str = "smaller models"
+    only: str | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -54,4 +54,5 @@ STABLE_DIFFUSION_XL = replace(
     },
     kohya_layout="ldm",
     distilled="a distilled Stable Diffusion XL, such as SSD-1B or Segmind Vega",
+    only=r"(^|\.)(label_emb\.0\.|add_embedding\.linear_)|^lora_te2_|^text_encoder_2\.|transformer_blocks[._][1-9]",
 )

@@ -72,15 +72,16 @@ def _unet_json(config: ModelConfig) -> dict:
         "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
         "cross_attention_dim": unet.context_width,
         "attention_head_dim": unet.heads,  # their number, see reading.py
-        **({} if unet.pooled_width is None else added_json(unet)),
+        **added_json(unet),
         "use_linear_projection": unet.linear_projection,
         "norm_num_groups": unet.groups,
     }
 
 
 def added_json(unet: UNetConfig) -> dict:
-    """Return the settings of a U-Net, or a ControlNet, that is told a pooled vector and sizes."""
-    assert unet.pooled_width is not None
+    """Return the settings that a U-Net, or a ControlNet, has if it is told a pooled vector and sizes."""
+    if unet.pooled_width is None:
+        return {}
     return {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": SIZE_WAVES,

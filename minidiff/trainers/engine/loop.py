@@ -50,6 +50,8 @@ class Task(Protocol):
 
     A task may also have
     networks: tuple of the modules that the loss runs through, if more than `modules`: those that checkpointing and compile mean.
+    resident: tuple of the modules that are on the device during the run, whether the loss runs through them or not, as a VAE whose latents
+        are cached and which the sheets of pictures need. The estimate of memory counts them.
     about: flat dict of numbers and strings that identifies the run, as its phase, a hash of its data and its data options. It is written
         into the state, and must be equal for a run to resume from there.
     """

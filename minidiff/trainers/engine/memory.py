@@ -1,6 +1,6 @@
 """How much memory a run will take, estimated before it begins.
 
-    weights            frozen and trained ones: in memory already
+    weights            of all that is on the device, whether a step runs it or not: in memory already
     optimizer          AdamW keeps two float32 values per trained weight, Muon one
     ema                one
     gradients          one
@@ -63,8 +63,8 @@ class Memory:
 def estimate_memory(task: loop.Task, settings: Settings, device: torch.device) -> Memory:
     """Estimate what the run of this task takes. The task is left as it was, but that its weights lose gradients they had."""
     networks = loop.networks_of(task)
-    weights = {p for module in (*task.modules.values(), *networks) for p in module.parameters()}
-    trained = [p for p in weights if p.requires_grad]
+    weights = {p for module in (*task.modules.values(), *networks, *getattr(task, "resident", ())) for p in module.parameters()}
+    trained = {p for module in task.modules.values() for p in module.parameters() if p.requires_grad}
     for p in weights:
         p.grad = None
     try:
@@ -81,7 +81,7 @@ def estimate_memory(task: loop.Task, settings: Settings, device: torch.device) -
         (1 if isinstance(optimizer, Muon) else 2, group) for optimizer in task.optimizers(settings) for group in optimizer.param_groups
     ]
     return Memory(
-        frozen=bytes_of(p for p in weights if not p.requires_grad),
+        frozen=bytes_of(weights - trained),
         trained=bytes_of(trained),
         gradients=gradients,
         optimizer=sum(slots * bytes_of(group["params"]) for slots, group in groups),

@@ -75,6 +75,8 @@ STABLE_DIFFUSION = ControlNetOptions(settings=Settings(steps=10_000, batch=4, le
 PRESETS: dict[Family, ControlNetOptions] = {
     "sd1": STABLE_DIFFUSION,
     "sd2": STABLE_DIFFUSION,
+    # diffusers' examples/controlnet/README_sdxl.md: batches of 1, gathered four times
+    "sdxl": ControlNetOptions(settings=Settings(steps=15_000, batch=4, learning_rate=1e-5)),
     "bundled": ControlNetOptions(
         # at twice this rate, in batches of 8, pictures followed their outlines after 200 steps
         settings=Settings(steps=4000, batch=16, learning_rate=1e-3, warmup_steps=50, schedule="linear_after_hold", ema_decay=0.99),
@@ -107,8 +109,6 @@ def build(
     from minidiff.trainers.methods.finetune_task import TrainingRun
 
     sd.check_channels()
-    if sd.config.unet.pooled_width is not None:
-        raise ValueError("a ControlNet of Stable Diffusion XL is not supported; choose a 1.x or 2.x")
     source = make_source(sd, concepts, options, cache or Cache())
     generator = torch.Generator().manual_seed(options.settings.seed)
     net = (create_controlnet(sd.config, sd.unet, generator) if start_from is None else start_from).float()

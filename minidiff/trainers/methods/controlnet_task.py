@@ -56,7 +56,7 @@ class ControlNetTask:
         if options.decoder:
             self.groups.append(Group(decoder_weights(sd), options.decoder_scale))
             self.modules["unet"] = sd.unet
-        self.networks = (sd.unet, net)
+        self.networks, self.resident = (sd.unet, net), tuple(sd.parts.values())  # the sheets need the VAE
         self.about: dict[str, object] = {"phase": self.name, "data": digest(source.identity())[:16], "model": fingerprint(sd.unet.conv_in)}
         self.about |= {"hint": options.hint, "middle only": options.middle_only} | asdict(options.data)
 

@@ -190,6 +190,11 @@ class FinetuneTask:
         """Return the modules that the loss runs through."""
         return (self.sd.unet,) if self.contexts is not None else (self.sd.unet, *self.sd.text.encoders.values())
 
+    @property
+    def resident(self) -> tuple[nn.Module, ...]:
+        """Return the modules that are on the device: the whole model, which the sheets need, and the adapters."""
+        return (*self.sd.parts.values(), *self.adapters)
+
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
         """Return AdamW over the groups."""
         return (adamw([{"params": list(group.params), "scale": group.scale} for group in self.groups], settings),)

@@ -1,5 +1,6 @@
 """The estimate of memory, against tensors that are really made, and against the process as the system sees it."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -88,6 +89,14 @@ def test_what_is_frozen_in_the_networks_counts_once():
     base = nn.Linear(100, 10).requires_grad_(False).bfloat16()
     task.networks = (base, nn.Sequential(base, task.net))
     assert estimate_memory(task, small_settings(), CPU).frozen == 2 * (100 * 10 + 10)
+
+
+def test_what_is_resident_counts_without_being_run():
+    task = SmallTask()
+    alone = estimate_memory(task, small_settings(), CPU)
+    idle = nn.Linear(100, 10).bfloat16().requires_grad_(False)
+    task.resident = (idle, task.net)
+    assert estimate_memory(task, small_settings(), CPU) == dataclasses.replace(alone, frozen=alone.frozen + 2 * (100 * 10 + 10))
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():

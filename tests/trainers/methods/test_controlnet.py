@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from minidiff.conditioning import Conditioning
 from minidiff.controlnet import create_controlnet
 from minidiff.trainers.engine.loop import randn_per_sample, rng_for
 from minidiff.trainers.engine.memory import estimate_memory
@@ -14,7 +13,7 @@ from minidiff.trainers.methods.controlnet import ControlNetOptions, build
 from minidiff.trainers.methods.controlnet_task import edges_of
 from minidiff.trainers.methods.options import Concept, DataOptions, Prior
 from tests.small_concepts import picture_folder, quick
-from tests.small_models import small_config, small_model, training_config
+from tests.small_models import small_config, small_model, training_config, xl_config
 from tests.small_task import CPU
 
 OPTIONS = ControlNetOptions(settings=quick(), hint="outline", scenes=3)
@@ -28,8 +27,9 @@ def moved(module, before):
     return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
-def test_the_loss_is_the_diffusion_loss_with_residuals():
-    sd = small_model(training_config())
+@pytest.mark.parametrize("config", [training_config(), replace(xl_config(), image_size=64)], ids=["one encoder", "two encoders"])
+def test_the_loss_is_the_diffusion_loss_with_residuals(config):
+    sd = small_model(config)
     run = build(sd, [], OPTIONS)
     (task,), net = run.phases, run.controlnet.net
     with torch.no_grad():
@@ -42,21 +42,24 @@ def test_the_loss_is_the_diffusion_loss_with_residuals():
                 i = int(rng.integers(3))
                 batch = task.source.batch([i], [rng])
                 dropped.append(rng.random() < 0.5)
-                t, eps = torch.tensor([int(rng.integers(1000))]), randn_per_sample([rng], (4, 16, 16))
-                context = sd.encode_prompts(["" if dropped[-1] else batch.captions[0]])
+                t, eps = torch.tensor([int(rng.integers(1000))]), randn_per_sample([rng], batch.latents.shape[1:])
+                told = sd.text(["" if dropped[-1] else batch.captions[0]], (64, 64))
+                assert told.size is None or told.size.tolist() == [[64, 64, 0, 0, 64, 64]]
                 alpha_bar = sd.schedule.alpha_bar[t].float().view(-1, 1, 1, 1)
                 x_t = alpha_bar.sqrt() * batch.latents + (1 - alpha_bar).sqrt() * eps
-                target = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * batch.latents  # v
-                residuals = net(x_t, t, context, net.hint_block(batch.hints))
-                errors.append((sd.unet(x_t, t, Conditioning(context, residuals=residuals)) - target).square().mean())
+                v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * batch.latents
+                target = {"v": v, "eps": eps}[config.schedule.prediction]
+                told = replace(told, residuals=net(x_t, t, told, net.hint_block(batch.hints)))
+                errors.append((sd.unet(x_t, t, told) - target).square().mean())
             assert len(set(dropped)) == 2
             # float32, a batch of four instead of four of one
             torch.testing.assert_close(task.loss(5, range(4)), torch.stack(errors).mean(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("middle_only", [False, True])
-def test_the_unet_is_locked_and_the_first_step_moves_the_zero_convolutions_alone(middle_only):
-    sd = small_model(training_config())
+@pytest.mark.parametrize("config", [training_config(), replace(xl_config(), image_size=64)], ids=["one encoder", "two encoders"])
+def test_the_unet_is_locked_and_the_first_step_moves_the_zero_convolutions_alone(config, middle_only):
+    sd = small_model(config)
     run = build(sd, [], replace(OPTIONS, middle_only=middle_only))
     unet, text, net = state(sd.unet), state(sd.text_encoder), state(run.controlnet.net)
     untrained = create_controlnet(sd.config, sd.unet, torch.Generator().manual_seed(0))
@@ -155,6 +158,7 @@ def test_the_memory_of_a_run_is_estimated_without_running_it():
     with task:
         memory = estimate_memory(task, OPTIONS.settings, CPU)
     assert memory.trained == sum(p.numel() * 4 for p in run.controlnet.net.parameters()) and memory.activations > 0
+    assert memory.frozen == sum(p.numel() * 4 for part in task.sd.parts.values() for p in part.parameters())  # also of the idle VAE
 
 
 @pytest.mark.parametrize(
@@ -185,9 +189,5 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             build(sd, concepts, options)
-    xl = small_model(training_config())
-    xl.config = replace(xl.config, unet=replace(xl.config.unet, pooled_width=16))
-    with pytest.raises(ValueError, match="a ControlNet of Stable Diffusion XL is not supported"):
-        build(xl, [], OPTIONS)
     with pytest.raises(ValueError, match="this U-Net has 9 input channels"):
         build(small_model(small_config(in_channels=9)), [], OPTIONS)

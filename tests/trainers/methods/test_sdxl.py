@@ -186,22 +186,22 @@ def test_the_full_size_has_seventy_cross_attentions():
 def test_every_method_has_numbers_for_it():
     assert family_of(SDXL) == "sdxl"
     for name, method in METHODS.items():
-        assert ("sdxl" in method.presets) != (name == "controlnet"), name
+        assert "sdxl" in method.presets, name
         assert not method.low_rank_presets or "sdxl" in method.low_rank_presets, name
 
 
 @pytest.mark.parametrize(
     "name, read", [("dreambooth with LoRA", ["unet"]), ("textual inversion", ["unet", "text_encoder", "text_encoder_2"])]
 )
-def test_the_memory_of_a_run_counts_the_encoders_that_its_steps_run(name, read, sd, tmp_path):
+def test_the_memory_of_a_run_counts_both_encoders_and_the_vae_whether_its_steps_run_them_or_not(name, read, sd, tmp_path):
     build, options, token = small_methods()[name]
     run = build(sd, [small_concept(tmp_path, token=token)], options)
     (task,) = run.phases
-    weights = sum(4 * p.numel() for part in read for p in sd.parts[part].parameters())
     with task:
         memory = estimate_memory(task, task.settings, CPU)
         assert memory.trained == sum(4 * p.numel() for group in task.groups for p in group.params)
-    assert memory.frozen == weights and memory.activations > 0
+        assert list(task.networks) == [sd.parts[part] for part in read]
+    assert memory.frozen == sum(4 * p.numel() for part in sd.parts.values() for p in part.parameters()) and memory.activations > 0
 
 
 def test_layers_of_both_encoders_can_be_chosen(sd):

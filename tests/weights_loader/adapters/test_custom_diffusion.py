@@ -167,7 +167,7 @@ def test_one_for_another_model_names_layers_and_shapes(tmp_path):
 
 def test_a_word_of_another_width_is_an_error(sd, tmp_path):
     write_safetensors(tmp_path / "x.safetensors", {"modifier_token.<new1>": torch.zeros(1, 768)})
-    with pytest.raises(ValueError, match="'<new1>' are 768 wide, made for Stable Diffusion 1.x"):
+    with pytest.raises(ValueError, match="'<new1>' is made for Stable Diffusion 1.x"):
         read_custom_diffusion(tmp_path / "x.safetensors", sd)
 
 

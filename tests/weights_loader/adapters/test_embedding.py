@@ -96,7 +96,7 @@ def test_another_width_names_both_and_the_likely_model(sd, tmp_path):
     write_safetensors(tmp_path / "x.safetensors", {"<cat>": vectors(1, 1024)})
     with pytest.raises(
         ValueError,
-        match=r"x.safetensors: .*'<cat>' are 1024 wide, made for Stable Diffusion 2.x; those of this one, a Stable Diffusion of its own size, are 16",
+        match=r"x.safetensors: .*'<cat>' is made for Stable Diffusion 2.x \(context of width 1024\), and this model is a .* \(of width 16\)",
     ):
         read_embedding(tmp_path / "x.safetensors", sd)
 
@@ -104,7 +104,7 @@ def test_another_width_names_both_and_the_likely_model(sd, tmp_path):
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({"clip_l": vectors(1, 768), "clip_g": vectors(1, 1280)}, ".* are 2048 wide, made for Stable Diffusion XL"),
+        ({"clip_l": vectors(1, 768), "clip_g": vectors(1, 1280)}, ".* is made for Stable Diffusion XL .context of width 2048."),
         ({"clip_g": vectors(1, 1280)}, "an embedding for Stable Diffusion XL has clip_l and clip_g; this one has clip_g"),
         ({"clip_l": vectors(1, 768), "clip_g": vectors(2, 1280)}, "1 vectors in clip_l and 2 in clip_g"),
         ({"emb_params": vectors(), "bias": vectors()}, "beside emb_params it holds bias; expected one word alone"),

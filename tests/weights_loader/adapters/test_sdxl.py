@@ -129,7 +129,7 @@ def test_a_lora_for_one_model_on_the_other_is_one_line_that_names_both(sd, tmp_p
     with pytest.raises(ValueError) as error:
         read_lora(tmp_path / "te2.safetensors", small)
     assert str(error.value).splitlines()[-1] == (
-        "  likely cause: made for Stable Diffusion XL, and this model is a Stable Diffusion of its own size"
+        "  likely cause: made for Stable Diffusion XL, and this model is a Stable Diffusion of its own size (of width 16)"
     )
 
 
@@ -169,10 +169,12 @@ def test_two_words_need_two_files_and_a_safe_one(tmp_path):
 
 def test_a_word_for_one_model_on_the_other_names_both(sd, tmp_path):
     write_safetensors(tmp_path / "one.safetensors", {"<cat>": rows(width=16)})
-    with pytest.raises(ValueError, match="'<cat>' are 16 wide, made for another model; those of this one, .* are 40"):
+    with pytest.raises(ValueError, match="'<cat>' is made for another model .context of width 16., and this model is .* .of width 40."):
         read_embedding(tmp_path / "one.safetensors", sd)
     write_safetensors(tmp_path / "two.safetensors", {"clip_l": rows(width=768), "clip_g": rows(width=1280)})
-    with pytest.raises(ValueError, match="'two' are 2048 wide, made for Stable Diffusion XL; those of this one, .* are 16"):
+    with pytest.raises(
+        ValueError, match="'two' is made for Stable Diffusion XL .context of width 2048., and this model is .* .of width 16."
+    ):
         read_embedding(tmp_path / "two.safetensors", small_model())
 
 

@@ -186,11 +186,25 @@ def test_the_refiner_is_refused_by_name():
     assert foreign(list(public_keys("xl-refiner"))) == "the refiner of Stable Diffusion XL, which is not supported; load the base"
 
 
-def test_a_distilled_one_is_refused_by_the_depth_of_its_transformers(keys):
-    deep = [f"{UNET}input_blocks.7.1.transformer_blocks.{n}." for n in range(4, 10)]
-    shallow = {name: shape for name, shape in keys.items() if not name.startswith(tuple(deep))}
-    with pytest.raises(ValueError, match=r"a distilled Stable Diffusion XL, such as SSD-1B.* \(0, 2, 4\) blocks a level, not \(0, 2, 10\)"):
-        family_config(shallow)
+@pytest.mark.parametrize(
+    "way_down, way_up, found",  # transformer blocks of each input and output block; both have a middle of one ResBlock
+    [
+        ({4: 2, 5: 2, 7: 4, 8: 4}, {0: 4, 1: 4, 2: 10, 3: 2, 4: 1, 5: 1}, r"\(0, 2, 4\)"),
+        ({4: 1, 5: 1, 7: 2, 8: 2}, {0: 2, 1: 2, 2: 2, 3: 1, 4: 1, 5: 1}, r"\(0, 1, 2\)"),
+    ],
+    ids=["SSD-1B", "Segmind Vega"],
+)
+def test_a_distilled_one_is_refused_by_the_depth_of_its_transformers(keys, way_down, way_up, found):
+    def there(name: str) -> bool:
+        block = re.match(rf"{re.escape(UNET)}(input|output)_blocks\.(\d+)\.1\.transformer_blocks\.(\d+)\.", name)
+        if block is None:
+            return not name.startswith((f"{UNET}middle_block.1.", f"{UNET}middle_block.2."))
+        return int(block[3]) < {"input": way_down, "output": way_up}[block[1]][int(block[2])]
+
+    distilled = {name: shape for name, shape in keys.items() if there(name)}
+    said = rf"a distilled Stable Diffusion XL, such as SSD-1B or Segmind Vega: .* {found} blocks a level, not \(0, 2, 10\); not supported"
+    with pytest.raises(ValueError, match=said):
+        family_config(distilled)
 
 
 def test_other_input_channels_are_refused_by_name(keys):
