@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
+from minidiff.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class TextSide:
 
     def tokens(self, name: str, prompts: Sequence[str]) -> Int[Tensor, "R L"]:
         """Return the tokens of prompts for one of the encoders, on its device."""
-        return self.tokenizers[name](list(prompts)).to(self.encoders[name].token_embedding.weight.device)
+        return to_device(self.encoders[name].token_embedding.weight.device, self.tokenizers[name](list(prompts)))
 
     def guided(
         self, prompts: Sequence[str], negative: str | None, size: tuple[int, int] | None = None

@@ -28,6 +28,7 @@ TAN_22_5 = 13573  # tan(22.5 degrees) * 2^15, rounded, as OpenCV has it
 KIND_KEY = "hint"  # of the text chunk in a PNG that says which kind of hint it is
 NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 NEAR = 32  # of 255: so far from black or white still counts as black or white
+THICKEST = 8  # lines of a scribble are at most this part of the shorter side: what drawing takes grows by the square of it
 TWO_VALUED, MOSTLY = 0.85, 0.6  # shares of the pixels that are black or white, and white, in a picture of lines
 
 
@@ -132,11 +133,14 @@ def scribble(
         picture: RGB.
         low, high: thresholds, as of canny; the blur leaves smaller gradients.
         width: of the lines, in pixels; by default 1/85 of the shorter side, 6 at 512, where the published ControlNet knows 1 to 24.
+
+    Raises ValueError for a width below 1 or above 1/8 of the shorter side.
     """
     shorter = min(picture.shape[:2])
     width = max(1, round(shorter / 85)) if width is None else width
-    if width < 1:
-        raise ValueError(f"scribble width {width}: give at least 1 pixel")
+    most = max(1, shorter // THICKEST)
+    if not 1 <= width <= most:
+        raise ValueError(f"scribble width {width} is outside 1..{most} for a picture whose shorter side has {shorter} pixels")
     blurred = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(shorter / 170)))
     edges = canny(blurred, low, high)[..., 0] > 0
     return _white(_dilate(edges, disk(width / 2)))

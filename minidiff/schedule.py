@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minidiff.config import ScheduleConfig, check_choice
+from minidiff.transfer import to_device
 
 SPACINGS = ("leading", "linspace", "trailing")
 
@@ -75,7 +76,7 @@ class NoiseSchedule:
 
     def snr(self, t: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """Return the signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t), float32 on t's device."""
-        return _lookup(self.alpha_bar / (1 - self.alpha_bar), t, torch.float32)
+        return to_device(t.device, (self.alpha_bar / (1 - self.alpha_bar)).float())[t]
 
     def timesteps(self, steps: int, spacing: str | None = None) -> Int[Tensor, "S"]:
         """Return the `steps` timesteps that a sampler visits, falling; equal to diffusers' for DDIM (steps_offset 1).
@@ -105,8 +106,8 @@ class NoiseSchedule:
     def _scales(self, t: Int[Tensor, "B"], like: Float[Tensor, "B *dims"]) -> tuple[Tensor, Tensor]:
         """Return sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), broadcastable to `like`, in its dtype and on its device."""
         shape = "B -> B" + " 1" * (like.ndim - 1)
-        scales = (_lookup(table.sqrt(), t, like.dtype) for table in (self.alpha_bar, 1 - self.alpha_bar))
-        signal, noise = (rearrange(scale, shape) for scale in scales)
+        tables = (table.sqrt().to(like.dtype) for table in (self.alpha_bar, 1 - self.alpha_bar))  # Apple's GPU has no float64
+        signal, noise = (rearrange(to_device(t.device, table)[t], shape) for table in tables)
         return signal, noise
 
 
@@ -114,10 +115,6 @@ def zero_terminal_snr(alpha_bar: Float[Tensor, "T"]) -> Float[Tensor, "T"]:
     """Shift and scale sqrt(alpha_bar) so that the last entry is 0 and the first is kept (Lin et al. 2023, algorithm 1)."""
     root = alpha_bar.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-
-
-def _lookup(table: Float[Tensor, "T"], t: Int[Tensor, "B"], dtype: torch.dtype) -> Float[Tensor, "B"]:
-    return table.to(dtype).to(t.device)[t]  # two moves: there is no float64 on Apple's GPU
 
 
 def _check(config: ScheduleConfig):

@@ -20,6 +20,7 @@ from minidiff.conditioning import Conditioning, TextSide
 from minidiff.config import ModelConfig, TextEncoderConfig, TokenizerConfig
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
+from minidiff.transfer import to_device
 
 FIRST, SECOND = "text_encoder", "text_encoder_2"
 
@@ -71,7 +72,7 @@ class TwoEncoders(TextSide):
             raise ValueError("this model is told the size of the picture; give size=(width, height) in pixels")
         prompts_2 = prompts if self.prompt_2 is None else [self.prompt_2] * len(prompts)
         context, pooled = self.encode([*prompts, *negatives], [*prompts_2, *negatives])
-        return Conditioning(context, pooled, torch.tensor([self.sizes.row(size)] * len(context)).to(context.device, torch.float32))
+        return Conditioning(context, pooled, to_device(context.device, torch.tensor([self.sizes.row(size)] * len(context)).float()))
 
     def encode(self, texts: Sequence[str], texts_2: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return context (R, L, D) and pooled vectors (R, P) of what each encoder is to read."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from minidiff.blocks import AddedEmbedding, ResBlock, SpatialTransformer, TimeEmbedding, add_rows, tile_rows
+from minidiff.blocks import AddedEmbedding, ResBlock, SpatialTransformer, TimeEmbedding, add_rows, norm_silu, tile_rows
 from minidiff.conditioning import Conditioning, as_conditioning
 from minidiff.config import UNetConfig
 
@@ -192,4 +192,4 @@ class UNet(UNetEncoder):
         for level in self.up:
             x = level(x, skips, time, conditioning.context)
             skips = skips[: -self.config.blocks_per_level - 1]
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(norm_silu(self.norm_out, x))

@@ -24,6 +24,8 @@ if find_spec("beartype"):  # without it the option fails by itself; `minidiff be
 from tests.parity.check import markdown
 
 torch.set_num_threads(1)
+# float32 is IEEE's on a GPU too, as tolerances expect: by default cuDNN's convolutions round inputs to TF32, with 10 bits of mantissa.
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 EXCUSED = ("gpu", "slow")  # marks of tests that continuous integration may skip
 

@@ -14,8 +14,10 @@ ROOT = Path(__file__).parent.parent
 
 SAMPLE = """
 import pytest
+import torch
 
 def test_passes(record_property):
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32  # or float32 is not float32 on a GPU
     record_property("parity", ("U-Net", "diffusers", "float32", 1.5e-6))
 
 @pytest.mark.skip(reason="because")

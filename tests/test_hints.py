@@ -68,8 +68,9 @@ def test_a_scribble_is_thick_and_keeps_to_the_edges():
     assert edge_f1(lines, canny(picture), within=3) == 1
     widths = [scribble(picture, width=width).astype(bool).sum() for width in (1, 3, 8)]
     assert widths[0] < widths[1] < widths[2]
-    with pytest.raises(ValueError, match="scribble width 0: give at least 1 pixel"):
-        scribble(picture, width=0)
+    for width in (0, 22, 10**6):
+        with pytest.raises(ValueError, match=rf"scribble width {width} is outside 1\.\.21 for a picture whose shorter side has 170 pixels"):
+            scribble(picture, width=width)
 
 
 def test_a_tile_keeps_means_and_loses_detail():

@@ -32,7 +32,7 @@ CORE = (
 ORDER = (
     ("files", "markdown", "machine", "pictures", "captions", "png_settings"),
     ("kernels",),
-    (*CORE, "tiled_decode", "cuda_graph"),
+    (*CORE, "tiled_decode", "cuda_graph", "transfer"),
     ("attention_maps", "heat_maps", "compare", "controlnet", "hints", "offload"),
     ("adapters", "editing"),
     ("scenes",),
@@ -82,7 +82,7 @@ def test_the_public_names_are_there_and_come_late():
 
 @pytest.mark.slow
 def test_the_core_stands_without_the_rest(tmp_path):
-    """All rooms but the core, the kernels and the two ways to save time and memory are deleted, and the core's own tests pass."""
+    """All rooms but the core, the kernels and the three ways to save time and memory are deleted, and the core's own tests pass."""
     kept = {"__init__", *ORDER[1], *ORDER[2]}
     shutil.copytree(
         ROOT, tmp_path / "minidiff", ignore=lambda folder, names: [n for n in names if Path(folder) == ROOT and Path(n).stem not in kept]

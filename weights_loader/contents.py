@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minidiff.config import VAEConfig
+from weights_loader.brief import MOST
 from weights_loader.detect import foreign
 from weights_loader.dialects import Aliases
 from weights_loader.families import Family, Shapes, family_of_names
@@ -89,7 +90,9 @@ def open_checkpoint(path: Path) -> Contents:
         (rest if part is None else parts[part])[name] = tensor
     yaml, notes = _beside(path)
     told = {key: checkpoint.metadata.get(key, "") for key in UNUSED_METADATA}
-    notes += [f"metadata {key} = {told[key]}: {UNUSED_METADATA[key]}" for key in told if told[key] not in ("", "1", "None", "0,1000")]
+    notes += [
+        f"metadata {key} = {told[key][:MOST]}: {UNUSED_METADATA[key]}" for key in told if told[key] not in ("", "1", "None", "0,1000")
+    ]
     stated = statements(rest, checkpoint.metadata, yaml)
     notes = (*checkpoint.notes, *notes)
     return Contents(

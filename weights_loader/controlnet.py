@@ -22,6 +22,7 @@ from torch import Tensor
 from minidiff.config import check_choice
 from minidiff.controlnet import ControlNet, ControlNetConfig, controlnet_config, encoder_weights
 from minidiff.pipeline import StableDiffusion
+from weights_loader.brief import brief
 from weights_loader.contents import unwrap
 from weights_loader.detect import describe
 from weights_loader.dialects import unet_convolutions, unet_diffusers, unet_ldm
@@ -147,7 +148,7 @@ def _config(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], layout: str, 
     if KEY in checkpoint.metadata:
         stated = json.loads(checkpoint.metadata[KEY])
         if not isinstance(stated, dict):
-            raise ValueError(f"metadata {KEY}: {stated!r}; expected an object with channel_order and pooled")
+            raise ValueError(f"metadata {KEY}: {brief(stated)}; expected an object with channel_order and pooled")
     elif layout == "diffusers" and beside.is_file():
         stated = _stated_by_diffusers(read_json(beside), sd)
     elif "shuffle" in checkpoint.path.stem.lower():
@@ -183,7 +184,7 @@ def _stated_by_diffusers(values: Mapping[str, Any], sd: StableDiffusion) -> dict
     known = {**family_of_config(sd.config).settings["unet"], "_class_name": "ControlNetModel", "conditioning_channels": 3}
     for name, only in known.items():
         if values.get(name, only) != only:
-            raise ValueError(f"config.json: {name} is {values[name]!r}, which is not supported; Stable Diffusion's have {only!r}")
+            raise ValueError(f"config.json: {name} is {brief(values[name])}, which is not supported; Stable Diffusion's have {only!r}")
     heads = values.get("num_attention_heads") or values.get("attention_head_dim")  # their number, in spite of the name
     heads = (heads,) * len(sd.config.unet.heads) if isinstance(heads, int) else tuple(heads) if isinstance(heads, list) else heads
     if heads and heads != sd.config.unet.heads and values.get("cross_attention_dim") == sd.config.unet.context_width:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from minidiff.config import ModelConfig
 from minidiff.files import parse_json
+from weights_loader.brief import brief
 
 KEY = "minidiff.config"
 SETTINGS_KEY = "minidiff.settings"  # what a file was made with
@@ -62,9 +63,9 @@ def build(cls: type[C], values: object, where: str) -> C:
     """Build a config dataclass from the value of the metadata's key `where`. Raises ValueError for a wrong field or value."""
     hints = get_type_hints(cls)
     if not isinstance(values, dict):
-        raise ValueError(f"metadata {where}: {values!r}; expected an object with {', '.join(hints)}")
+        raise ValueError(f"metadata {where}: {brief(values)}; expected an object with {', '.join(hints)}")
     if unknown := [name for name in values if name not in hints]:
-        raise ValueError(f"metadata {where}: field {unknown[0]!r} unknown to this version; it knows {', '.join(hints)}")
+        raise ValueError(f"metadata {where}: field {brief(unknown[0])} unknown to this version; it knows {', '.join(hints)}")
     return cls(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
@@ -78,7 +79,7 @@ def _value(hint: Any, value: object, where: str) -> object:
     if isinstance(value, int) and hint is float:
         value = float(value)
     if not _fits(hint, value):
-        raise ValueError(f"metadata {where}: {value!r}; expected {getattr(hint, '__name__', hint)}")
+        raise ValueError(f"metadata {where}: {brief(value)}; expected {getattr(hint, '__name__', hint)}")
     return value
 
 

@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from weights_loader.brief import MOST
+
 Prediction = Literal["eps", "v"]
 WAY_OUT = "prediction= (--prediction) decides"
 
@@ -59,20 +61,20 @@ def statements(names: Collection[str], metadata: Mapping[str, str], yaml: str = 
     found = []
     for key, meanings in _PREDICTION_KEYS.items():
         if value := _plain(metadata.get(key, "")):
-            found.append(Statement(f"metadata {key} = {metadata[key]}", meanings.get(value, value)))
+            found.append(Statement(f"metadata {key} = {metadata[key][:MOST]}", meanings.get(value, value)))
     architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
     if architecture in _ARCHITECTURES:
         found.append(Statement(f"metadata modelspec.architecture = {architecture}", _ARCHITECTURES[architecture]))
     for key in _ZERO_SNR_KEYS:
         if (value := _plain(metadata.get(key, ""))) in _FLAG:
-            found.append(Statement(f"metadata {key} = {metadata[key]}", zero_terminal_snr=_FLAG[value] == "v"))
+            found.append(Statement(f"metadata {key} = {metadata[key][:MOST]}", zero_terminal_snr=_FLAG[value] == "v"))
     if V_MARKER in names:
         found.append(Statement(f"tensor {V_MARKER}", "v"))
     if ZERO_SNR_MARKER in names:
         found.append(Statement(f"tensor {ZERO_SNR_MARKER}", zero_terminal_snr=True))
     if stated := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", yaml, re.MULTILINE):
         value = _plain(stated[1])
-        found.append(Statement(f"parameterization: {stated[1]} in the .yaml of its name", _NAMES.get(value, value)))
+        found.append(Statement(f"parameterization: {stated[1][:MOST]} in the .yaml of its name", _NAMES.get(value, value)))
     return tuple(found)
 
 
@@ -92,7 +94,7 @@ def yaml_numbers(yaml: str) -> dict[str, float]:
             except ValueError:
                 found[ours] = math.nan
             if not math.isfinite(found[ours]):
-                raise ValueError(f"{theirs}: {stated[1]} in the .yaml of its name: expected a number; mend or rename that file")
+                raise ValueError(f"{theirs}: {stated[1][:MOST]} in the .yaml of its name: expected a number; mend or rename that file")
     return found
 
 

@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minidiff.files import atomic_write, held, remove_leftovers, temporary_path, tensor_bytes
+from minidiff.files import atomic_write, digest, held, remove_leftovers, temporary_path, tensor_bytes
 
+MODEL_SPEC = "modelspec.sai_model_spec"  # the version of ModelSpec that the metadata follow
+HASH = "modelspec.hash_sha256"
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -38,16 +40,19 @@ DTYPES = {
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None):
     """Write tensors of any device, stride and sharing, one after the other; the same input gives the same bytes.
 
+    Metadata that follow ModelSpec get its hash of the numbers, by which read/verify.py finds damage.
     Tensors that share memory are written once under each name. A file at `path` is replaced, also the one that the
     tensors were read from.
 
     Raises ValueError for names, metadata or dtypes that the format has no place for, FileNotFoundError without the folder.
     """
     path = Path(path)
-    metadata = metadata or {}
+    metadata = dict(metadata or {})
     _check(path, tensors, metadata)
     # Wide numbers first, so that every tensor starts at a multiple of its number's size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    if MODEL_SPEC in metadata:
+        metadata[HASH] = f"0x{digest(tensor_bytes(tensors[name]) for name in names)}"
     header: dict = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name in names:

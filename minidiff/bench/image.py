@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
-from minidiff.bench.pipelines import diffusers_pipeline, make_model_jobs, minidiff_model, start_worker
+from minidiff.bench.pipelines import diffusers_pipeline, make_model_jobs, minidiff_model, start_worker, with_backend
 from minidiff.bench.race import RaceRules, race_models
 from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
@@ -72,7 +72,8 @@ def bench_image(
 def prepare(job: dict) -> Callable[[dict], dict]:
     """Load the pipeline in the contender's process."""
     peak, device, dtype = start_worker(job)
-    return answer_with({"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]](job, device, dtype), peak)
+    run = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]](job, device, dtype)
+    return with_backend(job, answer_with(run, peak))
 
 
 def _diffusers(job: dict, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:

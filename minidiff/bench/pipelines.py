@@ -4,7 +4,7 @@ The weights have the published shapes and are the same for all; every contender 
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ from minidiff.bench.common import random_model_to_run
 from minidiff.bench.stand_in import provide_open_clip
 from minidiff.bench.worker_protocol import PeakMemory
 from minidiff.config import ModelConfig
+from minidiff.kernels.dispatch import attention_backend
 
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion
@@ -35,7 +36,7 @@ def model_folder(config: ModelConfig) -> Iterator[Path]:
 
 
 # The contenders by name: library, dtype, how it computes. The others are compared with the first, what the rival does by default.
-# On a GPU float32 serves only to measure errors.
+# On a GPU float32 serves only to measure errors, and "triton" computes GroupNorm + SiLU and GEGLU by our kernels too, for choices.json.
 ON_CPU = {
     "diffusers float32": ("diffusers", "float32", "eager"),
     "diffusers bfloat16": ("diffusers", "bfloat16", "channels-last"),
@@ -51,6 +52,7 @@ ON_GPU = {
     "diffusers compiled": ("diffusers", "bfloat16", "compiled"),
     "diffusers max-autotune": ("diffusers", "bfloat16", "max-autotune"),
     "minidiff": ("minidiff", "bfloat16", "eager"),
+    "minidiff triton": ("minidiff", "bfloat16", "triton"),
     "minidiff compiled": ("minidiff", "bfloat16", "compiled"),
     "minidiff float32": ("minidiff", "float32", "eager"),
 }
@@ -104,6 +106,11 @@ def start_worker(job: dict) -> tuple[PeakMemory, torch.device, torch.dtype]:
         provide_open_clip()
         Tokenizer(TokenizerConfig(merges=()))  # imports open_clip's
     return PeakMemory(device, converted=dtype != torch.float32), device, dtype
+
+
+def with_backend(job: dict, answer: Callable[[dict], dict]) -> Callable[[dict], dict]:
+    """Return what answers a contender's requests, for a job["how"] of "triton" with all our kernels; otherwise unchanged."""
+    return attention_backend("triton")(answer) if job["how"] == "triton" else answer
 
 
 def diffusers_pipeline(job: dict, device: torch.device, dtype: torch.dtype) -> Any:

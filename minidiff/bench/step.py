@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
-from minidiff.bench.pipelines import diffusers_pipeline, make_step_jobs, minidiff_model, start_worker
+from minidiff.bench.pipelines import diffusers_pipeline, make_step_jobs, minidiff_model, start_worker, with_backend
 from minidiff.bench.race import RaceRules, race_models
 from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
@@ -126,7 +126,7 @@ def prepare(job: dict) -> Callable[[dict], dict]:
     given = {name: x.to(device, dtype) for name, x in torch.load(f"{job['folder']}/inputs.pt").items()}
     run = {"diffusers": _diffusers, "minidiff": _minidiff, "openvino": _openvino}[job["library"]](job, device, dtype, given)
     without_gradients = torch.no_grad() if job["library"] == "minidiff" else torch.inference_mode()
-    return answer_with(without_gradients(run), peak)
+    return with_backend(job, answer_with(without_gradients(run), peak))
 
 
 def _diffusers(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> Callable[[], Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minidiff.bench.common import BenchRecord, check_arguments, model_config
 from minidiff.bench.contender import serve
-from minidiff.bench.pipelines import COMPILED, OF_STEPS, make_jobs, minidiff_model, start_worker
+from minidiff.bench.pipelines import COMPILED, OF_STEPS, make_jobs, minidiff_model, start_worker, with_backend
 from minidiff.bench.race import RaceRules, race_models
 from minidiff.bench.worker_protocol import answer_with
 from minidiff.config import ModelConfig
@@ -108,7 +108,7 @@ def prepare(job: dict) -> Callable[[dict], dict]:
     given = {name: x.to(device) for name, x in torch.load(f"{job['folder']}/sample.pt").items()}
     step, loss = {"diffusers": _diffusers, "minidiff": _minidiff}[job["library"]](job, device, dtype, given)
     peak.reset()
-    return answer_with(step, peak, check=loss)
+    return with_backend(job, answer_with(step, peak, check=loss))
 
 
 def _minidiff(job: dict, device: torch.device, dtype: torch.dtype, given: dict[str, Tensor]) -> tuple[Callable, Callable]:

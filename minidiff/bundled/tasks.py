@@ -30,10 +30,11 @@ from minidiff.schedule import NoiseSchedule
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
 from minidiff.trainers.engine.diffusion_loss import NoiseSample, squared_error
-from minidiff.trainers.engine.loop import randn_per_sample, rng_for, to_device, with_seed
+from minidiff.trainers.engine.loop import randn_per_sample, rng_for, with_seed
 from minidiff.trainers.engine.optimizer import optimizers
 from minidiff.trainers.engine.prefetch import prefetch
 from minidiff.trainers.engine.settings import Settings
+from minidiff.transfer import to_device
 from minidiff.unet import UNet
 from minidiff.vae import VAE
 

@@ -24,10 +24,11 @@ from minidiff.pictures import to_pixels
 from minidiff.scenes.art import visible_backgrounds
 from minidiff.scenes.scenes import COLOURS, STYLES, Item, Scene, choose, compose, sample_scene, subjects
 from minidiff.tokenizer import Tokenizer
-from minidiff.trainers.engine.loop import randn_per_sample, rng_for, to_device, with_seed
+from minidiff.trainers.engine.loop import randn_per_sample, rng_for, with_seed
 from minidiff.trainers.engine.optimizer import optimizers
 from minidiff.trainers.engine.prefetch import prefetch
 from minidiff.trainers.engine.settings import Settings
+from minidiff.transfer import to_device
 
 # 40 minutes on one core that does nothing else.
 JUDGE_SETTINGS = Settings(

@@ -67,7 +67,7 @@ def picture_flags(picture: Path, function: Callable[..., None], chosen: set[str]
     found = parse(read_parameters(picture)[0])
     if found is None:
         raise ValueError(f"--settings {picture}: no settings in it; give a PNG as generate or a web interface wrote it")
-    known, flags, left = set(_flags_of(function)), [], []
+    known, flags, left = set(flags_of(function)), [], []
     for name, value in found.values.items():
         stem, _, number = name.rpartition(" ")
         flag = RENAMED.get(name, flag_name(name))
@@ -90,7 +90,8 @@ def picture_flags(picture: Path, function: Callable[..., None], chosen: set[str]
     return found.prompts, [*flags, *([f"--negative-prompt={found.negative_prompt}"] if found.negative_prompt else [])]
 
 
-def _flags_of(function: Callable[..., None]) -> Iterator[str]:
+def flags_of(function: Callable[..., None]) -> Iterator[str]:
+    """Yield the names of a command's flags, without dashes, and of its positional argument."""
     for name, parameter in signature(function).parameters.items():
         default: Any = parameter.default
         yield from [_flag(field.name) for field in fields(default)] if is_dataclass(default) else [_flag(name)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from minidiff.cli.flags import Whole
+from minidiff.cli.flags import Whole, check_least
 from minidiff.cli.model import choose_device
 
 Models = Literal["sd1", "sd2", "sdxl", "bundled"]
@@ -28,6 +28,7 @@ def load(against: bool = True, out: Path | None = None, rounds: int = 3) -> None
     """
     from minidiff.bench.load import bench_load
 
+    check_least(1, rounds=rounds)
     show(bench_load(against, out, rounds))
 
 
@@ -59,6 +60,7 @@ def attention(
     """
     from minidiff.bench.attention import CONTENDERS, bench_attention
 
+    check_least(1, rounds=rounds, batch=batch, sizes=min(sizes, default=None))
     chosen = choose_device(device)
     on_cpu = chosen.type == "cpu"
     rounds = (3 if on_cpu else 5) if rounds is None else rounds
@@ -98,6 +100,7 @@ def step(
     from minidiff.bench.race import RaceRules
     from minidiff.bench.step import bench_step
 
+    check_least(1, rounds=rounds, size=size)
     rules = RaceRules(contender)
     show(bench_step(against, out, rounds, model, size, str(choose_device(device)), max_autotune, controlnet, rules))
 
@@ -133,6 +136,7 @@ def image(
     from minidiff.bench.image import bench_image
     from minidiff.bench.race import RaceRules
 
+    check_least(1, rounds=rounds, size=size, steps=steps)
     rules = RaceRules(contender)
     show(bench_image(against, out, rounds, model, size, steps, str(choose_device(device)), max_autotune, rules))
 
@@ -166,6 +170,7 @@ def train(
     from minidiff.bench.race import RaceRules
     from minidiff.bench.train import bench_train
 
+    check_least(1, rounds=rounds, size=size)
     show(bench_train(against, out, rounds, model, size, methods, str(choose_device(device)), RaceRules(contender)))
 
 

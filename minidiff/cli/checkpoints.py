@@ -8,7 +8,7 @@ from typing import Literal
 import tyro
 
 from minidiff.cli.endings import finish, readers
-from minidiff.cli.flags import DTypes, Text
+from minidiff.cli.flags import DTypes, Text, check_least
 from minidiff.cli.model import load, print_notes
 from minidiff.cli.names import check_writable
 
@@ -107,6 +107,7 @@ def compare(
     """
     from minidiff.compare import compare_models, config_differences
 
+    check_least(0, tolerance=tolerance)
     first, second = load(a, dtype_a, "cpu", ignore=ignore), load(b, dtype_b, "cpu", ignore=ignore)
     differences = compare_models(first, second, prompt, t, seed)
     for line in config_differences(first, second):

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from minidiff.cli.flags import File, Folder, Text, Whole
+from minidiff.cli.flags import File, Folder, Text, Whole, check_least
 from minidiff.cli.model import load, print_notes
-from minidiff.cli.names import check_writable
+from minidiff.cli.names import check_folder, check_writable
 
 if TYPE_CHECKING:
     from minidiff.evaluation.alignment import Encoder
@@ -145,6 +145,7 @@ def weights(base: tyro.conf.Positional[str], tuned: tyro.conf.Positional[str], /
     """
     from minidiff.evaluation.weights import kind_of, layer_changes, relative_changes
 
+    check_least(0, top=top)
     before, after = (dict(load(model, "float32", "cpu", ignore=ignore).unet.named_parameters()) for model in (base, tuned))
     for kind, change in relative_changes(before, after).items():
         print(f"{kind:16} {100 * change:.3f} %")
@@ -222,6 +223,7 @@ def bundled(
     from minidiff.bundled.figures import format_figures
     from minidiff.cli.model import training_on
 
+    check_least(1, limit=limit, steps=steps)
     figures = None
     with training_on(device, threads) as chosen:
         sd, judge = load(model, "float32", chosen, ignore=ignore), weights_loader.load_judge(device=chosen)
@@ -269,10 +271,11 @@ def edits(
     from minidiff.bundled import attention_edits, edits
     from minidiff.bundled.edits import renew_tables
     from minidiff.cli.model import training_on
-    from minidiff.files import write_text
+    from minidiff.files import read_text, write_text
 
     parts = (*edits.PARTS, *attention_edits.PARTS) if part == "all" else (part,)
-    text = None if readme is None else readme.read_text(encoding="utf-8")
+    check_least(1, count=count, blends=blends, steps=steps)
+    text = None if readme is None else read_text(readme)
     if text is not None:
         renew_tables(text, dict.fromkeys(parts, ""))  # only to learn whether it has the marks
     with training_on(device, threads) as chosen, torch.no_grad():
@@ -317,6 +320,8 @@ def study(
     from minidiff.study.plan import list_runs
     from minidiff.study.run import run_study
 
+    check_least(1, jobs=jobs, threads=threads, limit=limit)
+    check_folder(out)
     where = choose_device(device)
     chosen = [run for run in list_runs(part) if not (out / "results" / f"{run.name}.json").exists()][:limit]
     load_tiny = partial(weights_loader.load, "tiny", dtype=torch.float32, device=where)

@@ -32,7 +32,11 @@ def explain(error: Exception, command: str) -> tuple[str, int]:
         return f"out of memory{amount(error)}; what would help: {LESS.get(command.split(' ')[0], OTHER)}", 2
     if isinstance(error, MEND):
         return str(error), 2
-    return f"a fault of minidiff itself ({type(error).__name__}: {first_line(error)}); the traceback is in {write_traceback(error)}", 1
+    try:
+        where = f"the traceback is in {write_traceback(error)}"
+    except OSError as failure:
+        where = f"--traceback shows where: it could not be written ({failure})"
+    return f"a fault of minidiff itself ({type(error).__name__}: {first_line(error)}); {where}", 1
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -111,7 +111,7 @@ def film(
     ]
     write_film(frames, out, seconds)
     flags = {"--model": None if model == "tiny" else model, "--prediction": prediction, "--ignore": ignore}
-    flags |= {"--steps": steps, "--sampler": sampler, "--seed": seed, "--size": size}
+    flags |= {"--steps": steps, "--sampler": sampler, "--seed": seed, "--size": size, "--dtype": None if dtype == "auto" else dtype}
     flags |= {"--guidance-scale": guidance_scale, "--negative-prompt": negative_prompt}
     again = [text for flag, value in flags.items() if value is not None for text in (flag, str(value))]
     again += [text for flag, files in (("--lora", lora), ("--embedding", embedding)) for file in files for text in (flag, file)]

@@ -8,6 +8,7 @@ this takes no time. tyro reads the types below.
 
 import inspect
 import io
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -162,6 +163,13 @@ def mistake(text: str) -> str:
                 near = next(iter(re.findall(r"Perhaps you meant:?\s+(--[\w-]+)", said)), "")
             return words.format_map(values | {"choices": ", ".join(choices), "near": f" (did you mean {near}?)" if near else ""})
     return said
+
+
+def check_least(smallest: int, **values: float | None) -> None:
+    """Raise ValueError for the first flag whose value is below the smallest that makes sense, or no number; None was not given."""
+    for name, value in values.items():
+        if value is not None and not smallest <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: at least {smallest}")
 
 
 def flag_name(text: str) -> str:

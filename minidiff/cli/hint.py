@@ -125,13 +125,18 @@ def shrink(image: "Image.Image", size: int | None) -> "Image.Image":
     """Bring the shorter side to a size: by area where it shrinks, by Lanczos where it grows, as the authors' code does."""
     from PIL import Image
 
+    from minidiff.pictures import MOST_PIXELS
+
     if size is None:
         return image
     if size < 1:
         raise ValueError(f"--size {size}: at least 1 pixel")
     scale = size / min(image.size)
     how = Image.Resampling.BOX if scale < 1 else Image.Resampling.LANCZOS
-    return image.resize((round(image.width * scale), round(image.height * scale)), how)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"--size {size}: {width} x {height} pixels; at most {MOST_PIXELS // 10**6} megapixels are made")
+    return image.resize((width, height), how)
 
 
 COMMANDS = {"canny": canny, "scribble": scribble, "tile": tile, "inpaint": inpaint}

@@ -88,9 +88,11 @@ def training_on(device: str, threads: int | None, attention: str = "auto"):
     """Set threads and attention, and give the device to train on; of several processes that torchrun started, only the first one prints."""
     import torch
 
+    from minidiff.cli.flags import check_least
     from minidiff.kernels.dispatch import attention_backend
     from minidiff.trainers.engine import distributed
 
+    check_least(1, threads=threads)
     if threads is not None:
         torch.set_num_threads(threads)
     joined = distributed.init_distributed(choose_device(device))

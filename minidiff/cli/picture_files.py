@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LARGEST_ZOOM = 64
-MOST_SEEDS = 4096  # more are a slip of the keyboard
+MOST_SEEDS = 4096  # of a prompt; more are a slip of the keyboard
 
 
 def read_prompts(path: Path | None) -> tuple[str, ...]:
@@ -36,6 +36,8 @@ def read_prompts(path: Path | None) -> tuple[str, ...]:
 
 def choose_seeds(seed: int, batch: int, seeds: str | None) -> list[int]:
     """Return the seeds of each prompt: those of "0-8" or "3,7,9", or else `batch` of them from `seed` on. Raises ValueError for others."""
+    if batch > MOST_SEEDS:
+        raise ValueError(f"--batch {batch}: at most {MOST_SEEDS} pictures of a prompt")
     if seeds is None:
         return [seed + i for i in range(batch)]
     if seed or batch != 1:
@@ -49,6 +51,8 @@ def choose_seeds(seed: int, batch: int, seeds: str | None) -> list[int]:
         if not start <= end < start + MOST_SEEDS:
             raise ValueError(f"--seeds {seeds}: {part.strip()} is {'empty' if end < start else 'too many'}; at most {MOST_SEEDS}, as 0-8")
         found += range(start, end + 1)
+        if len(found) > MOST_SEEDS:
+            raise ValueError(f"--seeds {seeds}: too many; at most {MOST_SEEDS}")
     return found
 
 

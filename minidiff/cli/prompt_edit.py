@@ -15,6 +15,7 @@ from minidiff.cli.flags import Attentions, DTypes, File, Number, Several, Text, 
 from minidiff.cli.generate import parse_size
 from minidiff.cli.model import load, named, print_notes, unused_words, weighted
 from minidiff.cli.names import check_writable, free_path, slug
+from minidiff.cli.picture_files import choose_seeds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +102,7 @@ def edit(
     original, edited = read_prompts(prompts, reweight)
     wanted = read_attention_edit(replace, refine, self_attention, until, reweight, local_blend)
     check_picture(image, sampler, seed, batch, dtype)
-    seeds = [(seed or 0) + i for i in range(1 if batch is None else batch)]
+    seeds = choose_seeds(seed or 0, 1 if batch is None else batch, None)
     if not seeds:
         raise ValueError(f"--batch {batch} makes no picture; give at least 1")
     files = pair_files(out, edited, seeds)

@@ -23,7 +23,7 @@ import tyro
 
 from minidiff.cli.effects import without_effect
 from minidiff.cli.endings import readers, size_of
-from minidiff.cli.flags import Attentions, DTypes, File, Several, Text, Whole, command_class, flag_groups, given, parse_flags
+from minidiff.cli.flags import Attentions, DTypes, File, Several, Text, Whole, check_least, command_class, flag_groups, given, parse_flags
 from minidiff.cli.model import load, print_notes, training_on
 from minidiff.cli.names import check_folder, check_writable
 from minidiff.cli.reference import Reference, draw_reference
@@ -77,10 +77,8 @@ class RunFlags:
 
     def check(self) -> None:
         """Raise ValueError for a number out of range."""
-        for name, smallest in (("sample_every", 0), ("num_samples", 1), ("threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: at least {smallest}")
+        check_least(0, sample_every=self.sample_every)
+        check_least(1, num_samples=self.num_samples, threads=self.threads)
 
 
 @dataclass(frozen=True)
@@ -461,7 +459,7 @@ def save_sheet(phase: "Phase", prompts: list[str], run: RunFlags, done: int, ref
     save_png(reference.beside(sheet.image) if reference else sheet.image, run.out / f"{phase.name}-{done:06d}.png")
     if sheet.numbers:
         path = run.out / f"{phase.name}-sheets.csv"
-        lines = path.read_text().splitlines() if path.exists() else [",".join(["step", *sheet.numbers])]
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else [",".join(["step", *sheet.numbers])]
         lines.append(",".join([str(done), *(f"{value:.4f}" for value in sheet.numbers.values())]))
         write_text(path, "\n".join(lines) + "\n")
     return ", ".join(f"{name} {value:.2f}" for name, value in sheet.numbers.items())

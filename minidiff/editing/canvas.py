@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minidiff.config import check_choice
 from minidiff.editing.masks import Mask, check_mask, feather, mask_box, paste
+from minidiff.pictures import MOST_PIXELS
 
 FITS = ("crop", "resize", "pad")
 SIDES = ("left", "right", "top", "bottom")  # in the order of F.pad
@@ -42,6 +43,12 @@ def usual_size(width: int, height: int, model_size: int, factor: int) -> tuple[i
     return round(width * scale) * factor, round(height * scale) * factor
 
 
+def _check_size(width: int, height: int) -> None:
+    """Raise ValueError for a size without pixels."""
+    if min(width, height) < 1:
+        raise ValueError(f"size {width} x {height} has no pixels; give at least 1 a side, in multiples of the VAE's")
+
+
 def resize(pixels: Float[Tensor, "B C H W"], width: int, height: int) -> Float[Tensor, "B C h w"]:
     """Resize: bicubic, antialiased where it shrinks, within the range of the pixels."""
     if pixels.shape[2:] == (height, width):
@@ -57,9 +64,10 @@ def fit(pixels: Float[Tensor, "B C H W"], width: int, height: int, how: str) -> 
         width, height: in pixels.
         how: one of FITS.
 
-    Raises ValueError for another.
+    Raises ValueError for another, and for a size without pixels.
     """
     check_choice("fit", how, FITS)
+    _check_size(width, height)
     H, W = pixels.shape[2:]
     if how == "crop":
         scale = min(W / width, H / height)
@@ -99,7 +107,14 @@ def read_sides(text: str) -> dict[str, int]:
 def outpaint(
     pixels: Float[Tensor, "B C H W"], sides: Mapping[str, int], mask: Mask | None = None
 ) -> tuple[Float[Tensor, "B C H_out W_out"], Float[Tensor, "1 1 H_out W_out"]]:
-    """Return the pixels with a border, their edges stretched outward, and its mask, together with one that was there."""
+    """Return the pixels with a border, their edges stretched outward, and its mask, together with one that was there.
+
+    Raises ValueError for more pixels in all than a picture may have.
+    """
+    H, W = pixels.shape[2:]
+    width, height = W + sides.get("left", 0) + sides.get("right", 0), H + sides.get("top", 0) + sides.get("bottom", 0)
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"outpaint makes {width} x {height} pixels of {W} x {H}; at most {MOST_PIXELS // 10**6} megapixels are made")
     border = tuple(sides.get(side, 0) for side in SIDES)
     inside = torch.zeros(1, 1, *pixels.shape[2:]) if mask is None else mask
     return F.pad(pixels, border, mode="replicate"), F.pad(inside, border, value=1.0)
@@ -181,11 +196,12 @@ def make_canvas(
         size: (width, height) in pixels to work on the part around the mask at; None works on the whole picture at its own size.
         feather_width: in the picture's pixels, 0 or more; None is a latent cell.
 
-    Raises ValueError for a mask of one value and a feather below 0.
+    Raises ValueError for a mask of one value, a size without pixels, and a feather below 0.
     """
     check_mask(mask)
     H, W = original.shape[2:]
     width, height = size or (W, H)
+    _check_size(width, height)
     crop = crop_around(mask, width, height) if size else Crop(0, 0, W, H)
     if feather_width is None:
         feather_width = max(1, round(factor * crop.width / width))

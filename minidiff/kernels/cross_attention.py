@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minidiff.kernels import choices
+from minidiff.kernels import choices, tiles
 from minidiff.kernels.tiles import (
     LOG2_E,
     card_of,
@@ -228,8 +228,15 @@ def forward_blocks(d: int, dtype: torch.dtype) -> Blocks:
     return Blocks(64, 8 if d > 96 else 4, 1)
 
 
-def backward_blocks(L: int, d: int, dtype: torch.dtype) -> Blocks:
-    """Return how the backward pass is divided for L keys of heads d wide."""
+def backward_blocks(L: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Blocks:
+    """Return how the backward pass is divided.
+
+    Args:
+        L: keys.
+        d: width of a head.
+        dtype: of keys and values.
+        capability: of the card, such as (9, 0).
+    """
     size = padded_keys(L) * sum(head_tiles(d))  # numbers of dK, and of dV
     if dtype == torch.float32:
         return Blocks(16, 8, 1, size <= 64 * 64)
@@ -237,7 +244,8 @@ def backward_blocks(L: int, d: int, dtype: torch.dtype) -> Blocks:
         return Blocks(32, 4, 2)
     if size <= 128 * 64:
         return Blocks(32, 8, 2)
-    return Blocks(16, 8, 1, size <= 128 * 80)  # of 32 queries the 255 registers were a few too few, or just enough, by Triton's version
+    # Of 32 queries the 255 registers were a few too few, or just enough, by Triton's version. For 12.0 it needs more of them.
+    return Blocks(16, 8, 1, size <= 128 * (64 if capability >= (12, 0) else 80))
 
 
 def fused_cross_attention(
@@ -313,7 +321,7 @@ def shared_memory(L: int, d: int, dtype: torch.dtype, capability: tuple[int, int
         dtype: of keys and values.
         capability: of the card, such as (9, 0).
     """
-    keys, width, queries = padded_keys(L), sum(head_tiles(d)), backward_blocks(L, d, dtype).queries
+    keys, width, queries = padded_keys(L), sum(head_tiles(d)), backward_blocks(L, d, dtype, capability).queries
     numbers = 2 * keys * width + 2 * queries * width + keys * queries
     return numbers * dtype.itemsize * (2 if dtype.itemsize == 2 and capability[0] in (9, 10) else 1)
 
@@ -349,7 +357,7 @@ def _backward(
     """dQ, dK and dV; empty where they are not needed."""
     dq, dk, dv = _backward_shapes(dout, q, k, v, heads, need_dq, need_dk, need_dv)
     (B, N, D), L = q.shape, k.shape[1]
-    blocks = backward_blocks(L, D // heads, q.dtype)  # of these `shared_memory` knows what they take
+    blocks = backward_blocks(L, D // heads, q.dtype, tiles.capability_of(q))  # of these `shared_memory` knows what they take
     strip = strip_length(N, blocks.queries)
     strips = triton.cdiv(N, strip)
     dout = dout.contiguous()

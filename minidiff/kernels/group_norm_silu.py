@@ -31,6 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minidiff.kernels import tiles
 from minidiff.kernels.tiles import device_of, jit, no_kernel_for, register_operation, tl, triton
 
 MOST_CHANNELS = 256  # in a chunk, unless one group has more: 512 bytes of 16-bit numbers side by side, 16 for each thread of a warp
@@ -383,7 +384,9 @@ def _backward(
     channel_sums = x.new_empty((2, len(x), grid[0], x.shape[1]) if need_affine else 0, dtype=torch.float32)
     with device_of(x):
         saved = (dy, x, mean, rstd, weight, bias, group_sums)
-        sums_kernel[grid](*saved, channel_sums, SILU=silu, NEED_AFFINE=need_affine, **constants)
+        # For 12.0 the sums of a strip take a few more registers than threads of 4 warps have.
+        warps = 2 * WARPS if tiles.capability_of(x) >= (12, 0) else WARPS
+        sums_kernel[grid](*saved, channel_sums, SILU=silu, NEED_AFFINE=need_affine, **constants | {"num_warps": warps})
         gradient_kernel[grid](*saved, dx, STRIPS=power, SILU=silu, **constants)
     if not need_affine:
         return dx, weight.new_empty(0), bias.new_empty(0)

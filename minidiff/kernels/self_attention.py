@@ -39,7 +39,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minidiff.kernels import choices
+from minidiff.kernels import choices, tiles
 from minidiff.kernels.tiles import (
     LOG2_E,
     device_of,
@@ -286,7 +286,7 @@ class Blocks:
     stages: int
 
 
-def blocks_of(kernel: str, N: int, d: int, dtype: torch.dtype) -> Blocks:
+def blocks_of(kernel: str, N: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Blocks:
     """Return how a kernel is divided for a number of tokens.
 
     Args:
@@ -294,15 +294,18 @@ def blocks_of(kernel: str, N: int, d: int, dtype: torch.dtype) -> Blocks:
         N: tokens on the side that a program keeps.
         d: channels of a head.
         dtype: of q, k and v.
+        capability: of the card, such as (9, 0).
     """
     short = N < 1024
     if dtype == torch.float32:  # without tensor cores: a thread needs whole rows of q and k in registers
         return Blocks(32, 32, 4, 1) if d < 64 else Blocks(32, 16, 8, 1) if kernel == "dq" else Blocks(16, 32, 8, 1)
     if kernel == "forward":
         return Blocks(64, 32, 4, 3) if d > 96 else Blocks(64, 64, 4, 3) if short else Blocks(128, 64, 8, 3)
+    needs_more = capability >= (12, 0)  # registers
     if kernel == "dk_dv":  # two sums of d columns in registers
-        return Blocks(16, 64, 8, 2) if d > 96 else Blocks(32, 64, 4, 2) if short or d > 80 else Blocks(64, 64, 4, 2)
-    return Blocks(64, 32 if d > 96 else 64, 4, 2)
+        width = d + 16 if needs_more else d
+        return Blocks(16, 64, 8, 2) if width > 96 else Blocks(32, 64, 4, 2) if short or width > 80 else Blocks(64, 64, 4, 2)
+    return Blocks(64, 32 if d > 96 or needs_more and d <= 32 else 64, 4, 2)
 
 
 def fused_self_attention(
@@ -350,7 +353,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> tuple
     out, lse = _forward_shapes(q, k, v, heads, causal)
     N, L, d = q.shape[1], k.shape[1], q.shape[2] // heads
     chosen = choices.find("self", q, (N, L, heads, d)).blocks
-    blocks = Blocks(*chosen["forward"]) if "forward" in chosen else blocks_of("forward", N, d, q.dtype)
+    blocks = Blocks(*chosen["forward"]) if "forward" in chosen else blocks_of("forward", N, d, q.dtype, tiles.capability_of(q))
     with device_of(q):
         forward_kernel[triton.cdiv(N, blocks.queries), heads, len(q)](
             q,
@@ -386,7 +389,7 @@ def _backward(
     with device_of(q):
         delta_kernel[triton.cdiv(N, 32), heads, len(q)](out, dout, delta, N, d, *head_tiles(d), 32)
         if need_dk_dv:
-            blocks = Blocks(*chosen["dk_dv"]) if "dk_dv" in chosen else blocks_of("dk_dv", L, d, q.dtype)
+            blocks = Blocks(*chosen["dk_dv"]) if "dk_dv" in chosen else blocks_of("dk_dv", L, d, q.dtype, tiles.capability_of(q))
             dk_dv_kernel[triton.cdiv(L, blocks.keys), heads, len(q)](
                 q,
                 k,
@@ -407,7 +410,7 @@ def _backward(
                 **launch_options(blocks.warps, blocks.stages),
             )
         if need_dq:
-            blocks = Blocks(*chosen["dq"]) if "dq" in chosen else blocks_of("dq", N, d, q.dtype)
+            blocks = Blocks(*chosen["dq"]) if "dq" in chosen else blocks_of("dq", N, d, q.dtype, tiles.capability_of(q))
             dq_kernel[triton.cdiv(N, blocks.queries), heads, len(q)](
                 q,
                 k,

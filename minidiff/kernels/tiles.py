@@ -142,6 +142,11 @@ def card_of(device: torch.device) -> Card:
     return _cards[device]
 
 
+def capability_of(x: Tensor) -> tuple[int, int]:
+    """Return the compute capability of a tensor's GPU, and (0, 0) in Triton's interpreter."""
+    return card_of(x.device).capability if x.device.type == "cuda" else (0, 0)
+
+
 def no_kernel_for(x: Tensor) -> str | None:
     """Why no kernel takes a tensor of this dtype on this device, as the end of a sentence; None if they do."""
     if triton is None:

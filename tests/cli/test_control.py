@@ -90,6 +90,8 @@ def test_an_inpainting_hint_has_a_hole(run, files):
         (("canny", "photo.png", "--low", "300"), "canny thresholds 300 and 200: give 0 <= low <= high"),
         (("tile", "photo.png", "--factor", "0"), "tile factor 0 is outside 1..32"),
         (("canny", "photo.png", "--size", "0"), "--size 0: at least 1 pixel"),
+        (("canny", "photo.png", "--size", "1000000"), "1000000 x 1000000 pixels; at most 64 megapixels are made"),
+        (("scribble", "photo.png", "--width", "1000000"), "scribble width 1000000 is outside 1..4"),
         (("canny", "photo.png", "--out", "a.jpg"), "a.jpg: pictures are written as PNG"),
     ],
 )

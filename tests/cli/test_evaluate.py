@@ -157,6 +157,26 @@ def test_weights_that_did_not_move_are_told_from_those_that_did(run, tmp_path):
     assert lines[3].split() == ["200.000", "%", "cross-attention", name]  # |3 W - W| / |W|
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("evaluate", "weights", "tiny", "tiny", "--top", "-1"), "--top -1: at least 0"),
+        (("evaluate", "bundled", "--limit", "0"), "--limit 0: at least 1"),
+        (("evaluate", "bundled", "--threads", "0"), "--threads 0: at least 1"),
+        (("evaluate", "edits", "--count", "-2"), "--count -2: at least 1"),
+        (("evaluate", "study", "out", "--jobs", "0"), "--jobs 0: at least 1"),
+        (("evaluate", "study", "file"), "--out file: no folder to write to (file is a file)"),
+        (("compare", "tiny", "tiny", "--tolerance", "nan"), "--tolerance nan: at least 0"),
+        (("compare", "tiny", "tiny", "--tolerance", "inf"), "--tolerance inf: at least 0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_one_line_before_anything_is_read(run, tmp_path, monkeypatch, args, said):
+    monkeypatch.setattr(weights_loader, "load", lambda *_, **__: pytest.fail("a model was read"))
+    (tmp_path / "file").touch()
+    code, out, err = run(*args)
+    assert (code, out) == (2, "") and said in err and len(err.splitlines()) == 1
+
+
 def test_unknown_tensors_of_a_model_of_the_scenes_are_left_out_on_request(run, tmp_path):
     (tmp_path / "tiny.safetensors").write_bytes(BUNDLED["tiny"].read_bytes())
     file = with_unknown_tensor(tmp_path / "tiny.safetensors").name

@@ -45,6 +45,9 @@ def run(monkeypatch, tmp_path, capsys, tmp_path_factory):
         (["train", "lora", "--images", "cat"], "--out"),
         (["train", "from-scratch", "run", "--stepps", "1"], "(did you mean --steps?)"),
         (["merge", "lora", "a.safetensors"], "--out is needed: a file name"),
+        (["bench", "step", "--rounds", "0"], "--rounds 0: at least 1"),
+        (["bench", "attention", "--sizes", "512", "0"], "--sizes 0: at least 1"),
+        (["bench", "image", "--steps", "-3"], "--steps -3: at least 1"),
         (["convert", "tiny"], "PATH is needed: a file name ending in .safetensors"),
     ],
 )
@@ -106,6 +109,14 @@ def test_a_fault_of_the_program_is_written_to_a_file_that_the_line_names(run, tm
     text = path.read_text()
     assert path.parent == Path(tempfile.gettempdir()) and "Traceback (most recent call last)" in text and "in broken" in text
     assert text.startswith("minidiff inspect tiny") and f"PyTorch {torch.__version__}" in text
+
+
+def test_a_fault_whose_traceback_has_no_place_is_still_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("weights_loader.inspect", lambda *_, **__: {}["key"])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    code, out, err = run("inspect", "tiny")
+    assert (code, out) == (1, "") and len(err.splitlines()) == 1
+    assert "a fault of minidiff itself (KeyError: 'key'); --traceback shows where" in err and "nowhere" in err
 
 
 def test_traceback_shows_where_a_users_mistake_was_found(run):

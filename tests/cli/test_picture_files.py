@@ -82,6 +82,8 @@ def test_it_ends_with_what_was_made_and_the_command_for_it(run, tmp_path):
     [
         (("--seeds", "8-0"), "--seeds 8-0: 8-0 is empty"),
         (("--seeds", "0-99999999999"), "0-99999999999 is too many; at most 4096"),
+        (("--seeds", "0-4095,5000"), "--seeds 0-4095,5000: too many; at most 4096"),
+        (("--batch", "1000000000000"), "--batch 1000000000000: at most 4096 pictures of a prompt"),
         (("--seeds", "a-b"), "--seeds a-b: 'a-b' is no seed; write 0-8, or 3,7,9"),
         (("--seeds", "1,,2"), "--seeds 1,,2: '' is no seed"),
         (("--seeds", "0-8", "--batch", "3"), "--seeds 0-8 with --batch: give one of the two"),

@@ -115,6 +115,7 @@ def test_a_lora_changes_both(run, tmp_path):
         ((LION, CROCODILE, "--image", "in.png", "--dtype", "bfloat16"), "--dtype bfloat16 with --image: inversion learns in float32"),
         ((LION, CROCODILE, "--image", "in.png", "--reweight", "red=3"), "word 'red' is not in the prompt"),
         ((LION, CROCODILE, "--batch", "0"), "--batch 0 makes no picture"),
+        ((LION, CROCODILE, "--batch", "1000000000000"), "--batch 1000000000000: at most 4096 pictures of a prompt"),
         ((LION, CROCODILE, "--sampler", "ddmp"), "sampler 'ddmp' unknown"),
     ],
 )

@@ -7,8 +7,10 @@ import torch
 
 import weights_loader
 from minidiff.cli import verify as verify_command
-from tests.checkpoints import family_model, with_unknown_tensor
+from tests.checkpoints import family_model, ldm_tensors, plug_in_small_families, with_unknown_tensor
 from tests.command import runner
+from tests.small_models import small_model
+from weights_loader import prediction
 
 # diffusers with NumPy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -38,6 +40,15 @@ def test_a_checkpoint_is_the_same_in_diffusers(run, tmp_path, name, layout):
     weighted = [one for part in sd.parts.values() for one in part.modules() if any(True for _ in one.parameters(recurse=False))]
     counted = int(out.split("## ")[1].split(" ")[0])
     assert counted >= 0.95 * len(weighted) - 2  # but for layers that the encoder's last, unused block or the VAE's other half has
+
+
+def test_a_pickle_without_any_settings_is_the_same_in_diffusers(run, tmp_path, monkeypatch):
+    sd = small_model(plug_in_small_families(monkeypatch)["SD 1"])
+    monkeypatch.setattr(prediction, "noise_correlation", lambda *parts: 0.99)
+    torch.save({"state_dict": ldm_tensors(sd), "epoch": 3}, tmp_path / "model.ckpt")
+    code, out, err = run("verify", "model.ckpt", "--steps", "2", "--size", "64")
+    assert code == 0 and out.rstrip().splitlines()[-1].startswith("Verdict: the same"), out + err
+    assert "family      Stable Diffusion 1.x" in out and "predicts    eps, by a numerical test" in out
 
 
 def test_the_bundled_model_is_the_same_in_diffusers_and_the_page_is_written_to_a_file(run, tmp_path):

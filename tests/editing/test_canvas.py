@@ -118,6 +118,15 @@ def test_a_canvas_of_the_masked_part_works_at_its_own_size():
     assert torch.equal(done[outside.expand_as(done)], picture(0, 100, 200)[outside.expand_as(done)])
 
 
+def test_sizes_without_pixels_and_borders_without_end_are_refused():
+    for how in ("crop", "resize", "pad"):
+        with pytest.raises(ValueError, match="size 0 x 8 has no pixels; give at least 1 a side"):
+            fit(picture(), 0, 8, how)
+    for border in (10**7, 10**23):
+        with pytest.raises(ValueError, match=rf"outpaint makes {32 + border} x 32 pixels of 32 x 32; at most 64 megapixels"):
+            outpaint(picture(), {"left": border})
+
+
 def test_masks_of_one_value_and_a_feather_below_0_are_refused():
     with pytest.raises(ValueError, match="all black"):
         make_canvas(picture(), torch.zeros(1, 1, 32, 32), 4)

@@ -71,8 +71,8 @@ class Launch:
     options: dict[str, int | bool]  # num_warps and such
 
 
-def launches(call: Callable[[], None]) -> list[Launch]:
-    """What `call` would have launched."""
+def launches(call: Callable[[], None], capability: int) -> list[Launch]:
+    """What `call` would have launched on a card of this capability."""
     from triton import JITFunction
 
     from minidiff.kernels import tiles
@@ -83,7 +83,8 @@ def launches(call: Callable[[], None]) -> list[Launch]:
         rest = [options.pop(name) for name in kernel.arg_names[len(arguments) :]]  # what was given by name
         caught.append(Launch(kernel, (*arguments, *rest), options))
 
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(tiles, "DEVICE", "cpu"):
+    as_there = mock.patch.object(tiles, "capability_of", lambda x: divmod(capability, 10))
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(tiles, "DEVICE", "cpu"), as_there:
         call()
     return caught
 
@@ -145,7 +146,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 def main(module: str, capability: int, part: str) -> Iterator[Built]:
     seen = set()
     for case, call in importlib.import_module(module).CASES.items():
-        for launch in launches(call) if part in case else []:
+        for launch in launches(call, capability) if part in case else []:
             key = (launch.kernel.__name__, str(specialised(launch)), str(launch.options))
             if key not in seen:
                 seen.add(key)

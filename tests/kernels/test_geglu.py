@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minidiff.blocks import geglu
+from minidiff.kernels import tiles
 from minidiff.kernels.geglu import fused_geglu, unsupported
 from tests.kernels.compile_kernels import built
 
@@ -85,6 +86,12 @@ def test_what_it_does_not_take_is_refused_with_the_reason(x, reason):
             fused_geglu(x)
 
 
+def test_more_elements_than_32_bits_count_are_refused(monkeypatch):
+    monkeypatch.setattr(tiles, "DEVICE", "meta")  # where they take no memory
+    assert unsupported(torch.empty(2**30 - 1, 2, device="meta")) is None
+    assert "2^31 elements or more" in unsupported(torch.empty(2**30, 2, device="meta"))
+
+
 def both_ways(tokens, F, dtype=torch.bfloat16, B=2):
     y = fused_geglu(torch.empty(B, tokens, 2 * F, dtype=dtype).requires_grad_())
     y.backward(torch.empty_like(y))
@@ -102,7 +109,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, *(pytest.param(other, marks=pytest.mark.slow) for other in (86, 89, 100, 120))])
 def test_compiled_it_reads_16_bytes_at_a_time_and_spills_nothing(capability):
     kernels = built("tests.kernels.test_geglu", capability)
     assert {kernel.kernel for kernel in kernels} == {"forward_kernel", "backward_kernel"} and len(kernels) >= 10

@@ -26,7 +26,7 @@ FACTORS = dict(
 
 def affordable(d: int, N: int, causal: bool, B: int, dtype: torch.dtype, kind: str) -> bool:
     """The interpreter takes some 20 ms a block of S, three times: for O, for dK and dV, for dQ."""
-    blocks = blocks_of("forward", N, d, dtype)
+    blocks = blocks_of("forward", N, d, dtype, (9, 0))
     return B * math.ceil(N / blocks.queries) * math.ceil(N / blocks.keys) <= 64
 
 
@@ -102,6 +102,14 @@ def test_views_of_a_fused_projection_give_the_same_bits():
     assert all(map(torch.equal, contiguous, strided))
 
 
+def test_queries_that_are_one_row_in_memory_give_the_bits_of_copies():
+    q, k, v, dout = inputs(1, 20, 20, 32, HALF)
+    q = q[:, :1].expand_as(q)
+    assert q.stride(1) == 0
+    expanded, copied = (answer_and_gradients(fused_self_attention, x, k, v, dout, 2) for x in (q, q.contiguous()))
+    assert all(map(torch.equal, expanded, copied))
+
+
 def test_the_gradient_of_a_sum_has_no_memory_of_its_own_and_works():
     q, k, v, dout = inputs(1, 20, 20, 32, FLOAT)
     summed = answer_and_gradients(fused_self_attention, q, k, v, torch.ones((), device=q.device).expand_as(dout), 2)
@@ -150,10 +158,15 @@ def test_it_compiles_into_one_graph_with_its_gradients(monkeypatch):
 def test_a_kernel_has_at_most_eight_divisions():
     for kernel in ("forward", "dk_dv", "dq"):
         divisions = {
-            blocks_of(kernel, N, d, dtype) for N in (1, 256, 1024, 9216) for d in range(8, 168, 8) for dtype in (HALF, BFLOAT, FLOAT)
+            blocks_of(kernel, N, d, dtype, capability)
+            for N in (1, 256, 1024, 9216)
+            for d in range(8, 168, 8)
+            for dtype in (HALF, BFLOAT, FLOAT)
+            for capability in ((8, 0), (9, 0), (12, 0))
         }
         assert len(divisions) <= 8
-    assert blocks_of("forward", 4096, 40, BFLOAT) == Blocks(128, 64, 8, 3)
+    assert blocks_of("forward", 4096, 40, BFLOAT, (9, 0)) == Blocks(128, 64, 8, 3)
+    assert [blocks_of("dk_dv", 4096, 80, BFLOAT, card).queries for card in ((9, 0), (12, 0))] == [64, 32]  # see test_compiled.py
 
 
 @pytest.mark.parametrize(

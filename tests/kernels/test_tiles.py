@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minidiff.kernels import tiles
-from minidiff.kernels.tiles import DEVICE, head_tiles, refusal
+from minidiff.kernels.tiles import DEVICE, head_of, head_tiles, refusal, tl
 
 
 def test_a_head_stands_in_the_least_columns_that_two_powers_of_two_hold():
@@ -51,6 +51,27 @@ def test_more_elements_than_32_bits_count_are_refused():
         most, x = torch.empty(1, 2**31 // 32 - 1, 32, device="meta"), torch.empty(1, 2**31 // 32, 32, device="meta")
         assert refusal(most, most, most, 1) is None
         assert refusal(x, x, x, 1) == "one row of the batch has 2^31 elements or more; kernels count in 32 bits"
+        for q in (x[:, :1].expand_as(x), x[:, :1].expand(1, 2**31 // 32 + 1, 32)):  # it has 32 numbers in memory, its answer 2^31 or more
+            assert q.stride(1) == 0 and refusal(q, most, most, 1) == refusal(x, x, x, 1)
+
+
+def test_a_batch_may_have_more_elements_than_32_bits_count():
+    with mock.patch.object(tiles, "DEVICE", "meta"):
+        x = torch.empty(4, 2**30 // 32, 32, device="meta")
+        assert x.numel() == 2**32 and refusal(x, x, x, 1) is None
+
+
+@tiles.jit
+def offsets_kernel(x, offsets, batch_stride, d: tl.constexpr):
+    """How many bytes behind x each program's head begins."""
+    program = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(offsets + program, head_of(x, batch_stride, d).to(tl.int64) - x.to(tl.int64))
+
+
+def test_heads_of_a_batch_with_more_elements_than_32_bits_count_begin_where_they_should():
+    x, offsets = torch.zeros(1, dtype=torch.float16, device=DEVICE), torch.zeros(3, 2, dtype=torch.int64, device=DEVICE)
+    offsets_kernel[1, 2, 3](x, offsets, 2**31 - 8, 40)  # nothing is read there
+    assert offsets.tolist() == [[2 * (row * (2**31 - 8) + head * 40) for head in range(2)] for row in range(3)]
 
 
 def test_without_triton_every_tensor_is_refused():

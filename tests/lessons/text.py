@@ -14,8 +14,10 @@ from pathlib import Path
 
 import jupytext
 
-SETTLED = ("01", "02", "03", "04", "06", "13", "14")  # lessons of the new anatomy: two or three blanks, nothing before the first idea
-CLOSED = ("00", "01", "02", "03", "04", "06", "13", "14")  # end with what one knows now, the guess, a quiz and a task of one's own
+# Lessons of the new anatomy: SETTLED have two or three blanks and nothing before the first idea; CLOSED end with what one knows now, the guess,
+# a quiz and a task of one's own.
+SETTLED = ("01", "02", "03", "04", "05", "06", "07", "08", "13", "14")
+CLOSED = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "13", "14")
 
 NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")
 NO_CLAIM = re.compile(

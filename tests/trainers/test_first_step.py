@@ -5,22 +5,30 @@ weight is given a gradient of zeros.
 """
 
 import dataclasses
+import traceback
+from collections import Counter
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from minidiff.blocks import ResBlock
 from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents
 from minidiff.bundled.train_judge import JudgeTask
 from minidiff.kernels import dispatch, tiles
+from minidiff.kernels.dispatch import attention_backend
 from minidiff.trainers.engine import loop, memory
-from minidiff.trainers.engine.loop import Training, to_device, trainable_weights
+from minidiff.trainers.engine.loop import Training, compute_loss, trainable_weights
 from minidiff.trainers.engine.memory import estimate_memory
+from minidiff.trainers.methods import controlnet
+from minidiff.trainers.methods.controlnet import ControlNetOptions
+from minidiff.trainers.methods.options import Concept
 from tests.bundled.test_train_judge import SMALL as SMALL_JUDGE
-from tests.small_concepts import small_concept, small_methods
+from tests.small_concepts import picture_folder, quick, small_concept, small_methods
 from tests.small_models import small_model, training_config, xl_config
 from tests.small_task import CPU, small_settings
 
@@ -51,12 +59,44 @@ def gpu(monkeypatch):
     card = tiles.Card("NVIDIA H200", (9, 0), 227 * 1024)
     monkeypatch.setattr(tiles, "_cards", {torch.device("cuda"): card, torch.device("cuda", 0): card})
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)  # or autocast takes itself back
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     return mode
 
 
+class Watch(TorchDispatchMode):
+    """Counts operations, and notes where the CPU would wait for the GPU.
+
+    It waits for copies between the two that are not asynchronous, for indices on the CPU, and for values that are read.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.waits = Counter(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result, aten = func(*args, **kwargs), torch.ops.aten
+        self.calls[str(func)] += 1
+        if func is aten._to_copy.default:
+            waits = args[0].device != result.device and not kwargs.get("non_blocking")
+        elif func is aten.copy_.default:
+            waits = args[0].device != args[1].device and not (args[2:] or (kwargs.get("non_blocking"),))[0]
+        elif func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            waits = any(i is not None and i.device != args[0].device for i in args[1])
+        else:
+            waits = func is aten._local_scalar_dense.default and args[0].device.type == "cuda"
+        if waits:
+            self.waits.append(f"{func} of {tuple(args[0].shape)} at " + "".join(traceback.format_list(ours(traceback.extract_stack()))))
+        return result
+
+
+def ours(stack):
+    """The last places in a stack that are in minidiff."""
+    return [frame for frame in stack if "/minidiff/" in frame.filename][-3:]
+
+
 def walk_first_step(task, settings, monkeypatch):
-    """Its memory is estimated and its first step taken, with zeros for gradients."""
+    """Its memory is estimated and its first step taken, with zeros for gradients. The CPU never waits for the GPU. Returns the estimate."""
     weights, shapes = trainable_weights(task.modules).values(), []
 
     def backward(loss):
@@ -67,26 +107,39 @@ def walk_first_step(task, settings, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     with torch.no_grad():
         estimate = estimate_memory(task, settings, CUDA)
-        step = next(Training(task, settings, CUDA).run())
+        monkeypatch.setattr(nn.Module, "to", laid_out)
+        training = Training(task, settings, CUDA)
+        with Watch() as watch:
+            step = next(training.run())
+    assert not watch.waits, "\n".join(watch.waits)
     assert estimate.trained == estimate.gradients == sum(4 * p.numel() for p in weights) and estimate.activations > 0
     assert shapes == [(FakeTensor, "cuda", ())] * 2 and step.done == 1 and step.loss.device.type == "cuda"
     return estimate
 
 
+def laid_out(module, *, memory_format):
+    """What Module.to does to a module of tensors without contents, which PyTorch cannot replace."""
+    for p in module.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=memory_format)
+
+
 def moved_to_cuda(phase):
     """The phase, begun on the CPU, with its model on the GPU. A module gets new parameters there, which adapters and groups must learn of."""
-    modules = (*phase.sd.parts.values(), *phase.adapters)
+    adapters, net = getattr(phase, "adapters", ()), getattr(phase, "net", None)  # a ControlNet's training has no adapters
+    modules = (*phase.sd.parts.values(), *adapters, *([net] if net else []))
     before = [p for module in modules for p in module.parameters()]
-    for adapter in reversed(phase.adapters):
+    for adapter in reversed(adapters):
         adapter.detach()
     for module in modules:
         module.to(CUDA)
     with mock.patch.object(nn.Module, "to", lambda module, *_: module):  # they are there, and a second time PyTorch cannot move them
-        for adapter in phase.adapters:
+        for adapter in adapters:
             adapter.attach(phase.sd)
     now = dict(zip(before, (p for module in modules for p in module.parameters()), strict=True))
     phase.groups = [dataclasses.replace(group, params=tuple(now[p] for p in group.params)) for group in phase.groups]
-    phase.contexts = phase.contexts and {caption: context.to(CUDA, torch.float32) for caption, context in phase.contexts.items()}
+    if getattr(phase, "contexts", None):
+        phase.contexts = {caption: context.to(CUDA, torch.float32) for caption, context in phase.contexts.items()}
     return phase
 
 
@@ -102,6 +155,15 @@ def test_personalising_takes_its_first_step_on_cuda_and_the_estimate_counts_all_
         estimate = walk_first_step(moved_to_cuda(phase), settings, monkeypatch)
         there = {p for module in (*phase.sd.parts.values(), *phase.adapters) for p in module.parameters()}
     assert {p.device.type for p in there} == {"cuda"} and estimate.frozen + estimate.trained == sum(4 * p.numel() for p in there)
+
+
+@pytest.mark.parametrize("of", ["scenes", "pictures"])
+def test_a_controlnet_takes_its_first_step_on_cuda(gpu, tmp_path, monkeypatch, of):
+    concepts = [Concept(images=picture_folder(tmp_path / "a"), prompt="a cat")] if of == "pictures" else []
+    options = ControlNetOptions(settings=quick(), hint="canny" if of == "pictures" else "outline", scenes=3)
+    (phase,) = controlnet.build(small_model(training_config()), concepts, options).phases
+    with phase, gpu:
+        walk_first_step(moved_to_cuda(phase), dataclasses.replace(phase.settings, precision="bfloat16"), monkeypatch)
 
 
 def autoencoder():
@@ -126,12 +188,21 @@ def test_training_from_nothing_takes_its_first_step_on_cuda(gpu, monkeypatch, ma
         walk_first_step(task, small_settings(batch=2, precision="bfloat16"), monkeypatch)
 
 
-def test_what_has_no_contents_is_not_pinned_and_what_has_is(monkeypatch):
-    pinned, real = [], torch.ones(2)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: tensor)  # there may be no GPU
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        to_device(CUDA, torch.ones(2)), to_device(CUDA, real)
-    to_device(CPU, real)
-    assert not pinned
-    assert to_device(CUDA, real) is real and len(pinned) == 1
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_in_16_bits_a_gpu_trains_channels_last_so_that_our_kernel_takes_all_norms_before_convolutions(
+    gpu, tmp_path, monkeypatch, precision
+):
+    function, options, token = small_methods()["lora"]
+    (phase,) = function(small_model(), [small_concept(tmp_path, token=token)], options).phases
+    with phase, gpu, attention_backend("triton"):
+        task = moved_to_cuda(phase)
+        monkeypatch.setattr(nn.Module, "to", laid_out)
+        Training(task, dataclasses.replace(task.settings, precision=precision), CUDA)
+        # float16 for both: without a GPU PyTorch takes its slow convolution for bfloat16, which answers in rows
+        with Watch() as watch:
+            compute_loss(task, 0, range(2), dataclasses.replace(task.settings, precision="float16"), CUDA)
+        convolutions = [part.weight for part in task.sd.unet.modules() if isinstance(part, nn.Conv2d) and part.kernel_size == (3, 3)]
+        norms = sum(isinstance(part, ResBlock) for part in task.sd.unet.modules()) * 2 + 1
+    half = precision == "bfloat16"
+    assert [weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions] == [half] * len(convolutions)
+    assert watch.calls["minidiff.group_norm_silu.default"] == (norms if half else 0)

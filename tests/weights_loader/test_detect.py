@@ -35,6 +35,17 @@ def test_a_file_that_is_something_else_is_named(name, message, tmp_path):
         weights_loader.load(tmp_path / "file.safetensors")
 
 
+def test_a_hypernetwork_is_named_as_whatever_it_is_given(tmp_path):
+    halves = [{f"linear.{i}.{part}": torch.zeros(4, 4) for i in (0, 1) for part in ("weight", "bias")} for _ in (0, 1)]
+    web = {320: halves, 768: halves, "step": 3000, "name": "style", "layer_structure": [1, 2, 1], "activation_func": "relu"}
+    torch.save(web | {"is_layer_norm": False, "sd_checkpoint": "81761151", "sd_checkpoint_name": None}, tmp_path / "style.pt")
+    with pytest.raises(ValueError, match="style.pt: a hypernetwork of the web interfaces, which is not supported"):
+        weights_loader.load(tmp_path / "style.pt")
+    for given, reader in (("a LoRA", weights_loader.read_lora), ("an embedding", weights_loader.read_embedding)):
+        with pytest.raises(ValueError, match=f"style.pt: given as {given}, but it is a hypernetwork of the web interfaces"):
+            reader(tmp_path / "style.pt", small_model())
+
+
 @pytest.mark.parametrize("stray", ["lora_unet_mid_block_attentions_0_proj_in.alpha", "<cat>", "emb_params", "modifier_token.<new1>"])
 def test_a_whole_model_with_a_stray_name_of_a_small_file_is_still_a_model(stray, tmp_path):
     assert kind([*public_keys(1), stray]) is None and foreign([*public_keys(1), stray]) is None

@@ -25,6 +25,7 @@ from minidiff.pipeline import StableDiffusion
 from weights_loader.adapters import embedding
 from weights_loader.adapters.common import misfit, weights_file
 from weights_loader.adapters.origin import describe_origin
+from weights_loader.brief import brief
 from weights_loader.detect import describe, kind
 from weights_loader.families import part_names
 from weights_loader.metadata import FORMAT, settings_to_metadata
@@ -75,7 +76,7 @@ def words_beside(folder: Path) -> dict[str, Tensor]:
         try:
             found = embedding.parse(read(file))
             if twice := rows.keys() & found.keys():
-                raise ValueError(f"the word {min(twice)!r} is in another file too")
+                raise ValueError(f"the word {brief(min(twice))} is in another file too")
             rows |= found
         except ValueError as error:
             reason = str(error).removeprefix(f"{file}: ")
@@ -127,7 +128,7 @@ def _change(place: str, parts: Mapping[str, Tensor]) -> Change:
 def _refuse(name: str) -> NoReturn:
     if name.startswith("text_encoder."):
         raise ValueError(f"a whole text encoder is in it too ({name}), which is not supported: only cross-attention is changed")
-    raise ValueError(f"tensor {name!r} is no part of a Custom Diffusion; expected cross-attention (attn2) and modifier_token")
+    raise ValueError(f"tensor {brief(name)} is no part of a Custom Diffusion; expected cross-attention (attn2) and modifier_token")
 
 
 def fit(changes: Mapping[str, Change], sd: StableDiffusion) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

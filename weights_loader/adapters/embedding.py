@@ -19,6 +19,7 @@ from minidiff.adapters.tokens import NewTokens, words_width
 from minidiff.config import check_choice
 from minidiff.pipeline import StableDiffusion
 from weights_loader.adapters.origin import describe_origin
+from weights_loader.brief import brief
 from weights_loader.detect import FEW, describe, kind
 from weights_loader.families import made_for_another
 from weights_loader.metadata import FORMAT, settings_to_metadata
@@ -111,7 +112,7 @@ def check_width(rows: Mapping[str, Tensor], sd: StableDiffusion) -> None:
     """Raise ValueError unless the rows are as wide as the model's words."""
     for word, vectors in rows.items():
         if vectors.shape[1] != words_width(sd):
-            raise ValueError(f"not an embedding for this model: {word!r} is {made_for_another(sd.config, vectors.shape[1])}")
+            raise ValueError(f"not an embedding for this model: {brief(word)} is {made_for_another(sd.config, vectors.shape[1])}")
 
 
 def write_embedding(

@@ -16,6 +16,7 @@ from torch import Tensor
 from minidiff.adapters.layer_change import LayerChange
 from minidiff.adapters.low_rank import LowRank
 from minidiff.pipeline import StableDiffusion
+from weights_loader.brief import brief
 from weights_loader.dialects import Aliases
 from weights_loader.name_table import TensorLocation, canonical_name
 from weights_loader.read import Checkpoint
@@ -145,7 +146,9 @@ def parse_factors(tensors: Mapping[str, Tensor], aliases: Aliases, default_alpha
     for name, tensor in tensors.items():
         match = END.fullmatch(name)
         if match is None:
-            raise ValueError(f"tensor {name!r} is no part of a LoRA; expected names that end in .lora_A.weight, .lora_down.weight, .alpha")
+            raise ValueError(
+                f"tensor {brief(name)} is no part of a LoRA; expected names that end in .lora_A.weight, .lora_down.weight, .alpha"
+            )
         layer = canonical_name(match["layer"] or match["scaled"], aliases)
         kind = "alpha" if match["scaled"] else HALVES[match["peft"] or match["older"] or match["kohya"]]
         if kind in found.setdefault(layer, {}):
@@ -177,5 +180,5 @@ def _stated_alpha(layer: str, alpha: Tensor, rank: int) -> float:
 def finite(layer: str, alpha: object) -> float:
     """Return an alpha as a float. Raises ValueError for what is no finite number."""
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"{layer}: alpha is {alpha!r}; expected a finite number")
+        raise ValueError(f"{layer}: alpha is {brief(alpha)}; expected a finite number")
     return float(alpha)

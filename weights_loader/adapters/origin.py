@@ -4,7 +4,8 @@
     ss_          kohya's scripts, by which the web interfaces sort: ss_output_name, ss_sd_model_name, ss_resolution, ss_steps, ...
     minidiff.base    two hashes of the model, so that a file attached to another one is noticed
 
-Left out: modelspec.date, for the same training gives the same bytes; ss_sd_model_hash, a hash of a file that a conversion changes.
+weights_loader/write.py adds modelspec.hash_sha256. Left out: modelspec.date, for the same training gives the same bytes; ss_sd_model_hash,
+a hash of a file that a conversion changes.
 """
 
 from collections.abc import Mapping
@@ -15,12 +16,15 @@ import torch
 
 from minidiff.files import digest, tensor_bytes
 from minidiff.pipeline import StableDiffusion
+from weights_loader.brief import MOST
+from weights_loader.write import MODEL_SPEC
 
 BASE_KEY = "minidiff.base"
 BASE_NAME = "ss_sd_model_name"
 SAMPLE = 16  # numbers of each weight that the hash is made of: milliseconds, where all of them would take seconds
-# By the width of the context: the name in modelspec.architecture, and in kohya's ss_base_model_version.
-ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: "stable-diffusion-xl-v1-base"}
+# By the width of the context; of Stable Diffusion 2, ModelSpec has another name for the models that predict v.
+ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2-512", 2048: "stable-diffusion-xl-v1-base"}
+VERSION_2_V = "stable-diffusion-v2-768-v"
 PREDICTIONS = {"eps": "epsilon", "v": "v"}
 
 
@@ -45,22 +49,24 @@ def describe_origin(kind: str, path: Path, sd: StableDiffusion, settings: Mappin
         settings: what it was made with: "model", "concepts" and "settings" are read, as far as they are there
     """
     settings, size = settings or {}, sd.config.image_size
-    architecture = ARCHITECTURES.get(sd.config.unet.context_width, "minidiff")
+    width, prediction = sd.config.unet.context_width, sd.config.schedule.prediction
+    architecture = VERSION_2_V if (width, prediction) == (1024, "v") else ARCHITECTURES.get(width, "minidiff")
     concepts, loop = settings.get("concepts"), settings.get("settings")
     dicts = [one for one in (concepts if isinstance(concepts, list) else []) if isinstance(one, dict)]
     words = [" ".join(word for word in (one.get("token"), one.get("class_word")) if word) for one in dicts]
     trigger, loop = ", ".join(word for word in words if word), loop if isinstance(loop, dict) else {}
     found = {
-        "modelspec.sai_model_spec": "1.0.0",
+        MODEL_SPEC: "1.0.0",
         "modelspec.architecture": f"{architecture}/{kind}",
+        "modelspec.implementation": "minidiff",
         "modelspec.title": trigger or path.stem,
         "modelspec.resolution": f"{size}x{size}",
-        "modelspec.prediction_type": PREDICTIONS[sd.config.schedule.prediction],
+        "modelspec.prediction_type": PREDICTIONS[prediction],
         "modelspec.trigger_phrase": trigger,
         "ss_output_name": path.stem,
         "ss_resolution": f"({size}, {size})",
         BASE_NAME: str(settings.get("model", "")),
-        "ss_v2": str(architecture == "stable-diffusion-v2"),
+        "ss_v2": str(width == 1024),
         **{f"ss_{name}": str(loop[name]) for name in ("steps", "learning_rate", "seed") if name in loop},
         BASE_KEY: " ".join(base_hashes(sd)),
     }
@@ -72,5 +78,5 @@ def base_note(path: str | Path, metadata: Mapping[str, str], sd: StableDiffusion
     learned = metadata.get(BASE_KEY, "").split()
     if not learned or set(learned) & set(base_hashes(sd)):
         return None
-    name = f" ({metadata[BASE_NAME]})" if metadata.get(BASE_NAME) else ""
+    name = f" ({metadata[BASE_NAME][:MOST]})" if metadata.get(BASE_NAME) else ""
     return f"{path} was learned on another model{name} than this one: expect a weaker or a different effect"

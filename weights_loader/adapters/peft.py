@@ -21,6 +21,7 @@ from minidiff.files import parse_json
 from minidiff.pipeline import StableDiffusion
 from weights_loader.adapters.kohya import commonest
 from weights_loader.adapters.lora_file import Dialect, Factors, Placed, finite, named_halves, parse_factors, tensors_of
+from weights_loader.brief import brief
 from weights_loader.detect import kind
 from weights_loader.read import Checkpoint
 
@@ -92,8 +93,8 @@ def _check(config: Mapping[str, Any], where: str) -> None:
     start = str(config.get("init_lora_weights", True)).lower()
     if name := next((name for name in REFUSED_STARTS if start.startswith(name)), None):
         raise ValueError(
-            f"{where}init_lora_weights is {start!r}: {REFUSED_STARTS[name]}; not supported. peft's save_pretrained makes a LoRA of the "
-            "plain base with path_initial_model_for_weight_conversion="
+            f"{where}init_lora_weights is {brief(start)}: {REFUSED_STARTS[name]}; not supported. peft's save_pretrained makes a LoRA of "
+            "the plain base with path_initial_model_for_weight_conversion="
         )
     for name, default in SETTINGS.items():
         if (value := config.get(name, default)) not in (default, None, []):
@@ -121,7 +122,7 @@ def _matches(pattern: str, layer: str) -> bool:
         return regex.match(rf"(.*\.)?({pattern})$", layer, timeout=MATCHING_SECONDS) is not None
     except (regex.error, TimeoutError) as error:
         why = f"it takes longer than {MATCHING_SECONDS:g} s" if isinstance(error, TimeoutError) else error
-        raise ValueError(f"peft's config has the alpha_pattern {pattern!r}, which cannot be matched ({why})") from None
+        raise ValueError(f"peft's config has the alpha_pattern {brief(pattern)}, which cannot be matched ({why})") from None
 
 
 def layer_name(part: str, theirs: str) -> str:

@@ -4,18 +4,21 @@
     learned words       .safetensors, .bin, .pt        diffusers, a1111
     Custom Diffusion    .safetensors, .bin, .ckpt, or a folder: the target's name says which form
 
-Numbers keep their dtype, and the metadata is passed on, but for what it says of the tensors' names.
+Numbers keep their dtype, but for those of a Custom Diffusion, which become float32. The metadata is passed on, but for what it says of
+the tensors' names, and for checksums of the numbers, whose order changes.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minidiff.adapters.lora import LoRA
 from minidiff.adapters.tokens import NewTokens
 from minidiff.config import ModelConfig
+from minidiff.files import parse_json
 from minidiff.pipeline import StableDiffusion
 from minidiff.two_encoders import text_side
 from weights_loader.adapters import custom_diffusion, embedding, lora
@@ -24,13 +27,14 @@ from weights_loader.adapters.peft import METADATA
 from weights_loader.detect import FEW, kind
 from weights_loader.empty_parts import empty_parts
 from weights_loader.families import FAMILIES
-from weights_loader.metadata import FORMAT
+from weights_loader.metadata import FORMAT, SETTINGS_KEY
 from weights_loader.read import Checkpoint, read
-from weights_loader.write import write_safetensors
+from weights_loader.write import HASH, write_safetensors
 
 Names = dict[str, tuple[str, ...]]
+SAFE = ("", ".safetensors")  # of a Custom Diffusion: the forms that have room for settings
 NAMES: Names = {"lora": ("kohya", "diffusers"), "embedding": ("diffusers", "a1111"), "custom_diffusion": ()}
-OF_NAMES = (METADATA, "ss_network_", embedding.NAME_KEY)  # metadata that belongs to the tensors of one dialect
+OF_NAMES = (METADATA, "ss_network_", embedding.NAME_KEY, "sshs_", HASH)  # metadata that belongs to the tensors of one dialect
 
 
 def small_kind(source: str | Path) -> str | None:
@@ -73,7 +77,14 @@ def rewrite(source: str | Path, target: str | Path, names: str | None = None, sd
     elif sd is None:
         raise ValueError(f"{source}: a Custom Diffusion holds whole weights of one model; give that model too (--model)")
     else:
-        custom_diffusion.write_custom_diffusion(target, custom_diffusion.read_custom_diffusion(source, sd), sd)
+        found = custom_diffusion.read_custom_diffusion(source, sd)
+        custom_diffusion.write_custom_diffusion(target, found, sd, _settings(source) if target.suffix in SAFE else None)
+
+
+def _settings(source: Path) -> dict[str, Any] | None:
+    """Return what a Custom Diffusion of ours was made with, as its file says."""
+    text = read(weights_file(source, custom_diffusion.FOLDER, "Custom Diffusion")).metadata.get(SETTINGS_KEY)
+    return None if text is None else parse_json(text, f"{source}: metadata {SETTINGS_KEY}")
 
 
 def _rewrite_lora(source: Path, target: Path, names: str, sd: StableDiffusion | None) -> None:

@@ -70,6 +70,7 @@ REFUSED = (
     ),
     (r"cond_proj\.weight$", "a U-Net that guidance is distilled into (LCM), which is not supported; its LoRA on the base model is"),
     (r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input)$", "a model quantised to 8 bits with scales, which is not supported"),
+    (r"^(320|640|768|1024|1280)\.[01]\.linear\.\d+\.", "a hypernetwork of the web interfaces, which is not supported"),
     (r"joint_blocks\.|double_blocks\.|single_transformer_blocks\.", "a diffusion transformer (Stable Diffusion 3, Flux), not supported"),
 )
 PARTS_ALONE = (

@@ -19,6 +19,7 @@ from typing import Literal
 from minidiff.blocks import SIZE_WAVES
 from minidiff.config import SIZE_NUMBERS, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from minidiff.schedule import SPACINGS
+from weights_loader.brief import MOST, brief
 from weights_loader.families import Family, family_of_config, family_of_pipeline
 from weights_loader.folder.settings import FLAG, read_json, read_settings
 from weights_loader.folder.tokenizer import tokenizer_config
@@ -68,7 +69,7 @@ def _zero_negative(index: Path) -> bool:
 def folder_family(folder: Path) -> Family:
     """Return the family that the pipeline of a diffusers folder belongs to. Raises as `folder_config`."""
     pipeline = read_json(folder / INDEX).get("_class_name")
-    pipeline = pipeline if isinstance(pipeline, str) else reprlib.repr(pipeline)
+    pipeline = pipeline if isinstance(pipeline, str) and len(pipeline) < MOST else brief(pipeline)
     try:
         return family_of_pipeline(pipeline)
     except ValueError as error:
@@ -129,7 +130,9 @@ def _text_config(path: Path, only: Settings, known: TextEncoderConfig) -> tuple[
     values = read_settings(path, "text_encoder", only)
     activation, width, between = values["hidden_act"], values["hidden_size"], values["intermediate_size"]
     if activation not in ("quick_gelu", "gelu") or between != 4 * width:
-        raise ValueError(f"{path}: hidden_act {activation!r}, intermediate_size {between}; expected quick_gelu or gelu, and {4 * width}")
+        raise ValueError(
+            f"{path}: hidden_act {brief(activation)}, intermediate_size {between}; expected quick_gelu or gelu, and {4 * width}"
+        )
     return TextEncoderConfig(
         vocab_size=values["vocab_size"],
         context_length=values["max_position_embeddings"],
@@ -147,9 +150,9 @@ def _schedule_config(path: Path, only: Settings) -> tuple[ScheduleConfig, bool]:
     values = read_settings(path, "scheduler", only)
     prediction = values["prediction_type"]
     if prediction is not None and prediction not in PREDICTIONS:
-        raise ValueError(f"{path}: prediction_type {prediction!r} not supported; supported are {', '.join(PREDICTIONS)}")
+        raise ValueError(f"{path}: prediction_type {brief(prediction)} not supported; supported are {', '.join(PREDICTIONS)}")
     if values["timestep_spacing"] not in SPACINGS:
-        raise ValueError(f"{path}: timestep_spacing {values['timestep_spacing']!r} not supported; supported are {', '.join(SPACINGS)}")
+        raise ValueError(f"{path}: timestep_spacing {brief(values['timestep_spacing'])} not supported; supported are {', '.join(SPACINGS)}")
     return ScheduleConfig(
         timesteps=values["num_train_timesteps"],
         beta_start=float(values["beta_start"]),

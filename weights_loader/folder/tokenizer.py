@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minidiff.config import TextEncoderConfig, TokenizerConfig
+from weights_loader.brief import brief
 from weights_loader.folder.settings import read_json
 
 # The digest of CLIP's own merges, one per line: the tokenizer knows them without a copy in every config.
@@ -74,7 +75,7 @@ def _check_ids(source: Path, merges: tuple[str, ...], vocabulary: Mapping[str, o
     for piece, i in ids.items():
         if vocabulary.get(piece) != i:
             raise ValueError(
-                f"{source}: {piece!r} has id {i} by its {len(merges)} merges, and {vocabulary.get(piece)} by the vocabulary; "
+                f"{source}: {brief(piece)} has id {i} by its {len(merges)} merges, and {brief(vocabulary.get(piece))} by the vocabulary; "
                 "cut short, or of another tokenizer?"
             )
 
@@ -104,7 +105,7 @@ def _added_words(folder: Path, settings: Mapping[str, Any], whole: Mapping[str, 
     ids = {int(i): word for i, word in pairs}
     added = sorted((i, word) for i, word in ids.items() if i >= first)
     if [i for i, _ in added] != list(range(first, first + len(added))):
-        shown = ", ".join(f"{i} {word!r}" for i, word in added[:8])
+        shown = ", ".join(f"{i} {brief(word)}" for i, word in added[:8])
         raise ValueError(f"{folder}: added words have the ids {shown}; expected {first}, {first + 1}, ...")
     return tuple(word for _, word in added)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from weights_loader.brief import brief
 from weights_loader.read.pickles import InertObject, Name, Refused, refuse_call
 from weights_loader.read.torch_files import check_size, read_pickles, read_zip
 
@@ -117,7 +118,13 @@ def _read_by_content(path: Path, buffer: mmap.mmap, is_shard: bool) -> Checkpoin
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise ValueError("a web page, not weights: the download led to an error or log-in page; download it again")
     if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF")):
-        raise ValueError("a picture, not weights")
+        raise ValueError("a picture, not weights; words that web interfaces hide in pictures are not read, save them there as .pt")
+    if start.startswith(b"GGUF"):
+        raise ValueError(
+            "a GGUF file of stable-diffusion.cpp, which is not read; give the .safetensors or .ckpt file that it was made from"
+        )
+    if start.startswith((b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\x1f\x8b")):
+        raise ValueError("a packed archive, not weights; unpack it first")
     if text.startswith(b"{") and is_shard:
         raise ValueError("an index, named as one of the shards of another")
     if text.startswith(b"{"):
@@ -138,6 +145,8 @@ def _read_safetensors(path: Path, buffer: mmap.mmap) -> Checkpoint:
     try:
         header = json.loads(buffer[8:header_end])
         names = [name for name in header if name != "__metadata__"]
+        if long := next((name for name in names if len(name) > LONGEST_NAME), None):
+            raise Refused(f"a tensor's name has {len(long):,} letters, more than any model's; it begins with {long[:40]!r}")
         check_size(buffer, header_end + max((header[name]["data_offsets"][1] for name in names), default=0))
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in names}
@@ -160,7 +169,7 @@ def _read_sharded(path: Path) -> Checkpoint:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("JSON, but not the index of a sharded checkpoint: no `weight_map` from tensors to files") from None
     if outside:
-        raise ValueError(f"the index names a file outside its folder: {outside[0]!r}")
+        raise ValueError(f"the index names a file outside its folder: {brief(outside[0])}")
     if absent := [shard for shard in shards if not (path.parent / shard).is_file()]:
         raise FileNotFoundError(f"{path}: {len(absent)} of {len(shards)} shards are not beside it, first {absent[0]}; download them too")
     parts = [_read(path.parent / shard, is_shard=True) for shard in shards]

@@ -28,6 +28,7 @@ from minidiff.trainers.data.augment import SizeAugmentation, View, size_numbers,
 from minidiff.trainers.data.buckets import nearest_bucket
 from minidiff.trainers.data.folder import Example
 from minidiff.trainers.engine.loop import randn_per_sample
+from minidiff.transfer import to_device
 
 Make = Callable[[], Float[Tensor, "*shape"]]
 KEPT_PICTURES = 16  # decoded ones, where every step needs the picture again; a photograph of 12 megapixels takes 36 MB
@@ -210,10 +211,12 @@ class Pictures:
             numbers = [view.numbers for view in views]
         if self.sizes is not None:
             captions = tuple(self.sizes.with_phrase(caption, phrase) for caption, phrase in zip(captions, phrases))
-        latents, std = moments.to(self.sd.device).unbind(1)
+        device = self.sd.device
+        latents, std = to_device(device, moments).unbind(1)
         if self.posterior == "sample":
-            latents = latents + std * randn_per_sample(rngs, latents.shape[1:]).to(self.sd.device)
-        return Batch(latents * self.sd.config.vae.scaling_factor, mask.to(self.sd.device), captions, phrases, torch.tensor(numbers).float())
+            latents = latents + std * to_device(device, randn_per_sample(rngs, latents.shape[1:]))
+        latents = latents * self.sd.config.vae.scaling_factor
+        return Batch(latents, to_device(device, mask), captions, phrases, torch.tensor(numbers).float())
 
     def _view(self, i: int, flip: bool, rng: np.random.Generator) -> View:
         image = self._picture(self.examples[i].path)
@@ -249,5 +252,5 @@ class Pictures:
         """Encode (B, 3, H, W) to mean and standard deviation, (B, 2, C, h, w), in float32."""
         dtype = self.sd.vae.quant_conv.weight.dtype
         with torch.autocast(self.sd.device.type, enabled=False):  # the training's precision is none of a kept latent's business
-            posterior = self.sd.vae.encode(pixels.to(self.sd.device, dtype))
+            posterior = self.sd.vae.encode(to_device(self.sd.device, pixels).to(dtype))
         return torch.stack([posterior.mean.float(), (0.5 * posterior.logvar.float()).exp()], dim=1)

@@ -27,6 +27,7 @@ from minidiff.scenes.scenes import Scene, sample_scene
 from minidiff.trainers.data.cache import Cache, Pictures
 from minidiff.trainers.data.folder import Example
 from minidiff.trainers.engine.loop import randn_per_sample
+from minidiff.transfer import to_device
 
 CHUNK = 100  # scenes that are encoded at once
 SCENES = 2  # of a scene's random numbers, beside the recipe's 1: so that a ControlNet's scenes are others than the model's
@@ -100,7 +101,7 @@ class HintedPictures:
         """Draw one sample per index."""
         batch = self.pictures.batch(indices, rngs)
         hints = torch.stack([self.hint(i) for i in indices])
-        return HintedBatch(batch.latents, batch.captions, hints.to(batch.latents.device))
+        return HintedBatch(batch.latents, batch.captions, to_device(batch.latents.device, hints))
 
     def hint(self, i: int) -> Float[Tensor, "3 H W"]:
         """Read or make the hint of picture i."""
@@ -185,8 +186,8 @@ class HintedScenes:
         mean, std = self.moments[list(indices)].unbind(1)
         latents = (mean + std * randn_per_sample(rngs, mean.shape[1:])) * self.sd.config.vae.scaling_factor
         hints = [np.frombuffer(zlib.decompress(self.packed[i]), np.uint8).reshape(self.size, self.size, 3) for i in indices]
-        device = self.sd.device
-        return HintedBatch(latents.to(device), tuple(self.captions[i] for i in indices), _to_unit(np.stack(hints)).to(device))
+        latents, unit = (to_device(self.sd.device, x) for x in (latents, _to_unit(np.stack(hints))))
+        return HintedBatch(latents, tuple(self.captions[i] for i in indices), unit)
 
     def fixed(self, count: int) -> list[tuple[str, Float[Tensor, "3 H W"]]]:
         """Return captions and hints of the scenes behind those of the training."""

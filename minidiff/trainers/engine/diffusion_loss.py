@@ -16,7 +16,8 @@ from torch import Tensor
 
 from minidiff.conditioning import Conditioning
 from minidiff.schedule import NoiseSchedule
-from minidiff.trainers.engine.loop import randn_per_sample, to_device
+from minidiff.trainers.engine.loop import randn_per_sample
+from minidiff.transfer import to_device
 
 OFFSET_NOISE = 0.1  # the size that the blog post, and every trainer after it, uses
 

@@ -129,7 +129,7 @@ def memory_taken(device: torch.device) -> int:
 def read_rows(path: Path) -> list[tuple[int, float, float]]:
     """Read what a Log wrote, up to the first line that is not whole; nothing if it is not there."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             i, loss, lr = line.split(",")
             rows.append((int(i), float(loss), float(lr)))

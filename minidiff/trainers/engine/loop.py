@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 
 from minidiff.files import check_same
 from minidiff.trainers.engine import distributed
@@ -101,6 +100,9 @@ class Training:
     def __init__(self, task: Task, settings: Settings, device: torch.device, state: Path | None = None):
         self.task, self.settings, self.device, self.state = task, settings, device, state
         self.done = 0
+        if device.type == "cuda" and half_precision(settings.precision, device) is not None:
+            for network in networks_of(task):  # the layout of a GPU's 16-bit convolutions, and the one our GroupNorm kernel takes
+                network.to(memory_format=torch.channels_last)
         self.weights = trainable_weights(task.modules)
         self.optimizers = task.optimizers(settings)
         decay = settings.ema_decay
@@ -119,7 +121,7 @@ class Training:
         """Take the steps that are left, one an iteration. Stopped between two steps or in one, it saves the last whole step."""
         settings = self.settings
         thrifty = settings.checkpointing and self.device.type == "cpu"
-        with with_compile(networks_of(self.task), self.device, settings.compile), thrifty_malloc(thrifty):
+        with with_compile(networks_of(self.task), self.device, settings), thrifty_malloc(thrifty):
             try:
                 while self.done < settings.steps:
                     lr = learning_rate(self.done, settings)
@@ -277,7 +279,7 @@ def compute_loss(task: Task, step: int, sample_ids: range, settings: Settings, d
         device: where the loss is computed
     """
     half = half_precision(settings.precision, device)
-    with with_seed(int(rng_for(settings.seed, step, sample_ids.start).integers(2**62))):
+    with with_seed(int(rng_for(settings.seed, step, sample_ids.start).integers(2**62)), device):
         with torch.autocast(device.type, dtype=half, enabled=half is not None):
             return task.loss(step, sample_ids)
 
@@ -285,7 +287,9 @@ def compute_loss(task: Task, step: int, sample_ids: range, settings: Settings, d
 def half_precision(precision: str, device: torch.device) -> torch.dtype | None:
     """Return the 16-bit dtype to compute in, or None for float32."""
     if precision == "auto":
-        precision = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        # GPUs before Ampere only emulate bfloat16, more slowly than they compute in float16.
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "float32" if device.type != "cuda" else "bfloat16" if native else "float16"
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
 
 
@@ -299,18 +303,11 @@ def randn_per_sample(rngs: Sequence[np.random.Generator], shape: Sequence[int]) 
     return torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs]))
 
 
-def to_device(device: torch.device, tensor: Tensor) -> Tensor:
-    """Move a tensor to the device; a GPU gets it in its turn, and nobody waits for that."""
-    # Unpinned, the copy would wait for the steps before. What has no contents (see memory.py) has nothing to pin, and PyTorch refuses to.
-    if device.type == "cuda" and tensor.device.type == "cpu" and detect_fake_mode(tensor) is None:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 @contextmanager
-def with_seed(seed: int) -> Iterator[None]:
-    """Seed PyTorch's global generators, which initialisers and dropout draw from, within the block; restore them after it."""
-    with torch.random.fork_rng():
+def with_seed(seed: int, device: torch.device = torch.device("cpu")) -> Iterator[None]:
+    """Seed PyTorch's global generators, which initialisers and dropout draw from, within the block; restore the CPU's and the device's."""
+    # Of no GPU but this one: PyTorch would otherwise copy the states of all of them in every step, and warn where there are several.
+    with torch.random.fork_rng([device] if device.type == "cuda" and torch.cuda.is_available() else []):
         torch.manual_seed(seed)
         yield
 
@@ -332,12 +329,17 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
-def with_compile(networks: Sequence[nn.Module], device: torch.device, enabled: bool) -> Iterator[None]:
-    """Run the networks through torch.compile within the block; names and weights are unchanged."""
-    for network in networks if enabled else ():
-        network.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
+def with_compile(networks: Sequence[nn.Module], device: torch.device, settings: Settings) -> Iterator[None]:
+    """Run the networks through torch.compile within the block, if settings ask for it; names and weights are unchanged.
+
+    On a GPU its kernels are launched as CUDA graphs, unless gradients accumulate: a gradient may lie in the memory of a graph, which the
+    next micro-batch overwrites. PyTorch then stops with an error or adds up wrong numbers.
+    """
+    graphs = device.type == "cuda" and settings.gradient_accumulation == 1
+    for network in networks if settings.compile else ():
+        network.compile(mode="reduce-overhead" if graphs else "default", dynamic=False)
     try:
         yield
     finally:
-        for network in networks if enabled else ():
+        for network in networks if settings.compile else ():
             network._compiled_call_impl = None  # there is no public way back

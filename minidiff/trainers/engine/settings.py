@@ -25,7 +25,8 @@ class Settings:
         ema_decay: decay of a running mean of the weights, which is then the result, as 0.99; none by default
         precision: of products and convolutions; auto is bfloat16 on a GPU, float32 elsewhere; what is trained stays in float32
         checkpointing: compute what is inside a block twice: less memory, a third slower
-        compile: run the networks through torch.compile (CUDA graphs on a GPU); it takes a minute before the first step
+        compile: run the networks through torch.compile (CUDA graphs on a GPU, unless gradients accumulate); it takes a minute before the
+            first step
         seed: of everything that is random
         save_every: steps between two saves of the state
     """

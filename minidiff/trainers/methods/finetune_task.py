@@ -42,6 +42,7 @@ from minidiff.trainers.engine.optimizer import adamw
 from minidiff.trainers.engine.settings import Settings
 from minidiff.trainers.methods.options import PhaseOptions
 from minidiff.trainers.methods.prior_preservation import prior_preservation_loss
+from minidiff.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,10 +218,10 @@ class FinetuneTask:
         noise = sample_noise(rngs, batch.latents.shape[1:], sd.config.schedule.timesteps, sd.device, self.data.offset_noise)
         seeds = torch.tensor([int(rng.spawn(1)[0].integers(2**62)) for rng in rngs])  # beside the stream of the noise
         for adapter in self.adapters:
-            set_row_seeds(adapter, seeds.to(sd.device))
+            set_row_seeds(adapter, to_device(sd.device, seeds))
         told = self._encode(batch.captions).to(sd.device, sd.dtype)
         if told.pooled is not None:  # such a U-Net is told the size of each picture too
-            told = replace(told, size=batch.sizes.to(sd.device))
+            told = replace(told, size=to_device(sd.device, batch.sizes))
         return diffusion_loss(
             lambda x_t, t, context: sd.unet(x_t.to(sd.dtype), t, context),
             sd.schedule,

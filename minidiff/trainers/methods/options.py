@@ -91,6 +91,9 @@ class DataOptions:
     min_snr: float | None = None
 
     def __post_init__(self):
+        for name in ("size", "buckets"):
+            if (pixels := getattr(self, name)) is not None and pixels < 1:
+                raise ValueError(f"{name} {pixels}: expected pixels, at least 1")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout {self.caption_dropout} is outside 0..1")
         if not self.offset_noise >= 0:

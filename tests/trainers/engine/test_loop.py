@@ -2,13 +2,14 @@
 
 import os
 import signal
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 from minidiff.trainers.engine import loop
-from minidiff.trainers.engine.loop import LossWatch, Training, randn_per_sample, rng_for, train
+from minidiff.trainers.engine.loop import LossWatch, Training, compute_loss, half_precision, randn_per_sample, rng_for, train, with_compile
 from minidiff.trainers.engine.optimizer import learning_rate
 from tests.small_task import CPU, SmallTask, forked, small_settings, together
 
@@ -260,6 +261,13 @@ def enabled():
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_is_bfloat16_on_gpus_that_compute_in_it_and_float16_on_those_that_emulate_it(monkeypatch, native, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert half_precision("auto", torch.device("cuda")) == expected
+    assert half_precision("auto", CPU) is None
+
+
 def test_with_float16_a_step_that_overflows_is_left_out_and_the_scale_is_halved():
     class Steep(SmallTask):
         def loss(self, step, samples):
@@ -302,6 +310,22 @@ def test_the_global_generators_are_left_as_they_were():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_of_several_gpus_a_step_keeps_the_random_state_of_its_own_alone(monkeypatch):
+    kept, restored, gpu, task = [], [], torch.device("cuda", 1), SmallTask(dropout=0.5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: kept.append(device) or device)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append((state, device)))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch's, where it copies the states of several
+        compute_loss(task, 0, range(2), small_settings(precision="float32"), gpu)
+        assert kept == [gpu] and restored == [(gpu, gpu)]
+        with loop.with_seed(0):
+            pass
+    assert kept == [gpu]
+
+
 def test_every_step_and_sample_has_draws_of_its_own():
     drawn = {rng_for(*key).random() for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))}
     assert len(drawn) == 4
@@ -316,6 +340,16 @@ def test_checkpointing_and_compile_mean_the_tasks_networks(monkeypatch):
     monkeypatch.setattr(loop, "with_checkpointing", lambda networks, on: given.append((networks, on)) or with_checkpointing(networks, on))
     next(train(task, small_settings(checkpointing=True), CPU))
     assert given == [(task.networks, True)]
+
+
+@pytest.mark.parametrize(
+    ("device", "accumulation", "mode"), [("cuda", 1, "reduce-overhead"), ("cuda", 2, "default"), ("cpu", 1, "default")]
+)
+def test_compiled_networks_are_cuda_graphs_on_a_gpu_unless_gradients_accumulate(monkeypatch, device, accumulation, mode):
+    modes = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, *, mode, dynamic: modes.append(mode))
+    with with_compile([nn.Linear(1, 1)], torch.device(device), small_settings(compile=True, gradient_accumulation=accumulation)):
+        assert modes == [mode]
 
 
 @pytest.mark.slow

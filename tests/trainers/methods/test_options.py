@@ -3,11 +3,13 @@
 import dataclasses
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
 
 from minidiff.bundled.tasks import bundled_config
+from minidiff.cli.merge import extract
 from minidiff.config import SD1, SD2
 from minidiff.trainers.methods.custom_diffusion import PRESETS as CUSTOM_DIFFUSION
 from minidiff.trainers.methods.dreambooth import DreamBoothOptions
@@ -15,6 +17,7 @@ from minidiff.trainers.methods.method import MethodOptions
 from minidiff.trainers.methods.options import Concept, DataOptions, LowRankOptions, Prior, family_of
 from minidiff.trainers.methods.override import override
 from minidiff.trainers.methods.table import METHODS, preset
+from weights_loader import write_lora
 
 SETTINGS = preset("dreambooth", "sd1").settings
 
@@ -61,6 +64,8 @@ def test_a_learning_rate_of_nothing_is_refused():
     [
         (DataOptions, {"caption_dropout": 1.5}, "caption_dropout 1.5 is outside 0..1"),
         (DataOptions, {"offset_noise": -1}, "offset_noise -1"),
+        (DataOptions, {"size": 0}, "size 0: expected pixels, at least 1"),
+        (DataOptions, {"buckets": -64}, "buckets -64: expected pixels"),
         (DataOptions, {"min_snr": 0}, "min_snr 0: gamma must be above 0"),
         (Prior, {"weight": 0}, "prior weight 0: it must be above 0"),
         (Prior, {"count": 0}, "prior count 0"),
@@ -94,3 +99,9 @@ def test_a_flat_name_is_set_wherever_options_have_it_and_innermost_first():
     assert override(inversion, {"prior": "none"}) == inversion
     with pytest.raises(ValueError, match="learning_rate 0"):
         override(inversion, {"learning_rate": 0})
+
+
+def test_loras_have_the_names_that_the_web_interfaces_read_unless_others_are_asked_for():
+    named = {name: method.formats for name, method in METHODS.items() if "diffusers" in method.formats and "kohya" in method.formats}
+    assert {"lora", "dreambooth", "pivotal-tuning"} == named.keys() and {next(iter(formats)) for formats in named.values()} == {"kohya"}
+    assert {signature(function).parameters["names"].default for function in (write_lora, extract)} == {"kohya"}

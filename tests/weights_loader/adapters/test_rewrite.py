@@ -1,5 +1,7 @@
 """Small files in the names of other programs: the numbers, their dtype and what was said of them stay."""
 
+import json
+
 import pytest
 import torch
 
@@ -76,6 +78,25 @@ def test_a_custom_diffusion_goes_to_the_form_that_the_name_asks_for(sd, tmp_path
         assert small_kind(tmp_path / name) == "custom_diffusion"
     with pytest.raises(ValueError, match=r"a.safetensors: a Custom Diffusion holds whole weights .* \(--model\)"):
         rewrite(tmp_path / "a.safetensors", tmp_path / "b.bin")
+
+
+def test_settings_of_a_custom_diffusion_are_passed_on_where_there_is_room(sd, tmp_path):
+    settings = {"model": "base.safetensors", "concepts": [{"token": "<new1>", "class_word": "cat"}]}
+    weights_loader.write_custom_diffusion(tmp_path / "a.safetensors", random_delta(sd), sd, settings)
+    for name in ("b.safetensors", "c.bin"):
+        rewrite(tmp_path / "a.safetensors", tmp_path / name, sd=sd)
+    found = read(tmp_path / "b.safetensors").metadata
+    assert json.loads(found["minidiff.settings"]) == settings and found["modelspec.title"] == "<new1> cat"
+
+
+def test_checksums_of_the_source_are_not_passed_on(sd, tmp_path):
+    """Tensors stand in another order afterwards, so that they would say that the new file is damaged."""
+    tensors, metadata = pack(random_lora(sd, r"attention\.to_q", (4,), (4.0,)), sd, "diffusers")
+    for stated in ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"):
+        write_safetensors(tmp_path / "a.safetensors", tensors, metadata | {stated: "0" * 64, "ss_output_name": "a"})
+        rewrite(tmp_path / "a.safetensors", tmp_path / "b.safetensors", sd=sd)
+        found = read(tmp_path / "b.safetensors").metadata
+        assert stated not in found and found["ss_output_name"] == "a"
 
 
 def test_what_has_no_place_is_refused_and_nothing_is_written(sd, tmp_path):
