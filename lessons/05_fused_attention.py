@@ -1,54 +1,52 @@
 # %% [markdown]
 # # 05 Fused attention: a kernel you can step through
 #
-# **How can softmax be taken over thousands of keys without ever writing the weights down?**
+# **How can softmax be taken over thousands of keys without ever storing the weights?**
 #
 # - Explains: [minidiff/kernels/self_attention.py](../minidiff/kernels/self_attention.py)
-# - You change: `absorb`, the step of the online softmax
-# - Minutes: 40
+# - You change: `running_softmax`, `absorb` and `attend_in_blocks`, from one number at a time to whole blocks of keys
+# - Minutes: 45
 # - Picture: [figures/05-running.png](figures/05-running.png)
 #
 # ![The whole pipeline; this lesson is about the attention layers of the U-Net](figures/pipeline-attention.svg)
 #
-# Lesson 04 wrote attention in six lines, which build a matrix with one weight for each query and key. Where cells ask cells it is by far the largest thing in the
-# network. The fused kernel gives the same answer without it. This lesson finds out how: first with plain numbers, then in blocks, then in minidiff's own GPU
-# kernel, which runs here line by line without a GPU. Its gradients are not treated.
+# Attention by hand, as in lesson 04, builds a matrix with one weight for each query and key. In self-attention this matrix is by far the
+# largest tensor of the whole network. A fused kernel returns the same answer without storing it. In this lesson you write the algorithm
+# behind it, first for plain numbers, then for blocks of keys. Then you look inside minidiff's own GPU kernel, which runs here line by line
+# without a GPU. The gradients are left out.
 
 # %% [markdown]
 # ## Guess first
 #
-# A softmax share is $e^{s}$ divided by the sum of all $e^{s}$, where a *logit* $s$ is the scaled product of the query with one key. So it seems that all
-# logits must be there before the first share is known. A kernel walks over the keys once, a few at a time, and forgets each block when it goes on. What must
-# it keep for each query, to have the exact answer at the end?
+# A *logit* $s$ is the scaled product of a query with one key. Softmax turns it into a share: $e^s$ divided by the sum of $e^s$ over all
+# keys. It seems that all logits must be known before the first share is. A fused kernel goes through the keys once, a few at a time, and
+# forgets them again. What must it keep for each query so that the answer is exact at the end?
 #
-# 1. Every logit, in fewer bits.
+# 1. Every logit, with fewer bits each.
 # 2. The answer so far, and two numbers.
-# 3. It cannot be exact: the blocks before are an estimate.
+# 3. Nothing can make it exact. The result is an estimate.
 
 # %% [markdown]
-# ## Where the kernel runs
+# ## Softmax in one pass
 #
-# A *kernel* is one function that a GPU runs as many copies at once, called *programs*, each with its own part of the work. minidiff's are written in *Triton*, a
-# language inside Python. On a GPU Triton compiles them. On a machine without one its *interpreter* runs the same lines as ordinary Python on NumPy arrays: slowly, but
-# one can look inside. Triton reads the variable `TRITON_INTERPRET` when a kernel is defined, so it must be set before anything imports Triton, and minidiff's
-# attention does. That is why the next cell does it before the other imports.
+# Begin with the sum of all $e^s$. Nobody computes it as it stands, because exponentials overflow: in float32, $e^{88}$ is still a number
+# and $e^{89}$ is not. The remedy is to subtract the largest logit $m$ from all logits first. This divides every term, and so the sum, by
+# the same $e^m$, and no share changes.
+#
+# But $m$ is known only at the end. Therefore we use the largest logit *so far*, and correct the sum whenever a larger one comes (Milakov
+# and Gimelshein 2018, algorithm 3). With $l$ for the sum so far, each new logit $s$ gives
+#
+# $$m' = \max(m, s) \qquad l' = l \, e^{m - m'} + e^{s - m'}$$
+#
+# All terms in $l$ were divided by $e^m$, and from now on they should be divided by $e^{m'}$. Multiplying $l$ by $e^{m - m'}$ does exactly
+# that. We say that the sum is *rescaled*. Where the largest logit stays the same, the factor is one.
 
 # %%
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # must come before the imports below
-
-# %%
-import inspect
-import json
+from lessons import interpreter  # noqa: F401  # isort: skip  (before anything that imports Triton)
 import math
-import subprocess
-import sys
 
 import numpy as np
+import torch
 from einops import rearrange
 from matplotlib import pyplot as plt
 
@@ -56,27 +54,28 @@ from lessons.common import BLUE, GREEN, ORANGE, picture_grid, start
 from minidiff.attention import attention, attention_weights, naive_attention
 from minidiff.blocks import TransformerBlock
 from minidiff.config import SD1
-from minidiff.kernels import tiles
-from minidiff.kernels.self_attention import forward_kernel, fused_self_attention
 from minidiff.pipeline import to_images
 
-# %%
 lesson = start("05_fused_attention")
-has_triton = tiles.triton is not None  # Triton is made for Linux
-fused = fused_self_attention if has_triton else attention
-print("Triton is here" if has_triton else "no Triton here: PyTorch's kernel instead")
-print(f"our kernels run on: {tiles.DEVICE}")
+sd = lesson.load()
 
 # %% [markdown]
-# ## Softmax in one pass
+# ## Your turn: running_softmax
 #
-# Nobody computes $e^{s}$ as it stands: in float32 it overflows before `s` is 89. One subtracts the largest logit $m$ first, which changes no share, because it divides all of them by the same
-# $e^{m}$. But $m$ too is known only at the end. The way out (Milakov and Gimelshein 2018) is to take the largest *so far*, and to mend the sum whenever it
-# changes. For each logit $s$ that comes in:
+# Write this pass over a list of plain numbers as a generator. At first nothing has been seen: `m = -math.inf` and `l = 0.0`. For each logit
+# compute the new largest one with `max`. Rescale `l` and add the new term (`math.exp`), while `m` is still the old one. Then let `m` be the
+# new largest, and `yield m, l`. The first step needs no special case, because `math.exp(-math.inf)` is zero.
 #
-# $$m' = \max(m, s) \qquad l' = l \, e^{m - m'} + e^{s - m'}$$
-#
-# What was summed before is too large by the factor $e^{m' - m}$ if the largest has grown; multiplying by $e^{m - m'}$ mends it exactly.
+# When it is right, you see the same logits in three different orders.
+
+
+# %%
+def running_softmax(logits):
+    """Yield m and l after each of the logits, a list of numbers."""
+    # YOUR CODE, about 6 lines
+
+
+running_softmax = lesson.check(running_softmax)
 
 # %%
 print(f"e^88 in float32: {np.exp(np.float32(88)):.1e}")
@@ -84,16 +83,10 @@ with np.errstate(over="ignore"):
     print(f"e^89 in float32: {np.exp(np.float32(89))}")
 
 logits = 1.5 * np.random.default_rng(173).standard_normal(48)
-m, l, path = -np.inf, 0.0, []
-for s in logits:
-    m_new = max(m, s)
-    l = l * np.exp(m - m_new) + np.exp(s - m_new)
-    m = m_new
-    path.append((m, l))
-
-at_once = np.exp(logits - logits.max()).sum()
-print(f"sum in one pass {l:.6f}, all at once {at_once:.6f}")
-assert np.isclose(l, at_once)
+path = list(running_softmax(logits.tolist()))
+in_one_pass, at_once = path[-1][1], np.exp(logits - logits.max()).sum()
+print(f"the sum in one pass {in_one_pass:.6f}, all at once {at_once:.6f}")
+assert len(path) == len(logits) and np.isclose(in_one_pass, at_once)
 
 # %%
 fig, (above, below) = plt.subplots(2, sharex=True, figsize=(6, 4.2))
@@ -103,91 +96,111 @@ above.set(ylabel="logit")
 above.legend(loc="lower right", ncols=2, fontsize=11)
 below.step(range(48), [l for _, l in path], where="post", color=ORANGE)
 below.set(ylabel="sum $l$", xlabel="keys seen", ylim=(0, None))
-lesson.show(fig, "running", "Where the largest logit jumps, the sum falls; else it grows.")
+lesson.show(fig, "running", "The sum grows key by key; it falls where the maximum jumps far.")
 
 # %% [markdown]
-# Where the blue line rises by much the sum falls back: all that was summed before shrinks against the new largest. In between it only grows. Two numbers have been
-# kept, whatever the number of keys.
+# Where the blue line makes a large jump, the sum falls: compared with the new largest logit, everything before it has become small. Where
+# the line is flat, the sum only grows. At each moment two numbers are enough, however many keys there are.
 
 # %% [markdown]
 # ## Your turn: absorb
 #
-# Now for N queries at once, a block of keys at a time, and with the values. Beside $m$ and $l$ each query keeps $O$, the sum so far of $e^{s - m} v$, d numbers;
-# it must be mended as $l$ is. In comes `s`, the logits of all N queries with the keys of one block, shape `[N, block]`, and their values `v`, shape `[block, d]`
-# (Dao 2023, the second FlashAttention paper, algorithm 1):
+# Attention does not return the sum but a mixture of the values $v_j$: $\sum_j e^{s_j - m} \, v_j$ divided by $l$. The numerator is a
+# running sum as well, so we keep it too, under the name $O$, and rescale it like $l$. A GPU is best at products of matrices. Therefore it
+# takes N queries at once, and the keys in blocks.
+#
+# Write one step, which takes in one block of keys. `s` holds the logits of the N queries with these keys, shape `[N, block]`, and `v` the
+# values of the keys, shape `[block, d]`. Each query has its own $m$, $l$ and row of $O$ (Dao 2023, algorithm 1):
 #
 # $$m' = \max(m, \max_j s_j) \qquad \alpha = e^{m - m'} \qquad p = e^{s - m'}$$
 #
 # $$l' = \alpha \, l + \textstyle\sum_j p_j \qquad O' = \alpha \, O + p \, v$$
 #
-# `m` and `l` have shape `[N]`, so they need one axis more, `[:, None]`, where they meet `s` or `o`. Give back all three.
+# `s.amax(dim=1)` is the largest logit of each row, and `torch.maximum` compares two tensors entry by entry. `m` and `l` have shape `[N]`,
+# so they need another axis, `[:, None]`, where they meet `s` or `o`. Return all three.
 
 
 # %%
 def absorb(m, l, o, s, v):
-    """m', l', O' after one more block of keys; m, l [N], o [N, d], s [N, block], v [block, d]."""
-    # YOUR CODE, about 5 lines
+    """m', l', O' after a block of keys; m, l [N], o [N, d], s [N, block], v [block, d]."""
+    # YOUR CODE, about 4 lines
 
 
-def all_before_as_one_key(m, l, o, s, v):
-    """The same in another way: what was seen before counts as one key of logit m + log(l)."""
-    before = (m + l.log())[:, None]
-    total = torch.cat([before, s], dim=1).logsumexp(dim=1, keepdim=True)
-    mean = o / l.clamp(min=1e-30)[:, None]
-    o = (before - total).exp() * mean + (s - total).exp() @ v
-    return total[:, 0], torch.ones_like(l), o
-
-
-absorb = lesson.check(absorb, instead=all_before_as_one_key)
+absorb = lesson.check(absorb)
 
 # %% [markdown]
-# ## A walk over the keys
+# ## Your turn: attend_in_blocks
 #
-# With that step, attention is a loop. At the end $O / l$ is the answer. The kernel keeps one number more for each query, the *log-sum-exp*
-# $\mathrm{LSE} = m + \log l$: from it the gradients get back any share they need, $e^{s - \mathrm{LSE}}$, without having stored one.
+# With that step, attention is a loop. Write it for one head. Before the first block, `m` is $-\infty$ for each query, which
+# `torch.full_like(q[:, 0], -torch.inf)` gives, and `l` and `o` are zero (`torch.zeros_like`). Let `first` go through
+# `range(0, len(k), block)`. The keys of a block are `k[first : first + block]`, and its values the same rows of `v`; the last block may be
+# shorter. Compute the logits of the block, $q k^T / \sqrt d$, and call `step`, which is `absorb` or another function like it. After the
+# last block the answer is $O / l$.
+#
+# Return a second tensor as well, the *log-sum-exp* of each query, $\mathrm{LSE} = m + \log l$. With it, any share can be restored later, as
+# $e^{s - \mathrm{LSE}}$. The computation of the gradients does so, and no share has to be stored for it. Six lines.
 
 
 # %%
-def walk(update, q, k, v, block):
-    """Attention of one head, q [N, d], and its LSE [N]; `block` keys at a time."""
-    d = q.shape[-1]
-    m, l, o = torch.full_like(q[:, 0], -torch.inf), torch.zeros_like(q[:, 0]), torch.zeros_like(q)
-    for first in range(0, len(k), block):
-        s = q @ k[first : first + block].T / math.sqrt(d)
-        m, l, o = update(m, l, o, s, v[first : first + block])
-    return o / l[:, None], m + l.log()
+def attend_in_blocks(step, q, k, v, block):
+    """Attention of one head and its LSE; q [N, d], k and v [L, d] -> [N, d] and [N]."""
+    # YOUR CODE, about 6 lines
 
+
+attend_in_blocks = lesson.check(attend_in_blocks)
 
 # %%
 generator = torch.Generator().manual_seed(0)
 N, d = 64, 40
 q, k, v = (torch.randn(N, d, generator=generator) for _ in range(3))
-naive = naive_attention(q[None], k[None], v[None], heads=1)[0]
+by_hand = naive_attention(q[None], k[None], v[None], heads=1)[0]  # lesson 04's
 for block in (1, 16, 48):
-    o, lse = walk(absorb, q, k, v, block)
-    assert o.shape == (N, d) and lse.shape == (N,)
-    print(f"blocks of {block:2}: off by at most {(o - naive).abs().max():.0e}")
+    o, lse = attend_in_blocks(absorb, q, k, v, block)
+    assert o.shape == by_hand.shape == (N, d) and lse.shape == (N,)
+    print(f"blocks of {block:2} keys: off by at most {(o - by_hand).abs().max():.0e}")
 
 # %% [markdown]
-# Any block size gives the same but for rounding, also one that does not divide the keys. The second guess was right: this is no approximation.
+# The size of the blocks does not matter, even if the last block is not full. What is left is rounding. This is not an approximation.
 
 # %% [markdown]
-# ## The kernel
+# ## A kernel in Triton
 #
-# `forward_kernel` is this loop. Each program has a block of queries and walks over all keys. These are its lines, read from the file itself; beside yours
-# they have three things of the hardware's. Logits are kept in base two, as a GPU has an instruction for $2^x$ and none for $e^x$: the factor $\log_2 e$ is inside
-# `scale`. `seen` puts $-\infty$ at keys that do not exist, where the last block is not full. And a head stands in two tiles, `_1` and `_2`, of which more below.
+# A *kernel* is a function that a GPU runs in many copies at once, called *programs*, each on its own part of the data. The kernels of
+# minidiff are written in *Triton*, a language inside Python. On a GPU, Triton compiles them. Without a GPU, its *interpreter* runs the same
+# lines as ordinary Python on NumPy arrays: slowly, but you can look inside. The interpreter has to be turned on before Triton is imported,
+# which the first line of the set-up did.
+#
+# `forward_kernel` is your loop. Each program holds a block of queries and goes through all the keys. The next cell prints its lines from
+# the file itself.
 
 # %%
+import inspect
+import sys
+
+from minidiff.kernels import tiles
+from minidiff.kernels.self_attention import forward_kernel, fused_self_attention
+
+# %%
+has_triton = tiles.triton is not None  # Triton is made for Linux
+fused = fused_self_attention if has_triton else attention
+print("Triton is here" if has_triton else "no Triton here: PyTorch's kernel instead")
+print(f"our kernels run on: {tiles.DEVICE}")
+
 lines = inspect.getsource(getattr(forward_kernel, "fn", forward_kernel)).splitlines()
 begin = next(i for i, line in enumerate(lines) if "# S = q k^T" in line)
 end = next(i for i, line in enumerate(lines) if line.strip() == "m = m_new")
 for line in lines[begin : end + 1]:
-    print(line.strip().removesuffix("  # noqa: E741"))
+    print(line.strip())
 
 # %% [markdown]
-# In the interpreter these lines are Python, so whatever looks into Python looks into the kernel. A debugger stops at a `breakpoint()` written into it. Here
-# Python's own hook for debuggers, `sys.settrace`, notes $m$ and $l$ of the first query each time the loop comes round.
+# These are the lines of `absorb`, with three additions for the hardware. A GPU has an instruction for $2^x$ and none for $e^x$, so logits
+# are kept in base two: `scale` is $\log_2 e / \sqrt d$. It is multiplied in after the maximum, which it does not move. `seen` puts
+# $-\infty$ in place of keys that do not exist, because every block has its full size here. And each head is cut into two parts, `_1` and
+# `_2`; more on these below.
+#
+# In the interpreter, a kernel is Python, so any tool that looks into Python looks into the kernel. You could write `breakpoint()` between
+# these lines. We use `sys.settrace`, through which debuggers work: Python calls our function `look` at each line, and `look` notes $m$ and
+# $l$ of the first query.
 
 # %%
 where = torch.device(tiles.DEVICE) if has_triton else torch.device("cpu")
@@ -209,31 +222,31 @@ out = fused(q[None].to(where), k[None].to(where), v[None].to(where), 1)[0].cpu()
 sys.settrace(None)
 
 # %%
-assert out.shape == (N, d) and torch.allclose(out, naive, atol=1e-5)
-print(f"the kernel is off by at most {(out - naive).abs().max():.0e}")
+assert out.shape == (N, d) and torch.allclose(out, by_hand, atol=1e-5)
+print(f"the kernel is off by at most {(out - by_hand).abs().max():.0e}")
 for first, (m, l) in noted.items():
     print(f"after the keys from {first:2} on: m = {m:.3f}, l = {l:.3f}")
 if noted:
-    kept = (m + math.log2(l)) * math.log(2)  # from base 2
-    print(f"LSE of the kernel {kept:.5f}, of the walk {lse[0]:.5f}")
-    assert abs(kept - lse[0]) < 1e-4
+    natural = (m + math.log2(l)) * math.log(2)  # from base 2
+    print(f"LSE of the kernel {natural:.5f}, of your loop {lse[0]:.5f}")
+    assert abs(natural - lse[0]) < 1e-4
 
 # %% [markdown]
 # ## Memory and error
 #
-# What does an attention leave in memory beside its answer? By hand, N x N weights a head. The kernel leaves its LSE, N numbers a head; its blocks of weights live in
-# registers, next to the arithmetic, and never reach the GPU's memory.
+# What does attention leave in memory besides its answer? By hand, it leaves N x N weights in each head. The kernel leaves its LSE, N
+# numbers in each head. Its blocks of weights live in registers, right next to the arithmetic, and never reach the GPU's memory.
 #
-# The error is measured against the same in float64, relative to the size of the answer.
+# We measure the error of each way against the same computation in float64, relative to the size of the answer.
 
 # %%
 sizes = (32, 128) if lesson.quick else (32, 64, 128, 256, 512)
 left = {"by hand": [], "kernel": []}
-errors = {"by hand": [], "walk": [], "kernel": []}
+errors = {"by hand": [], "in blocks": [], "kernel": []}
 for n in sizes:
     q, k, v = (torch.randn(1, n, d, generator=generator) for _ in range(3))
     exact = naive_attention(q.double(), k.double(), v.double(), 1)
-    answers = (naive_attention(q, k, v, 1), walk(absorb, q[0], k[0], v[0], 32)[0][None])
+    answers = (naive_attention(q, k, v, 1), attend_in_blocks(absorb, q[0], k[0], v[0], 32)[0][None])
     answers += (fused(q.to(where), k.to(where), v.to(where), 1).cpu(),)
     for name, answer in zip(errors, answers):
         errors[name].append(float((answer - exact).norm() / exact.norm()))
@@ -254,17 +267,19 @@ for axis in (memory, error):
     axis.legend(fontsize=11)
 memory.set(ylabel="bytes left in memory")
 error.set(ylabel="relative error", ylim=(1e-8, 1e-5))
-lesson.show(fig, "cost", "Bytes: by hand grows as the square. Errors of all three are alike.")
+lesson.show(fig, "cost", "By hand, memory grows with the square of N. The errors are alike.")
 
 # %% [markdown]
-# Four times the tokens are sixteen times the bytes by hand, and four times in the kernel. The errors are those of float32, for all three.
+# Four times as many tokens take sixteen times the bytes by hand, and four times the bytes in the kernel. All three errors are of the size
+# of float32's rounding.
 
 # %% [markdown]
 # ## The head-dim trap: 40 = 32 + 16
 #
-# Blocks in Triton have sides that are powers of two, and its matrix product wants at least 16 numbers a side. A head of Stable Diffusion 1.x has 40, 80 or 160
-# numbers. Rounded up to a power of two, a good part of the work would be products with zero. So minidiff cuts a head in two, $q k^T = q_1 k_1^T + q_2 k_2^T$,
-# and rounds up the rest only: of 40 numbers 32 stand in the first tile, and the other 8 in a second one of 16.
+# The blocks of Triton have sides that are powers of two, and its matrix product needs at least 16 numbers on each side. The heads of
+# Stable Diffusion 1.x are 40, 80 or 160 numbers wide. If we rounded the width up to a power of two, much of the work would be multiplying
+# by zero. Instead, minidiff cuts a head into two *tiles*, $q k^T = q_1 k_1^T + q_2 k_2^T$, and rounds up only the second. Of 40 numbers, 32
+# go into the first tile and the other 8 into a second tile of 16.
 
 # %%
 print("   d   power of two   two tiles   less work")
@@ -274,82 +289,51 @@ for head in (8, 32, 40, 64, 80, 160):
     print(f"{head:4}   {power:12}   {f'{first} + {rest}':>9}   {1 - (first + rest) / power:9.1%}")
 
 # %% [markdown]
-# The trap is another one, and no test of results can see it. Numbers lie in memory head after head, so each row of a head begins `d` numbers after the head
-# before. A GPU loads 16 bytes, eight numbers of float16, in one go only if the compiler *knows* that they begin at a multiple of 16. If `d` is an argument
-# like any other, it might be odd, so every single number is loaded by itself. Declared `tl.constexpr`, `d` is part of the program, and 40 is seen to be a
-# multiple of 8.
+# There is a trap behind this, and no test of results can find it. The heads of a token lie in memory one after the other, so each head
+# begins `d` numbers after the head before. A GPU can load 16 bytes, eight numbers of float16, with one instruction, but only if the
+# compiler *knows* that the address is a multiple of 16. If `d` is an ordinary argument of the kernel, it might be odd, and every number has
+# to be loaded by itself. Declared as `tl.constexpr`, `d` is part of the program, and the compiler sees that 40 is a multiple of 8.
 #
-# The compiler can be asked. It needs no GPU: below Triton compiles our kernel for an H100, a large GPU, in three ways, and the *PTX*, the GPU's assembler
-# text, is searched for loads of two and of 16 bytes (Triton's `cp.async` copies in the background) and for matrix products. A process of its own does it, as
-# this one has the interpreter on.
+# We can ask the compiler, and this needs no GPU. `lessons/ptx.py` lets Triton compile our kernel for a large GPU, an H100, in three ways,
+# and searches the *PTX*, the GPU's assembler text, for loads of two bytes, loads of 16 bytes, and matrix products.
 
 # %%
-COMPILE = """
-import json, math, re, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from minidiff.kernels.self_attention import forward_kernel as kernel
+from lessons.ptx import Counted, count_instructions
 
-at = {name: i for i, name in enumerate(kernel.arg_names)}
-types = dict.fromkeys(("q", "k", "v", "out"), "*fp16") | {"lse": "*fp32"}
-for D_1, D_2, is_known in ((32, 16, True), (64, 0, True), (32, 16, False)):
-    known = dict(scale=math.log2(math.e) / math.sqrt(40), D_1=D_1, D_2=D_2, CAUSAL=False)
-    known |= dict(EVEN=True, BLOCK_N=128, BLOCK_L=64) | ({"d": 40} if is_known else {})
-    signature = {n: "constexpr" if n in known else types.get(n, "i32") for n in at}
-    even = {(i,): [["tt.divisibility", 16]] for n, i in at.items() if n not in known and n != "d"}
-"""
-
-# %%
-COMPILE += r"""
-    source = ASTSource(kernel, signature, {(at[n],): known[n] for n in known}, even)
-    options = dict(num_warps=8, num_stages=3, enable_fp_fusion=True)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    ptx = built.asm["ptx"]
-    two = len(re.findall(r"ld\.global\S*\.[bu]16\b", ptx))
-    sixteen = len(re.findall(r"ld\.global\S*\.v4\.|cp\.async\S*\.global .*(?:0x10|\b16)\b", ptx))
-    shapes = re.findall(r"wgmma\.mma_async\S*\.m(\d+)n(\d+)k(\d+)\.", ptx)
-    products = sum(math.prod(map(int, shape)) for shape in shapes)
-    print(json.dumps([two, sixteen, products]))
-"""
-env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-
-# %%
-command, said = [sys.executable, "-c", COMPILE], None
-if has_triton:
-    said = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
 ways = ("32 + 16,\nd known", "64,\nd known", "32 + 16,\nd an argument")
-if said:
-    counted = [json.loads(line) for line in said.stdout.splitlines()]
-    for way, (two, sixteen, products) in zip(ways, counted):
-        share = products / counted[1][2]
+found = count_instructions() if has_triton else [Counted(0, 0, 0)] * 3
+if has_triton:
+    for way, counted in zip(ways, found):
+        share = counted.products / found[1].products
         print(f"{' '.join(way.split())}: products {share:.0%} of those with 64")
-        print(f"    loads of 2 bytes: {two}, of 16 bytes: {sixteen}")
-    assert counted[0][0] == 0 < counted[0][1] and counted[2][0] > 0 == counted[2][1]
-    assert counted[0][2] < counted[1][2]
-else:
-    counted = [(0, 0, 0)] * 3
+        print(f"    loads of 2 bytes: {counted.loads_of_2}, of 16 bytes: {counted.loads_of_16}")
+    assert found[0].loads_of_2 == 0 < found[0].loads_of_16
+    assert found[2].loads_of_16 == 0 < found[2].loads_of_2
+    assert found[0].products < found[1].products
 
 # %%
 fig, axis = plt.subplots()
-for i, (size, color, hatch) in enumerate((("2 bytes", ORANGE, "//"), ("16 bytes", BLUE, ""))):
+heights = {"2 bytes": [c.loads_of_2 for c in found], "16 bytes": [c.loads_of_16 for c in found]}
+for i, (label, color, hatch) in enumerate((("2 bytes", ORANGE, "//"), ("16 bytes", BLUE, ""))):
     places = np.arange(3) + (i - 0.5) * 0.36
-    heights = [each[i] for each in counted]
-    bars = axis.bar(places, heights, 0.36, color=color, hatch=hatch, label=size)
+    bars = axis.bar(places, heights[label], 0.36, color=color, hatch=hatch, label=label)
     axis.bar_label(bars)
 axis.set(xticks=range(3), xticklabels=ways, ylabel="loads in the PTX")
 axis.grid(False)
 axis.legend(title="each of")
-lesson.show(fig, "trap", "Known, d is loaded 16 bytes at a time; as an argument, 2 at a time.")
+lesson.show(fig, "trap", "A known d is loaded 16 bytes at a time; an argument, 2 at a time.")
 
 # %% [markdown]
-# Same results, same tests, and the third kernel asks memory for every number singly. `tests/kernels/test_compiled.py` counts like this for every shape of
-# Stable Diffusion, so that nobody without a GPU can bring the trap back.
+# The third kernel returns the same results, passes the same tests, and loads every number by itself. The test
+# `tests/kernels/test_compiled.py` counts loads like this for every shape of Stable Diffusion, so that nobody without a GPU can bring the
+# trap back.
 
 # %% [markdown]
-# ## Break it: forget to mend
+# ## Break it: forget to rescale
 #
-# The classic slip is to take the new largest logit and forget $\alpha$. The sums before then count too much, by $e^{m' - m}$. Both sums do, so every answer is
-# still a mixture of values and nothing looks impossible. With one block it is even right.
+# The classic slip is to take the new largest logit and forget $\alpha$. The terms from before then count too much, by the factor
+# $e^{m' - m}$. They count too much in $l$ and in $O$ alike, so every answer is still a mixture of values, and nothing looks impossible.
+# With a single block the answer is even right.
 
 
 # %%
@@ -363,60 +347,69 @@ q, k, v = (torch.randn(256, d, generator=generator) for _ in range(3))
 for length in (1, 4):  # longer queries: larger logits
     exact = naive_attention(length * q[None], k[None], v[None], 1)[0]
     for block in (256, 64, 16):
-        off = (walk(forgets, length * q, k, v, block)[0] - exact).norm() / exact.norm()
+        off = (attend_in_blocks(forgets, length * q, k, v, block)[0] - exact).norm() / exact.norm()
         print(f"queries times {length}, {256 // block:2} blocks of {block:3}: off by {off:.0%}")
 
 # %% [markdown]
-# The smaller the blocks and the larger the logits, the worse. Now the bundled model: all of its self-attention layers, where cells ask cells, walk over their
-# keys in sixteenths, mended and not.
+# The error grows with the number of blocks and with the size of the logits. Next, the bundled model: we replace all of its self-attention
+# layers by your loop, in blocks of a sixteenth of the keys, once with `absorb` and once with the slip.
 
 # %%
-sd = lesson.load()
 layers = [m.self_attention for m in sd.unet.modules() if isinstance(m, TransformerBlock)]
 prompts = ["a frog on a pink background", "a burger on a white background"]
 steps = 6 if lesson.quick else 16
 
 
-# %%
-def drawn_with(update):
-    def instead(layer, args, output):
-        projected = (project(args[0]) for project in (layer.to_q, layer.to_k, layer.to_v))
-        q, k, v = (rearrange(x, "B N (h d) -> (B h) N d", h=layer.heads) for x in projected)
-        block = max(1, k.shape[1] // 16)
-        o = torch.stack([walk(update, *head, block)[0] for head in zip(q, k, v)])
-        return layer.to_out(rearrange(o, "(B h) N d -> B N (h d)", h=layer.heads))
-
-    hooks = [layer.register_forward_hook(instead) for layer in layers]
+def last_latents():
     *_, last = sd.denoise(prompts, steps=steps, seeds=[2, 2])
-    for hook in hooks:
-        hook.remove()
     return last.x_t
 
 
 # %%
-*_, last = sd.denoise(prompts, steps=steps, seeds=[2, 2])
-latents = {"fused": last.x_t, "walk": drawn_with(absorb), "not\nmended": drawn_with(forgets)}
-for name, latent in latents.items():
-    assert latent.shape == last.x_t.shape
-    off = (latent - last.x_t).norm() / last.x_t.norm()
-    print(f"{' '.join(name.split())}: the last latent is off by {off:.1%}")
-assert (latents["walk"] - last.x_t).norm() < 0.01 * last.x_t.norm()
+def in_blocks(step):
+    """A hook that computes a self-attention layer again, in blocks of its keys."""
+
+    def instead(layer, args, output):
+        projected = (project(args[0]) for project in (layer.to_q, layer.to_k, layer.to_v))
+        q, k, v = (rearrange(x, "B N (h d) -> (B h) N d", h=layer.heads) for x in projected)
+        block = max(1, k.shape[1] // 16)
+        o = torch.stack([attend_in_blocks(step, *head, block)[0] for head in zip(q, k, v)])
+        return layer.to_out(rearrange(o, "(B h) N d -> B N (h d)", h=layer.heads))
+
+    return instead
+
+
+latents = {"fused": last_latents()}
+for name, step in (("in blocks", absorb), ("not\nrescaled", forgets)):
+    hooks = [layer.register_forward_hook(in_blocks(step)) for layer in layers]
+    latents[name] = last_latents()
+    for hook in hooks:
+        hook.remove()
 
 # %%
+right = latents["fused"]
+for name, latent in latents.items():
+    assert latent.shape == right.shape
+    off = (latent - right).norm() / right.norm()
+    print(f"{' '.join(name.split())}: the last latent is off by {off:.1%}")
+assert (latents["in blocks"] - right).norm() < 0.01 * right.norm()
+
 pictures = [to_images(sd.decode(latent)) for latent in latents.values()]
 fig = picture_grid(pictures, ["frog", "burger"], list(latents))
-lesson.show(fig, "forgotten", "Fused and walked pictures are alike; without mending they differ.")
+lesson.show(fig, "forgotten", "Fused and in blocks, the same pictures; not rescaled, damaged ones.")
 
 # %% [markdown]
-# The first two rows are the same pictures: a walk over the keys, and PyTorch's fused kernel. Below, cells look too much at the top of the picture, whose keys come
-# first, and too little at the rest: the things are there, paler and out of shape. A picture alone would not have said what is wrong. The comparison with
-# attention by hand, on small inputs and with several blocks, says it at once, and that is what the tests of the kernels are.
+# The first two rows are the same pictures: one from PyTorch's fused kernel, one from your loop. In the last row every cell looks too much
+# at the top of the picture, whose keys come first, and too little at the rest. Nothing crashed, and from a picture alone nobody could tell
+# what is wrong. A comparison with attention by hand tells it at once, on small inputs and with more than one block. That is how the kernels
+# of minidiff are tested.
 
 # %% [markdown]
 # ## On real Stable Diffusion
 #
-# `python lessons/05_fused_attention.py --model v1-5-pruned-emaonly.safetensors` repeats the pictures on a checkpoint that you have; the walk is slow there, so take
-# `--quick` on a processor. What the kernel saves needs no weights. Per picture, in float16, one layer at 512 x 512:
+# `python lessons/05_fused_attention.py --model v1-5-pruned-emaonly.safetensors` repeats the pictures with a checkpoint of yours. A loop in
+# Python is slow there, so add `--quick` on a processor. What the kernel saves can be computed without any weights. In float16, for each
+# layer and each picture of 512 x 512:
 
 # %%
 unet = SD1.unet
@@ -426,12 +419,12 @@ for width, heads, has in zip(unet.widths, unet.heads, unet.attention):
     cells, head = side * side, width // heads
     first, rest = tiles.head_tiles(head)
     if has:
-        naive, lse = heads * cells**2 * 2 / 1e6, heads * cells * 4 / 1e6
-        print(f"{cells:7} {head:5} {f'{first} + {rest}':>9} {naive:8.1f} MB {lse:6.3f} MB")
+        by_hand, lse = heads * cells**2 * 2 / 1e6, heads * cells * 4 / 1e6
+        print(f"{cells:7} {head:5} {f'{first} + {rest}':>9} {by_hand:8.1f} MB {lse:6.3f} MB")
     side = (side + 1) // 2
 
 # %% [markdown]
-# The LSE is kept for the gradients alone; it is a thousandth and less of the weights.
+# Only training needs the LSE. At the largest size it takes less than a thousandth of the bytes of the weights.
 
 # %% [markdown]
 # ## On a GPU
@@ -440,15 +433,56 @@ for width, heads, has in zip(unet.widths, unet.heads, unet.attention):
 # python -m minidiff bench attention --device cuda --sizes 512 --models sd1
 # ```
 #
-# 10 minutes. It runs our kernels beside PyTorch's own at every shape of a U-Net step, checks each against float64 first, and then lets them take turns. Expect "by hand" to be
-# far behind at 4096 tokens and to fill the memory, and the fused ones to be close to each other. This lesson itself runs with `--device cuda` too; the
-# kernel is compiled then, and there is nothing to step through.
+# 10 minutes. This compares our kernels with PyTorch's own at every shape of a U-Net step: it checks each against float64 first, and then
+# measures them in turns. Expect "by hand" to be far behind at 4096 tokens and to fill the memory, and the fused ones to be close to each
+# other. The lesson itself runs with `--device cuda` too. The kernel is then compiled, and there is nothing to step through.
+
+# %% [markdown]
+# ## What you now know
+#
+# - Softmax can be computed in one pass over the keys: keep the largest logit so far and the sum so far.
+# - When the largest logit grows, multiply what was summed before by $e^{m - m'}$. The result is exact.
+# - Fused attention does this for blocks of keys and for the sum of the values too, so the N x N weights are never stored.
+# - The log-sum-exp, one number for each query, is enough to restore any share for the gradients.
+# - Equal results do not mean equal speed: what a compiler knows about a width decides how it loads.
+
+# %% [markdown]
+# ## Your guess
+#
+# The second answer is right: the answer so far, before it is divided, and the two numbers $m$ and $l$. The third describes what you get if
+# you forget to rescale, as in "Break it".
+
+# %% [markdown]
+# ## Quiz
+#
+# 1. The logits come in rising order. How often is the sum rescaled? And in falling order?
+# 2. Why does forgetting $\alpha$ do no harm when all keys fit into one block?
+# 3. Two halves of the keys were processed apart, each with its own $m$, $l$ and $O$. How do you combine them?
+#
+# <details><summary>Answers</summary>
+#
+# 1. In rising order at every key. In falling order never after the first one: the largest logit comes first.
+# 2. Before the first block $l$ and $O$ are zero, so there is nothing to rescale.
+# 3. Take the larger $m$ as $m'$, multiply $l$ and $O$ of each half by $e^{m - m'}$ with its own $m$, and add. Long sequences can be split
+#    among programs in this way.
+#
+# </details>
+
+# %% [markdown]
+# ## Now you
+#
+# Write a step that subtracts no maximum: let its $m'$ be zero every time, so that nothing has to be rescaled. Predict how large the logits
+# must become before the answer stops being a number. Then pass the step to `attend_in_blocks`, make the queries of "Break it" longer and
+# longer, and find the first length at which the answer is not finite. Compare the largest logit at that length with the overflow at
+# the beginning of this lesson.
 
 # %% [markdown]
 # ## Read next
 #
-# - `minidiff/kernels/self_attention.py`: `forward_kernel` is the walk, `load_head` the two tiles; `dk_dv_kernel` and `dq_kernel` compute the shares again from the LSE.
-#   `cross_attention.py` beside it has so few keys that one block holds them all: no walk at all.
+# - `minidiff/kernels/self_attention.py`: `forward_kernel` is your loop, and `load_head` cuts a head into its tiles. `dk_dv_kernel` and
+#   `dq_kernel` compute the shares again from the LSE. `cross_attention.py`, in the same folder, has so few keys that a single block holds
+#   them all.
 # - `tests/kernels/test_compiled.py`: the loads of every shape, counted.
-# - Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3; Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2", algorithm 1.
+# - Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3; Dao et al. 2022, "FlashAttention"; Dao 2023,
+#   "FlashAttention-2", algorithm 1.
 # - Lesson 06: the other half of the U-Net, residual blocks and the time.

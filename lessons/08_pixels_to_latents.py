@@ -1,38 +1,41 @@
 # %% [markdown]
 # # 08 Pixels to latents
 #
-# **How small can a picture be made before it is taken apart into noise, and what does that cost?**
+# **How small can a picture be made before it is mixed with noise, and what does that cost?**
 #
 # - Explains: [minidiff/vae.py](../minidiff/vae.py)
-# - You change: `scaling_factor`, the number that every checkpoint carries along
-# - Minutes: 30
+# - You change: `psnr`, `sample_latent` and `scaling_factor`: how good a copy is, what a latent is, and how large
+# - Minutes: 40
 # - Picture: [figures/08-wrong.png](figures/08-wrong.png)
 #
 # ![The whole pipeline; this lesson is about the VAE](figures/pipeline-vae.svg)
 #
-# Lesson 01 put noise into latents, and lesson 07 sent them through the U-Net. Here is where they come from: an *autoencoder*, two
-# networks that were trained together before the U-Net was. The *encoder* makes a small tensor of a picture, the *decoder* makes a picture
-# of it again. The kind used here is called a *VAE*, a variational autoencoder.
+# Lesson 01 added noise to latents, and lesson 07 sent them through the U-Net. This lesson is about where they come from: an *autoencoder*,
+# two networks that were trained together before the U-Net. The *encoder* turns a picture into a small tensor, the latent. The *decoder*
+# turns the latent back into a picture. The kind used here is called a *VAE*, a variational autoencoder.
 
 # %% [markdown]
 # ## Guess first
 #
-# 1. The bundled model's latent has twelve times fewer numbers than its picture. What comes back worst: plain background, the inside of
-#    things, or their borders?
-# 2. Every checkpoint has a number by which latents are multiplied before noise comes in; for Stable Diffusion it is 0.18215, and it
-#    stands hard-coded in many a program. What happens to pictures if a program with this number is given a model that has another?
+# Every checkpoint has a number by which latents are multiplied before noise is added. For Stable Diffusion 1.x it is 0.18215, and many
+# programs have this number hard-coded. Such a program is given a model that needs another one. What happens?
+#
+# 1. It stops with an error.
+# 2. Nothing that you could see: the norms inside the networks take care of the size.
+# 3. Pictures come out, and all of them are damaged.
 
 # %% [markdown]
 # ## There and back
 #
-# Diffusion in pixels works, and is slow: most of what it computes is grain that no one looks at. So Stable Diffusion leaves the grain to
-# the autoencoder, once a picture, and runs the U-Net, many times a picture, on what is left.
+# Diffusion on pixels works, but it is slow, and most of the work goes into fine grain that nobody looks at. Stable Diffusion leaves the
+# grain to the autoencoder, which runs once for each picture. The U-Net, which runs at every step, only works on the latent.
 #
-# How well it comes back is measured by the *PSNR*, the peak signal-to-noise ratio: the largest possible squared error over the mean
-# squared error, on a scale of decibels. Ten more are ten times less error. Pixels lie between $-1$ and $1$, so the largest squared error
-# is $2^2$:
+# How good is the picture that comes back? The usual measure is the *PSNR*, the peak signal-to-noise ratio: the largest possible squared
+# error divided by the mean squared error, in decibels. Pixels lie between $-1$ and $1$, so the largest possible squared error is $2^2$:
 #
 # $$\mathrm{PSNR} = 10 \, \log_{10} \frac{2^2}{\mathrm{mean}\left( (x - \hat{x})^2 \right)}$$
+#
+# With ten decibels more, the mean squared error is a tenth.
 
 # %%
 import numpy as np
@@ -40,28 +43,38 @@ import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 
-from lessons.common import picture_grid, start
+from lessons.common import curves, picture_grid, scene_pixels, start, x0_converter
 from minidiff.config import SD1
-from minidiff.pictures import to_pixels
 from minidiff.pipeline import to_images
 from minidiff.scenes.scenes import sample_scene
 from minidiff.vae import VAE
 
 lesson = start("08_pixels_to_latents")
 sd = lesson.load()
-vae, config, size = sd.vae, sd.config.vae, sd.config.image_size
+
+# %% [markdown]
+# ## Your turn: psnr
+#
+# Write it for two tensors of the same shape. The mean goes over everything, pictures and channels and pixels, so the result is a single
+# number. PyTorch's logarithm to the base of ten is `torch.log10`. Two lines. When it is right, you see the PSNR of noise of two sizes.
+
 
 # %%
+def psnr(x, x_hat):
+    """PSNR in decibels, one number; x and x_hat [B, 3, H, W] with values in [-1, 1]."""
+    # YOUR CODE, about 2 lines
+
+
+psnr = lesson.check(psnr)
+
+# %% [markdown]
+# We encode some scenes. For now we only use `mean`; what `logvar` is follows below.
+
+# %%
+vae, config, size = sd.vae, sd.config.vae, sd.config.image_size
 rng = np.random.default_rng(0)
 scenes = [sample_scene(rng) for _ in range(16 if lesson.quick else 64)]
-
-
-def enlarged(pictures):
-    """To the model's own size, which for the bundled one is the scenes'."""
-    return F.interpolate(pictures, size=(size, size), mode="bicubic").clamp(-1, 1)
-
-
-pixels = enlarged(to_pixels(np.stack([scene.image for scene in scenes])))
+pixels = scene_pixels(sd, scenes)
 with torch.no_grad():
     encoded = [vae.encode(part.to(lesson.device)) for part in pixels.split(8)]
 mean, logvar = (torch.cat([getattr(part, of) for part in encoded]) for of in ("mean", "logvar"))
@@ -72,13 +85,9 @@ print(f"{pixels[0].numel() / mean[0].numel():.0f} times fewer numbers")
 
 
 # %%
-def psnr(x, x_hat):
-    return float(10 * torch.log10(2**2 / (x - x_hat).square().mean()))
-
-
 @torch.no_grad()
 def decoded(z):
-    """Unscaled latents to pixels, some at a time."""
+    """Pixels from unscaled latents, a few at a time."""
     return torch.cat([vae.decode(part) for part in z.split(8)]).clamp(-1, 1).cpu()
 
 
@@ -91,16 +100,18 @@ print(f"a pixel is off by about {levels:.1f} of 255")
 
 # %%
 shown = [0, 2, 5, 6]
-wrong = (few - back).square().mean(dim=1).sqrt()
-rows = [[to_images(one)[i] for i in shown] for one in (few, back)] + [[wrong[i] for i in shown]]
+error = (few - back).square().mean(dim=1).sqrt()
+rows = [[to_images(pictures)[i] for i in shown] for pictures in (few, back)]
+rows.append([error[i] for i in shown])
 fig = picture_grid(rows, labels=["picture", "there\nand back", "error"])
-lesson.show(fig, "back", "Scenes, the same from their latents, and maps of the errors.")
+lesson.show(fig, "back", "Scenes, their copies from the latents, and maps of the errors.")
 
 # %% [markdown]
-# ## Where it errs
+# ## Where the errors are
 #
-# The scenes know which pixel is background, so the errors can be sorted. A strip around each outline counts as border: where the mask is
-# not the same within two pixels.
+# Every scene comes with a mask that says which pixels are background, so the errors can be sorted. Before you run the next cell: where do
+# you expect the largest ones, in the background, inside the things, or at their borders? Pixels count as border where the mask changes
+# within two pixels.
 
 # %%
 mask = torch.from_numpy(np.stack([scene.mask for scene in scenes[: len(few)]]))[:, None]
@@ -119,186 +130,206 @@ for name, region in regions.items():
 # %%
 fig, axis = plt.subplots()
 axis.bar(list(errors), list(errors.values()), width=0.6)
-axis.set(ylabel="mean squared error", yscale="log")
-lesson.show(fig, "regions", "Bars of error: small for background, large for inside and border.")
+axis.set(ylabel="mean squared error")
+lesson.show(fig, "regions", "A pixel's error in the background, inside things, and at borders.")
 
 # %% [markdown]
-# A plain background is one colour, and a few numbers hold it; nearly all of the error is where things are. The inside of these drawings
-# is full of outlines too, so look whether it is any better than the border. What the autoencoder loses no U-Net can bring back: this is
-# the ceiling of everything that the model draws. Small text and distant faces are what Stable Diffusion loses here.
+# A plain background is a single colour, which a few numbers can hold. Nearly all of the error is where things are, and the inside of these
+# drawings is full of outlines as well. Nothing that is lost here can be brought back by a U-Net, so the autoencoder sets a limit to all
+# pictures that the model generates. Stable Diffusion loses small text and distant faces here.
 
 # %% [markdown]
 # ## A latent is a cloud
 #
-# The encoder does not give one latent but a normal distribution for each number, a mean and a variance, and in training the decoder is
-# given a draw from it (Kingma and Welling 2014):
+# The encoder does not return a single latent. For each number of the latent it returns a normal distribution, as a mean and a variance. In
+# training, the decoder is given a random sample of it (Kingma and Welling 2014, section 2.4):
 #
 # $$z = \mathrm{mean} + \mathrm{std} \cdot \epsilon$$
 #
-# So the decoder learns that nearby latents are nearby pictures. And a second loss pulls every distribution towards the standard normal
-# one, by the *KL divergence* between the two:
+# So the decoder learns to decode everything near the mean: not a point, but a cloud.
+#
+# Left to itself, training would make the clouds as narrow as possible, because noise harms the picture. A second loss works against that.
+# It pulls each distribution towards the standard normal one, and measures how far away it is with the *KL divergence*:
 #
 # $$\mathrm{KL} = \frac{1}{2} \left( \mathrm{mean}^2 + \mathrm{std}^2 - 1 - \log \mathrm{std}^2 \right)$$
 #
-# It is zero for the standard normal and grows with every bit that the latent tells about the picture. (It is counted in *nats*, bits of the
-# natural logarithm. `logvar` below is $\log \mathrm{std}^2$, which is what the encoder gives.) Its weight in training is tiny, or the
+# It is zero for the standard normal distribution, and it grows with what the latent tells about the picture. Its unit is the *nat*, which
+# is to the natural logarithm what the bit is to the logarithm of base two. This loss has a tiny weight in training, since otherwise the
 # pictures would blur.
 
+# %% [markdown]
+# ## Your turn: sample_latent
+#
+# The encoder returns `logvar`, the logarithm of the variance, $\log \mathrm{std}^2$. A network can output any number, while a variance must
+# be positive; the exponential of any number is. The standard deviation is therefore $e^{\mathrm{logvar} / 2}$.
+#
+# Write the sample. `mean`, `logvar` and `eps` have the same shape, and `eps` is unit normal noise. Two lines. When it is right, you see
+# that many samples have the mean and the standard deviation that were asked for.
+
+
 # %%
-std = (0.5 * logvar).exp()
-naive = 0.5 * (mean**2 + std**2 - 1 - logvar)
-kl = torch.cat([part.kl() for part in encoded])
-assert torch.allclose(naive.sum(dim=(1, 2, 3)), kl, rtol=1e-4)
-print(f"KL {kl.mean() / mean[0].numel():.1f} nats a number")
-print(f"the means spread by {mean.std():.2f}, each cloud by {std.mean():.3f}")
+def sample_latent(mean, logvar, eps):
+    """A sample of N(mean, exp(logvar)); all [B, C, H, W]."""
+    # YOUR CODE, about 2 lines
+
+
+sample_latent = lesson.check(sample_latent)
 
 # %%
 generator = torch.Generator().manual_seed(0)
-eps = torch.randn((len(few), C, H, W), generator=generator).to(lesson.device)
-shares = [0.02, 0.05, 0.1, 0.2, 0.4, 0.8]
-quality = [psnr(few, decoded(mean[: len(few)] + share * mean.std() * eps)) for share in shares]
-own = float(std.mean() / mean.std())
+n = len(few)
+eps = torch.randn((n, C, H, W), generator=generator).to(lesson.device)
+sample = sample_latent(mean[:n], logvar[:n], eps)
+assert sample.shape == eps.shape == (n, C, H, W)
+print(f"PSNR of the means {psnr(few, back):.1f} dB, of samples {psnr(few, decoded(sample)):.1f} dB")
 
-fig, axis = plt.subplots()
-axis.semilogx(shares, quality, marker="o")
-axis.axvline(own, color="black", linewidth=1, linestyle="--")
-axis.annotate(" spread of the clouds", (own, min(quality)))
-axis.set(xlabel="noise in the latent, as a share of its size", ylabel="PSNR in dB")
-axis.set(xticks=shares, xticklabels=shares)
-axis.minorticks_off()
-lesson.show(fig, "noise", "PSNR stays at first, and falls beyond the spread of the clouds.")
+std = (0.5 * logvar).exp()
+by_hand = 0.5 * (mean**2 + std**2 - 1 - logvar)
+kl = torch.cat([part.kl() for part in encoded])
+assert torch.allclose(by_hand.sum(dim=(1, 2, 3)), kl, rtol=1e-4)
+print(f"KL {kl.mean() / mean[0].numel():.1f} nats for each number of the latent")
+print(f"standard deviation of the means {mean.std():.2f}, of a cloud {std.mean():.3f}")
 
 # %% [markdown]
-# Noise within the clouds does no harm; the decoder has been trained with it. This is what lets a U-Net be a little wrong: its last errors
-# vanish in the decoder.
+# How much noise can a latent take before its picture suffers? We add more and more of it, of the same size to all numbers.
+
+# %%
+shares = [0.02, 0.05, 0.1, 0.2, 0.4, 0.8]
+quality = [float(psnr(few, decoded(mean[:n] + share * mean.std() * eps))) for share in shares]
+own = float(std.mean() / mean.std())
+axes = {"xlabel": "noise, as a share of the latents' size", "ylabel": "PSNR in dB"}
+lines = {"noise added": (shares, quality)}
+lines["size of a cloud"] = [own, own], [min(quality), max(quality)]
+fig = curves(lines, **axes, log="x", xticks=shares, dashed=["size of a cloud"])
+lesson.show(fig, "noise", "PSNR against the noise in the latent; dashed, the size of a cloud.")
+
+# %% [markdown]
+# Left of the dashed line the noise does little harm, because the decoder was trained with as much. To the right, the picture gets worse and
+# worse. This is why the U-Net may be slightly wrong: errors smaller than a cloud hardly show in the picture.
 
 # %% [markdown]
 # ## The scaling factor
 #
-# The clouds are narrow and the means are not at variance 1: with so small a weight the KL could not bring them there. But `q_sample` of
-# lesson 01 mixes $\sqrt{\bar\alpha_t} \, x_0$ with noise of variance 1, and it promises that the variance stays 1. That holds only if
-# $x_0$ has variance 1. So multiply the latents by a number $s$, the same for all. A variance $\sigma^2$ becomes $s^2 \sigma^2$, and it is
-# to be 1:
+# The means do not have variance one: the weight of the KL divergence is too small for that. But the forward process of lesson 01 mixes
+# $\sqrt{\bar\alpha_t} \, x_0$ with noise of variance one, and $x_t$ has variance one only if $x_0$ has it. Therefore latents are multiplied
+# by a number $s$, the same for all of them. A variance $\sigma^2$ becomes $s^2 \sigma^2$, and this should be one:
 #
 # $$s^2 \sigma^2 = 1 \quad \Rightarrow \quad s = \frac{1}{\sigma}$$
 #
-# $\sigma$ is the standard deviation over pictures, channels and places together (Rombach et al. 2022, appendix G). It is measured once,
-# after the autoencoder is trained, and goes with the checkpoint from then on.
+# Here $\sigma$ is the standard deviation over all pictures, channels and cells (Rombach et al. 2022, appendix G). It is measured once,
+# after the autoencoder has been trained, and the *scaling factor* $s$ belongs to the checkpoint from then on.
 
 # %% [markdown]
 # ## Your turn: scaling_factor
 #
-# Write it: from latents of shape B C H W one number, as a tensor without axes. The standard deviation is measured from the mean of all
-# the numbers, which need not be zero.
+# Write it. It takes latents of shape `[B, C, H, W]` and returns one number, a tensor without axes. The standard deviation is that of all
+# numbers together. Their mean need not be zero; `.std()` subtracts it. Two lines. When it is right, you see what the factor does to latents
+# as large as Stable Diffusion's.
 
 
 # %%
 def scaling_factor(latents):
-    """1 / sigma, one number for all of the latents [B, C, H, W]."""
-    # YOUR CODE, about 1 lines
+    """1 / sigma, one number for all latents [B, C, H, W]."""
+    # YOUR CODE, about 2 lines
 
 
-def one_over_sigma(latents):
-    return 1 / latents.std()
-
-
-scaling_factor = lesson.check(scaling_factor, instead=one_over_sigma)
-assert scaling_factor(mean).shape == ()
+scaling_factor = lesson.check(scaling_factor)
 
 # %%
+assert scaling_factor(mean).shape == ()
 counts = [1, 2, 4, 8, 16] + ([] if lesson.quick else [32, 64])
 orders = [np.random.default_rng(i).permutation(B) for i in range(8)]
-print("pictures   estimates from different pictures")
+print("pictures   lowest and highest of eight estimates")
 fig, axis = plt.subplots()
 for count in counts:
     found = [float(scaling_factor(mean[order[:count]])) for order in orders]
     axis.plot([count] * len(found), found, "o", color="C0", alpha=0.6)
-    print(f"{count:8}   {min(found):.3f} to {max(found):.3f}")
+    print(f"{count:8}   {min(found):.3f}, {max(found):.3f}")
 axis.axhline(config.scaling_factor, color="black", linewidth=1, linestyle="--")
 axis.set(xscale="log", xticks=counts, xticklabels=counts, xlabel="pictures", ylabel="1 / sigma")
 axis.minorticks_off()
-lesson.show(fig, "factor", "Estimates spread for one picture and close in on one number.")
+lesson.show(fig, "factor", "Estimates from few pictures differ; those from many agree.")
 print(f"the model's own: {config.scaling_factor:.3f}")
 
 # %% [markdown]
-# One picture gives almost any number, many give nearly one. The dashed line is what the checkpoint carries, measured over many more
-# pictures than these; a few percent do no harm. It belongs to this autoencoder: if that is trained again, so must the U-Net be.
+# An estimate from one picture can be far off, and estimates from many pictures agree. The dashed line is the factor in the checkpoint,
+# measured over many more pictures. A few per cent more or less do no harm. The factor belongs to this autoencoder: after training the
+# autoencoder again, the U-Net has to be trained again too.
 
 # %% [markdown]
 # ## Break it: somebody else's factor
 #
-# A program with the wrong number hard-coded makes the mistake in two places. After drawing it divides by it, and the decoder is given
-# latents of the wrong size. Before noise is added to a picture of one's own, as in lesson 13, it multiplies by it, and the U-Net sees
-# latents of the wrong size. First the decoder.
+# A program with the wrong number uses it in two places. After the denoising loop it divides by the number, so the *decoder* gets latents of
+# the wrong size. Before it adds noise to a picture of yours, as in lesson 13, it multiplies by the number, so the *U-Net* gets latents of
+# the wrong size. First the decoder.
 
 # %%
 right = config.scaling_factor
-other = 1.0 if abs(right - 0.18215) < 1e-4 else 0.18215  # for a model that has it, none at all
+other = 1.0 if abs(right - 0.18215) < 1e-4 else 0.18215  # none at all for a model that has 0.18215
 print(f"right: {right:.5f}, wrong: {other}")
+print(f"divided by the wrong one, latents are {right / other:.1f} times their size")
 prompts = ["a rocket on a red background", "a house on a green background"]
 prompts += ["a camera on a purple background", "a cat on a white background"]
 *_, last = sd.denoise(prompts, steps=4 if lesson.quick else 15, seeds=[1])
-drawn = {
-    "right": to_images(decoded(last.x_t / right)),
+generated = {
+    "divided by\nthe right": to_images(decoded(last.x_t / right)),
     "divided by\nthe wrong": to_images(decoded(last.x_t / other)),
 }
+fig = picture_grid(list(generated.values()), labels=list(generated))
+lesson.show(fig, "wrong", "Four pictures; below, the same latents divided by the wrong number.")
 
 # %% [markdown]
-# Now the U-Net: it is asked for $x_0$ of scenes whose latents have some multiple of the right size, and the error is measured in the
-# right size.
+# Next the U-Net. We multiply the latents of scenes by several numbers, where one is the right size, add noise, and ask for $x_0$.
+# Afterwards we divide by the same number, so that all errors are measured at the right size.
 
 # %%
 z = mean[:8] * right
 context = sd.encode_prompts([scene.caption for scene in scenes[: len(z)]])
 noise = torch.randn(z.shape, generator=generator).to(lesson.device)
-predicts_eps = sd.schedule.config.prediction == "eps"
-x0_from = sd.schedule.x0_from_eps if predicts_eps else sd.schedule.x0_from_v
+convert = x0_converter(sd)
 
 
 @torch.no_grad()
-def x0_hat(times, one):
-    """What the U-Net takes x_0 for, if the latents are `times` too large; divided by it again."""
-    t = torch.full((len(z),), one, device=lesson.device)
+def x0_hat(times, timestep):
+    """The U-Net's prediction for latents that are `times` too large, divided by it again."""
+    t = torch.full((len(z),), timestep, device=lesson.device)
     x_t = sd.schedule.q_sample(times * z, t, noise)
-    return x0_from(x_t, t, sd.unet(x_t, t, context)) / times
+    return convert(x_t, t, sd.unet(x_t, t, context)) / times
 
 
 # %%
 sizes = [0.25, 0.5, 1, 2, 4] if lesson.quick else [0.25, 0.35, 0.5, 0.71, 1, 1.41, 2, 2.83, 4]
-fig, axis = plt.subplots()
-for one, marker in zip((300, 500, 700), "os^"):
-    off = [float((x0_hat(times, one) - z).square().mean()) for times in sizes]
-    axis.loglog(sizes, off, marker=marker, label=f"t = {one}")
-    at = sizes.index(1)
-    print(f"t = {one}: error {off[at]:.2f}, at a quarter {off[0]:.2f}, at 4 times {off[-1]:.2f}")
-axis.set(xlabel="size of the latents, right is 1", ylabel="error of x0_hat")
-axis.set(xticks=[0.25, 0.5, 1, 2, 4], xticklabels=[0.25, 0.5, 1, 2, 4])
-axis.minorticks_off()
-axis.legend()
-lesson.show(fig, "valley", "The error is least near size one and grows on both sides.")
+lines = {}
+for t in (300, 500, 700):
+    off = [float((x0_hat(times, t) - z).square().mean()) for times in sizes]
+    lines[f"t = {t}"] = sizes, off
+    right_size = off[sizes.index(1)]
+    print(f"t = {t}: error {right_size:.2f}, at a quarter {off[0]:.2f}, at 4 times {off[-1]:.2f}")
+axes = {"xlabel": "size of the latents, right is 1", "ylabel": "error of x0_hat"}
+fig = curves(lines, **axes, log="xy", xticks=[0.25, 0.5, 1, 2, 4])
+lesson.show(fig, "valley", "The error against the size of the latents, at three timesteps.")
 
 # %%
-fig = picture_grid(list(drawn.values()), labels=list(drawn))
-lesson.show(fig, "wrong", "Four pictures; below the same, glaring and without shades.")
-
 seen = [x0_hat(times, 500)[:4] / right for times in (1, other / right)]
 rows = [to_images(decoded(latents)) for latents in seen]
 fig = picture_grid(rows, labels=["scenes,\nx0_hat", "multiplied\nby the wrong"])
-lesson.show(fig, "guessed", "Scenes found in noise; below, blurred ones with details lost.")
+lesson.show(fig, "guessed", "Scenes predicted from noise; below, from latents of the wrong size.")
 
 # %% [markdown]
-# That answers the second guess: nothing crashes, and every picture is worse. In the second row of the first one the decoder was given
-# latents that it never met: too strong in everything, with colours that run into their ends. In the second row of the other, latents too
-# small drowned in noise far earlier than the timestep says, and the U-Net, which trusts the timestep, filled in the rest from its own
-# mind. Both programs run without a complaint. So minidiff keeps the number in `VAEConfig`, as part of the checkpoint, and the VAE itself
-# never multiplies; the pipeline does, in one place.
+# Nothing crashes in either place, and every picture is worse. Look at the row with the wrong number in both figures. The decoder was given
+# latents of a size that it never met in training. The U-Net is told a timestep and trusts it. Latents that are too small drown in noise
+# earlier than the timestep says, so the network makes up more of the picture than it should have to. Latents that are too large do less
+# harm, because the noise covers less of them.
+#
+# In minidiff the number is part of the checkpoint (`VAEConfig`). The VAE itself works on unscaled latents. Code that adds noise multiplies by
+# the model's own number, and `StableDiffusion.decode` divides by it.
 
 # %% [markdown]
 # ## On real Stable Diffusion
 #
-# `python lessons/08_pixels_to_latents.py --model v1-5-pruned-emaonly.safetensors` measures a checkpoint that you have.
-# Stable Diffusion 1.x and 2.x have the same autoencoder, with 48 times fewer numbers than pixels and the factor 0.18215: its latents
-# spread by 5.49.
+# `python lessons/08_pixels_to_latents.py --model v1-5-pruned-emaonly.safetensors` measures a checkpoint of yours. The autoencoder of
+# Stable Diffusion 1.x and 2.x makes latents with 48 times fewer numbers than the picture has. Their standard deviation is 5.49, hence the
+# factor 0.18215.
 
 # %%
 real = SD1.vae
@@ -318,14 +349,53 @@ print(f"{parameters:,} parameters; here {sum(p.numel() for p in vae.parameters()
 # python lessons/08_pixels_to_latents.py --model v1-5-pruned-emaonly.safetensors --device cuda
 # ```
 #
-# Three minutes. The wrong factor is then none at all. The estimates of the factor come out near 0.18215, not at it: it was measured on
+# Three minutes. The wrong factor is no factor at all here. The estimates come out near 0.18215, but not at it: it was measured on
 # photographs, and these are drawings.
+
+# %% [markdown]
+# ## What you now know
+#
+# - The autoencoder makes pictures small once, so that the U-Net can work on small tensors at every step.
+# - What the autoencoder loses, mostly where things are, no U-Net can bring back.
+# - A latent is a cloud, a mean and a variance for each number; noise as large as the cloud hardly shows in the picture.
+# - The scaling factor, one over the standard deviation of all latents, gives $x_0$ the variance that the noise schedule expects.
+# - The factor belongs to its checkpoint. A wrong one stops nothing and harms every picture.
+
+# %% [markdown]
+# ## Your guess
+#
+# The third answer is right, as the pictures of "Break it" show. The second would be right if a norm came first. But the noise is mixed in
+# before any norm: what counts is the size of the latent beside that of the noise, and no norm can tell the two apart.
+
+# %% [markdown]
+# ## Quiz
+#
+# 1. Somebody multiplies by twice the right factor before adding noise. What is the variance of $x_0$, and does the U-Net see too much noise
+#    or too little for its timestep?
+# 2. What would happen if the KL divergence had a large weight in the autoencoder's training?
+# 3. The letters on a sign come back from the autoencoder unreadable. Does it help to fine-tune the U-Net on pictures of signs?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Four. There is too little noise for the timestep, because the noise has kept its size.
+# 2. The clouds would grow as wide as the means are apart. Different pictures would get overlapping clouds, and the decoder could only
+#    return blurred averages.
+# 3. No. The decoder cannot draw these letters from any latent that the encoder makes of them, so the autoencoder has to change.
+#
+# </details>
+
+# %% [markdown]
+# ## Now you
+#
+# Blend two scenes half and half, once in pixels and once in latents: decode the mean of two rows of `mean`. Predict whether the two results
+# look the same. Then show both blends next to each other with `picture_grid`, for several pairs. Where do they differ, and does the blend
+# of the latents look like a picture of one thing?
 
 # %% [markdown]
 # ## Read next
 #
-# - `minidiff/vae.py`: `DiagonalGaussian` is the cloud, `Encoder` and `Decoder` are ResBlocks without time; `StableDiffusion.decode` in
-#   `minidiff/pipeline.py` divides by the factor.
+# - `minidiff/vae.py`: `DiagonalGaussian.sample` is your `sample_latent`, and `Encoder` and `Decoder` are ResBlocks without time.
+#   `StableDiffusion.decode` in `minidiff/pipeline.py` divides by the factor.
 # - Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models", section 3.1 and appendix G; Kingma and Welling
 #   2014, "Auto-encoding variational Bayes".
-# - Lesson 09: the other thing that the U-Net is given, words.
+# - Lesson 09: the other input of the U-Net, words.

@@ -48,8 +48,15 @@ ERRORS = (
     (r"name '(\w+)' is not defined", "the name {0!r} is not known here: use the arguments' names and what the lesson has imported"),
     (r"(?:local variable|variable) '(\w+)'", "{0!r} is used before a line gave it a value"),
     (r"'(\w+)' object is not callable", "round brackets call a function, and this is a {0}: an entry of a table is taken with [ ]"),
+    (
+        r"must be Tensor, not torch\.return_types\.(max|min)",
+        ".{0}(dim=...) gives two things, the values and their places: take .a{0}(dim=...), which gives the values alone",
+    ),
     (r"must be Tensor, not (\w+)", "torch's function was given a plain {0}: take the root with ** 0.5, which knows numbers and tensors"),
+    (r"must be real number, not (\w+)", "math's functions take one number at a time, and this is a {0}: call them inside the loop"),
+    (r"math range error", "an exponential is too large to be a number: subtract the largest exponent from all of them first"),
     (r"index (\d+) is out of bounds for dimension (\d+) with size (\d+)", "entry {0} of an axis of {2} is asked for; they count from 0"),
+    (r"pop from empty list", "more is taken from a list than was put on it: count both"),
     (r"index out of range|list index out of range", "an entry behind the last one is asked for; they count from 0"),
     (
         r"unsupported operand type\(s\) for (\S+): '([\w.]+)' and '([\w.]+)'",

@@ -1,6 +1,7 @@
 """The learner's blanks: answers pass, blanks and typical mistakes fail, each mistake with a sentence of its own."""
 
 import inspect
+import math
 import re
 import subprocess
 import sys
@@ -163,7 +164,11 @@ def raised(function) -> str:
         (lambda: no_such_name, "the name 'no_such_name' is not known here"),
         (lambda: torch.zeros(3)(1), "an entry of a table is taken with [ ]"),
         (lambda: torch.sqrt(2.0), "was given a plain float: take the root with ** 0.5"),
+        (lambda: torch.maximum(torch.zeros(2), torch.zeros(2, 2).max(dim=1)), ".amax(dim=...), which gives the values alone"),
+        (lambda: math.exp([1.0]), "one number at a time, and this is a list"),
+        (lambda: math.exp(1000.0), "an exponential is too large"),
         (lambda: torch.zeros(3)[3], "entry 3 of an axis of 3 is asked for"),
+        (lambda: [].pop(), "more is taken from a list than"),
         (lambda: list(range(1))[2], "an entry behind the last one"),
         (lambda: torch.zeros(3).shape / 2.0, "which have no such operation"),
         (lambda: complaint("01_adding_noise"), "called without 1 of its arguments"),

@@ -15,9 +15,9 @@ from pathlib import Path
 import jupytext
 
 # Lessons of the new anatomy: two or three blanks, nothing before the first idea
-SETTLED = ("01", "02", "03", "04", "06", "09", "10", "11", "12", "13", "14")
+SETTLED = ("01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12", "13", "14")
 # Lessons that end with what one knows now, the guess, a quiz and a task of one's own
-CLOSED = ("00", "01", "02", "03", "04", "06", "09", "10", "11", "12", "13", "14")
+CLOSED = ("00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11", "12", "13", "14")
 
 NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")
 NO_CLAIM = re.compile(
