@@ -166,7 +166,7 @@ for i, colour in enumerate(("C0", "C1")):
         label = f"{prompts[i].split()[1]}, {len(points) - 1} steps"
         axis.plot(*zip(*kept), style, c=colour, label=label)
 axis.set(xlabel="noise level sigma", ylabel="one number of x", xlim=(5, -0.1))
-axis.legend(loc="lower right")
+axis.legend(loc="upper right")
 lesson.show(fig, "curve", "Two curves, and Euler's straight pieces next to them.")
 
 # %% [markdown]

@@ -65,13 +65,15 @@ def wider_config() -> ModelConfig:
 
 
 def training_config() -> ModelConfig:
-    """Smaller still, for the 64 x 64 pixels of the scenes: what a training step computes is the same at every size."""
-    config = small_config(image_size=64)
+    """Smaller still, for the pixels of the scenes: what a training step computes is the same at every size."""
+    from minidiff.scenes.scenes import SIZE  # here, so that the core is tested without its extensions
+
+    config = small_config(image_size=SIZE)
     return dataclasses.replace(
         config,
         text_encoder=dataclasses.replace(config.text_encoder, layers=1),
         unet=dataclasses.replace(config.unet, widths=(16, 16), attention=(True, False), heads=(2, 2)),
-        vae=VAEConfig(widths=(4, 8, 8), blocks_per_level=1, groups=4),
+        vae=VAEConfig(widths=(4, 4, 8, 8), blocks_per_level=1, groups=4),
     )
 
 

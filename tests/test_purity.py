@@ -36,6 +36,7 @@ from minidiff import (
     samplers,
     text_encoder,
     tiled_decode,
+    transfer,
     unet,
     vae,
 )
@@ -124,7 +125,7 @@ def examples() -> list[partial]:
     changes = {"unet.down.0.transformers.0.blocks.0.cross_attention.to_k": torch.randn(16, 16)}
     answer, draws = lambda x_t, t, context: 0.5 * x_t, diffusion_loss.NoiseSample(t, eps)
     judge = JudgeTask(judge_config(), 0, torch.device("cpu")).judge
-    pixels, two = torch.rand(2, 3, 64, 64), torch.tensor([0, 1])
+    pixels, two = torch.rand(2, 3, 128, 128), torch.tensor([0, 1])
     features, labels = (
         torch.randn(8, 4),
         judge_trainer.Labels(torch.rand(2, 2, 8, 8) / 2, two[:, None].repeat(1, 2), two[:, None].repeat(1, 2), two, two),
@@ -144,7 +145,7 @@ def examples() -> list[partial]:
     public_clip = OpenClip.__new__(OpenClip)  # around any network
     public_clip.model, public_clip.image_size, public_clip.device = (
         SimpleNamespace(encode_image=lambda x, normalize: x.mean((2, 3))),
-        64,
+        128,
         torch.device("cpu"),
     )
     public_clip.mean = public_clip.std = torch.ones(3, 1, 1)
@@ -236,13 +237,13 @@ def examples() -> list[partial]:
         partial(tasks.to_pixels, np.zeros((1, 4, 4, 3), np.uint8)),
         partial(tasks.resize, x_t, 3),
         partial(tasks.encode_scenes, np.zeros((1, 8, 8, 3), np.uint8), vae.VAE(vae_config), torch.device("cpu")),
-        partial(tasks.reconstruction_loss, torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)),
+        partial(tasks.reconstruction_loss, torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.rand(1, 1, 4, 4)),
         partial(tasks.Latents(x_t, t[:, None], x_t[:, :1]).scaling_factor),
         partial(diffusion_loss.squared_error, answer, schedule, x_t, context, draws),
         partial(diffusion_loss.diffusion_loss, answer, schedule, x_t, context, draws, mask=x_t[:, :1], min_snr=5.0),
         partial(prior_preservation.prior_preservation_loss, features[:, 0], 4, 1.0),
         partial(diffusion_loss.min_snr_weight, schedule, t, 5.0),
-        partial(loop.to_device, torch.device("cpu"), x_t),
+        partial(transfer.to_device, torch.device("cpu"), x_t),
         partial(memory.bytes_of, [x_t]),
         partial(distributed.mean, x_t.sum()),
         partial(optimizer.orthogonalise, torch.randn(4, 6)),
@@ -256,7 +257,7 @@ def examples() -> list[partial]:
         partial(alignment.text_alignment, features, features + 1),
         partial(alignment.image_alignment, features, features + 1),
         partial(pairs.dependence, np.array([[1.0, -1.0, 0.0]])),
-        partial(alignment.check_size, pixels, 64, "judge"),
+        partial(alignment.check_size, pixels, 128, "judge"),
         partial(few.denoise, sd, ["a cat"], [0], x_0),
         partial(edit_start.encode, sd, picture),
         partial(edit_start.encode_rows, sd, picture, 2),
@@ -364,6 +365,7 @@ def examples() -> list[partial]:
         partial(group_norm_silu.fused_group_norm_silu, cells, 4, ones, ones, 1e-5),
         partial(group_norm_silu.run_group_norm_silu, cells, 4, ones, ones, 1e-5),
         partial(group_norm_silu.unsupported, cells, 4, ones, ones),
+        partial(tiles.capability_of, ones),
         partial(tiles.no_kernel_for, ones),
         partial(tiles.device_of, ones),
         partial(tiled_decode.should_tile, vae_config, x_t),

@@ -26,8 +26,8 @@ def small(config=SMALL, dtype=torch.float32) -> VAE:
         return VAE(config).to(dtype)
 
 
-def latents(B, h, w, dtype=torch.float32):
-    return torch.randn(B, 4, h, w, generator=torch.Generator().manual_seed(1)).to(dtype)
+def latents(B, h, w, dtype=torch.float32, channels=4):
+    return torch.randn(B, channels, h, w, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def assert_equal_but_for_rounding(vae, z, rows):
@@ -59,7 +59,7 @@ def test_a_decoder_of_one_level_never_grows():
 @pytest.mark.parametrize("rows", [None, 5])
 def test_the_bundled_vae_draws_the_same_picture(rows):
     vae = weights_loader.load("tiny").vae
-    z = latents(2, 16, 16) / vae.config.scaling_factor
+    z = latents(2, 16, 16, channels=vae.config.latent_channels) / vae.config.scaling_factor
     with torch.no_grad():
         whole = vae.decode(z)
     torch.testing.assert_close(decode_tiled(vae, z, rows), whole, rtol=1e-4, atol=1e-4)  # weights and latents are larger than above

@@ -76,8 +76,11 @@ def find(path_or_name: str | Path) -> Path:
 
 def open_checkpoint(path: Path) -> Contents:
     """Read a file or a diffusers folder, and sort its tensors by part. Raises ValueError for what its names show to be something else."""
-    if path.is_dir() and (path / INDEX).is_file():
-        return _open_folder(path)
+    contents = _open_folder(path) if path.is_dir() and (path / INDEX).is_file() else _open_file(path)
+    return take_vae(contents, BUNDLED["tiny"]) if path == BUNDLED["half"] else contents  # made on that VAE, and shipped without it
+
+
+def _open_file(path: Path) -> Contents:
     checkpoint = unwrap(read(path))
     what = foreign(list(checkpoint.tensors))
     if what:
@@ -217,7 +220,7 @@ def take_vae(contents: Contents, path: Path) -> Contents:
         parts=contents.parts | {"vae": tensors},
         layouts=contents.layouts | {"vae": layout},
         rest=contents.rest | averages,
-        notes=(*contents.notes, f"VAE taken from {path}; the model's own is left out"),
+        notes=(*contents.notes, f"VAE taken from {path}" + "; the model's own is left out" * bool(contents.parts["vae"])),
         vae_config=config,
     )
 

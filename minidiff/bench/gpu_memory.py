@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from minidiff.bundled.recipe import Recipe
-from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents, bundled_config
+from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents, Scenes, bundled_config
 from minidiff.conditioning import concatenate
 from minidiff.kernels.dispatch import attention_backend
 from minidiff.pipeline import StableDiffusion
@@ -196,10 +196,12 @@ def count_from_scratch(recipe: Recipe) -> int:
     config = bundled_config(recipe.widths)
     size, cells = config.image_size, config.image_size // config.vae.factor
     tokens = torch.ones(1, config.tokenizer.context_length, dtype=torch.int64)
-    latents = Latents(torch.zeros(1, config.vae.latent_channels, cells, cells), tokens, torch.zeros(1, 1, cells, cells))
-    first = AutoencoderTask(config, recipe, np.zeros((1, size, size, 3), dtype=np.uint8), CPU)
+    mask = torch.zeros(1, 1, cells, cells)
+    latents = Latents(torch.zeros(1, config.vae.latent_channels, cells, cells), tokens, mask)
+    first = AutoencoderTask(config, recipe, Scenes(np.zeros((1, size, size, 3), dtype=np.uint8), tokens, mask), CPU)
     second = DiffusionTask(config, recipe, latents, CPU)
-    scenes, encoded = recipe.scenes * bytes_of([first.images]), recipe.scenes * bytes_of([second.x_0, second.tokens, second.weight])
+    scenes = recipe.scenes * bytes_of([first.images, first.weight])
+    encoded = recipe.scenes * bytes_of([second.x_0, second.tokens, second.weight])
     return max(count_steps(first, recipe.autoencoder()).total + scenes, count_steps(second, recipe.diffusion()).total + encoded)
 
 

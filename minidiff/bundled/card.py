@@ -42,7 +42,7 @@ Forty fixed prompts, prompt i on seed i, ddim, guidance {sd.config.guidance_scal
 
 ## What it can do
 
-The VAE's reconstructions reach {psnr[0]:.1f} dB PSNR on scenes that it has not seen, and {psnr[1]:.1f} dB where the subject is one that no training showed.
+Inside the objects the VAE's reconstructions reach {psnr[0]:.1f} dB PSNR on scenes that it has not seen, and {psnr[1]:.1f} dB where the subject is one that no training showed.
 
 The judge, a small CLIP trained on scenes, says of {len(record.verdicts)} pictures of fixed prompts (seeds {", ".join(map(str, seeds))}; {record.steps} steps of
 ddim, guidance {record.guidance_scale:g}, nothing selected), beside what it says of real scenes of the same prompts and of these after the VAE:

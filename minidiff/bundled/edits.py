@@ -87,7 +87,7 @@ def _scene_edit(rng: np.random.Generator, size: int) -> SceneEdit:
 # --- ways to blend ----------------------------------------------------------------------------------------------------
 
 
-# What a model of 4 channels may be given outside the hole after each step: the original's latent with this noise.
+# What a model that knows nothing of masks may be given outside the hole after each step: the original's latent with this noise.
 WAYS = {
     "same": ("the noise of the start", "diffusers, minidiff"),
     "fresh": ("fresh noise each time", "CompVis"),
@@ -102,7 +102,7 @@ def blend(
     """Repaint the masked part of a scene; return the decoded pixels, and these pasted over the original.
 
     Args:
-        sd: a model of 4 channels.
+        sd: a model whose U-Net takes the latent alone.
         edit: the scene and what is asked for.
         way: of WAYS.
         seeds: one per picture.
@@ -156,7 +156,7 @@ def measure_blends(
     """Measure every way to blend: how well the subject is seen, and how far what was decoded is off the original just outside the hole.
 
     Args:
-        sd: a model of 4 channels.
+        sd: a model whose U-Net takes the latent alone.
         judge: of the scenes.
         edits: scenes.
         seeds: each edit is made on each.

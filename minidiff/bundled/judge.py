@@ -46,11 +46,11 @@ class JudgeConfig:
     subjects: tuple[str, ...]
     colours: tuple[str, ...]
     styles: tuple[str, ...]
-    widths: tuple[int, ...] = (32, 64, 128)
-    blocks: tuple[int, ...] = (1, 1, 1)
+    widths: tuple[int, ...] = (16, 32, 64, 128)
+    blocks: tuple[int, ...] = (1, 1, 1, 1)
     heads: int = 4
     features: int = 128
-    image_size: int = 64
+    image_size: int = 128
 
     def __post_init__(self):
         if len(self.widths) != len(self.blocks):

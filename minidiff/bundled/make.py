@@ -101,7 +101,8 @@ def run_bundled(
 
 def judge_settings(recipe: Recipe, device: torch.device) -> Settings:
     """Return the settings of the judge's training."""
-    return dataclasses.replace(JUDGE_SETTINGS, seed=recipe.seed, compile=resolve_compile(device, recipe).compile)
+    compile = resolve_compile(device, recipe).compile and device.type != "cpu"  # as with the VAE, there is nothing to gain
+    return dataclasses.replace(JUDGE_SETTINGS, seed=recipe.seed, compile=compile)
 
 
 def run_judge_training(recipe: Recipe, folder: Path, device: torch.device) -> Generator[StageProgress, None, Judge]:

@@ -19,6 +19,7 @@ class Recipe:
         vae_batch: pictures at once
         vae_learning_rate: of the VAE; it stays for a quarter of the steps, then falls
         kl_weight: what the latents' distance from unit normals counts in the VAE's loss
+        train_vae: train the VAE of --vae or --init further, instead of taking it as it is
         scenes: how many are composed before training, for the VAE and for the U-Net to learn from
         steps: of the text encoder and the U-Net
         batch: latents at once
@@ -26,24 +27,27 @@ class Recipe:
         schedule: of that rate, after it has risen
         object_weight: what a latent cell of an object counts, beyond the 0.4 of the background
         caption_dropout: share of captions that are left empty, for guidance
+        min_snr: gamma of the min-SNR weights of the U-Net's loss, such as 5
         ema_decay: decay of the running mean of the weights, which is the result
-        compile: run the networks through torch.compile, which changes the result by rounding only; by default on a CUDA device and nowhere
-            else, where it gains nothing at this size
+        compile: run the networks through torch.compile, which changes the result by rounding only; by default where it is faster: on a CUDA
+            device, and the text encoder and the U-Net on CPUs with AMX
     """
 
     seed: int = 0
     widths: tuple[int, ...] | None = None
-    vae_steps: int = 1000
-    vae_batch: int = 32
+    vae_steps: int = 2400
+    vae_batch: int = 16
     vae_learning_rate: float = 4e-3
     kl_weight: float = 4e-3
-    scenes: int = 40_000
-    steps: int = 8000
+    train_vae: bool = False
+    scenes: int = 30_000
+    steps: int = 14_000
     batch: int = 64
     learning_rate: float = 4e-3
     schedule: Schedule = "linear_after_hold"
     object_weight: float = 1.6  # the loss of a latent cell is weighted 0.4 + object_weight * (its share of object)
     caption_dropout: float = 0.1  # captions left empty, for classifier-free guidance (Ho and Salimans 2022)
+    min_snr: float | None = None
     ema_decay: float = 0.9995
     compile: bool | None = None
 
@@ -57,6 +61,8 @@ class Recipe:
                 raise ValueError(f"{name} {getattr(self, name)}: a recipe needs a finite number, not below 0")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout {self.caption_dropout} is outside 0..1")
+        if self.min_snr is not None and not 0 < self.min_snr < math.inf:
+            raise ValueError(f"min_snr {self.min_snr}: gamma must be a finite number above 0; None leaves the timesteps as they are")
         self.autoencoder()
         self.diffusion()
 

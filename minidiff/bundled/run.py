@@ -72,13 +72,14 @@ def run_from_scratch(
         folder: For all files.
         device: To train on.
         save: Called with the model at the end.
-        init: A model to train further, of `config`'s shape: its VAE is kept, its text encoder and U-Net are trained.
-        vae: One to take as it is, of `config`'s shape and scaling factor; text encoder and U-Net are trained from scratch.
+        init: A model to train further, of `config`'s shape: its text encoder and U-Net are trained, its VAE if the recipe says train_vae.
+        vae: One to take as it is, of `config`'s shape and scaling factor, or to train further; text encoder and U-Net are trained from
+            scratch.
     """
     claim_folder(folder, config, recipe, init, vae)
     recipe, given = resolve_compile(device, recipe), init.vae if init is not None else vae
     vae, latents = yield from make_latents(config, recipe, folder, device, given)
-    if given is None:
+    if given is None or recipe.train_vae:
         config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, scaling_factor=latents.scaling_factor()))
     task = DiffusionTask(config, recipe, latents, device, init)
     training = Training(task, recipe.diffusion(), device, folder / "diffusion.pt")
@@ -94,7 +95,18 @@ def run_from_scratch(
 
 def resolve_compile(device: torch.device, recipe: Recipe) -> Recipe:
     """Return the recipe with `compile` decided by the device if the recipe leaves it open."""
-    return recipe if recipe.compile is not None else dataclasses.replace(recipe, compile=device.type == "cuda")
+    return recipe if recipe.compile is not None else dataclasses.replace(recipe, compile=device.type == "cuda" or has_amx(device))
+
+
+def has_amx(device: torch.device) -> bool:
+    """Return whether this is a CPU that multiplies matrices of bfloat16 in tiles."""
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # there is no public way to ask
+
+
+def autoencoder_settings(recipe: Recipe, device: torch.device) -> Settings:
+    """Return the settings of the VAE's training. On a CPU it is not compiled: that gains nothing, and is done for each size it decodes."""
+    settings = recipe.autoencoder()
+    return dataclasses.replace(settings, compile=settings.compile and device.type != "cpu")
 
 
 def estimate_seconds(
@@ -110,11 +122,11 @@ def estimate_seconds(
         vae: One to take as it is.
     """
     scenes, composing = time_first(make_scenes(dataclasses.replace(recipe, scenes=100), config))
-    vae_task = AutoencoderTask(config, recipe, scenes.images, device)
+    vae_task = AutoencoderTask(config, recipe, scenes, device)
     mean, encoding = time_first(encode_scenes(scenes.images, vae_task.vae, device))
     seconds = {"scenes": composing * recipe.scenes / 100}
-    if init is None and vae is None:
-        seconds["autoencoder"] = recipe.vae_steps * time_step(vae_task, recipe.autoencoder(), device)
+    if recipe.train_vae or (init is None and vae is None):
+        seconds["autoencoder"] = recipe.vae_steps * time_step(vae_task, autoencoder_settings(recipe, device), device)
     seconds["latents"] = encoding * recipe.scenes / 100
     task = DiffusionTask(config, recipe, Latents(mean, scenes.tokens, scenes.mask), device, init)
     return seconds | {"diffusion": recipe.steps * time_step(task, recipe.diffusion(), device)}
@@ -138,42 +150,43 @@ def time_step(task: Task, settings: Settings, device: torch.device) -> float:
 def make_latents(
     config: ModelConfig, recipe: Recipe, folder: Path, device: torch.device, given: VAE | None
 ) -> Generator[StageProgress, None, tuple[VAE, Latents]]:
-    """Train the VAE unless it is given, and encode the scenes. The generator's return value is the VAE and the latents.
+    """Train the VAE, unless one is to be taken as it is, and encode the scenes. The generator's return value is the VAE and the latents.
 
     Args:
         config: Of the model.
         recipe: Its numbers.
         folder: For all files.
         device: To train on.
-        given: A VAE to take as it is.
+        given: A VAE to take as it is, or to train further.
     """
-    path = folder / "latents.pt"
+    path, kept = folder / "latents.pt", None if recipe.train_vae else given
     if not path.exists():
         scenes = yield from compose_scenes(config, recipe)
-        if given is None:
-            task = AutoencoderTask(config, recipe, scenes.images, device)
-            yield from run_logged("autoencoder", Training(task, recipe.autoencoder(), device, folder / "vae.pt"), folder)
+        if kept is None:
+            task = AutoencoderTask(config, recipe, scenes, device, given)
+            training = Training(task, autoencoder_settings(recipe, device), device, folder / "vae.pt")
+            yield from run_logged("autoencoder", training, folder)
         if distributed.rank() == 0:
             parts = []
-            for part in encode_scenes(scenes.images, load_vae(config, folder, device, given), device):
+            for part in encode_scenes(scenes.images, load_vae(config, folder, device, kept), device):
                 parts.append(part)
                 yield StageProgress("latents", sum(map(len, parts)), recipe.scenes)
             write_state(path, dataclasses.asdict(Latents(torch.cat(parts), scenes.tokens, scenes.mask)))
     distributed.barrier()
-    return load_vae(config, folder, device, given), Latents(**read_state(path))
+    return load_vae(config, folder, device, kept), Latents(**read_state(path))
 
 
-def load_vae(config: ModelConfig, folder: Path, device: torch.device, given: VAE | None) -> VAE:
-    """Return the given VAE, or the EMA weights of the trained one.
+def load_vae(config: ModelConfig, folder: Path, device: torch.device, kept: VAE | None) -> VAE:
+    """Return the VAE that is kept, or the EMA weights of the trained one.
 
     Args:
         config: Of the model.
         folder: Of the run, with vae.pt.
         device: Where the VAE goes.
-        given: A VAE to copy instead; None reads the trained one.
+        kept: A VAE to copy instead; None reads the trained one.
     """
-    if given is not None:
-        return copy.deepcopy(given).to(device).float()
+    if kept is not None:
+        return copy.deepcopy(kept).to(device).float()
     vae = VAE(config.vae)
     vae.load_state_dict(read_state(folder / "vae.pt")["ema"]["vae"]["mean"])
     return vae.to(device).requires_grad_(False).eval()

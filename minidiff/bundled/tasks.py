@@ -25,11 +25,11 @@ from minidiff.bundled.recipe import Recipe
 from minidiff.config import ModelConfig, ScheduleConfig, TextEncoderConfig, TokenizerConfig, UNetConfig, VAEConfig
 from minidiff.pictures import to_pixels
 from minidiff.pipeline import StableDiffusion
-from minidiff.scenes.scenes import bpe_merges, sample_scene
+from minidiff.scenes.scenes import SIZE, bpe_merges, sample_scene
 from minidiff.schedule import NoiseSchedule
 from minidiff.text_encoder import TextEncoder
 from minidiff.tokenizer import Tokenizer
-from minidiff.trainers.engine.diffusion_loss import NoiseSample, squared_error
+from minidiff.trainers.engine.diffusion_loss import NoiseSample, min_snr_weight, squared_error
 from minidiff.trainers.engine.loop import randn_per_sample, rng_for, with_seed
 from minidiff.trainers.engine.optimizer import optimizers
 from minidiff.trainers.engine.prefetch import prefetch
@@ -43,21 +43,24 @@ CONTEXT_LENGTH = 32  # the longest caption of a scene has 22 tokens
 
 
 def bundled_config(widths: tuple[int, ...] | None = None) -> ModelConfig:
-    """Return the bundled model's config: Stable Diffusion's shape for 64 x 64 pictures, 16 x 16 latents. widths: of the U-Net's levels."""
+    """Return the bundled model's config: Stable Diffusion's shape for pictures of 128 x 128, latents of 16 x 16. widths: of the U-Net."""
     merges, widths = bpe_merges(), widths or (64, 128, 160)
+    vae = VAEConfig(widths=(16, 32, 64, 96), blocks_per_level=1, latent_channels=8, groups=8)
     return ModelConfig(
         tokenizer=TokenizerConfig(merges=merges, context_length=CONTEXT_LENGTH),
         text_encoder=TextEncoderConfig(WITHOUT_MERGES + len(merges), CONTEXT_LENGTH, width=128, layers=3, heads=4),
         unet=UNetConfig(
+            in_channels=vae.latent_channels,
+            out_channels=vae.latent_channels,
             widths=widths,
             blocks_per_level=1,
             attention=(True, True, False),
             heads=tuple(width // 32 for width in widths),
             context_width=128,
         ),
-        vae=VAEConfig(widths=(24, 48, 96), blocks_per_level=1, groups=8),
+        vae=vae,
         schedule=ScheduleConfig(prediction="v", zero_terminal_snr=True, spacing="trailing"),
-        image_size=64,
+        image_size=SIZE,
         guidance_scale=4.0,
     )
 
@@ -82,28 +85,33 @@ def make_scenes(recipe: Recipe, config: ModelConfig, chunk: int = 100) -> Iterat
         yield Scenes(images, tokenizer([scene.caption for scene in scenes]), F.avg_pool2d(mask, config.vae.factor))
 
 
-def reconstruction_loss(output: Float[Tensor, "B 3 H W"], pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, ""]:
-    """Return L1 + 2 MSE + L1 of the differences between neighbouring pixels, which keeps edges sharp."""
+def reconstruction_loss(
+    output: Float[Tensor, "B 3 H W"], pixels: Float[Tensor, "B 3 H W"], weight: Float[Tensor, "B 1 H W"]
+) -> Float[Tensor, ""]:
+    """Return L1 + 2 MSE + L1 of the differences between neighbouring pixels, which keeps edges sharp; each is a weighted mean of pixels."""
     error = output - pixels
-    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    return error.abs().mean() + 2 * error.square().mean() + edges
+    edges = (weight[:, :, 1:] * error.diff(dim=2).abs()).mean() + (weight[..., 1:] * error.diff(dim=3).abs()).mean()
+    return (weight * (error.abs() + 2 * error.square())).mean() + edges
 
 
 class AutoencoderTask:
-    """The VAE's training on composed scenes: reconstruction, and a little KL that keeps the latents near N(0, 1).
+    """The VAE's training on composed scenes: reconstruction, of objects above all, and a little KL that keeps the latents near N(0, 1).
 
     In every second step, latents and target are both shrunk before the latents are decoded (EQ-VAE), to 1/2 and 3/4 in turn.
     """
 
-    def __init__(self, config: ModelConfig, recipe: Recipe, images: UInt8[np.ndarray, "N H W 3"], device: torch.device):
+    def __init__(self, config: ModelConfig, recipe: Recipe, scenes: Scenes, device: torch.device, init: VAE | None = None):
         self.recipe, self.device = recipe, device
-        self.images = torch.from_numpy(images).to(device)  # as bytes: on a GPU no step waits for pictures
+        self.images = torch.from_numpy(scenes.images).to(device)  # as bytes: on a GPU no step waits for pictures
+        self.weight = (0.4 + recipe.object_weight * scenes.mask).to(device)
         with with_seed(recipe.seed):
             self.vae = VAE(config.vae).to(device)
+        if init is not None:
+            self.vae.load_state_dict(init.state_dict())
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
         self.networks = (self.vae.encoder, self.vae.decoder)
-        cells = images.shape[1] // config.vae.factor, images.shape[2] // config.vae.factor
-        self.draws = prefetch(partial(autoencoder_draws, recipe.seed, len(images), (config.vae.latent_channels, *cells)), device)
+        shape = config.vae.latent_channels, *scenes.mask.shape[2:]
+        self.draws = prefetch(partial(autoencoder_draws, recipe.seed, len(scenes.images), shape), device)
 
     def optimizers(self, settings: Settings) -> tuple[torch.optim.Optimizer, ...]:
         """Create the optimizers of the VAE's weights."""
@@ -119,7 +127,8 @@ class AutoencoderTask:
             cells, side = z.shape[-1], z.shape[-1] // 2 if step % 4 == 1 else 3 * z.shape[-1] // 4
             z, target = resize(z.float(), side), resize(pixels, side * pixels.shape[-1] // cells)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return reconstruction_loss(self.vae.decode(z).float(), target) + self.recipe.kl_weight * kl
+        weight = F.interpolate(self.weight[chosen], size=target.shape[-2:])
+        return reconstruction_loss(self.vae.decode(z).float(), target, weight) + self.recipe.kl_weight * kl
 
 
 def autoencoder_draws(
@@ -202,7 +211,10 @@ class DiffusionTask:
         chosen, dropped, t, eps = (to_device(self.device, part) for part in self.draws(step, sample_ids))
         context = self.text_encoder(torch.where(dropped[:, None], self.empty, self.tokens[chosen]))
         error = squared_error(self.unet, self.schedule, self.x_0[chosen], context, NoiseSample(t, eps))
-        return (self.weight[chosen] * error).mean()
+        weight = self.weight[chosen]
+        if self.recipe.min_snr is not None:
+            weight = weight * min_snr_weight(self.schedule, t, self.recipe.min_snr)[:, None, None, None]
+        return (weight * error).mean()
 
 
 def diffusion_draws(

@@ -33,7 +33,7 @@ from minidiff.transfer import to_device
 # 40 minutes on one core that does nothing else.
 JUDGE_SETTINGS = Settings(
     steps=3000,
-    batch=128,
+    batch=64,
     learning_rate=4e-3,
     warmup_steps=60,
     schedule="linear_after_hold",
@@ -47,7 +47,7 @@ def judge_config() -> JudgeConfig:
     """Return the config of the judge that ships."""
     bundled = bundled_config()  # the words are the bundled model's, the network is smaller
     text_encoder = replace(bundled.text_encoder, width=64, layers=2, heads=4)
-    return JudgeConfig(bundled.tokenizer, text_encoder, tuple(subjects()), tuple(COLOURS), STYLES)
+    return JudgeConfig(bundled.tokenizer, text_encoder, tuple(subjects()), tuple(COLOURS), STYLES, image_size=bundled.image_size)
 
 
 @dataclass(frozen=True, eq=False)

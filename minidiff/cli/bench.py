@@ -64,7 +64,7 @@ def attention(
     chosen = choose_device(device)
     on_cpu = chosen.type == "cpu"
     rounds = (3 if on_cpu else 5) if rounds is None else rounds
-    sizes = sizes or ((64,) if models == ("bundled",) else (512,) if on_cpu else (512, 768))
+    sizes = sizes or ((128,) if models == ("bundled",) else (512,) if on_cpu else (512, 768))
     dtypes = dtypes or (("float32", "bfloat16") if on_cpu else ("bfloat16",))
     show(bench_attention(out, rounds, models, sizes, dtypes, str(chosen), contender or CONTENDERS, batch))
 

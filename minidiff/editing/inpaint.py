@@ -1,6 +1,6 @@
 """Inpainting: a part of a picture is repainted under a prompt, and the rest stays.
 
-    a U-Net of 4 channels:  after each step, outside the hole:  x_t <- add_noise(x_0, the seed's noise, level)
+    a U-Net of the latent:  after each step, outside the hole:  x_t <- add_noise(x_0, the seed's noise, level)
     a U-Net of 9 channels:  x_t, the hole, the latent of the picture without it --> U-Net
 
 With any model the known part can be put back after every step, as noisy as the rest, so that what grows in the hole has it in view. The

@@ -110,7 +110,7 @@ def read_key(path: Path) -> dict[str, Any]:
     try:
         key = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        key = None
+        key = {}
     kinds = {"first": str, "second": str, "left is second": list}
     whole = isinstance(key, dict) and all(isinstance(key.get(name), kind) for name, kind in kinds.items())
     if not whole or not all(isinstance(swap, bool) for swap in key["left is second"]):

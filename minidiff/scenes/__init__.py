@@ -1,1 +1,1 @@
-"""Captioned 64 x 64 scenes of openly licensed emoji art: the data of the bundled model. See scenes.py."""
+"""Captioned 128 x 128 scenes of openly licensed emoji art: the data of the bundled model. See scenes.py."""

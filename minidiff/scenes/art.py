@@ -1,7 +1,7 @@
 """The pictures of the scenes: subjects, their art in three styles, tints and backgrounds.
 
-sheet.webp has one row of 64 x 64 cells per subject, in the order of subjects.json, and one column per style; make_sheet.py
-made it, LICENSES.md says whose art it is. Everything here is plain RGB from 0 to 255; no colour management.
+sheet.webp has cells of 128 x 128 pixels in reading order, one for each style of each subject of subjects.json; make_sheet.py made it,
+LICENSES.md says whose art it is. Everything here is plain RGB from 0 to 255; no colour management.
 """
 
 import functools
@@ -14,8 +14,10 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-SIZE = 64  # pixels, of a scene and of a cell of the sheet
-STYLES = ("noto", "twemoji", "fluent")  # the columns of the sheet
+SIZE = 128  # pixels of a scene, a side; all lengths in a scene follow it
+CELL = 128  # pixels of a cell of the sheet
+SUBJECTS_A_ROW = 10  # of the sheet: one below the other they would be higher than the 16,383 pixels of a WebP
+STYLES = ("noto", "twemoji", "fluent")  # the order of a subject's cells
 COLOURS = {
     "red": (220, 40, 40),
     "orange": (245, 140, 30),
@@ -38,17 +40,17 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Subject:
-    """One row of subjects.json: an everyday name, its class word, and where its art stands in the sheet."""
+    """One row of subjects.json: an everyday name, its class word, and its number, which says where its art stands in the sheet."""
 
     name: str
     class_name: str
-    row: int
+    number: int
     held_out: bool
 
 
 @functools.cache
 def subjects() -> dict[str, Subject]:
-    """Return all subjects by name, in the order of the sheet's rows; 110 for training, 20 held out."""
+    """Return all subjects by name, in the order of the sheet; 110 for training, 20 held out."""
     rows = json.loads((HERE / "subjects.json").read_text())
     return {row["name"]: Subject(row["name"], row["class"], i, row["held_out"]) for i, row in enumerate(rows)}
 
@@ -67,15 +69,16 @@ def known(kind: str, value: str, choices) -> str:
 
 @functools.cache
 def sheet() -> UInt8[np.ndarray, "H W 4"]:
-    """Open the whole sheet, RGBA, 64 * subjects high and 64 * styles wide."""
+    """Open the whole sheet, RGBA."""
     return np.asarray(Image.open(HERE / "sheet.webp").convert("RGBA"))
 
 
 @functools.cache
 def art(subject: str, style: str) -> UInt8[np.ndarray, "H W 4"]:
-    """Return one picture, RGBA, cut to what is drawn: its longer side is 64."""
-    row, column = subjects()[subject].row, STYLES.index(style)
-    cell = sheet()[row * SIZE : (row + 1) * SIZE, column * SIZE : (column + 1) * SIZE]
+    """Return one picture, RGBA, cut to what is drawn: its longer side is CELL."""
+    row, column = divmod(subjects()[subject].number, SUBJECTS_A_ROW)
+    x, y = CELL * (len(STYLES) * column + STYLES.index(style)), CELL * row
+    cell = sheet()[y : y + CELL, x : x + CELL]
     rows, columns = np.flatnonzero(cell[..., 3].any(1)), np.flatnonzero(cell[..., 3].any(0))
     return cell[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
@@ -85,7 +88,7 @@ def tint_picture(picture: UInt8[np.ndarray, "H W 4"], colour: str) -> UInt8[np.n
     base = np.array(COLOURS[colour], np.float32) / 255
     light = picture[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32) / 255
     shade = np.clip(light - np.average(light, weights=picture[..., 3]), -0.35, 0.35)[..., None]
-    rgb = np.where(shade < 0, base * (1 + 1.2 * shade), base + (1 - base) * 1.1 * shade)
+    rgb = base + np.where(shade < 0, base, 1 - base) * shade
     return np.concatenate([(rgb * 255 + 0.5).astype(np.uint8), picture[..., 3:]], -1)
 
 
@@ -103,7 +106,7 @@ def scaled_size(subject: str, style: str, px: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def paint_background(colour: str, shade: Sequence[float], gradient: float) -> Float32[np.ndarray, "64 64 3"]:
+def paint_background(colour: str, shade: Sequence[float], gradient: float) -> Float32[np.ndarray, "H W 3"]:
     """Paint the colour plus `shade`, in [0, 255], times (1 - gradient) at the top to (1 + gradient) at the bottom."""
     rows = 1 + gradient * np.linspace(-1, 1, SIZE, dtype=np.float32)
     column = np.clip(rows[:, None] * (np.array(COLOURS[colour], np.float32) + np.asarray(shade, np.float32)), 0, 255)

@@ -17,7 +17,7 @@ from minidiff.pictures import save_png
 from minidiff.scenes.art import COLOURS, STYLES, known, scaled_size, subject_names, subjects, visible_backgrounds
 from minidiff.scenes.scenes import SIZE, Item, Scene, compose
 
-SIZES = (58, 46, 52, 40, 55)  # pixels of the longer side, in turn
+SIZES = tuple(round(share * SIZE) for share in (0.91, 0.72, 0.81, 0.63, 0.86))  # pixels of the longer side, in turn
 
 
 def subject_scenes(subject: str, style: str, count: int, rng: np.random.Generator) -> list[Scene]:
@@ -40,7 +40,7 @@ def subject_scenes(subject: str, style: str, count: int, rng: np.random.Generato
     scenes = []
     for i in range(count):
         px = SIZES[i % len(SIZES)]
-        x, y = 32 + (rng.random(2) - 0.5) * (SIZE - np.array(scaled_size(subject, style, px)))
+        x, y = SIZE / 2 + (rng.random(2) - 0.5) * (SIZE - np.array(scaled_size(subject, style, px)))
         scenes.append(compose([Item(subject, px, (float(x), float(y)))], background=backgrounds[order[i % len(order)]], style=style))
     return scenes
 

@@ -1,6 +1,7 @@
 """The fixed prompts of the bundled model's evaluation, and real scenes that show what they say.
 
-prompts.json holds them: drawn once at random (`draw_prompts`), before any training, and unchanged since. 246 in four groups:
+prompts.json holds them: drawn once at random (`draw_prompts`), before any training, and unchanged since, even when the
+sheet of art was made anew, whose colours would now draw five other backgrounds. 246 in four groups:
 
     one      each of the 110 training subjects once       a cat on a green background
     two      20 each with and, left of, above             a cat left of a key on a green background

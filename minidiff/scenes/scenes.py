@@ -1,4 +1,4 @@
-"""Captioned 64 x 64 scenes: the pictures and words from which the bundled model is trained.
+"""Captioned 128 x 128 scenes: the pictures and words from which the bundled model is trained.
 
 Where Stable Diffusion had LAION's photographs, the bundled model has one or two emoji on a coloured background:
 
@@ -44,6 +44,10 @@ MEDIA = (
     "image",
     "icon",
 )  # "a photo of ...", as people and the templates of personalisation write; it means nothing here
+# Lengths are shares of SIZE: of an object that has the scene to itself, by the word for its size; of each of two objects; and how far
+# off the middle line two objects may stand.
+LENGTHS = {None: (0.69, 0.875), "small": (0.44, 0.56), "large": (0.875, 0.97)}
+LENGTHS_OF_TWO, OFF_MIDDLE = (0.44, 0.53), 0.11
 SPLITS = ("train", "held_out_subjects", "held_out_pairs", "all_subjects")
 
 
@@ -52,8 +56,8 @@ class Item:
     """What to put into a scene: `px` is the longer side in pixels, `centre` is (x, y), `colour` a tint."""
 
     subject: str
-    px: int = 50
-    centre: tuple[float, float] = (32.0, 32.0)
+    px: int = round(0.78 * SIZE)
+    centre: tuple[float, float] = (SIZE / 2, SIZE / 2)
     colour: str | None = None
     size: str | None = None  # the word "small" or "large" of the caption
     by_class: bool = False  # the caption names the class instead of the subject
@@ -68,16 +72,16 @@ class SceneObject:
     colour: str | None
     size: str | None
     box: tuple[int, int, int, int]
-    mask: Float32[np.ndarray, "64 64"]
+    mask: Float32[np.ndarray, "H W"]
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
     """A picture (0 to 255) with its words and labels; mask in [0, 1], the share of each pixel under any object."""
 
-    image: UInt8[np.ndarray, "64 64 3"]
+    image: UInt8[np.ndarray, "H W 3"]
     caption: str
-    mask: Float32[np.ndarray, "64 64"]
+    mask: Float32[np.ndarray, "H W"]
     objects: tuple[SceneObject, ...]
     background: str
     style: str
@@ -232,14 +236,20 @@ def choose_subjects(rng: np.random.Generator, split: str, count: int) -> tuple[l
     return chosen, colours
 
 
+def in_pixels(shares: tuple[float, float]) -> tuple[int, int]:
+    """Return shares of a scene's side as whole pixels."""
+    low, high = shares
+    return round(low * SIZE), round(high * SIZE)
+
+
 def place_one(rng: np.random.Generator, subject: str, style: str) -> tuple[int, str | None, tuple[float, float]]:
     """Choose size in pixels, the word for it, and a centre, for an object that has the scene to itself."""
     size = choose(rng, (None, None, None, "small", "large"))
-    low, high = {None: (44, 56), "small": (28, 36), "large": (56, 62)}[size]
+    low, high = in_pixels(LENGTHS[size])
     px = int(rng.integers(low, high + 1))
     # 0.8 of the room that is left: objects wander, and seldom touch the rim.
     slack = 0.8 * (SIZE - np.array(scaled_size(subject, style, px)))
-    x, y = 32 + (rng.random(2) - 0.5) * slack
+    x, y = SIZE / 2 + (rng.random(2) - 0.5) * slack
     return px, size, (float(x), float(y))
 
 
@@ -257,18 +267,19 @@ def place_two(
     upright = relation == "above" or (relation == "and" and rng.random() < 0.5)
     swap = relation == "and" and rng.random() < 0.5
     along, across = (1, 0) if upright else (0, 1)
-    first = int(rng.integers(28, 35))
-    px = [first, int(rng.integers(28, min(34, SIZE - first) + 1))]
+    low, high = in_pixels(LENGTHS_OF_TWO)
+    first = int(rng.integers(low, high + 1))
+    px = [first, int(rng.integers(low, min(high, SIZE - first) + 1))]
     sides = [scaled_size(name, style, p) for name, p in zip(names[::-1] if swap else names, px)]
     room = SIZE - sides[0][along] - sides[1][along]
     gap = int(rng.integers(room // 2 + 1))
     start = int(rng.integers(room - gap + 1))
     starts = [start, start + sides[0][along] + gap]
     layout = []
-    for p, side, low in zip(px, sides, starts):
-        # Whole pixels: the box of an odd side then lies exactly where `low` puts it.
-        free = min(7, (SIZE - side[across]) // 2)
-        place = low + side[along] / 2, (SIZE - side[across]) // 2 + int(rng.integers(-free, free + 1)) + side[across] / 2
+    for p, side, start in zip(px, sides, starts):
+        # Whole pixels: the box of an odd side then lies exactly where `start` puts it.
+        free = min(round(OFF_MIDDLE * SIZE), (SIZE - side[across]) // 2)
+        place = start + side[along] / 2, (SIZE - side[across]) // 2 + int(rng.integers(-free, free + 1)) + side[across] / 2
         layout.append((p, None, place[::-1] if upright else place))
     return layout[::-1] if swap else layout
 
@@ -281,7 +292,7 @@ def sample_scene(rng: np.random.Generator, *, split: str = "train") -> Scene:
     Raises ValueError for an unknown split.
     """
     known("split", split, SPLITS)
-    count = 1 if rng.random() < 0.65 else 2
+    count = 1 if rng.random() < 0.5 else 2
     style = choose(rng, STYLES)
     names, colours = choose_subjects(rng, split, count)
     background = choose(rng, common_backgrounds(zip(names, colours), [style]))

@@ -117,5 +117,6 @@ def test_latents_have_their_shapes_and_the_encoder_is_counted(tmp_path):
 
 def test_all_scenes_of_training_from_scratch_are_on_the_gpu():
     few, many = (count_from_scratch(Recipe(widths=(32, 32, 32), scenes=scenes, batch=2, vae_batch=2)) for scenes in (10**6, 2 * 10**6))
-    pixels = 3 * gpu_memory.bundled_config().image_size ** 2
-    assert many - few == 10**6 * pixels  # their bytes outweigh their latents
+    config = gpu_memory.bundled_config()
+    pixels, cells = config.image_size**2, (config.image_size // config.vae.factor) ** 2
+    assert many - few == 10**6 * (3 * pixels + 4 * cells)  # bytes, and a float32 of how much each cell counts: more than their latents

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import weights_loader
+from minidiff.bundled import edits as edits_module
 from minidiff.bundled.edits import (
     INVERSION_STEPS,
     PARTS,
@@ -21,7 +22,7 @@ from minidiff.bundled.edits import (
 from minidiff.editing.inpaint import inpaint
 from minidiff.editing.masks import mask_box
 from minidiff.editing.start import Sampling
-from minidiff.scenes.scenes import subject_names
+from minidiff.scenes.art import SIZE, subject_names
 from tests.small_models import small_config, small_model
 
 
@@ -30,13 +31,19 @@ def judge():
     return weights_loader.load_judge()
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Of inversion, whose tables take 640 calls of the U-Net otherwise."""
+    monkeypatch.setattr(edits_module, "INVERSION_STEPS", (3, 6, 12))
+
+
 @pytest.fixture
 def sd(judge):
     return small_model(small_config(image_size=judge.config.image_size))
 
 
 def test_scenes_are_the_same_every_time_and_leave_something_to_keep():
-    edits, again = scene_edits(8, 64), scene_edits(3, 64)
+    edits, again = scene_edits(8, SIZE), scene_edits(3, SIZE)
     assert all(torch.equal(a.pixels, b.pixels) and a.prompt == b.prompt for a, b in zip(edits, again))
     for edit in edits:
         assert edit.subject in subject_names(held_out=False) and edit.subject in edit.prompt and edit.subject not in edit.caption
@@ -45,17 +52,17 @@ def test_scenes_are_the_same_every_time_and_leave_something_to_keep():
 
 
 def test_a_model_of_another_size_gets_the_scene_in_its_size():
-    small, large = scene_edits(1, 64)[0], scene_edits(1, 96)[0]
-    assert large.pixels.shape == (1, 3, 96, 96) and large.mask.shape == (1, 1, 96, 96)
+    small, large = scene_edits(1, SIZE)[0], scene_edits(1, 3 * SIZE // 2)[0]
+    assert large.pixels.shape == (1, 3, 192, 192) and large.mask.shape == (1, 1, 192, 192)
     assert all(abs(1.5 * a - b) <= 1 for a, b in zip(mask_box(small.mask), mask_box(large.mask)))
 
 
 def test_the_judge_finds_the_scenes_own_subjects_and_no_others(judge):
     with torch.no_grad():
         hits = [
-            found(judge, edit.pixels, name) for edit in scene_edits(12, 64) for name in (edit.caption.split(" on ")[0].split(" ", 1)[1],)
+            found(judge, edit.pixels, name) for edit in scene_edits(12, SIZE) for name in (edit.caption.split(" on ")[0].split(" ", 1)[1],)
         ]
-        misses = [found(judge, edit.pixels, edit.subject) for edit in scene_edits(12, 64)]
+        misses = [found(judge, edit.pixels, edit.subject) for edit in scene_edits(12, SIZE)]
     assert sum(sum(hits, [])) >= 11 and sum(sum(misses, [])) <= 1
 
 
@@ -69,7 +76,7 @@ def test_changes_are_counted_where_the_mask_is_alone():
 
 
 def test_the_way_of_the_library_is_the_first_in_the_table(sd):
-    (edit,) = scene_edits(1, 64)
+    (edit,) = scene_edits(1, SIZE)
     decoded, _ = blend(sd, edit, "same", [0, 1], Sampling(3))
     *_, last = inpaint(sd, edit.prompt, edit.pixels, edit.mask, seeds=[0, 1], sampling=Sampling(3))
     assert next(iter(WAYS)) == "same" and torch.equal(decoded, sd.decode(last.x_t))
@@ -99,7 +106,7 @@ def test_a_picture_drawn_anew_is_the_measure_of_change():
 
 def test_inversion_errors_fall_with_the_steps(sd):
     with torch.no_grad():
-        rows = list(measure_inversion(sd, scene_edits(2, 64)))
+        rows = list(measure_inversion(sd, scene_edits(2, SIZE)))
     plain = [row["rms"] for row in rows if row["pictures"] == "scenes" and row["scale"] == 1]
     assert plain == sorted(plain, reverse=True)
 

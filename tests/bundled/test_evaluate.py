@@ -22,7 +22,7 @@ from tests.small_models import small_config, small_model, training_config
 def judge():
     config = judge_config()
     with with_seed(0):
-        return Judge(dataclasses.replace(config, widths=(8, 8, 16), heads=2)).eval().requires_grad_(False)
+        return Judge(dataclasses.replace(config, widths=(8, 8, 8, 16), heads=2)).eval().requires_grad_(False)
 
 
 def reading_of(judge, places, tint, background, style):
@@ -163,9 +163,10 @@ def test_psnr_is_that_of_the_definition():
     rng = np.random.default_rng(5)
     psnr = []
     for _ in range(3):
-        image = sample_scene(rng).image
-        decoded = reconstruct(sd, evaluation.to_pixels(image[None]))[0].permute(1, 2, 0).numpy() * 127.5 + 127.5
-        psnr.append(20 * math.log10(255) - 10 * math.log10(np.mean((decoded - image) ** 2)))
+        scene = sample_scene(rng)
+        decoded = reconstruct(sd, evaluation.to_pixels(scene.image[None]))[0].permute(1, 2, 0).numpy() * 127.5 + 127.5
+        mse = np.average((decoded - scene.image) ** 2, weights=np.repeat(scene.mask[..., None], 3, axis=2))
+        psnr.append(20 * math.log10(255) - 10 * math.log10(mse))
     assert fresh == pytest.approx(np.mean(psnr), abs=1e-4)  # dB; fp32
     assert held_out != fresh and 0 < held_out < 30
 
@@ -193,7 +194,7 @@ def test_a_limit_keeps_all_groups():
 
 
 def test_what_cannot_be_judged_is_refused_at_once(judge):
-    with pytest.raises(ValueError, match="draws 32 pixels, the judge reads 64"):
+    with pytest.raises(ValueError, match="draws 32 pixels, the judge reads 128"):
         evaluate(small_model(small_config()), judge)
     for wrong in ({"seeds": ()}, {"limit": 0}, {"batch": 0}):
         with pytest.raises(ValueError, match="no picture to judge"):

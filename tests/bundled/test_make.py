@@ -18,13 +18,17 @@ from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.run import StageProgress
 from minidiff.bundled.train_judge import JUDGE_SETTINGS, judge_config
 from minidiff.machine import format_device
+from minidiff.scenes.scenes import SIZE
 from tests.small_models import training_config
 
 CPU = torch.device("cpu")
 CONFIG = training_config()
-RECIPE = Recipe(seed=5, vae_steps=3, vae_batch=2, scenes=20, steps=3, batch=2, learning_rate=0.002)
+RECIPE = Recipe(seed=5, vae_steps=3, vae_batch=2, scenes=20, steps=3, batch=2, learning_rate=0.002, compile=False)
 JUDGE = dataclasses.replace(
-    judge_config(), widths=(8, 16, 16), heads=2, text_encoder=dataclasses.replace(judge_config().text_encoder, width=16, layers=1, heads=2)
+    judge_config(),
+    widths=(8, 8, 16, 16),
+    heads=2,
+    text_encoder=dataclasses.replace(judge_config().text_encoder, width=16, layers=1, heads=2),
 )
 RESULTS = (
     "model.safetensors",
@@ -83,7 +87,7 @@ def test_every_stage_is_told_and_leaves_its_files(whole):
     assert sd.config.unet == CONFIG.unet and judge.config == JUDGE
     mean = torch.load(folder / "judge.pt", weights_only=True)["ema"]["judge"]["mean"]
     assert torch.equal(judge.subjects.weight, mean["subjects.weight"].half().float())  # of the averaged weights
-    assert Image.open(folder / "pictures.png").size == (8 * 64, 5 * 64)
+    assert Image.open(folder / "pictures.png").size == (8 * SIZE, 5 * SIZE)
     assert {"judge.csv", "judge-loss.png", "times.json", *RESULTS} <= {path.name for path in folder.iterdir()}
 
 

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from minidiff.bundled import run
 from minidiff.bundled.recipe import Recipe
 from minidiff.bundled.run import run_from_scratch
+from minidiff.scenes.scenes import SIZE
 from minidiff.trainers.engine.log import read_rows
 from tests.small_models import small_config, small_model, training_config
 from tests.small_task import forked, together
 
 CPU = torch.device("cpu")
 CONFIG = training_config()
-RECIPE = Recipe(seed=5, vae_steps=5, vae_batch=2, scenes=110, steps=7, batch=2, learning_rate=0.002)
+RECIPE = Recipe(seed=5, vae_steps=5, vae_batch=2, scenes=110, steps=7, batch=2, learning_rate=0.002, compile=False)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +90,7 @@ def test_a_run_tells_each_step_and_leaves_its_files(whole):
         "vae.pt",
     ]
     with Image.open(folder / "samples-000004.png") as picture:
-        assert picture.size == (4 * 64, 2 * 64)
+        assert picture.size == (4 * SIZE, 2 * SIZE)
     latents = run.Latents(**torch.load(folder / "latents.pt", weights_only=True))
     assert sd.config.vae.scaling_factor == latents.scaling_factor()
     # float64 of float32 values
@@ -219,6 +220,16 @@ def test_a_vae_that_is_given_is_kept_and_the_rest_begins_from_nothing(tmp_path):
         next(walk)
 
 
+def test_a_vae_that_is_given_can_be_trained_on(tmp_path):
+    base = small_model(CONFIG)
+    recipe = dataclasses.replace(RECIPE, train_vae=True, vae_steps=1, vae_learning_rate=1e-6, steps=1)
+    progress, sd = finished(tmp_path, vae=base.vae, recipe=recipe)
+    assert [p.stage for p in progress if p.loss is not None] == ["autoencoder", "diffusion"]
+    moved = max((p - base.vae.state_dict()[name]).abs().max().item() for name, p in sd.vae.state_dict().items())
+    assert 0 < moved < 1e-4  # one step at a learning rate of 1e-6: from the weights given
+    assert sd.config.vae.scaling_factor != CONFIG.vae.scaling_factor
+
+
 def test_widths_that_are_not_the_models_are_refused(tmp_path):
     walk, _ = start(tmp_path / "new", dataclasses.replace(RECIPE, widths=(32, 64, 96)))
     with pytest.raises(ValueError, match=r"widths \(32, 64, 96\) asked for a U-Net of \(16, 16\)"):
@@ -226,9 +237,13 @@ def test_widths_that_are_not_the_models_are_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_only_a_gpu_compiles_unless_the_recipe_says():
-    cuda = torch.device("cuda")
-    assert [run.resolve_compile(device, RECIPE).compile for device in (CPU, cuda)] == [False, True]
+def test_gpus_and_cpus_with_amx_compile_unless_the_recipe_says(monkeypatch):
+    cuda, recipe = torch.device("cuda"), dataclasses.replace(RECIPE, compile=None)
+    for amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        assert [run.resolve_compile(device, recipe).compile for device in (CPU, cuda)] == [amx, True]
+    # the VAE gains nothing on a CPU
+    assert [run.autoencoder_settings(dataclasses.replace(recipe, compile=True), device).compile for device in (CPU, cuda)] == [False, True]
     assert [run.resolve_compile(cuda, dataclasses.replace(RECIPE, compile=say)).compile for say in (True, False)] == [True, False]
 
 
@@ -258,7 +273,7 @@ def test_a_run_begun_from_one_model_is_not_continued_from_another(tmp_path):
 
 
 def test_init_of_another_configuration_is_refused_before_the_folder_is_made(tmp_path):
-    walk, _ = start(tmp_path / "new", init=small_model(small_config("eps", image_size=64)))
+    walk, _ = start(tmp_path / "new", init=small_model(small_config("eps", image_size=SIZE)))
     with pytest.raises(ValueError, match="another configuration"):
         next(walk)
     assert not (tmp_path / "new").exists()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 import weights_loader
 from minidiff.bundled.evaluate import evaluate
@@ -43,7 +44,9 @@ def test_the_judge_says_the_same_again_of_a_third_of_the_pictures():
         assert verdict.alignment == pytest.approx(recorded.alignment, abs=2e-3), key
 
 
-def test_the_half_trained_model_is_narrower_and_has_the_same_vae():
+def test_the_half_trained_model_is_narrower_and_has_the_same_vae_of_which_it_brings_no_copy():
+    with safe_open(FOLDER / "half.safetensors", "pt") as file:
+        assert not any(name.startswith("first_stage_model.") for name in file.keys())
     half, whole = weights_loader.load("half"), weights_loader.load("tiny")
     assert half.config.unet.widths == RECIPES["half"].widths and half.tokenizer.config == whole.tokenizer.config
     for (name, p), q in zip(half.vae.state_dict().items(), whole.vae.state_dict().values(), strict=True):

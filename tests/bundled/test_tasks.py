@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from minidiff.bundled import tasks
@@ -16,6 +17,7 @@ from minidiff.bundled.tasks import (
     AutoencoderTask,
     DiffusionTask,
     Latents,
+    Scenes,
     bundled_config,
     encode_scenes,
     initialise,
@@ -48,12 +50,17 @@ def latents_of(count=8, mask=None, seed=0):
 
 
 def images_of(count=8, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(0, 256, (count, 128, 128, 3), dtype=np.uint8)
+
+
+def noise_scenes():
+    latents = latents_of()
+    return Scenes(images_of(), latents.tokens, latents.mask)
 
 
 def make_training(stage, recipe=RECIPE):
     if stage == "autoencoder":
-        return Training(AutoencoderTask(CONFIG, recipe, scenes().images, CPU), recipe.autoencoder(), CPU)
+        return Training(AutoencoderTask(CONFIG, recipe, scenes(), CPU), recipe.autoencoder(), CPU)
     return Training(DiffusionTask(CONFIG, recipe, latents_of(), CPU), recipe.diffusion(), CPU)
 
 
@@ -119,27 +126,29 @@ def test_the_global_generators_are_left_as_they_were(stage):
 
 @pytest.mark.parametrize(("step", "side"), [(0, 16), (1, 8), (2, 16), (3, 12), (4, 16), (5, 8)])
 def test_in_every_second_step_smaller_latents_are_decoded_to_the_smaller_picture(monkeypatch, step, side):
-    task = AutoencoderTask(CONFIG, dataclasses.replace(RECIPE, kl_weight=0.5), images_of(), CPU)
+    task = AutoencoderTask(CONFIG, dataclasses.replace(RECIPE, kl_weight=0.5), noise_scenes(), CPU)
     asked = []
     decode = task.vae.decode
     monkeypatch.setattr(task.vae, "decode", lambda z: asked.append(z) or decode(z))
     loss = task.loss(step, range(2, 4))
     # the same, by hand
     rngs = [rng_for(RECIPE.seed, step, sample) for sample in (2, 3)]
-    pixels = to_pixels(images_of()[[int(rng.integers(8)) for rng in rngs]])
+    chosen = [int(rng.integers(8)) for rng in rngs]
+    pixels, weight = to_pixels(images_of()[chosen]), 0.4 + 1.6 * latents_of().mask[chosen]
     posterior = task.vae.encode(pixels)
     z = posterior.mean + posterior.logvar.exp().sqrt() * randn_per_sample(rngs, (4, 16, 16))
-    z, target = (z, pixels) if side == 16 else (resize(z, side), resize(pixels, 4 * side))
-    assert target.shape[-1] == 4 * side
+    z, target = (z, pixels) if side == 16 else (resize(z, side), resize(pixels, 8 * side))
+    assert target.shape[-1] == 8 * side
+    weight = F.interpolate(weight, size=(8 * side, 8 * side))
     torch.testing.assert_close(asked[0], z, rtol=1e-4, atol=1e-5)  # float32
     kl = posterior.kl().sum() / posterior.mean.numel()
-    torch.testing.assert_close(loss, reconstruction_loss(decode(z), target) + 0.5 * kl, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, reconstruction_loss(decode(z), target, weight) + 0.5 * kl, rtol=1e-4, atol=1e-5)
 
 
 def test_resizing_is_pillows_bicubic():
     image = Image.fromarray(images_of(1)[0][..., 0])
-    expected = np.asarray(image.convert("F").resize((32, 32), Image.Resampling.BICUBIC))
-    mine = resize(torch.from_numpy(np.asarray(image, np.float32).copy())[None, None], 32)[0, 0]
+    expected = np.asarray(image.convert("F").resize((48, 48), Image.Resampling.BICUBIC))
+    mine = resize(torch.from_numpy(np.asarray(image, np.float32).copy())[None, None], 48)[0, 0]
     np.testing.assert_allclose(mine.numpy(), expected, rtol=0, atol=1e-2)  # of 255; float32 and Pillow's own order of sums
 
 
@@ -208,6 +217,16 @@ def test_the_loss_is_the_weighted_error_of_eps_or_v(prediction):
     assert loss.item() == pytest.approx(expected, rel=1e-4)  # fp32, and eps divided by the noise's share again
 
 
+def test_min_snr_weighs_each_sample_by_its_timestep():
+    """The U-Net of spied_loss answers 0, so that the errors are v squared."""
+    schedule = NoiseSchedule(CONFIG.schedule)
+    recipe, latents = dataclasses.replace(RECIPE, batch=1), latents_of(1, mask=0.0)
+    plain, given = spied_loss(latents, recipe)
+    weighed, _ = spied_loss(latents, dataclasses.replace(recipe, min_snr=5.0))
+    snr = schedule.snr(given["t"]).item()
+    assert weighed.item() == pytest.approx(plain.item() * min(snr, 5.0) / (snr + 1), rel=1e-5)  # fp32
+
+
 def test_a_cell_full_of_object_counts_five_times_an_empty_one():
     empty, full = (spied_loss(latents_of(mask=mask), RECIPE)[0].item() for mask in (0.0, 1.0))
     assert full / empty == pytest.approx((0.4 + 1.6) / 0.4, rel=1e-5)  # fp32
@@ -233,7 +252,7 @@ def test_scenes_come_with_their_captions_and_shares_and_latents_are_their_means(
     assert np.array_equal(images, np.stack([scene.image for scene in made]))
     tokens, mask = (torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "mask"))
     assert torch.equal(tokens, Tokenizer(CONFIG.tokenizer)([scene.caption for scene in made]))
-    cell = made[0].mask[4 * 8 : 4 * 9, 4 * 7 : 4 * 8].mean()
+    cell = made[0].mask[8 * 8 : 8 * 9, 8 * 7 : 8 * 8].mean()
     assert mask[0, 0, 8, 7].item() == pytest.approx(cell, rel=1e-5)  # float32
 
     vae = VAE(CONFIG.vae)
@@ -255,11 +274,14 @@ def test_pixels_run_from_minus_one_to_one():
 
 
 def test_reconstruction_loss_is_the_sum_of_its_three_errors():
-    assert reconstruction_loss(torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, 3, 4, 4)).item() == 0.5 + 2 * 0.25  # no edge is wrong
+    even = torch.ones(1, 1, 4, 4)
+    assert reconstruction_loss(torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, 3, 4, 4), even).item() == 0.5 + 2 * 0.25  # no edge is wrong
     ramp = torch.arange(4.0).expand(1, 3, 4, 4)  # rises by 1 a column
     expected = 1.5 + 2 * (0 + 1 + 4 + 9) / 4 + 1
-    assert reconstruction_loss(ramp, torch.zeros_like(ramp)).item() == expected
-    assert reconstruction_loss(ramp.mT.contiguous(), torch.zeros_like(ramp)).item() == expected
+    assert reconstruction_loss(ramp, torch.zeros_like(ramp), even).item() == expected
+    assert reconstruction_loss(ramp.mT.contiguous(), torch.zeros_like(ramp), even).item() == expected
+    half = (torch.arange(4.0) < 2).float().expand(1, 1, 4, 4)  # the weight of the last two columns is 0
+    assert reconstruction_loss(ramp, torch.zeros_like(ramp), half).item() == pytest.approx((0 + 1) / 4 + 2 * (0 + 1) / 4 + 1 / 3)
 
 
 def test_embeddings_start_large_and_residual_branches_near_zero():

@@ -27,7 +27,10 @@ from minidiff.trainers.engine.loop import rng_for, train
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(
-    judge_config(), widths=(8, 16, 16), heads=2, text_encoder=dataclasses.replace(judge_config().text_encoder, width=16, layers=1, heads=2)
+    judge_config(),
+    widths=(8, 8, 16, 16),
+    heads=2,
+    text_encoder=dataclasses.replace(judge_config().text_encoder, width=16, layers=1, heads=2),
 )
 
 
@@ -51,8 +54,8 @@ def test_labels_are_those_of_the_scenes():
         for k, thing in enumerate(scene.objects):
             assert config.subjects[labels.subject[i, k]] == thing.subject
             assert ((*config.colours, None)[labels.tint[i, k]]) == thing.colour
-            corner = thing.mask[8:16, 40:48].mean()  # pixels of cell (1, 5) of 8 x 8
-            assert labels.cover[i, k, 1, 5].item() == pytest.approx(corner, abs=1e-6)  # fp32 mean of 64 values
+            corner = thing.mask[16:32, 80:96].mean()  # pixels of cell (1, 5) of 8 x 8
+            assert labels.cover[i, k, 1, 5].item() == pytest.approx(corner, abs=1e-6)  # fp32 mean of 256 values
         assert labels.cover[i, len(scene.objects) :].sum() == 0
 
 

@@ -148,7 +148,7 @@ def test_the_measurement_renews_its_tables_in_a_file(monkeypatch, tmp_path, caps
     run = runner(monkeypatch, tmp_path, capsys)
     (tmp_path / "notes.md").write_text("<!-- edits -->\n<!-- end of edits -->\n")
     options = ("--part", "edits", "--count", "1", "--seeds", "0", "--steps", "1", "--threads", "1", "--readme", "notes.md")
-    weights_loader.save(small_model(small_config(image_size=64)), tmp_path / "model.safetensors")
+    weights_loader.save(small_model(small_config(image_size=128)), tmp_path / "model.safetensors")
     code, out, _ = run("evaluate", "edits", "model.safetensors", *options)
     assert code == 0 and "| inpainting |" in out and out.splitlines()[0] in (tmp_path / "notes.md").read_text()
     assert torch.get_num_threads() == 1

@@ -187,8 +187,8 @@ def test_a_batch_is_a_grid_and_each_picture_beside_it_by_its_seed(run, tmp_path)
     run("generate", "a cat", "--steps", "2", "--seed", "3", "--batch", "3", "--out", "cats.png")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cats-3.png", "cats-4.png", "cats-5.png", "cats.png"]
     sheet, last = np.asarray(Image.open(tmp_path / "cats.png")), np.asarray(Image.open(tmp_path / "cats-5.png"))
-    assert sheet.shape == (128, 128, 3)
-    assert np.array_equal(sheet[64:, :64], last)
+    assert sheet.shape == (256, 256, 3)
+    assert np.array_equal(sheet[128:, :128], last)
     run("generate", "a cat", "--steps", "2", "--seed", "5", "--out", "alone.png")
     alone = np.asarray(Image.open(tmp_path / "alone.png")).astype(int)
     assert np.abs(alone - last).max() <= 1  # one seed gives one picture, alone or in a batch, to 1/255
@@ -250,7 +250,7 @@ def test_our_kernels_asked_for_where_they_do_not_run_end_in_one_line(run, monkey
         (["--sampler", "ddmp"], "sampler 'ddmp' unknown; choose ddpm, ddim,"),
         (["--steps", "0"], "steps 0 is outside 1..1000"),
         (["--steps", "1001"], "steps 1001 is outside 1..1000"),
-        (["--size", "63"], "size 63 x 63: width and height must be multiples of 4"),
+        (["--size", "63"], "size 63 x 63: width and height must be multiples of 8"),
         (["--size", "64x"], "--size 64x: give pixels as 512"),
         (["--size", "0"], "size 0 x 0"),
         (["--batch", "0"], "--batch 0 make no picture"),

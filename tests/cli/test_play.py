@@ -108,7 +108,7 @@ async def open_tab(page, name):
 @in_chromium
 def test_draw_click_a_word_teach_cancel_and_take_settings_back(served, tmp_path):
     address, folder = served
-    pictures = list_pictures(picture_folder(tmp_path / "cat", seed=1))
+    pictures = list_pictures(picture_folder(tmp_path / "cat", seed=1, size=64))
     seen = asyncio.run(use_the_page(address, tmp_path / "browser", pictures, folder / "made"))
     assert seen["words"] == ["a", "red", "cat"]
     assert seen["frames"] > 2  # of the film, live

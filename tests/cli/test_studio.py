@@ -35,7 +35,7 @@ def studio(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pictures(tmp_path):
-    picture_folder(tmp_path / "cat", seed=1)
+    picture_folder(tmp_path / "cat", seed=1, size=64)
     return list_pictures(tmp_path / "cat")
 
 

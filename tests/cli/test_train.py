@@ -326,7 +326,7 @@ BAD = {
     ("fine-tune", "--images", "cat", "--class-word", "cat", "--weights", "nothing"): "nothing",
     (*LORA, "--images", "cat", "--names", "diffusers", "--alpha", "1"): "take the names 'kohya', or an alpha that is the rank",
     ("lora", "--images", "cat", "--token", "sks", "--prompt", "many tasks"): "does not name sks",
-    ("controlnet",): "scenes have 64 pixels, this model 32; give pictures of your own, --images",
+    ("controlnet",): "scenes have 128 pixels, this model 32; give pictures of your own, --images",
     ("controlnet", "--images", "cat", "--prompt", "a cat"): "hint 'outline' cannot be made from a picture; choose canny, scribble, tile",
     ("controlnet", "--images", "cat", "--prompt", "a cat", "--hints", "class"): "class: no hint for 2.png",
     ("controlnet", "--hints", "cat-hints"): "cat-hints without pictures; give the folder of the pictures, --images",
@@ -350,11 +350,12 @@ def test_bad_input_gets_one_clear_line_before_anything_is_made(run, tmp_path, ar
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("args", [("lora", "--images", "cat", "--prompt", "a cat", "--out", "run"), ("from-scratch", "run")])
-def test_attention_by_name_holds_for_the_whole_run(run, monkeypatch, args):
+@pytest.mark.parametrize("args", [("lora", "--images", "large", "--prompt", "a cat", "--out", "run"), ("from-scratch", "run")])
+def test_attention_by_name_holds_for_the_whole_run(run, tmp_path, monkeypatch, args):
     def begun(*_):
         raise ValueError(f"begun with attention {active_backend()}")
 
+    picture_folder(tmp_path / "large", size=64)  # half of what the bundled model draws
     monkeypatch.setattr(memory, "estimate_memory", begun)
     monkeypatch.setattr("minidiff.bundled.run.estimate_seconds", lambda *_: {})
     monkeypatch.setattr("minidiff.bundled.run.run_from_scratch", begun)
@@ -494,7 +495,7 @@ def test_concepts_are_added_to_those_learnt_before(run, tmp_path):
     assert torch.equal(first["modifier_token.<it>"], second["modifier_token.<it>"]) and "modifier_token.<that>" in second
 
 
-FROM_SCRATCH = ("train", "from-scratch", "run", "--scenes", "4", "--steps", "2", "--batch", "2", "--threads", "1")
+FROM_SCRATCH = ("train", "from-scratch", "run", "--scenes", "4", "--steps", "2", "--batch", "2", "--threads", "1", "--compile", "no")
 
 
 def test_from_scratch_trains_on_and_goes_on(run, tmp_path):

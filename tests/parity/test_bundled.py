@@ -45,13 +45,13 @@ def pipe(folder):
 
 
 def their_picture(pipe, prompt: str, steps: int, **settings) -> Image.Image:
-    latents = noise_source([SEED], (4, 16, 16), torch.device("cpu"))()
+    latents = noise_source([SEED], (pipe.unet.config.in_channels, 16, 16), torch.device("cpu"))()
     return pipe(prompt, num_inference_steps=steps, latents=latents, **settings).images[0]
 
 
 def difference(ours: Image.Image, theirs: Image.Image) -> int:
     """The largest, of 255."""
-    assert ours.size == theirs.size == (64, 64)
+    assert ours.size == theirs.size == (128, 128)
     assert np.asarray(theirs).std() > 10, "a picture of one colour; anything near it would do"
     return int(np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max())
 

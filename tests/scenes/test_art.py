@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 
-from minidiff.scenes.art import COLOURS, STYLES, art, known, paint_background, scaled_size, subject_names, tint_picture, visible_backgrounds
+from minidiff.scenes.art import (
+    CELL,
+    COLOURS,
+    STYLES,
+    art,
+    known,
+    paint_background,
+    scaled_size,
+    subject_names,
+    tint_picture,
+    visible_backgrounds,
+)
 
 
 def test_subjects_are_split_into_those_of_training_and_those_held_out():
@@ -13,9 +24,9 @@ def test_subjects_are_split_into_those_of_training_and_those_held_out():
 @pytest.mark.parametrize("style", STYLES)
 def test_art_is_cut_to_what_is_drawn_and_keeps_its_shape_when_scaled(style):
     picture = art("cat", style)
-    assert max(picture.shape[:2]) == 64 and picture[0, :, 3].any() and picture[:, -1, 3].any()
-    width, height = scaled_size("cat", style, 32)
-    assert max(width, height) == 32 and width / height == pytest.approx(picture.shape[1] / picture.shape[0], rel=0.05)  # whole pixels
+    assert max(picture.shape[:2]) == CELL and picture[0, :, 3].any() and picture[:, -1, 3].any()
+    width, height = scaled_size("cat", style, 64)
+    assert max(width, height) == 64 and width / height == pytest.approx(picture.shape[1] / picture.shape[0], rel=0.05)  # whole pixels
 
 
 def test_a_tint_changes_the_colour_and_not_the_outline():

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from minidiff.evaluation.kid import kid
+from minidiff.scenes.art import SIZE
 from minidiff.study import report
 from minidiff.study.plan import SEEDS, SUBJECTS, UNTOUCHED, list_runs
 from minidiff.study.report import STUDENT, Interval, Results, decide, interval_over_subjects, judge_claims, make_tables, read_results
@@ -224,7 +225,7 @@ def test_the_report_writes_its_files(made_up):
     assert (made_up / "findings.png").exists() and (made_up / "compression.png").exists()
     with Image.open(made_up / "methods-tiger.png") as picture:
         # below the five pictures that were learned from
-        assert picture.size == (150 + 5 * 64, 64 * (1 + len(LIKENESS)))
+        assert picture.size == (150 + 5 * SIZE, SIZE * (1 + len(LIKENESS)))
 
 
 def test_the_report_renews_a_readme_and_nothing_else_of_it(made_up, tmp_path):

@@ -56,7 +56,7 @@ def test_runs_leave_their_files_and_are_not_made_twice(folder):
     assert all(value > 1e-4 for value in results.values("methods", "lora", "drift").values())
     assert np.load(folder / "features" / f"{RUNS[0].name}.npy").shape == (4, 128)
     with Image.open(folder / "rows" / f"{RUNS[0].name}.png") as picture:
-        assert picture.height == 64
+        assert picture.height == 128
 
 
 def test_the_same_seeds_give_the_same_numbers(folder, tmp_path):
@@ -77,6 +77,7 @@ def test_runs_of_another_model_or_plan_do_not_mix(folder, monkeypatch):
         made(folder, RUNS)
 
 
+@pytest.mark.slow
 def test_another_process_may_train_the_same_meanwhile(tmp_path, monkeypatch):
     save, others = torch.save, []
 
@@ -101,7 +102,7 @@ def test_two_processes_share_the_runs(tmp_path):
     assert len(read_results(tmp_path).rows) == 2
 
 
-@pytest.mark.parametrize("variant", ["joint", "sequential", pytest.param("dreambooth", marks=pytest.mark.slow)])  # draws 400 class pictures
+@pytest.mark.parametrize("variant", ["joint", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sequential", "dreambooth"))])
 def test_two_subjects_are_learnt_in_every_way(tmp_path, variant):
     made(tmp_path, [StudyRun("pairs", variant, ("tiger", "teapot"), 0)])
     (row,) = read_results(tmp_path).rows
@@ -113,6 +114,7 @@ def test_two_subjects_are_learnt_in_every_way(tmp_path, variant):
     )
 
 
+@pytest.mark.slow
 def test_variants_train_what_they_say(tmp_path):
     def trained(part, variant):
         return learn.train_run(load(), StudyRun(part, variant, ("tiger",), 0), tmp_path).trained

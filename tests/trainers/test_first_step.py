@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minidiff.blocks import ResBlock
 from minidiff.bundled.recipe import Recipe
-from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents
+from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents, Scenes
 from minidiff.bundled.train_judge import JudgeTask
 from minidiff.kernels import dispatch, tiles
 from minidiff.kernels.dispatch import attention_backend
+from minidiff.scenes.art import SIZE
 from minidiff.trainers.engine import loop, memory
 from minidiff.trainers.engine.loop import Training, compute_loss, trainable_weights
 from minidiff.trainers.engine.memory import estimate_memory
@@ -159,7 +160,7 @@ def test_personalising_takes_its_first_step_on_cuda_and_the_estimate_counts_all_
 
 @pytest.mark.parametrize("of", ["scenes", "pictures"])
 def test_a_controlnet_takes_its_first_step_on_cuda(gpu, tmp_path, monkeypatch, of):
-    concepts = [Concept(images=picture_folder(tmp_path / "a"), prompt="a cat")] if of == "pictures" else []
+    concepts = [Concept(images=picture_folder(tmp_path / "a", size=SIZE), prompt="a cat")] if of == "pictures" else []
     options = ControlNetOptions(settings=quick(), hint="canny" if of == "pictures" else "outline", scenes=3)
     (phase,) = controlnet.build(small_model(training_config()), concepts, options).phases
     with phase, gpu:
@@ -167,12 +168,16 @@ def test_a_controlnet_takes_its_first_step_on_cuda(gpu, tmp_path, monkeypatch, o
 
 
 def autoencoder():
-    return AutoencoderTask(CONFIG, RECIPE, torch.zeros(8, 64, 64, 3, dtype=torch.uint8).numpy(), CPU)
+    pictures, tokens = (
+        torch.zeros(8, 64, 64, 3, dtype=torch.uint8).numpy(),
+        torch.ones(8, CONFIG.tokenizer.context_length, dtype=torch.int64),
+    )
+    return AutoencoderTask(CONFIG, RECIPE, Scenes(pictures, tokens, torch.rand(8, 1, 8, 8)), CPU)
 
 
 def diffusion():
     tokens = torch.ones(8, CONFIG.tokenizer.context_length, dtype=torch.int64)
-    return DiffusionTask(CONFIG, RECIPE, Latents(torch.randn(8, 4, 16, 16), tokens, torch.rand(8, 1, 16, 16)), CPU)
+    return DiffusionTask(CONFIG, RECIPE, Latents(torch.randn(8, CONFIG.vae.latent_channels, 16, 16), tokens, torch.rand(8, 1, 16, 16)), CPU)
 
 
 @pytest.mark.parametrize("make", [autoencoder, diffusion, lambda: JudgeTask(SMALL_JUDGE, 0, CPU)], ids=["VAE", "diffusion", "judge"])

@@ -16,7 +16,7 @@ from minidiff.scenes.scenes import COLOURS, STYLES, sample_scene, subjects
 from minidiff.trainers.engine.loop import with_seed
 from weights_loader.judge import BUNDLED, KEY, load_judge, save_judge
 
-SMALL = dataclasses.replace(judge_config(), widths=(8, 8, 16), heads=2)
+SMALL = dataclasses.replace(judge_config(), widths=(8, 8, 8, 16), heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,8 @@ def test_the_shipped_judge_is_small_and_knows_the_scenes_labels(judge):
     assert (judge.config.subjects, judge.config.colours, judge.config.styles) == (tuple(subjects()), tuple(COLOURS), STYLES)
 
 
-# Its scores on 10,000 fresh scenes (seed 12345), two thirds of them with one subject: a share of right answers each.
-STATED = {"one subject": 0.9982, "held-out subject": 0.999, "two subjects": 0.9694, "background": 0.9999, "style": 0.9991, "tint": 0.9968}
+# Its scores on 10,000 fresh scenes (seed 12345), half of them with one subject: a share of right answers each; 1 is stated as 0.9999.
+STATED = {"one subject": 0.9986, "held-out subject": 0.9999, "two subjects": 0.9873, "background": 0.9999, "style": 0.999, "tint": 0.9981}
 
 
 def scores(judge, seed, count):

@@ -39,7 +39,7 @@ def test_a_hint_is_made_from_the_pixels_that_are_learned(sd, tmp_path):
         picture = np.asarray(to_images(fit(load_picture(tmp_path / "own" / f"{i}.png"), 64)[None])[0])
         assert torch.equal(hint, torch.from_numpy(canny(picture)).permute(2, 0, 1) / 255) and hint.any()
         assert caption == ("a cat", "a dog", "a cow")[i]
-    assert batch.latents.shape == (2, 4, 16, 16)
+    assert batch.latents.shape == (2, 4, 8, 8)
     assert [caption for caption, _ in source.fixed(2)] == ["a cat", "a dog"] and torch.equal(source.fixed(1)[0][1], batch.hints[1])
 
 
@@ -83,7 +83,7 @@ def test_scenes_have_their_hints_latents_and_captions(sd, kind):
 
 
 def test_scenes_of_another_size_and_unknown_hints_are_refused(sd):
-    with pytest.raises(ValueError, match="scenes have 64 pixels, this model 32; give pictures of your own"):
+    with pytest.raises(ValueError, match="scenes have 128 pixels, this model 32; give pictures of your own"):
         HintedScenes(small_model(), 3, Cache(), kind="outline")
     with pytest.raises(ValueError, match="hint 'pose' unknown; choose outline, segmentation, depth, canny, scribble, tile"):
         HintedScenes(sd, 3, Cache(), kind="pose")

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from minidiff.bundled.recipe import Recipe
-from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents
+from minidiff.bundled.tasks import AutoencoderTask, DiffusionTask, Latents, Scenes
 from minidiff.trainers.engine import loop
 from minidiff.trainers.engine.gradient_checkpointing import with_checkpointing
 from minidiff.trainers.engine.memory import RESERVE, LiveBytes, Memory, estimate_memory
@@ -24,10 +25,10 @@ CONFIG, RECIPE = training_config(), Recipe(scenes=8)
 
 
 def task_of(stage):
+    tokens, mask = torch.ones(8, CONFIG.tokenizer.context_length, dtype=torch.int64), torch.rand(8, 1, 16, 16)
     if stage == "autoencoder":
-        return AutoencoderTask(CONFIG, RECIPE, torch.zeros(8, 64, 64, 3, dtype=torch.uint8).numpy(), CPU)
-    tokens = torch.ones(8, CONFIG.tokenizer.context_length, dtype=torch.int64)
-    return DiffusionTask(CONFIG, RECIPE, Latents(torch.randn(8, 4, 16, 16), tokens, torch.rand(8, 1, 16, 16)), CPU)
+        return AutoencoderTask(CONFIG, RECIPE, Scenes(np.zeros((8, 128, 128, 3), np.uint8), tokens, mask), CPU)
+    return DiffusionTask(CONFIG, RECIPE, Latents(torch.randn(8, 4, 16, 16), tokens, mask), CPU)
 
 
 def test_live_bytes_of_a_chain_are_counted_by_hand():
@@ -54,9 +55,9 @@ def test_the_estimate_is_what_a_step_really_holds(stage, precision, checkpointin
     estimate = estimate_memory(task, settings, CPU)
     with LiveBytes() as live, with_checkpointing(loop.networks_of(task), checkpointing):
         loop.compute_loss(task, 0, range(2), settings, CPU).backward()
-    # alike to the byte in float32; tables of the schedule are copied to bfloat16 in another order
+    # Without real numbers small tensors are freed in another order: one of a picture's size in the VAE's loss, tables of the schedule in bfloat16.
     expected = RESERVE["cpu", checkpointing] * live.peak
-    assert estimate.activations + estimate.gradients == pytest.approx(expected, rel=1e-6 if precision == "float32" else 0.01)
+    assert estimate.activations + estimate.gradients == pytest.approx(expected, rel=0.01)
 
 
 def test_attention_keeps_as_much_of_a_picture_in_either_layout():

@@ -53,6 +53,7 @@ def test_an_unknown_choice_is_refused_with_the_choices(name, choices):
         ({"learning_rate": float("nan")}, "learning_rate nan"),
         ({"kl_weight": -1.0}, "kl_weight -1.0"),
         ({"caption_dropout": 1.5}, "caption_dropout 1.5 is outside 0..1"),
+        ({"min_snr": 0.0}, "min_snr 0.0: gamma must be a finite number above 0"),
         ({"ema_decay": -0.1}, "ema_decay -0.1"),
         ({"widths": (32, 64)}, r"widths \(32, 64\): the U-Net has three levels"),
         ({"widths": (32, 48, 96)}, "each a multiple of 32"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minidiff.controlnet import create_controlnet
+from minidiff.scenes.art import SIZE
 from minidiff.trainers.engine.loop import randn_per_sample, rng_for
 from minidiff.trainers.engine.memory import estimate_memory
 from minidiff.trainers.methods.controlnet import ControlNetOptions, build
@@ -27,7 +28,7 @@ def moved(module, before):
     return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
-@pytest.mark.parametrize("config", [training_config(), replace(xl_config(), image_size=64)], ids=["one encoder", "two encoders"])
+@pytest.mark.parametrize("config", [training_config(), replace(xl_config(), image_size=SIZE)], ids=["one encoder", "two encoders"])
 def test_the_loss_is_the_diffusion_loss_with_residuals(config):
     sd = small_model(config)
     run = build(sd, [], OPTIONS)
@@ -43,8 +44,8 @@ def test_the_loss_is_the_diffusion_loss_with_residuals(config):
                 batch = task.source.batch([i], [rng])
                 dropped.append(rng.random() < 0.5)
                 t, eps = torch.tensor([int(rng.integers(1000))]), randn_per_sample([rng], batch.latents.shape[1:])
-                told = sd.text(["" if dropped[-1] else batch.captions[0]], (64, 64))
-                assert told.size is None or told.size.tolist() == [[64, 64, 0, 0, 64, 64]]
+                told = sd.text(["" if dropped[-1] else batch.captions[0]], (SIZE, SIZE))
+                assert told.size is None or told.size.tolist() == [[SIZE, SIZE, 0, 0, SIZE, SIZE]]
                 alpha_bar = sd.schedule.alpha_bar[t].float().view(-1, 1, 1, 1)
                 x_t = alpha_bar.sqrt() * batch.latents + (1 - alpha_bar).sqrt() * eps
                 v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * batch.latents
@@ -57,7 +58,7 @@ def test_the_loss_is_the_diffusion_loss_with_residuals(config):
 
 
 @pytest.mark.parametrize("middle_only", [False, True])
-@pytest.mark.parametrize("config", [training_config(), replace(xl_config(), image_size=64)], ids=["one encoder", "two encoders"])
+@pytest.mark.parametrize("config", [training_config(), replace(xl_config(), image_size=SIZE)], ids=["one encoder", "two encoders"])
 def test_the_unet_is_locked_and_the_first_step_moves_the_zero_convolutions_alone(config, middle_only):
     sd = small_model(config)
     run = build(sd, [], replace(OPTIONS, middle_only=middle_only))
@@ -126,8 +127,8 @@ def test_the_sheet_shows_the_hint_beside_its_pictures_and_measures_edges():
     (task,) = run.phases
     assert len(task.prompts) == 4 and task.picture_count == 3
     sheet = task.sheet(task.prompts[:2], count=2, steps=1)
-    assert sheet.image.size == (3 * 64, 2 * 64)
-    hint = np.asarray(sheet.image)[:64, :64]
+    assert sheet.image.size == (3 * SIZE, 2 * SIZE)
+    hint = np.asarray(sheet.image)[:SIZE, :SIZE]
     assert np.array_equal(hint, (run.controlnet.hint[0] * 255).round().byte().permute(1, 2, 0).numpy())
     assert sheet.numbers.keys() == {"edge F1", "with another hint"} and all(0 <= value <= 1 for value in sheet.numbers.values())
     assert task.sheet(task.prompts[:1], count=1, steps=1).numbers.keys() == {"edge F1"}
@@ -142,7 +143,8 @@ def test_pictures_that_follow_their_hint_agree_with_it(monkeypatch):
 
     monkeypatch.setattr(task, "_draw", lambda prompts, hints, seed, steps: [Image.fromarray(image) for image in scenes])
     numbers = task.sheet(task.prompts, count=1, steps=1).numbers
-    assert numbers["edge F1"] > 0.7 and numbers["with another hint"] < 0.5
+    # Not 1: the pictures have edges inside the objects too, which an outline leaves out.
+    assert numbers["edge F1"] > 0.6 and numbers["with another hint"] < 0.3
 
 
 def test_edges_of_lines_are_the_lines_and_of_areas_where_they_meet():
