@@ -141,6 +141,7 @@ def test_a_gpu_gives_about_the_same_scores(folder, tmp_path):
             assert found == pytest.approx(expected, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_compressed_and_a_merged_concept_use_what_was_learnt(tmp_path):
     made(tmp_path, [StudyRun("compression", "share 0.6", ("tiger",), 0), StudyRun("pairs", "merged", ("tiger", "teapot"), 0)])
     kept = sorted(path.name for path in (tmp_path / "learned").iterdir())
