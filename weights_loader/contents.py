@@ -77,7 +77,9 @@ def find(path_or_name: str | Path) -> Path:
 def open_checkpoint(path: Path) -> Contents:
     """Read a file or a diffusers folder, and sort its tensors by part. Raises ValueError for what its names show to be something else."""
     contents = _open_folder(path) if path.is_dir() and (path / INDEX).is_file() else _open_file(path)
-    return take_vae(contents, BUNDLED["tiny"]) if path == BUNDLED["half"] else contents  # made on that VAE, and shipped without it
+    if path == BUNDLED["half"]:  # made on the bundled model's VAE, and shipped without it: nothing that its user has to be told
+        return replace(take_vae(contents, BUNDLED["tiny"]), notes=contents.notes)
+    return contents
 
 
 def _open_file(path: Path) -> Contents:

@@ -48,7 +48,7 @@ def test_the_half_trained_model_is_narrower_and_has_the_same_vae_of_which_it_bri
     with safe_open(FOLDER / "half.safetensors", "pt") as file:
         assert not any(name.startswith("first_stage_model.") for name in file.keys())
     half, whole = weights_loader.load("half"), weights_loader.load("tiny")
-    assert half.config.unet.widths == RECIPES["half"].widths and half.tokenizer.config == whole.tokenizer.config
+    assert half.notes == () and half.config.unet.widths == RECIPES["half"].widths and half.tokenizer.config == whole.tokenizer.config
     for (name, p), q in zip(half.vae.state_dict().items(), whole.vae.state_dict().values(), strict=True):
         assert p.equal(q), name
 
