@@ -91,7 +91,10 @@ def is_set_up(code: str) -> bool:
 
 
 def output_texts(notebook: NotebookNode) -> dict[int, str]:
-    """Return the outputs of an executed notebook as Markdown, by the number of their code cell."""
+    """Return the outputs of an executed notebook as Markdown, by the number of their code cell.
+
+    Raises ValueError for a path of this machine among what was printed.
+    """
     found = {}
     for i, cell in enumerate(cell for cell in notebook.cells if cell.cell_type == "code"):
         blocks = [_output(output) for output in cell.get("outputs", ())]
@@ -119,6 +122,8 @@ def shown(notebook: NotebookNode) -> list[str]:
 
 def _output(output: NotebookNode) -> str:
     if output.output_type == "stream":
+        if str(HERE.parent) in output.text:
+            raise ValueError(f"a lesson printed a path of this machine, which a page must not show: {output.text.strip()}")
         return f"```text\n{output.text.rstrip()}\n```\n"
     described = output.metadata["image/png"]
     return f"![{described['alt']}](../figures/{described['name']})\n\n*{described['alt']}*\n"

@@ -71,6 +71,13 @@ def test_a_new_text_is_rendered_around_the_old_output_and_new_code_is_run(tmp_pa
     assert list(write_pages([lesson], tmp_path / "build")) == [] and ran == [lesson]
 
 
+def test_a_path_of_the_machine_stops_the_page():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(1)")])
+    notebook.cells[0].outputs = [nbformat.v4.new_output("stream", text=f"read {rendered.HERE / 'x.safetensors'}\n")]
+    with pytest.raises(ValueError, match="a page must not show: read .*x.safetensors"):
+        rendered.output_texts(notebook)
+
+
 def test_outputs_become_text_and_shared_figures():
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("a"), nbformat.v4.new_code_cell("b")])
     picture = nbformat.v4.new_output("display_data", {"image/png": "x"}, metadata={"image/png": {"alt": "A lion.", "name": "01-lion.png"}})
